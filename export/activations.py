@@ -1,0 +1,129 @@
+"""The largest activation a graph computes in half precision: what decides whether float16 is safe.
+
+The modules are run in bfloat16, which has float32's range, on the inputs of a real generation; every half-precision
+tensor that any operation produces is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP, new_names
+from flexvar_runtime.manifest import Range
+
+from .modules import graph_module
+from .proof import Proof
+
+FLOAT16_MAX = 65504.0
+FLOAT16_MARGIN = 8.0
+
+
+class LargestActivation(TorchDispatchMode):
+    """Remembers the largest magnitude among bfloat16 results, and the module that was running."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.value, self.where, self._path = 0.0, "", [""]
+        self._hooks = [hook for name, part in module.named_modules() for hook in self._follow(name, part)]
+
+    def _follow(self, name: str, part: nn.Module) -> tuple[Any, Any]:
+        def enter(*_: object) -> None:
+            self._path.append(name)
+
+        def leave(*_: object) -> None:
+            self._path.pop()
+
+        return part.register_forward_pre_hook(enter), part.register_forward_hook(leave)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 and tensor.numel():
+                largest = torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32).item()
+                if not largest <= self.value:  # a NaN is remembered too
+                    self.value, self.where = largest, f"{self._path[-1] or 'graph'} ({func})"
+        return result
+
+    def release(self) -> Range:
+        for hook in self._hooks:
+            hook.remove()
+        return Range(value=self.value if np.isfinite(self.value) else 1e38, where=self.where)
+
+
+@torch.inference_mode()
+def largest_activations(model: FlexVAR, tokenizer: Tokenizer, proof: Proof) -> dict[str, Range]:
+    """Per graph, over every case of the proof."""
+    found = {}
+    for name, run in ((CONDITION, _run_condition), (STEP, _run_step), (DECODE, _run_decode), (ENCODE, _run_encode)):
+        module = graph_module(name, model, tokenizer, torch.bfloat16)
+        watch = LargestActivation(module)
+        run(module, model, proof, watch)
+        found[name] = watch.release()
+    return found
+
+
+def refuse_overflow(found: dict[str, Range]) -> None:
+    """Raise ArtifactRefused where float16 would come within 8 times of its largest number."""
+    for name, largest in found.items():
+        if largest.value * FLOAT16_MARGIN > FLOAT16_MAX:
+            raise ArtifactRefused(
+                f"activations up to {largest.value:.0f} in {name}, {largest.where}",
+                expected=f"at most {FLOAT16_MAX / FLOAT16_MARGIN:.0f} for fp16 (8 times below its overflow)",
+                fix="export with --precision bf16",
+            )
+
+
+def _run_condition(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
+    with watch:
+        module(torch.arange(model.config.classes + 1, dtype=torch.int32))
+
+
+def _run_step(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
+    depth, heads, size = model.config.depth, model.config.heads, model.config.head_size
+    for case in proof.cases:
+        B = len(case.labels)
+        labels = torch.tensor([*case.labels, *[model.config.null_class] * B])
+        modulation = torch.stack([block.ada_lin(model.condition(labels)) for block in model.blocks], 1)  # type: ignore[operator]
+        head = model.head_nm.ada_lin(model.condition(labels))
+        rows = torch.arange(B, dtype=torch.int32)
+        cache = [torch.empty(0, 2 * B, heads, size, dtype=torch.bfloat16) for _ in new_names(depth)]
+        weights = case.guidance.weights(case.schedule)
+        for i, size_hw in enumerate(case.schedule):
+            if i == 0:
+                codes, offset = torch.zeros(2 * B, 1, model.config.code_dim), model.first_input(labels)
+            else:
+                previous = torch.from_numpy(case.tokens[i - 1]).long()
+                codes = model.next_codes(previous, case.schedule[i - 1], size_hw).repeat(2, 1, 1)
+                offset = (model.positions(*size_hw) + model.word_embed.bias).expand(2 * B, -1, -1)
+            with watch:
+                _, keys, values = module(
+                    codes,
+                    offset,
+                    modulation.view(2 * B, depth, 6, -1),
+                    head.view(2 * B, 2, -1),
+                    rows,
+                    rows + B,
+                    torch.full((B,), weights[i]),
+                    cache[:depth],
+                    cache[depth:],
+                )
+            cache = [torch.cat(pair) for pair in zip(cache, (*keys, *values), strict=True)]
+
+
+def _run_decode(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
+    for case in proof.cases:
+        with watch:
+            module(torch.from_numpy(case.tokens[-1]))
+
+
+def _run_encode(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
+    with watch:
+        module(torch.from_numpy(proof.image))

@@ -1,0 +1,148 @@
+"""`flexvar export` and `flexvar verify`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexvar_runtime.cli.console import JsonOption, emit, out, steps
+from flexvar_runtime.errors import BackendUnavailable, InvalidInput
+
+if TYPE_CHECKING:
+    from flexvar_runtime.manifest import ParityRecord
+
+EXPORT_STEPS = 9
+
+
+def register(app: typer.Typer) -> None:
+    for command in (export, verify):
+        app.command()(command)
+
+
+def _require_torch() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"no module {error.name}", expected="the export extra", fix="pip install 'flexvar-deploy[cpu,export]'"
+        ) from error
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Transformer: a published .pth, or .safetensors with its .json.")],
+    vae: Annotated[Path, typer.Option(help="Tokenizer: FlexVAE.pth, or .safetensors with its .json.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a checkpoint to a bundle: graphs, tables, and the proof that they equal the reference."""
+    _require_torch()
+    from .bundle import export_bundle
+
+    names = _read_class_names(class_names) if class_names else None
+    with steps(EXPORT_STEPS, "export") as progress:
+        bundle = export_bundle(
+            checkpoint,
+            vae,
+            output,
+            precision=precision,
+            class_names=names,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
+    size = sum(record.size for record in bundle.manifest.files.values())
+    record = bundle.manifest.parity
+    data = {
+        "bundle": str(output),
+        "sha256": bundle.sha256,
+        "precision": precision,
+        "size_bytes": size,
+        "parity": _summary(record),
+    }
+
+    def show() -> None:
+        out.print(
+            f"{output}: {precision}, {size / 1e6:.1f} MB, sha256 {bundle.sha256}", highlight=False, soft_wrap=True
+        )
+        _show_record(record)
+
+    emit(data, as_json, show)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    backend: Annotated[str, typer.Option(help="Backend to prove.")] = "ort-cpu",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Compare every row with this transformer, not the recorded ones.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Tokenizer that belongs to --checkpoint.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove a bundle against the reference again. Exit code 3 and the first scale and output that diverge, if any."""
+    if (checkpoint is None) != (vae is None):
+        raise InvalidInput("one of --checkpoint and --vae", expected="both or none", fix="pass the pair")
+    _require_torch()
+    from flexvar_runtime import Bundle, Guidance, ScaleSchedule
+
+    from .bundle import load_reference
+    from .parity import prove, require_parity
+    from .proof import PROOF_FILE, Proof, make_proof
+
+    opened = Bundle.open(bundle)
+    defaults = opened.manifest.defaults
+    if checkpoint is not None and vae is not None:
+        model, tokenizer = load_reference(checkpoint, vae)
+        guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
+        proof = make_proof(model, tokenizer, ScaleSchedule.parse(defaults.schedule), guidance)
+        del model, tokenizer
+    else:
+        proof = Proof.load(opened.file(PROOF_FILE))
+    record = prove(opened, proof, backend, threads)
+    if record.passed or not as_json:
+        emit({"bundle": opened.sha256, "parity": _summary(record)}, as_json, lambda: _show_record(record))
+    require_parity(record)
+
+
+def _read_class_names(path: Path) -> tuple[str, ...]:
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"{path} ({error})", expected="a JSON list of names", fix="one name per class, in label order"
+        ) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidInput(
+            f"{path} of another form", expected="a JSON list of names", fix="one name per class, in label order"
+        )
+    return tuple(names)
+
+
+def _summary(record: ParityRecord) -> dict[str, object]:
+    from flexvar_runtime.strict_json import encode
+
+    return encode(record)  # type: ignore[return-value]
+
+
+def _show_record(record: ParityRecord) -> None:
+    from rich.table import Table
+
+    from .parity import holds
+
+    title = f"parity on {record.backend}{', bf16 emulated in float32' if record.emulated else ''}"
+    table = Table("graph", "scale", "output", "metric", "value", "bound", "", title=title)
+    for row in record.rows:
+        mark = "ok" if holds(row) else "FAILED"
+        table.add_row(row.graph, row.scale or "", row.output, row.metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
+    out.print(table)
+    if record.free_running_agreement is not None:
+        out.print(f"free-running tokens equal to the reference's: {record.free_running_agreement:.2%}", highlight=False)

@@ -1,0 +1,73 @@
+"""bfloat16 graphs as float32 graphs that round: how a bf16 bundle is proved where no CPU kernel runs it.
+
+Every tensor that is bfloat16 becomes float32 holding a bfloat16 value: constants are widened, and what a node computed
+is rounded to bfloat16 and back. So each operation sees what it would see, and accumulates in float32 as hardware does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from flexvar_runtime import Bundle
+from flexvar_runtime.bundle_writer import seal
+from flexvar_runtime.graphs import TABLES_FILE, graph_specs
+
+_BF16, _F32 = TensorProto.BFLOAT16, TensorProto.FLOAT
+_ROUNDED = "_rounded"
+
+
+def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
+    """Write a float32 bundle into the empty `directory` that computes what the bf16 `bundle` computes."""
+    manifest = bundle.manifest
+    for spec in manifest.graphs.values():
+        model = onnx.load(str(bundle.file(spec.file)))
+        widen(model)
+        onnx.save_model(model, str(directory / spec.file), save_as_external_data=True, location=f"{spec.file}.data")
+    (directory / TABLES_FILE).write_bytes(bundle.file(TABLES_FILE).read_bytes())
+    graphs = graph_specs(manifest.model, "fp32")
+    return seal(directory, replace(manifest, precision="fp32", graphs=graphs, files={}))
+
+
+def widen(model: onnx.ModelProto) -> None:
+    """Rewrite a bfloat16 graph, weights loaded, in place. Its inputs must already hold bfloat16 values."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=False).graph
+    narrow = {
+        value.name
+        for value in (*graph.value_info, *graph.output, *graph.input)
+        if value.type.tensor_type.elem_type == _BF16
+    }
+    graph = model.graph
+    for initializer in graph.initializer:
+        if initializer.data_type == _BF16:
+            _widen_constant(initializer)
+    nodes = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == _BF16:
+                attribute.i = _F32
+            if attribute.HasField("t") and attribute.t.data_type == _BF16:
+                _widen_constant(attribute.t)
+        rounded = [name for name in node.output if name in narrow]
+        for i, name in enumerate(node.output):
+            if name in narrow:
+                node.output[i] = name + _ROUNDED
+        nodes.append(node)
+        for name in rounded:
+            nodes.append(helper.make_node("Cast", [name + _ROUNDED], [name + "_bf16"], to=_BF16))
+            nodes.append(helper.make_node("Cast", [name + "_bf16"], [name], to=_F32))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == _BF16:
+            value.type.tensor_type.elem_type = _F32
+
+
+def _widen_constant(tensor: TensorProto) -> None:
+    bits = numpy_helper.to_array(tensor).view(np.uint16).astype(np.uint32) << 16
+    tensor.CopyFrom(numpy_helper.from_array(bits.view(np.float32), tensor.name))

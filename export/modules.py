@@ -1,0 +1,230 @@
+"""The four graphs as torch modules: the reference's weights, laid out and typed for deployment.
+
+Shapes: N sequences, B images, L new and P past tokens, H heads, C width, D code dimension, V vocabulary, M labels.
+Precision is a property of the graph: matrix products, convolutions and attention run in `dtype`; the residual stream,
+normalisations, q/k normalisation, guidance and logits stay float32.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
+
+L2_EPS = 1e-12
+
+
+def _matrix(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Weight of a linear layer as (inputs, outputs): the graph holds a plain product, no transpose."""
+    return layer.weight.detach().T.to(dtype).contiguous()
+
+
+def _vector(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(dtype).contiguous()
+
+
+class Dense(nn.Module):
+    """x (…, I) · weight (I, O) + bias (O) in `dtype`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight_IO: Tensor, bias_O: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_IO)
+        self.register_buffer("bias", bias_O)
+
+    @classmethod
+    def of(cls, layer: nn.Linear, dtype: torch.dtype) -> Dense:
+        return cls(_matrix(layer, dtype), _vector(layer.bias, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.weight.dtype) @ self.weight + self.bias
+
+
+class Condition(nn.Module):
+    """labels M int32 -> modulation (M, depth, 6, C), head_modulation (M, 2, C), first_input (M, 1, C), float32."""
+
+    def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width = model.config.width
+        self.register_buffer("class_embedding", _vector(model.class_emb.weight, torch.float32))
+        self.register_buffer("start", _vector(model.pos_start + model.positions(1, 1), torch.float32))
+        self.blocks = nn.ModuleList(Dense.of(block.ada_lin[1], dtype) for block in model.blocks)
+        self.head = Dense.of(model.head_nm.ada_lin[1], dtype)
+
+    def forward(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = F.embedding(labels, self.class_embedding)
+        hidden = F.silu(embedding)
+        modulation = torch.stack([block(hidden).float() for block in self.blocks], dim=1)
+        head = self.head(hidden).float()
+        shape = modulation.shape[:2]
+        return modulation.view(*shape, 6, self.width), head.view(-1, 2, self.width), embedding[:, None] + self.start
+
+
+class StepBlock(nn.Module):
+    """One transformer block over new tokens, with the past keys and values token-major."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        super().__init__()
+        attn = block.attn
+        self.width, self.heads, self.dtype = block.width, attn.heads, dtype
+        self.head_size = self.width // self.heads
+        weights = _matrix(attn.mat_qkv, dtype).chunk(3, dim=1)
+        biases = (attn.q_bias, attn.zero_k_bias, attn.v_bias)
+        self.q, self.k, self.v = (
+            Dense(w.contiguous(), _vector(b, dtype)) for w, b in zip(weights, biases, strict=True)
+        )
+        self.proj, self.fc1, self.fc2 = (Dense.of(x, dtype) for x in (attn.proj, block.ffn.fc1, block.ffn.fc2))
+        temperature = attn.scale_mul_1H11.detach().clamp_max(LOGIT_SCALE_LIMIT).exp()
+        self.register_buffer("temperature", _vector(temperature.view(attn.heads, 1), torch.float32))
+
+    def forward(self, x: Tensor, modulation: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, L, C), modulation (N, 6, C), past (P, N, H, 64) -> x, new keys and new values (L, N, H, 64)."""
+        N, L, _ = x.shape
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
+        hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.dtype)
+        q, k, v = (dense(hidden).view(N, L, self.heads, self.head_size) for dense in (self.q, self.k, self.v))
+        q = self._unit(q) * self.temperature
+        k, v = self._unit(k).to(self.dtype).transpose(0, 1), v.transpose(0, 1)
+        keys = torch.cat((past_k, k)).permute(1, 2, 0, 3)
+        values = torch.cat((past_v, v)).permute(1, 2, 0, 3)
+        out = F.scaled_dot_product_attention(q.to(self.dtype).transpose(1, 2), keys, values, scale=1.0)
+        x = x + self.proj(out.transpose(1, 2).reshape(N, L, self.width)).float() * gamma1
+        hidden = F.gelu(self.fc1(self._norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        return x + self.fc2(hidden).float() * gamma2, k, v
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.width,), eps=NORM_EPS)
+
+    @staticmethod
+    def _unit(x: Tensor) -> Tensor:
+        x = x.float()
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(L2_EPS)
+
+
+class Step(nn.Module):
+    """One scale: embed, run the blocks, combine the guidance branches, head.
+
+    The past of a block is its own tensor, token-major: it is bound as the prefix of one buffer whose tail receives the
+    new keys, so nothing is gathered or stacked. Signature: `flexvar_runtime.graphs`.
+    """
+
+    def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = model.config.width, dtype
+        self.register_buffer("embed", _matrix(model.word_embed, torch.float32))
+        self.blocks = nn.ModuleList(StepBlock(block, dtype) for block in model.blocks)
+        self.head = Dense.of(model.head, dtype)
+
+    def forward(
+        self,
+        codes: Tensor,
+        offset: Tensor,
+        modulation: Tensor,
+        head_modulation: Tensor,
+        cond_rows: Tensor,
+        uncond_rows: Tensor,
+        t: Tensor,
+        past_k: list[Tensor],
+        past_v: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        x = codes @ self.embed + offset
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            x, k, v = block(x, modulation[:, i], past_k[i], past_v[i])
+            keys.append(k)
+            values.append(v)
+        scale, shift = head_modulation[:, :, None].unbind(1)
+        z = F.layer_norm(x, (self.width,), eps=NORM_EPS) * (1 + scale) + shift
+        cond, uncond = z.index_select(0, cond_rows), z.index_select(0, uncond_rows)
+        guided = cond + t[:, None, None] * (cond - uncond)  # the head is linear: guiding before it is exact
+        return self.head(guided).float(), keys, values
+
+
+class Float32GroupNorm(nn.Module):
+    """Group normalisation computed in float32, returned in the type of its input.
+
+    Written as an instance normalisation over the channels of a group: one fused kernel everywhere, where the ONNX
+    GroupNormalization operator is expanded into a dozen elementwise passes.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.register_buffer("gain", _vector(norm.weight[:, None, None], torch.float32))
+        self.register_buffer("bias", _vector(norm.bias[:, None, None], torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.float().reshape(x.shape[0], self.groups, -1)
+        normed = F.instance_norm(grouped, eps=self.eps).view(x.shape)
+        return (normed * self.gain + self.bias).to(x.dtype)
+
+
+class HalfConv(nn.Module):
+    """A convolution in half precision, fed from a float32 stream; its result goes back to it unless `widen` is off."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, widen: bool) -> None:
+        super().__init__()
+        self.conv, self.dtype, self.widen = conv.to(dtype), dtype, widen
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.conv(x.to(self.dtype))
+        return result.float() if self.widen else result
+
+
+def _float32_norms(module: nn.Module) -> None:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.GroupNorm):
+                setattr(parent, name, Float32GroupNorm(child))
+
+
+class Decode(nn.Module):
+    """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("codebook", _vector(tokenizer.codebook_VD, dtype))
+        self.post_quant_conv = copy.deepcopy(tokenizer.post_quant_conv).to(dtype)
+        self.decoder = copy.deepcopy(tokenizer.decoder).to(dtype)
+        _float32_norms(self.decoder)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        codes = F.embedding(tokens, self.codebook).permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(codes)).float()
+
+
+class Encode(nn.Module):
+    """image (B, 3, H, W) float32 in -1..1 -> latent (B, D, h, w) float32, neither resized nor normalised.
+
+    In half precision the residual stream, the first convolution (pixels have more than 8 bits) and the last (its result
+    picks the token) stay float32: a fifth less error, at two of about fifty layers.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(tokenizer.encoder)
+        self.quant_conv = copy.deepcopy(tokenizer.quant_conv)
+        _float32_norms(self.encoder)
+        if dtype == torch.float32:
+            return
+        for parent in list(self.encoder.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Conv2d) and child is not self.encoder.conv_in:
+                    setattr(parent, name, HalfConv(child, dtype, widen=name not in ("q", "k", "v")))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(image))
+
+
+def graph_module(graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype) -> nn.Module:
+    """The module behind a graph of the bundle."""
+    if graph in ("condition", "step"):
+        return {"condition": Condition, "step": Step}[graph](model, dtype).eval()
+    return {"decode": Decode, "encode": Encode}[graph](tokenizer, dtype).eval()

@@ -1,0 +1,126 @@
+"""One torch module to one ONNX file, with the names, types and dynamic axes its declaration says."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.manifest import GraphSpec, TensorSpec
+
+OPSET = 23  # the first with Attention; every runtime in use takes it
+INLINE_BYTES = 2**20  # weights beyond this go to a file of their own, which runtimes map into memory
+# Distinct sizes, none of them 0 or 1: whatever the exporter would bake in then shows up as a failure.
+EXAMPLE_SIZES = {"labels": 3, "sequences": 4, "images": 2, "new": 9, "past": 5, "height": 6, "width": 7}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
+}
+
+
+def export_graph(module: nn.Module, spec: GraphSpec, directory: Path) -> None:
+    """Write `directory / spec.file` (and `<file>.data` for large weights). Raises ArtifactRefused where the exported
+    graph is not what `spec` declares."""
+    axes = {name: Dim(name, min=0 if name == "past" else 1) for name in EXAMPLE_SIZES}
+    grouped = _grouped(spec)
+    with warnings.catch_warnings(), _quiet_exporter():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            tuple(_map(group, _example) for group in grouped),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=tuple(_map(group, lambda tensor: _dynamic(tensor, axes)) for group in grouped),
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            verbose=False,
+        )
+    assert program is not None  # with dynamo=True a program is always returned
+    path = directory / spec.file
+    weights = sum(value.nbytes for value in module.state_dict().values())
+    program.save(str(path), external_data=weights > INLINE_BYTES)
+    _finish(path, spec)
+
+
+def _grouped(spec: GraphSpec) -> list[TensorSpec | list[TensorSpec]]:
+    """Inputs as the module takes them: past keys and past values are one list each."""
+    groups: list[TensorSpec | list[TensorSpec]] = []
+    for tensor in spec.inputs:
+        part = tensor.name.rpartition("_")[0] if tensor.name.startswith("past_") else None
+        previous = groups[-1] if groups else None
+        if part and isinstance(previous, list) and previous[0].name.startswith(part):
+            previous.append(tensor)
+        else:
+            groups.append([tensor] if part else tensor)
+    return groups
+
+
+def _map(group, make):  # type: ignore[no-untyped-def]
+    return [make(tensor) for tensor in group] if isinstance(group, list) else make(group)
+
+
+def _example(tensor: TensorSpec) -> Tensor:
+    shape = [axis if isinstance(axis, int) else _size(axis) for axis in tensor.axes]
+    return torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype])
+
+
+def _size(axis: str) -> int:
+    base, _, factor = axis.partition("_x")
+    return EXAMPLE_SIZES[base] * int(factor or 1)
+
+
+def _dynamic(tensor: TensorSpec, axes: dict[str, Dim]) -> dict[int, Dim]:
+    named = {i: axis for i, axis in enumerate(tensor.axes) if isinstance(axis, str)}
+    return {i: int(axis.partition("_x")[2] or 1) * axes[axis.partition("_x")[0]] for i, axis in named.items()}
+
+
+class _quiet_exporter:
+    """The exporter logs what it skips at every start; none of it concerns these graphs."""
+
+    def __enter__(self) -> None:
+        self._logger = logging.getLogger("torch.onnx")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)
+
+
+def _finish(path: Path, spec: GraphSpec) -> None:
+    """Name the axes as declared, check names and types, and drop what the exporter notes about its own source."""
+    model = onnx.load(str(path), load_external_data=False)
+    graph = model.graph
+    for node in graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for item in (model, graph, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    for declared, values in ((spec.inputs, graph.input), (spec.outputs, graph.output)):
+        got = [(v.name, v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in values]
+        expected = [
+            (t.name, getattr(onnx.TensorProto, t.dtype.upper().replace("FLOAT32", "FLOAT")), len(t.axes))
+            for t in declared
+        ]
+        if got != expected:
+            raise ArtifactRefused(
+                f"{path.name} with {got}", expected=str(expected), fix="use the tested torch and onnx versions"
+            )
+        for tensor, value in zip(declared, values, strict=True):
+            for axis, dim in zip(tensor.axes, value.type.tensor_type.shape.dim, strict=True):
+                dim.Clear()
+                if isinstance(axis, int):
+                    dim.dim_value = axis
+                else:
+                    dim.dim_param = axis
+    model.producer_name, model.producer_version = "flexvar-deploy", ""
+    onnx.save_model(model, str(path))
+    onnx.checker.check_model(str(path))

@@ -1,0 +1,136 @@
+"""The gates: does every graph, as the runtime drives it, say what the reference says?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexvar_runtime import Bundle, FlexVARPipeline, ParityFailed, Sampling
+from flexvar_runtime.backends import create
+from flexvar_runtime.engine import Engine
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
+from flexvar_runtime.manifest import ParityRecord, ParityRow
+
+from .emulate import emulate_bf16
+from .proof import SEED, Case, Proof
+
+PSNR_CAP = 200.0  # dB: equal images
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Bounds of one precision: relative error ‖Δ‖ / ‖reference − row mean‖, and the decoder's PSNR in dB (peak 2)."""
+
+    relative: float
+    psnr: float
+
+
+GATES = {"fp32": Gate(1e-5, 80.0), "fp16": Gate(2e-3, 50.0), "bf16": Gate(1.5e-2, 40.0)}
+
+
+def relative_error(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """‖got − reference‖₂ / ‖reference − row mean‖₂, rows along the last axis; infinite for NaN is capped at 1e9."""
+    exact = reference.astype(np.float64)
+    spread = np.linalg.norm(exact - exact.mean(axis=-1, keepdims=True))
+    error = np.linalg.norm(got.astype(np.float64) - exact) / max(spread, 1e-30)
+    return float(min(error, 1e9)) if np.isfinite(error) else 1e9
+
+
+def psnr(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """Peak 2, both clamped to −1…1; 0 for NaN."""
+    error = np.mean((np.clip(got, -1, 1).astype(np.float64) - np.clip(reference, -1, 1)) ** 2)
+    if not np.isfinite(error):
+        return 0.0
+    return float(min(10 * np.log10(4 / error), PSNR_CAP)) if error > 0 else PSNR_CAP
+
+
+def compare(engine: Engine, proof: Proof, gate: Gate) -> Iterator[ParityRow]:
+    """One row per graph, scale and output, in the order in which a generation computes them."""
+    condition = engine.condition(proof.labels)
+    for name in ("modulation", "head_modulation", "first_input"):
+        yield _relative(CONDITION, None, name, getattr(condition, name), getattr(proof, name), gate)
+    for case in proof.cases:
+        yield from _compare_case(engine, case, gate)
+    latent = engine.encode(proof.image)
+    yield _relative(ENCODE, None, "latent", *(np.moveaxis(x, 1, -1) for x in (latent, proof.latent)), gate)
+
+
+def _compare_case(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]:
+    with engine.loop(case.labels, case.schedule, case.guidance) as loop:
+        previous = None
+        for i, (h, w) in enumerate(case.schedule):
+            logits = loop.logits(i, previous)[:, case.rows[i]]
+            yield _relative(STEP, f"{i + 1}/{len(case.schedule)} ({h}x{w})", "logits", logits, case.logits[i], gate)
+            previous = case.tokens[i]
+    decoded = np.concatenate([part.copy() for part in engine.decode(case.tokens[-1])])
+    h, w = case.schedule[-1]
+    yield ParityRow(
+        graph=DECODE,
+        scale=f"{h}x{w}",
+        output="image",
+        metric="psnr_db",
+        value=psnr(decoded, case.decoded),
+        bound=gate.psnr,
+    )
+
+
+def _relative(
+    graph: str, scale: str | None, output: str, got: NDArray[np.float32], reference: NDArray[np.float32], gate: Gate
+) -> ParityRow:
+    error = relative_error(got, reference)
+    return ParityRow(graph=graph, scale=scale, output=output, metric="relative_error", value=error, bound=gate.relative)
+
+
+def holds(row: ParityRow) -> bool:
+    """Whether a row is within its bound: errors below it, PSNR above it."""
+    return row.value >= row.bound if row.metric == "psnr_db" else row.value <= row.bound
+
+
+def prove(bundle: Bundle, proof: Proof, backend: str = "ort-cpu", threads: int | None = None) -> ParityRecord:
+    """Run every graph of a bundle afresh, in schedule order, without warm-up, against the proof.
+
+    A bf16 bundle on ort-cpu, which has no such kernels, is emulated in float32; the record says so. The record's
+    `free_running_agreement` is the share of equal tokens where the backend feeds on its own draws instead.
+    """
+    started = create(backend, threads=threads)
+    precision = bundle.manifest.precision
+    emulated = precision == "bf16" and started.name == "ort-cpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        runnable = emulate_bf16(bundle, Path(scratch)) if emulated else bundle
+        with FlexVARPipeline(runnable, started) as pipeline:
+            rows = tuple(compare(pipeline.engine, proof, GATES[precision]))
+            agreement = _free_running(pipeline, proof.cases[0])
+    return ParityRecord(
+        backend=started.name,
+        emulated=emulated,
+        passed=all(holds(row) for row in rows),
+        rows=rows,
+        free_running_agreement=agreement,
+    )
+
+
+def _free_running(pipeline: FlexVARPipeline, case: Case) -> float:
+    """Share of tokens equal to the reference's where the runtime samples on its own, with the same draws."""
+    sampling = Sampling(max_side=case.guidance.max_side)
+    steps = pipeline.iter_scales(case.labels, case.schedule, case.guidance, sampling, seed=SEED)
+    equal = sum(int((step.tokens == case.tokens[step.index]).sum()) for step in steps)
+    return equal / (len(case.labels) * case.schedule.tokens)
+
+
+def require_parity(record: ParityRecord) -> None:
+    """Raise ParityFailed naming the first output that diverges, in the order of computation."""
+    failed: Sequence[ParityRow] = [row for row in record.rows if not holds(row)]
+    if failed:
+        first = failed[0]
+        place = first.graph + (f", scale {first.scale}" if first.scale else "") + f", output {first.output}"
+        relation = "at least" if first.metric == "psnr_db" else "at most"
+        raise ParityFailed(
+            f"{place}: {first.metric} {first.value:.3g} on {record.backend} ({len(failed)} of {len(record.rows)} checks fail)",
+            expected=f"{relation} {first.bound:g}",
+            fix="export again; if it persists, compare tool versions with the bundle's provenance",
+        )

@@ -1,0 +1,208 @@
+"""What the reference says, recorded: the inputs and outputs every backend is held against.
+
+A proof is made from the reference in float32 and travels in the bundle (a few rows of logits a scale), so that a
+bundle can be verified again without its checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flexvar_ref import FlexVAR, Options, Tokenizer, iter_scales
+from flexvar_runtime import Guidance, Sampling, ScaleSchedule
+from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.noise import uniforms
+
+PROOF_FILE = "proof.npz"
+ROWS_KEPT = 12  # positions of each scale whose logits travel in the bundle
+SEED = 20260101
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One generation of the reference: its options, its own tokens (B, h, w) per scale (fed back at every scale), the
+    guided logits (B, rows, V) at `rows` of every scale, and the decoder's image of the last tokens."""
+
+    labels: tuple[int, ...]
+    schedule: ScaleSchedule
+    guidance: Guidance
+    tokens: tuple[NDArray[np.int32], ...]
+    rows: tuple[NDArray[np.int32], ...]
+    logits: tuple[Float32, ...]
+    decoded: Float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Cases, the condition of some labels, and one encoded image (B, 3, H, W) with its latent (B, D, h, w)."""
+
+    cases: tuple[Case, ...]
+    labels: tuple[int, ...]
+    modulation: Float32
+    head_modulation: Float32
+    first_input: Float32
+    image: Float32
+    latent: Float32
+
+    def thinned(self, rows: int = ROWS_KEPT) -> Proof:
+        """The same with at most `rows` rows of logits a scale, spread evenly."""
+        return replace(self, cases=tuple(_thin(case, rows) for case in self.cases))
+
+    def save(self, path: Path) -> None:
+        arrays: dict[str, NDArray[np.generic]] = {
+            "labels": np.array(self.labels, np.int32),
+            **{
+                name: getattr(self, name)
+                for name in ("modulation", "head_modulation", "first_input", "image", "latent")
+            },
+        }
+        for c, case in enumerate(self.cases):
+            arrays[f"case{c}.labels"] = np.array(case.labels, np.int32)
+            arrays[f"case{c}.schedule"] = np.array(case.schedule.scales, np.int32)
+            arrays[f"case{c}.guidance_scale"] = np.float64(case.guidance.scale)
+            arrays[f"case{c}.ramp"] = np.bool_(case.guidance.rule == "ramp")
+            arrays[f"case{c}.max_side"] = np.int32(case.guidance.max_side)
+            arrays[f"case{c}.decoded"] = case.decoded
+            for i in range(len(case.schedule)):
+                for name in ("tokens", "rows", "logits"):
+                    arrays[f"case{c}.{name}{i}"] = getattr(case, name)[i]
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Proof:
+        """Raises ArtifactRefused."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            cases = []
+            while f"case{len(cases)}.labels" in arrays:
+                cases.append(_read_case(arrays, f"case{len(cases)}."))
+            names = ("modulation", "head_modulation", "first_input", "image", "latent")
+            return cls(
+                cases=tuple(cases),
+                labels=tuple(arrays["labels"].tolist()),
+                **{name: arrays[name] for name in names},
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactRefused(
+                f"{path.name} ({error!r})", expected="a recorded proof", fix="export again"
+            ) from error
+
+
+def _read_case(arrays: dict[str, NDArray[np.generic]], prefix: str) -> Case:
+    schedule = ScaleSchedule.parse([tuple(size) for size in arrays[prefix + "schedule"].tolist()])  # type: ignore[arg-type]
+    rule = "ramp" if arrays[prefix + "ramp"] else "constant"
+    guidance = Guidance(float(arrays[prefix + "guidance_scale"]), rule, int(arrays[prefix + "max_side"]))
+
+    def per_scale(name: str) -> tuple[NDArray[np.generic], ...]:
+        return tuple(arrays[f"{prefix}{name}{i}"] for i in range(len(schedule)))
+
+    return Case(
+        labels=tuple(arrays[prefix + "labels"].tolist()),
+        schedule=schedule,
+        guidance=guidance,
+        tokens=per_scale("tokens"),  # type: ignore[arg-type]
+        rows=per_scale("rows"),  # type: ignore[arg-type]
+        logits=per_scale("logits"),  # type: ignore[arg-type]
+        decoded=arrays[prefix + "decoded"],  # type: ignore[arg-type]
+    )
+
+
+def _thin(case: Case, keep: int) -> Case:
+    picks = [np.unique(np.linspace(0, len(rows) - 1, min(keep, len(rows))).round().astype(int)) for rows in case.rows]
+    return replace(
+        case,
+        rows=tuple(rows[pick] for rows, pick in zip(case.rows, picks, strict=True)),
+        logits=tuple(np.ascontiguousarray(x[:, pick]) for x, pick in zip(case.logits, picks, strict=True)),
+    )
+
+
+def make_proof(model: FlexVAR, tokenizer: Tokenizer, schedule: ScaleSchedule, guidance: Guidance) -> Proof:
+    """Run the reference: the given schedule guided, and a short non-square one with the other rule.
+
+    Takes a generation of two images and one of one image. All rows of logits are kept; see `thinned`.
+    """
+    classes = model.config.classes
+    labels = (classes // 3, classes - 1, model.config.null_class)
+    other = Guidance(4.0, "constant" if guidance.rule == "ramp" else "ramp", guidance.max_side)
+    cases = (
+        _make_case(model, tokenizer, labels[:2], schedule, guidance),
+        _make_case(model, tokenizer, (0,), ScaleSchedule.parse("1_2x3_5x4_6x9"), other),
+    )
+    with torch.inference_mode():
+        labels_M = torch.tensor(labels)
+        cond = model.condition(labels_M)
+        modulation = torch.stack([block.ada_lin(cond) for block in model.blocks], dim=1)  # type: ignore[operator]
+        image = _image(tokenizer.config.downsampling * 8, tokenizer.config.downsampling * 6)
+        return Proof(
+            cases=cases,
+            labels=labels,
+            modulation=modulation.view(*modulation.shape[:2], 6, -1).numpy(),
+            head_modulation=model.head_nm.ada_lin(cond).view(len(labels), 2, -1).numpy(),
+            first_input=model.first_input(labels_M).numpy(),
+            image=image,
+            latent=tokenizer.encode(torch.from_numpy(image)).numpy(),
+        )
+
+
+def _make_case(
+    model: FlexVAR, tokenizer: Tokenizer, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance
+) -> Case:
+    scales = list(
+        iter_scales(
+            model,
+            labels,
+            schedule,
+            reference_options(guidance, Sampling(max_side=guidance.max_side)),
+            shared_noise(SEED),
+        )
+    )
+    with torch.inference_mode():
+        decoded = tokenizer.decode(scales[-1].tokens).numpy()
+    return Case(
+        labels=tuple(labels),
+        schedule=schedule,
+        guidance=guidance,
+        tokens=tuple(scale.tokens.numpy().astype(np.int32) for scale in scales),
+        rows=tuple(np.arange(h * w, dtype=np.int32) for h, w in schedule),
+        logits=tuple(scale.logits.numpy() for scale in scales),
+        decoded=decoded,
+    )
+
+
+def reference_options(guidance: Guidance, sampling: Sampling) -> Options:
+    """The runtime's options as the reference takes them (greedy scales: the published rule or none)."""
+    return Options(
+        cfg=guidance.scale,
+        rule=guidance.rule,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        upstream_greedy=sampling.greedy_scales == "upstream",
+        max_side=guidance.max_side,
+    )
+
+
+def shared_noise(seed: int, first_index: int = 0):  # type: ignore[no-untyped-def]
+    """The runtime's draws as the reference takes them: (scale, positions, batch) -> uniforms (batch, positions)."""
+
+    def draw(scale: int, positions: int, batch: int) -> torch.Tensor:
+        return torch.from_numpy(np.stack([uniforms(seed, first_index + i, scale, positions) for i in range(batch)]))
+
+    return draw
+
+
+def _image(height: int, width: int) -> Float32:
+    """A smooth colourful test image (1, 3, height, width) in −1…1, the same everywhere."""
+    y, x = np.mgrid[:height, :width].astype(np.float64) / max(height, width)
+    waves = [
+        np.sin(2 * np.pi * ((c + 1) * x + (3 - c) * y + c / 3)) * np.cos(2 * np.pi * (2 + c) * x * y) for c in range(3)
+    ]
+    return np.stack(waves)[None].astype(np.float32)

@@ -1,0 +1,162 @@
+"""ONNX Runtime on the CPU: the default that works anywhere.
+
+Arrays are NumPy arrays, bound by address: inputs are read and outputs written in place, nothing is copied. Weight files
+are mapped into memory by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory
+from ..manifest import GraphSpec
+from ..memory import available_bytes
+from ..noise import check_whole
+from .base import Availability, host_dtype
+
+MINIMUM = (1, 24)
+_ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
+_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+
+
+def probe() -> Availability:
+    wheels = {name: version for name in _WHEELS if (version := _version(name))}
+    if len(wheels) > 1:
+        names = " and ".join(wheels)
+        return Availability(
+            False,
+            f"{names} are both installed and overwrite each other's files",
+            f"pip uninstall -y {' '.join(wheels)} && pip install 'flexvar-deploy[cpu]'",
+        )
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        missing = not wheels
+        detail = "onnxruntime is not installed" if missing else f"onnxruntime cannot be loaded ({error})"
+        fix = "pip install 'flexvar-deploy[cpu]'" if missing else f"pip install --force-reinstall {next(iter(wheels))}"
+        return Availability(False, detail, fix)
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < MINIMUM:
+        wanted = ".".join(map(str, MINIMUM))
+        return Availability(
+            False, f"onnxruntime {ort.__version__} is older than {wanted}", f"pip install 'onnxruntime>={wanted}'"
+        )
+    return Availability(True, f"onnxruntime {ort.__version__}, {default_threads()} threads")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def default_threads() -> int:
+    """The processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def create(*, device: str | None, threads: int | None) -> OrtCpu:
+    if device not in (None, "cpu"):
+        raise InvalidInput(
+            f"device {device!r} for ort-cpu", expected="cpu or none", fix="leave it out or choose another backend"
+        )
+    return OrtCpu(default_threads() if threads is None else check_whole("threads", threads, 1, 1024))
+
+
+class OrtCpu:
+    """Backend on `threads` threads."""
+
+    name = "ort-cpu"
+    precisions = frozenset({"fp32", "fp16"})
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def open(self, path: Path, spec: GraphSpec, *, once: bool = False) -> OrtGraph:
+        return OrtGraph(path, spec, self.threads, once)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        try:
+            return np.empty(shape, host_dtype(dtype))
+        except MemoryError as error:
+            raise OutOfMemory(
+                f"a buffer of {shape} {dtype}", expected="one that fits", fix="use a smaller batch"
+            ) from error
+
+    def upload(self, host: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(host)
+
+    def download(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def available_bytes(self) -> int | None:
+        return available_bytes()
+
+
+class OrtGraph:
+    """One session. `once` skips the repacking of weights: they stay mapped from the file and are dropped by `close`."""
+
+    def __init__(self, path: Path, spec: GraphSpec, threads: int, once: bool) -> None:
+        ort = importlib.import_module("onnxruntime")
+        self.spec = spec
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3  # errors only: what matters is raised
+        if once:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise _translate(error, path.name, spec) from error
+        self._types = {
+            t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype)
+            for t in (*spec.inputs, *spec.outputs)
+        }
+        self._name = path.name
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _translate(error, self._name, self.spec) from error
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _translate(error: Exception, name: str, spec: GraphSpec) -> Exception:
+    """ONNX Runtime raises its own types for everything; out of memory and files it refuses have a meaning here."""
+    text = str(error)
+    first = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+    if (
+        isinstance(error, MemoryError)
+        or "Failed to allocate" in text
+        or "bad_alloc" in text
+        or "bad allocation" in text
+    ):
+        return OutOfMemory(
+            f"{name}: {first}", expected="a request that fits in memory", fix="use a smaller batch or schedule"
+        )
+    if "NOT_IMPLEMENTED" in text or "NotImplemented" in type(error).__name__:
+        return BackendUnavailable(
+            f"{name}: {first}",
+            expected="operators that ort-cpu has",
+            fix="export with --precision fp32, or use a GPU backend",
+        )
+    return ArtifactRefused(
+        f"{name}: {first}", expected="a graph this ONNX Runtime can run", fix="export the bundle again"
+    )

@@ -1,0 +1,62 @@
+"""How every command talks: results on standard output (text or JSON), progress and diagnostics on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def start_logging(verbose: bool) -> None:
+    """Diagnostics to standard error, through `logging`."""
+    level = logging.DEBUG if verbose else logging.INFO
+    handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
+    root = logging.getLogger("flexvar_runtime")
+    for name in ("flexvar_runtime", "flexvar_export", "flexvar_bench"):
+        root = logging.getLogger(name)
+        root.handlers, root.propagate = [handler], False
+        root.setLevel(level)
+
+
+def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Print `data` as JSON, or call `show` to print it for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    else:
+        show()
+
+
+@contextmanager
+def steps(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """Progress over `total` steps: a bar on a terminal, plain lines otherwise. Call the yielded function at each."""
+    if not err.is_terminal:
+        done = 0
+
+        def plain(message: str) -> None:
+            nonlocal done
+            done += 1
+            err.print(f"{what} {done}/{total}: {message}", highlight=False, markup=False, soft_wrap=True)
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+
+        def advance(message: str) -> None:
+            progress.update(task, advance=1, description=f"{what}: {message}")
+
+        yield advance

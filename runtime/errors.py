@@ -1,0 +1,54 @@
+"""Typed errors: every refusal says what was got, what was expected and how to fix it."""
+
+from __future__ import annotations
+
+
+class FlexVARError(Exception):
+    """Base of every error the runtime raises on purpose.
+
+    got, expected, fix: short phrases, joined into the message. `exit_code` is the code with which the
+    command line ends.
+    """
+
+    exit_code = 1
+
+    def __init__(self, got: str, *, expected: str, fix: str) -> None:
+        super().__init__(f"got {got}; expected {expected}; fix: {fix}")
+        self.got, self.expected, self.fix = got, expected, fix
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments survive pickling between processes
+        return _rebuild, (type(self), self.got, self.expected, self.fix)
+
+
+def _rebuild(kind: type[FlexVARError], got: str, expected: str, fix: str) -> FlexVARError:
+    return kind(got, expected=expected, fix=fix)
+
+
+class InvalidInput(FlexVARError, ValueError):
+    """A class, schedule, option or seed out of its range."""
+
+    exit_code = 2
+
+
+class ParityFailed(FlexVARError):
+    """A graph does not agree with the reference."""
+
+    exit_code = 3
+
+
+class BackendUnavailable(FlexVARError):
+    """A backend that was asked for cannot run here, or cannot run this bundle."""
+
+    exit_code = 4
+
+
+class ArtifactRefused(FlexVARError):
+    """A checkpoint, bundle, engine or image whose content is not what it claims to be."""
+
+    exit_code = 5
+
+
+class OutOfMemory(FlexVARError, MemoryError):
+    """The request does not fit in memory."""
+
+    exit_code = 6

@@ -1,0 +1,77 @@
+"""The graphs of a bundle and their tensors, declared once: export, manifest, backends and checks derive from here.
+
+Axes: M labels, N sequences (2B under guidance), B images, L new tokens, P past tokens, h × w a token map, H × W its image.
+"""
+
+from __future__ import annotations
+
+from .manifest import GraphSpec, ModelFacts, TensorSpec
+
+CONDITION, STEP, DECODE, ENCODE = GRAPHS = ("condition", "step", "decode", "encode")
+TABLES_FILE = "tables.npz"
+DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def past_names(depth: int) -> tuple[str, ...]:
+    """Inputs of `step` that hold the past: keys of every block, then values of every block."""
+    return tuple(f"past_{part}_{i}" for part in "kv" for i in range(depth))
+
+
+def new_names(depth: int) -> tuple[str, ...]:
+    """Outputs of `step` that go to the tail of the same buffers, in the order of `past_names`."""
+    return tuple(f"new_{part}_{i}" for part in "kv" for i in range(depth))
+
+
+def graph_specs(model: ModelFacts, precision: str) -> dict[str, GraphSpec]:
+    """Inputs and outputs of every graph of a model at a precision ("fp32", "fp16", "bf16").
+
+    Only keys and values travel in half precision; everything else that crosses a graph's border is float32 or int32.
+    """
+    C, D, V, depth = model.width, model.code_dim, model.vocabulary, model.depth
+    kv = DTYPE_OF_PRECISION[precision]
+    factor = model.downsampling
+
+    def f32(name: str, *axes: str | int) -> TensorSpec:
+        return TensorSpec(name=name, dtype="float32", axes=axes)
+
+    def i32(name: str, *axes: str | int) -> TensorSpec:
+        return TensorSpec(name=name, dtype="int32", axes=axes)
+
+    def cache(name: str, tokens: str) -> TensorSpec:
+        return TensorSpec(name=name, dtype=kv, axes=(tokens, "sequences", model.heads, model.head_size))
+
+    return {
+        CONDITION: GraphSpec(
+            file="condition.onnx",
+            inputs=(i32("labels", "labels"),),
+            outputs=(
+                f32("modulation", "labels", depth, 6, C),
+                f32("head_modulation", "labels", 2, C),
+                f32("first_input", "labels", 1, C),
+            ),
+        ),
+        STEP: GraphSpec(
+            file="step.onnx",
+            inputs=(
+                f32("codes", "sequences", "new", D),
+                f32("offset", "sequences", "new", C),
+                f32("modulation", "sequences", depth, 6, C),
+                f32("head_modulation", "sequences", 2, C),
+                i32("cond_rows", "images"),
+                i32("uncond_rows", "images"),
+                f32("t", "images"),
+                *(cache(name, "past") for name in past_names(depth)),
+            ),
+            outputs=(f32("logits", "images", "new", V), *(cache(name, "new") for name in new_names(depth))),
+        ),
+        DECODE: GraphSpec(
+            file="decode.onnx",
+            inputs=(i32("tokens", "images", "height", "width"),),
+            outputs=(f32("image", "images", 3, f"height_x{factor}", f"width_x{factor}"),),
+        ),
+        ENCODE: GraphSpec(
+            file="encode.onnx",
+            inputs=(f32("image", "images", 3, f"height_x{factor}", f"width_x{factor}"),),
+            outputs=(f32("latent", "images", D, "height", "width"),),
+        ),
+    }

@@ -1,0 +1,113 @@
+"""What a generation returns, and the settings that make it again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ._version import __version__
+from .errors import ArtifactRefused, FlexVARError
+from .guidance import Guidance
+from .noise import check_index, check_seed
+from .sampling import Sampling
+from .schedule import ScaleSchedule
+
+SETTINGS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScaleTime:
+    """Seconds of one scale: the transformer's step (inputs included), and sampling on the host."""
+
+    size: tuple[int, int]
+    step: float
+    sample: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one generation, all images together. `scales` in order; `total` is wall time, decoder included."""
+
+    condition: float
+    scales: tuple[ScaleTime, ...]
+    decode: float
+    total: float
+
+    @property
+    def sampling(self) -> float:
+        return sum(scale.sample for scale in self.scales)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"sampling": self.sampling}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the tokens of one image, given its bundle."""
+
+    bundle: str
+    label: int
+    seed: int
+    index: int
+    schedule: ScaleSchedule
+    guidance: Guidance
+    sampling: Sampling
+    backend: str
+
+    def to_json(self) -> dict[str, Any]:
+        """64-bit integers as text: JSON readers lose them otherwise."""
+        return {
+            "version": SETTINGS_VERSION,
+            "runtime": __version__,
+            "bundle": self.bundle,
+            "backend": self.backend,
+            "class": self.label,
+            "seed": str(self.seed),
+            "index": str(self.index),
+            "schedule": str(self.schedule),
+            "guidance": self.guidance.to_json(),
+            "sampling": self.sampling.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str) -> Settings:
+        """Read back what `to_json` wrote. Raises ArtifactRefused."""
+        try:
+            if data["version"] != SETTINGS_VERSION:
+                raise ValueError(f"version {data['version']!r}")
+            return cls(
+                bundle=str(data["bundle"]),
+                label=int(data["class"]),
+                seed=check_seed(int(data["seed"])),
+                index=check_index(int(data["index"])),
+                schedule=ScaleSchedule.parse(data["schedule"]),
+                guidance=Guidance(**data["guidance"]),
+                sampling=Sampling.from_json(data["sampling"]),
+                backend=str(data["backend"]),
+            )
+        except (KeyError, TypeError, ValueError, FlexVARError) as error:
+            raise ArtifactRefused(
+                f"{where} with settings that cannot be used ({error})",
+                expected=f"settings of version {SETTINGS_VERSION}",
+                fix="make the image again, or pass the options yourself",
+            ) from error
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """images (B, H, W, 3) uint8; tokens: one (B, h, w) int32 per scale; decoded (B, 3, H, W) float32 as the decoder
+    gave it, where it was asked for; one Settings an image."""
+
+    images: NDArray[np.uint8]
+    tokens: tuple[NDArray[np.int32], ...]
+    seed: int
+    timings: Timings
+    settings: tuple[Settings, ...]
+    decoded: NDArray[np.float32] | None = None
+
+    def to_pil(self) -> list[Image.Image]:
+        return [Image.fromarray(image) for image in self.images]

@@ -1,0 +1,235 @@
+"""Bundle to images: the public pipeline. The loop over scales is visible in `FlexVARPipeline._scales`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from .backends import create
+from .backends.base import Backend
+from .bundle import Bundle
+from .engine import Engine
+from .errors import InvalidInput
+from .guidance import Guidance
+from .images import from_uint8, to_uint8
+from .loop import ScaleLoop
+from .noise import check_index, check_seed, check_whole, draws, fresh_seed
+from .output import GenerationOutput, ScaleTime, Settings, Timings
+from .sampling import Sampling, sample
+from .schedule import MAX_SIDE, ScaleSchedule, ScheduleLike
+
+Tokens = NDArray[np.int32]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """One generated scale: number `index` of `count`, its (h, w), its tokens (B, h, w), and what it took.
+
+    `preview()` decodes it to (B, H, W, 3) uint8: every scale is a whole image.
+    """
+
+    index: int
+    count: int
+    size: tuple[int, int]
+    tokens: Tokens
+    time: ScaleTime
+    preview: Callable[[], Pixels]
+
+
+class FlexVARPipeline:
+    """An opened bundle on one backend. Belongs to one thread at a time; several pipelines may run at once."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.engine = Engine(bundle, backend)
+        self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
+        defaults = bundle.manifest.defaults
+        self.schedule = ScaleSchedule.parse(defaults.schedule)
+        self.guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
+        self.sampling = Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side)
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | os.PathLike[str],
+        backend: str = "auto",
+        device: str | None = None,
+        threads: int | None = None,
+    ) -> Self:
+        """Check a bundle's integrity and open it. Raises ArtifactRefused, BackendUnavailable, InvalidInput."""
+        chosen = create(backend, device=device, threads=threads)
+        return cls(Bundle.open(path, workers=chosen.threads), chosen)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free weights and buffers; the pipeline cannot be used afterwards."""
+        self.engine.close()
+
+    def __call__(
+        self,
+        labels: Sequence[int],
+        schedule: ScheduleLike | None = None,
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        *,
+        keep_decoded: bool = False,
+        on_scale: Callable[[ScaleStep], None] | None = None,
+    ) -> GenerationOutput:
+        """Generate one image a label. None means the bundle's default (for the seed: a fresh one, returned).
+
+        Image i draws from stream (seed, first_index + i). on_scale is called after every scale; keep_decoded keeps the
+        decoder's float output. Raises InvalidInput, OutOfMemory.
+        """
+        start = time.perf_counter()
+        request = self._request(labels, schedule, guidance, sampling, seed, first_index)
+        first = request[0]
+        steps = []
+        with self.engine.loop([s.label for s in request], first.schedule, first.guidance) as loop:
+            looping = time.perf_counter()
+            for step in self._scales(request, loop):
+                steps.append(step)
+                if on_scale is not None:
+                    on_scale(step)
+        decoding = time.perf_counter()
+        decoded = list(self._decode(steps[-1].tokens, keep_decoded))
+        end = time.perf_counter()
+        return GenerationOutput(
+            images=np.concatenate([pixels for pixels, _ in decoded]),
+            tokens=tuple(step.tokens for step in steps),
+            seed=first.seed,
+            timings=Timings(looping - start, tuple(step.time for step in steps), end - decoding, end - start),
+            settings=request,
+            decoded=np.concatenate([raw for _, raw in decoded if raw is not None]) if keep_decoded else None,
+        )
+
+    def iter_scales(
+        self,
+        labels: Sequence[int],
+        schedule: ScheduleLike | None = None,
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+    ) -> Iterator[ScaleStep]:
+        """Every scale as it comes, for progress, previews and cancelling (stop iterating). Options as in a call."""
+        return self._iterate(self._request(labels, schedule, guidance, sampling, seed, first_index))
+
+    def _iterate(self, request: tuple[Settings, ...]) -> Iterator[ScaleStep]:
+        with self.engine.loop([s.label for s in request], request[0].schedule, request[0].guidance) as loop:
+            yield from self._scales(request, loop)
+
+    def _scales(self, request: tuple[Settings, ...], loop: ScaleLoop) -> Iterator[ScaleStep]:
+        schedule, sampling, B = request[0].schedule, request[0].sampling, len(request)
+        tokens: Tokens | None = None
+        for i, (h, w) in enumerate(schedule):
+            started = time.perf_counter()
+            logits = loop.logits(i, tokens).reshape(B * h * w, -1)
+            stepped = time.perf_counter()
+            noise = np.concatenate([draws(s.seed, s.index, i, h * w) for s in request])
+            tokens = sample(logits, noise, top_k=sampling.top_k_at(h, w), top_p=sampling.top_p).reshape(B, h, w)
+            spent = ScaleTime((h, w), stepped - started, time.perf_counter() - stepped)
+            yield ScaleStep(i, len(schedule), (h, w), tokens, spent, lambda tokens=tokens: self.decode(tokens))
+
+    def warmup(self, schedule: ScheduleLike | None = None, batch_sizes: Sequence[int] = (1,)) -> None:
+        """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it."""
+        for batch in batch_sizes:
+            self([self.model.null_class] * check_whole("batch size", batch, 1), schedule=schedule, seed=0)
+
+    def decode(self, tokens: ArrayLike) -> Pixels:
+        """Tokens (B, h, w) of one scale to images (B, H, W, 3). Raises InvalidInput."""
+        return np.concatenate([pixels for pixels, _ in self._decode(self._check_tokens(tokens), keep=False)])
+
+    def _decode(self, tokens: Tokens, keep: bool) -> Iterator[tuple[Pixels, NDArray[np.float32] | None]]:
+        for decoded in self.engine.decode(tokens):
+            yield to_uint8(decoded, self.model.value_range), decoded.copy() if keep else None
+
+    def encode(self, image: Image.Image | ArrayLike, size: tuple[int, int] | None = None) -> Tokens:
+        """Image, or images (B, H, W, 3) uint8, to tokens (B, h, w).
+
+        Sides must be multiples of the downsampling factor. size: the (h, w) of the scale wanted; None is the image's
+        own. Raises InvalidInput.
+        """
+        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        pixels = pixels[None] if pixels.ndim == 3 else pixels
+        factor = self.model.downsampling
+        colour = pixels.ndim == 4 and pixels.shape[3] == 3 and pixels.dtype == np.uint8 and len(pixels) > 0
+        if not colour or any(side < factor or side % factor for side in pixels.shape[1:3]):
+            raise InvalidInput(
+                f"an image of shape {pixels.shape} {pixels.dtype}",
+                expected=f"(B, H, W, 3) uint8 with sides in multiples of {factor}",
+                fix="resize or pad it first",
+            )
+        wanted = ScaleSchedule(((1, 1), size or (pixels.shape[1] // factor, pixels.shape[2] // factor)))[-1]
+        return self.engine.tables.quantize(self.engine.encode(from_uint8(pixels, self.model.value_range)), wanted)
+
+    def check(self, labels: Sequence[int], seed: int | None = None, first_index: int = 0) -> None:
+        """Refuse what a call would refuse, before anything is computed. Raises InvalidInput."""
+        self._request(labels, None, None, None, seed, first_index)
+
+    def _request(
+        self,
+        labels: Sequence[int],
+        schedule: ScheduleLike | None,
+        guidance: Guidance | None,
+        sampling: Sampling | None,
+        seed: int | None,
+        first_index: int,
+    ) -> tuple[Settings, ...]:
+        """Check everything that enters, once: one Settings an image."""
+        seed = fresh_seed() if seed is None else check_seed(seed)
+        checked = [self._check_label(label) for label in np.atleast_1d(np.asarray(labels, object))]
+        if not checked:
+            raise InvalidInput("no class", expected="one class per image", fix="pass a list such as [207]")
+        check_index(check_index(first_index) + len(checked) - 1)
+        return tuple(
+            Settings(
+                bundle=self.bundle.sha256,
+                label=label,
+                seed=seed,
+                index=int(first_index) + i,
+                schedule=self.schedule if schedule is None else ScaleSchedule.parse(schedule),
+                guidance=self.guidance if guidance is None else guidance,
+                sampling=self.sampling if sampling is None else sampling,
+                backend=self.backend.name,
+            )
+            for i, label in enumerate(checked)
+        )
+
+    def _check_label(self, label: object) -> int:
+        null = self.model.null_class
+        whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
+        if not whole or not 0 <= int(label) <= null:  # type: ignore[call-overload]
+            raise InvalidInput(
+                f"class {label!r}",
+                expected=f"a whole number from 0 to {null} ({null} means no class)",
+                fix="flexvar inspect lists the classes of a bundle",
+            )
+        return int(label)  # type: ignore[call-overload, no-any-return]
+
+    def _check_tokens(self, tokens: ArrayLike) -> Tokens:
+        array = np.asarray(tokens)
+        whole = array.ndim == 3 and array.size > 0 and array.dtype.kind in "iu" and max(array.shape[1:]) <= MAX_SIDE
+        if not whole or array.min() < 0 or array.max() >= self.model.vocabulary:
+            raise InvalidInput(
+                f"tokens of shape {array.shape} {array.dtype}",
+                expected=f"(B, h, w) whole numbers from 0 to {self.model.vocabulary - 1}, sides up to {MAX_SIDE}",
+                fix="pass the tokens of one scale",
+            )
+        return np.ascontiguousarray(array, np.int32)

@@ -1,0 +1,181 @@
+"""The reference equals the recorded outputs of the published implementation (tests/golden)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flexvar_ref import FlexVAR, Options, ScaleOutput, Tokenizer, TokenizerConfig, TransformerConfig, iter_scales
+from flexvar_ref.sampling import probabilities
+from flexvar_ref.scales import Scales, as_scales
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RULES = {"var": "ramp", "llamagen": "constant"}
+LOGITS = 1e-4  # of their standard deviation: float32 summed in another order; the bound of the specification
+IMAGE = 1e-2  # half a step of the recorded float16 at 3.35 is 1e-3; the rest is the decoder in float32
+LATENT = 1e-4
+
+
+@dataclass(frozen=True)
+class Recording:
+    data: dict[str, Any]
+    model: FlexVAR
+    tokenizer: Tokenizer
+
+    @property
+    def scales(self) -> Scales:
+        return as_scales(self.data["schedule"].tolist())
+
+    def per_scale(self, tokens_BL: np.ndarray) -> list[torch.Tensor]:
+        parts = torch.from_numpy(tokens_BL).split([h * w for h, w in self.scales], dim=1)
+        return [part.reshape(-1, h, w) for part, (h, w) in zip(parts, self.scales, strict=True)]
+
+
+@pytest.fixture(scope="module", params=["d2_10step_var", "d3_7step_llamagen"])
+def recording(request: pytest.FixtureRequest, build_pair: Callable[..., tuple[FlexVAR, Tokenizer]]) -> Recording:
+    with np.load(GOLDEN / f"{request.param}.npz") as file:
+        data = {name: file[name] for name in file.files}
+    transformer = TransformerConfig.published(int(data["depth"]))
+    return Recording(data, *build_pair(transformer, TokenizerConfig(), int(data["seed"])))
+
+
+@pytest.fixture(scope="module")
+def greedy(recording: Recording) -> list[ScaleOutput]:
+    data = recording.data
+    options = Options(cfg=float(data["cfg"]), rule=RULES[str(data["cfg_mode"])], top_k=1, max_side=int(data["max_pn"]))
+    return list(iter_scales(recording.model, data["labels"].tolist(), recording.scales, options))
+
+
+@pytest.fixture(scope="module")
+def teacher_logits(recording: Recording) -> torch.Tensor:
+    tokens = recording.per_scale(recording.data["teacher_tokens"])
+    with torch.inference_mode():
+        return recording.model(recording.data["labels"].tolist(), tokens, recording.scales)
+
+
+def recorded_images(seed: int, batch: int, side: int) -> torch.Tensor:
+    """The input images of a recording, as golden/README.md of the recordings defines them."""
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    images = []
+    for i in range(batch):
+        rng = np.random.default_rng(seed + i)
+        channels = []
+        for _ in range(3):
+            terms = (
+                rng.normal()
+                * np.sin(2 * np.pi * (rng.uniform(0.5, 6) * x / side + rng.uniform(0.5, 6) * y / side + rng.uniform()))
+                for _ in range(6)
+            )
+            channels.append(sum(terms))
+        image = np.stack(channels)
+        images.append(image / np.abs(image).max())
+    return torch.from_numpy(np.stack(images).astype(np.float32))
+
+
+def largest(difference: torch.Tensor) -> float:
+    return difference.abs().max().item()
+
+
+def test_greedy_tokens(recording: Recording, greedy: list[ScaleOutput]) -> None:
+    tokens_BL = torch.cat([scale.tokens.flatten(1) for scale in greedy], dim=1)
+    np.testing.assert_array_equal(tokens_BL.numpy(), recording.data["greedy_tokens"])
+
+
+def test_greedy_logits(recording: Recording, greedy: list[ScaleOutput]) -> None:
+    recorded = torch.from_numpy(recording.data["greedy_logits_head"])
+    logits_BLV = torch.cat([scale.logits for scale in greedy], dim=1)
+    assert largest(logits_BLV[..., : recorded.shape[-1]] - recorded) <= LOGITS * recorded.std().item()
+    top = logits_BLV.topk(2).values
+    margin = (top[..., 0] - top[..., 1]).min().item()
+    assert margin == pytest.approx(float(recording.data["greedy_min_margin"]), rel=0.1)
+
+
+def test_greedy_image(recording: Recording, greedy: list[ScaleOutput]) -> None:
+    with torch.inference_mode():
+        image = recording.tokenizer.decode(greedy[-1].tokens)
+    assert largest(image - torch.from_numpy(recording.data["greedy_image"]).float()) <= IMAGE
+
+
+def test_encoder(recording: Recording) -> None:
+    recorded = torch.from_numpy(recording.data["encoder_latent"])
+    side = recording.tokenizer.config.downsampling * recording.scales[-1][0]
+    images = recorded_images(int(recording.data["image_seed"]), len(recorded), side)
+    with torch.inference_mode():
+        assert largest(recording.tokenizer.encode(images) - recorded) <= LATENT
+
+
+def test_multi_scale_tokens(recording: Recording) -> None:
+    latent = torch.from_numpy(recording.data["encoder_latent"])
+    with torch.inference_mode():
+        tokens = recording.tokenizer.quantize(latent, recording.scales)
+    tokens_BL = torch.cat([scale.flatten(1) for scale in tokens], dim=1).numpy()
+    # the smallest margin between two codes is 7e-6: one position may fall to either
+    assert (tokens_BL != recording.data["teacher_tokens"]).sum() <= 1
+
+
+def test_teacher_input(recording: Recording) -> None:
+    tokens = recording.per_scale(recording.data["teacher_tokens"])
+    scales = recording.scales
+    codes = [recording.model.next_codes(tokens[i], scales[i], scales[i + 1]) for i in range(len(scales) - 1)]
+    assert largest(torch.cat(codes, dim=1) - torch.from_numpy(recording.data["teacher_input"])) <= 1e-6
+
+
+def test_teacher_logits(recording: Recording, teacher_logits: torch.Tensor) -> None:
+    recorded = torch.from_numpy(recording.data["teacher_logits_head"])
+    assert largest(teacher_logits[..., : recorded.shape[-1]] - recorded) <= LOGITS * recorded.std().item()
+
+
+def test_teacher_loss(recording: Recording, teacher_logits: torch.Tensor) -> None:
+    target = torch.from_numpy(recording.data["teacher_tokens"]).long()
+    loss = F.cross_entropy(teacher_logits.flatten(0, 1), target.flatten()).item()
+    assert loss == pytest.approx(float(recording.data["teacher_loss"]), abs=1e-4)
+
+
+def test_decode_of_a_non_square_map(recording: Recording) -> None:
+    tokens = torch.from_numpy(recording.data["rect_tokens"]).view(1, 12, 20)
+    with torch.inference_mode():
+        image = recording.tokenizer.decode(tokens)
+    assert largest(image - torch.from_numpy(recording.data["rect_image"]).float()) <= IMAGE
+
+
+@pytest.mark.parametrize("side", [5, 13])
+def test_positions(recording: Recording, side: int) -> None:
+    recorded = torch.from_numpy(recording.data[f"pos_{side}"])
+    positions = recording.model.positions(side, side)
+    assert largest(positions[:, : recorded.shape[1]] - recorded) <= 1e-6
+
+
+def test_a_shift_of_the_positions_is_seen(recording: Recording, greedy: list[ScaleOutput]) -> None:
+    """Negative control: the bound on the logits tells a position table that is shifted by one."""
+    recorded = torch.from_numpy(recording.data["teacher_logits_head"])
+    tokens = recording.per_scale(recording.data["teacher_tokens"])[:3]
+    scales = recording.scales[:4]
+    table = recording.model.pos_1LC
+    original = table.detach().clone()
+    try:
+        with torch.inference_mode():
+            table.copy_(original.roll(1, dims=-1))
+            logits = recording.model(recording.data["labels"].tolist(), tokens, scales)
+    finally:
+        with torch.no_grad():
+            table.copy_(original)
+    difference = logits[..., : recorded.shape[-1]] - recorded[:, : logits.shape[1]]
+    assert largest(difference) > 100 * LOGITS * recorded.std().item()
+
+
+def test_sampler() -> None:
+    """Kept sets exactly; probabilities to float32 (the recording's type)."""
+    with np.load(GOLDEN / "sampler.npz") as data:
+        logits = torch.from_numpy(data["logits"])
+        for i, (top_k, top_p) in enumerate(data["combos"]):
+            recorded = data[f"probs_{i}"]
+            probs = probabilities(logits, int(top_k), float(top_p)).numpy()
+            np.testing.assert_array_equal(probs > 0, recorded > 0)
+            np.testing.assert_allclose(probs, recorded, rtol=1e-5)
