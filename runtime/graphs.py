@@ -1,6 +1,7 @@
 """The graphs of a bundle and their tensors, declared once: export, manifest, backends and checks derive from here.
 
-Axes: M labels, N sequences (2B under guidance), B images, L new tokens, P past tokens, h × w a token map, H × W its image.
+Axes: labels M, sequences N (2B under guidance), images B, new tokens L, past tokens P, height × width of a token map;
+`height_x16` is 16 times `height`: a side of the image.
 """
 
 from __future__ import annotations

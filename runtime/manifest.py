@@ -28,7 +28,7 @@ _FILE_NAME = re.compile(f"{_PART}(/{_PART})*")
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCHEDULE = re.compile(r"[0-9]{1,4}(x[0-9]{1,4})?(_[0-9]{1,4}(x[0-9]{1,4})?)*")
-_GREEDY = re.compile(r"upstream|none|[0-9]{1,4}(,[0-9]{1,4})*")
+_GREEDY = re.compile(r"upstream|none|[0-9]{1,4}(x[0-9]{1,4})?(,[0-9]{1,4}(x[0-9]{1,4})?)*")
 
 
 def _require(ok: bool, field: str, value: object, expected: str) -> None:

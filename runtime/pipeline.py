@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -145,7 +146,7 @@ class FlexVARPipeline:
             noise = np.concatenate([draws(s.seed, s.index, i, h * w) for s in request])
             tokens = sample(logits, noise, top_k=sampling.top_k_at(h, w), top_p=sampling.top_p).reshape(B, h, w)
             spent = ScaleTime((h, w), stepped - started, time.perf_counter() - stepped)
-            yield ScaleStep(i, len(schedule), (h, w), tokens, spent, lambda tokens=tokens: self.decode(tokens))
+            yield ScaleStep(i, len(schedule), (h, w), tokens, spent, partial(self.decode, tokens))
 
     def warmup(self, schedule: ScheduleLike | None = None, batch_sizes: Sequence[int] = (1,)) -> None:
         """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it."""

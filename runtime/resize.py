@@ -55,4 +55,5 @@ def resize(
     """
     B, h, w, D = maps_BhwD.shape
     tall = np.matmul(rows, maps_BhwD.reshape(B, h, w * D)).reshape(B * len(rows), w, D)
-    return np.matmul(columns, tall).reshape(B, len(rows), len(columns), D)
+    resized: NDArray[np.float32] = np.matmul(columns, tall).reshape(B, len(rows), len(columns), D)
+    return resized

@@ -60,7 +60,7 @@ class Sampling:
     max_side: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", check_whole("top_k", self.top_k, 0))
+        object.__setattr__(self, "top_k", _check_top_k(self.top_k))
         object.__setattr__(self, "top_p", _check_top_p(self.top_p))
         object.__setattr__(self, "greedy_scales", _parse_greedy(self.greedy_scales))
         object.__setattr__(self, "max_side", check_whole("max_side", self.max_side, 1))
@@ -119,6 +119,12 @@ def _check_side(side: Any) -> int:
     return check_whole("side in greedy_scales", side, 1, 9999)
 
 
+def _check_top_k(value: Any) -> int:
+    """A whole number; a float that is one (a row of a table of options) is taken too."""
+    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+    return check_whole("top_k", int(value) if whole else value, 0)
+
+
 def _check_top_p(value: Any) -> float:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if number and math.isfinite(value) and 0 <= value <= 1:
@@ -138,7 +144,7 @@ def probabilities(logits: ArrayLike, top_k: int, top_p: float) -> NDArray[np.flo
     """
     logits_RV, shape = _as_rows(logits)
     out_RV = np.empty(logits_RV.shape, dtype=np.float64)
-    for block, columns, weights in _kept(logits_RV, check_whole("top_k", top_k, 0), _check_top_p(top_p)):
+    for block, columns, weights in _kept(logits_RV, _check_top_k(top_k), _check_top_p(top_p)):
         dense = np.zeros((len(columns), shape[-1] + 1))  # the last column takes the padding
         np.put_along_axis(dense, columns, weights / weights.sum(axis=1, keepdims=True), axis=1)
         out_RV[block] = dense[:, :-1]
@@ -163,7 +169,7 @@ def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> 
             fix="pass one draw of flexvar_runtime.noise.draws for each row",
         )
     tokens_R = np.empty(shape[0], dtype=np.int32)
-    for block, columns, weights in _kept(logits_RV, check_whole("top_k", top_k, 0), _check_top_p(top_p)):
+    for block, columns, weights in _kept(logits_RV, _check_top_k(top_k), _check_top_p(top_p)):
         cumulative = np.cumsum(weights, axis=1)
         r = (to_uniform(draws_R[block]) * cumulative[:, -1].astype(np.float64)).astype(np.int64)
         first = np.count_nonzero(cumulative <= r[:, None], axis=1)

@@ -51,11 +51,13 @@ class Tables:
         """Position embedding (h·w, C): the table resized by adaptive average pooling, above its side too."""
         side = self.position_table.shape[1]
         table = self.position_table.transpose(1, 2, 0)[None]
-        return resize(np.ascontiguousarray(table), area_matrix(side, h), area_matrix(side, w))[0].reshape(h * w, -1)
+        resized: Float32 = resize(np.ascontiguousarray(table), area_matrix(side, h), area_matrix(side, w))
+        return resized.reshape(h * w, -1)
 
     def offset(self, h: int, w: int) -> Float32:
         """What is added to the embedded codes of a scale after the first: positions + bias, (h·w, C)."""
-        return self.positions(h, w) + self.input_bias
+        offset: Float32 = self.positions(h, w) + self.input_bias
+        return offset
 
     def next_codes(self, tokens_Bhw: Tokens, size: tuple[int, int]) -> Float32:
         """Codes (B, h'·w', D) fed to scale `size`: the codes of the scale before, resized bicubically."""

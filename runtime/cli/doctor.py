@@ -34,8 +34,9 @@ def doctor(as_json: JsonOption = False) -> None:
 
     def show() -> None:
         memory = "unknown" if available is None else f"{available / 2**30:.1f} GiB free"
+        machine = f"{data['platform']}, {data['processors']} processors, {memory}"
         out.print(
-            f"flexvar {__version__}, Python {data['python']}, {data['platform']}, {data['processors']} processors, {memory}",
+            f"flexvar {__version__}, Python {data['python']}, {machine}",
             highlight=False,
             soft_wrap=True,
         )

@@ -191,7 +191,8 @@ def _report(files: list[Path], results: list[GenerationOutput], plan: _Plan, as_
             out.print(str(path), highlight=False, markup=False, soft_wrap=True)
         total = sum(result.timings.total for result in results)
         out.print(
-            f"{len(files)} images in {total:.2f} s on {settings['backend']}, seed {plan.seed}, schedule {plan.schedule}",
+            f"{len(files)} image{'s' * (len(files) != 1)} in {total:.2f} s on {settings['backend']}, "
+            f"seed {plan.seed}, schedule {plan.schedule}",
             highlight=False,
             markup=False,
             soft_wrap=True,

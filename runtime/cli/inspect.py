@@ -39,8 +39,9 @@ def inspect(
             ("sampling", f"top-k {defaults.top_k}, top-p {defaults.top_p:g}, greedy scales {defaults.greedy_scales}"),
             (
                 "parity",
-                f"{'passed' if parity.passed else 'FAILED'} on {parity.backend}{' (emulated)' if parity.emulated else ''}, "
-                f"{len(parity.rows)} checks, largest error {worst:.0%} of its bound",
+                f"{'passed' if parity.passed else 'FAILED'} on {parity.backend}"
+                f"{' (emulated)' if parity.emulated else ''}, {len(parity.rows)} checks, "
+                f"largest error {worst:.0%} of its bound",
             ),
             ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.provenance.tools.items())),
         ):

@@ -29,7 +29,9 @@ def uniforms(scale: int, positions: int, batch: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def uncached(model: FlexVAR, labels: list[int], tokens: list[torch.Tensor], scales: Any, rule: str, cfg: float):
+def uncached(
+    model: FlexVAR, labels: list[int], tokens: list[torch.Tensor], scales: Any, rule: str, cfg: float
+) -> list[torch.Tensor]:
     """Guided logits of every scale from two teacher-forced passes under the mask."""
     with torch.inference_mode():
         cond = model(labels, tokens, scales)

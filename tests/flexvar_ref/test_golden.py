@@ -152,7 +152,7 @@ def test_positions(recording: Recording, side: int) -> None:
     assert largest(positions[:, : recorded.shape[1]] - recorded) <= 1e-6
 
 
-def test_a_shift_of_the_positions_is_seen(recording: Recording, greedy: list[ScaleOutput]) -> None:
+def test_a_shift_of_the_positions_is_seen(recording: Recording) -> None:
     """Negative control: the bound on the logits tells a position table that is shifted by one."""
     recorded = torch.from_numpy(recording.data["teacher_logits_head"])
     tokens = recording.per_scale(recording.data["teacher_tokens"])[:3]

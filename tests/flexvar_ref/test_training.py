@@ -91,7 +91,7 @@ def test_published_initialisation(tiny: Pair) -> None:
 
 
 def test_labels_drop_in_training_only(tiny: Pair, random_tokens: RandomTokens) -> None:
-    config = dataclasses.replace(tiny[0].config, label_dropout=0.5)
+    config = dataclasses.replace(tiny[0].config, label_dropout=0.5, drop_path=0.0)
     model = FlexVAR(config, tiny[1].codebook_VD)
     model.load_state_dict(tiny[0].state_dict())
     batch = 200
@@ -117,7 +117,10 @@ def test_paths_drop_in_training_only(tiny: Pair, random_tokens: RandomTokens) ->
         moving = model.train()([1] * batch, tokens, SCALES)
     torch.testing.assert_close(still, tiny[0]([1] * batch, tokens, SCALES))
     # attention and MLP of the last block each dropped or doubled: four outcomes, whole images at a time
-    outcomes = torch.unique((moving[:, 0, :4] * 100).round(), dim=0)
+    outcomes: list[torch.Tensor] = []
+    for logits in moving:
+        if not any(torch.allclose(logits, known, atol=1e-3) for known in outcomes):
+            outcomes.append(logits)
     assert len(outcomes) == 4
     assert not torch.isclose(moving, still, atol=1e-2).flatten(1).all(-1).any()
 

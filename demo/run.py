@@ -1,0 +1,125 @@
+"""`make demo`: a checkpoint becomes a verified bundle and a contact sheet, with the same commands a user types.
+
+The checkpoint is the trained demo model where `demo/model` holds one; until then, random weights of the tiny size in
+the published `.pth` layout, whose pictures are textures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+
+MODEL = Path(__file__).parent / "model"  # transformer.safetensors and vae.safetensors of the trained demo model
+CLASSES = (0, 3, 6, 9)
+SCHEDULES = {
+    "6 steps": "1_2_4_6_10_16",
+    "8 steps": "1_2_3_5_7_10_13_16",
+    "10 steps": "1_2_3_4_5_6_8_10_13_16",
+    "13 steps": "1_2_3_4_5_6_7_8_9_10_12_14_16",
+    "12x20 tokens": "1_2_3x5_5x8_7x12_9x15_12x20",
+}
+BACKENDS = ("ort-cpu",)
+SEED = 2026
+GAP, LABEL = 6, 16  # pixels between pictures, height of a caption
+
+console = Console()
+
+
+def flexvar(*arguments: str | Path) -> dict[str, Any]:
+    """Run one `flexvar` command, shown as typed, and return its JSON result. Ends the demo with its exit code."""
+    command = ["flexvar", *map(str, arguments)]
+    console.print(f"$ {shlex.join(command)}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    here = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}"}
+    done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def checkpoint(out: Path) -> tuple[Path, Path]:
+    """Transformer and tokenizer: the trained demo model, or random weights in the published layout."""
+    if MODEL.is_dir():
+        return MODEL / "transformer.safetensors", MODEL / "vae.safetensors"
+    from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
+
+    console.print("writing random weights in the published checkpoint layout", highlight=False)
+    return write_checkpoints(out / "checkpoint", tiny_transformer(depth=4), TINY_TOKENIZER)
+
+
+def contact_sheet(rows: dict[str, list[Path]], path: Path) -> None:
+    """One row a schedule, one column a class."""
+    pictures = {name: [Image.open(file) for file in files] for name, files in rows.items()}
+    width = max(sum(p.width + GAP for p in row) for row in pictures.values()) + GAP
+    height = sum(row[0].height + LABEL + GAP for row in pictures.values()) + GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = GAP
+    for name, row in pictures.items():
+        draw.text((GAP, y), name, fill="black")
+        y += LABEL
+        x = GAP
+        for picture in row:
+            sheet.paste(picture, (x, y))
+            x += picture.width + GAP
+        y += row[0].height + GAP
+    sheet.save(path)
+
+
+def show_parity(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table("graph", "scale", "output", "metric", "value", "bound", title=title)
+    for row in rows:
+        value, bound = f"{row['value']:.3g}", f"{row['bound']:g}"
+        table.add_row(row["graph"], row["scale"] or "", row["output"], row["metric"], value, bound)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+
+    transformer, vae = checkpoint(out)
+    bundle = out / "demo.bundle"
+    flexvar("export", transformer, "--vae", vae, "-o", bundle, "--force")
+    verified = flexvar("verify", bundle)
+    show_parity(verified["parity"]["rows"], f"parity with the reference on {verified['parity']['backend']}")
+
+    sheet: dict[str, list[Path]] = {}
+    times = Table("schedule", "backend", "s per image", "of it decoder", "of it sampling", title="batch 1 image, warm")
+    for backend in BACKENDS:
+        for name, schedule in SCHEDULES.items():
+            target = out / "images" / name.replace(" ", "_")
+            options = ("--schedule", schedule, "--seed", str(SEED), "--backend", backend, "--batch-size", "1", "--force")
+            classes = ",".join(map(str, CLASSES))
+            result = flexvar("generate", bundle, "--classes", classes, *options, "-o", target)
+            sheet[name] = [Path(image["file"]) for image in result["images"]]
+            warm = result["timings"][1:]  # the first image opens the graphs
+            mean = {key: sum(t[key] for t in warm) / len(warm) for key in ("total", "decode", "sampling")}
+            times.add_row(name, backend, *(f"{mean[key]:.3f}" for key in ("total", "decode", "sampling")))
+    contact_sheet(sheet, out / "contact_sheet.png")
+    (out / "parity.json").write_text(json.dumps(verified, indent=1) + "\n")
+    console.print(times)
+    for what, where in (
+        ("contact sheet", "contact_sheet.png"),
+        ("images", "images/"),
+        ("parity", "parity.json"),
+        ("bundle", "demo.bundle/"),
+    ):
+        console.print(f"{what}: {out / where}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,576 @@
+"""What loads, with which sizes, and what is refused with which words. Nothing in a file is ever run."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import re
+import struct
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import flexvar_ref
+from flexvar_ref import CheckpointError, FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
+from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, tokenizer_state, transformer_state
+
+Pair = tuple[FlexVAR, Tokenizer]
+State = dict[str, torch.Tensor]
+LABELS, SCALES = [1, 10], "1_2_3x2"
+GOT_EXPECTED_FIX = re.compile(r"got .+; expected .+; fix: .+", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def states() -> tuple[State, State]:
+    return transformer_state(tiny_transformer()), tokenizer_state(TINY_TOKENIZER)
+
+
+@pytest.fixture
+def transformer(states: tuple[State, State]) -> State:
+    return dict(states[0])
+
+
+@pytest.fixture
+def vae(states: tuple[State, State]) -> State:
+    return dict(states[1])
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., Path]:
+    def write(content: Any, **options: Any) -> Path:
+        torch.save(content, tmp_path / "some.pth", **options)
+        return tmp_path / "some.pth"
+
+    return write
+
+
+@pytest.fixture
+def load_transformer(tiny: Pair) -> Callable[[Path], FlexVAR]:
+    return lambda path: flexvar_ref.load_transformer(path, tiny[1].codebook_VD)
+
+
+def assert_same(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    ours, others = model.state_dict(), other.state_dict()
+    assert ours.keys() == others.keys()
+    for name in ours:
+        assert torch.equal(ours[name], others[name]), name
+        assert ours[name].dtype == torch.float32, name
+
+
+def refusal(load: Callable[[Path], object], path: Path) -> str:
+    """The words of the refusal, which always say got, expected and fix."""
+    with pytest.raises(CheckpointError) as error:
+        load(path)
+    message = str(error.value)
+    assert GOT_EXPECTED_FIX.fullmatch(message), message
+    return message
+
+
+# --- layouts that load ---------------------------------------------------------------------------------------------
+
+
+class Trainer(argparse.Namespace):
+    """Options of a class that is not allowed, for the refusals."""
+
+
+def training_extras() -> dict[str, Any]:
+    """What training leaves beside the weights: options, optimiser state, counters."""
+    return {
+        "var_opt": {
+            "optimizer": {
+                "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "lr": np.float64(1e-4)}},
+                "param_groups": [{"lr": np.float32(1e-4), "betas": (0.9, 0.95), "params": [0, 1], "fused": None}],
+            },
+            "scaler": None,
+        },
+        "config": {
+            "patch_nums": (1, 2, 3),
+            "args": argparse.Namespace(
+                lr=1e-4, out=pathlib.PurePosixPath("runs").name, seed=np.int64(3), flags={"a", 1}
+            ),
+            "more": types.SimpleNamespace(ratio=np.float16(0.5), ok=np.bool_(True)),
+            "array": np.arange(3),
+            "strings": np.array(["a", "b"]),
+            "counts": collections.defaultdict(list, a=[1]),
+            "ordered": collections.OrderedDict(b=complex(1, 2)),
+            "frozen": frozenset({1}),
+            "path": pathlib.Path("runs") / "d16",
+            "dtype": torch.float16,
+            "device": torch.device("cpu"),
+            "size": torch.Size([1, 2]),
+            "blob": b"\x00\xff",
+            "none": None,
+        },
+    }
+
+
+def training_checkpoint(transformer: State, vae: State) -> dict[str, Any]:
+    trainer = {"var_wo_ddp": transformer, "vae_local": vae, **training_extras()}
+    return {"epoch": np.int64(179), "iter": 0, "args": argparse.Namespace(depth=2), "trainer": trainer}
+
+
+TRANSFORMER_LAYOUTS: dict[str, Callable[[State, State], Any]] = {
+    "published": lambda t, v: {"trainer": {"var_wo_ddp": t}},
+    "bare": lambda t, v: t,
+    "training": training_checkpoint,
+    "ordered": lambda t, v: {"trainer": collections.OrderedDict(var_wo_ddp=collections.OrderedDict(t))},
+    "data parallel": lambda t, v: {"module." + k: x for k, x in t.items()},
+    "compiled": lambda t, v: {"_orig_mod." + k: x for k, x in t.items()},
+    "both": lambda t, v: {"_orig_mod.module." + k: x for k, x in t.items()},
+    "the other way": lambda t, v: {"module._orig_mod." + k: x for k, x in t.items()},
+    "masked": lambda t, v: {**t, "attn_bias_for_masking": torch.zeros(1, 1, 680, 680).fill_(-torch.inf)},
+    "masked, wrapped": lambda t, v: {
+        f"module.{k}": x for k, x in {**t, "attn_bias_for_masking": torch.ones(1)}.items()
+    },
+    "parameters": lambda t, v: {k: torch.nn.Parameter(x) for k, x in t.items()},
+    "float64": lambda t, v: {k: x.double() for k, x in t.items()},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("layout", TRANSFORMER_LAYOUTS)
+def test_transformer_layouts(
+    layout: str,
+    zipped: bool,
+    transformer: State,
+    vae: State,
+    written: Callable[..., Path],
+    load_transformer: Callable[[Path], FlexVAR],
+    tiny: Pair,
+) -> None:
+    path = written(TRANSFORMER_LAYOUTS[layout](transformer, vae), _use_new_zipfile_serialization=zipped)
+    model = load_transformer(path)
+    assert_same(model, tiny[0])
+    assert model.config == tiny[0].config
+    assert not model.training
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+    assert not model.blocks[0].attn.zero_k_bias.requires_grad
+
+
+TOKENIZER_LAYOUTS: dict[str, Callable[[State, State], Any]] = {
+    "published": lambda t, v: {"model": v},
+    "bare": lambda t, v: v,
+    "training": training_checkpoint,
+    "more than the model": lambda t, v: {
+        "model": v,
+        "ema": {k: x + 1 for k, x in v.items()},
+        "discriminator": {"main.0.weight": torch.zeros(3)},
+        "optimizer": training_extras()["var_opt"],
+        "args": argparse.Namespace(lr=np.float64(1e-4)),
+        "steps": np.int64(400000),
+    },
+    "data parallel": lambda t, v: {"model": {"module." + k: x for k, x in v.items()}},
+    "without the usage counter": lambda t, v: {k: x for k, x in v.items() if k != "quantize.codebook_used"},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("layout", TOKENIZER_LAYOUTS)
+def test_tokenizer_layouts(
+    layout: str, zipped: bool, transformer: State, vae: State, written: Callable[..., Path], tiny: Pair
+) -> None:
+    path = written(TOKENIZER_LAYOUTS[layout](transformer, vae), _use_new_zipfile_serialization=zipped)
+    tokenizer = flexvar_ref.load_tokenizer(path)
+    assert_same(tokenizer, tiny[1])
+    assert tokenizer.config == TINY_TOKENIZER
+    assert not tokenizer.training
+
+
+def test_both_from_one_training_checkpoint(
+    transformer: State, vae: State, written: Callable[..., Path], tiny: Pair
+) -> None:
+    path = written(training_checkpoint(transformer, vae))
+    for loaded, expected in zip(flexvar_ref.load(str(path), str(path)), tiny, strict=True):
+        assert_same(loaded, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_states(
+    dtype: torch.dtype, transformer: State, vae: State, written: Callable[..., Path], tmp_path: Path
+) -> None:
+    halves = [{k: x.to(dtype) for k, x in state.items()} for state in (transformer, vae)]
+    torch.save({"model": halves[1]}, tmp_path / "vae.pth")
+    model, tokenizer = flexvar_ref.load(written(halves[0]), tmp_path / "vae.pth")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, halves[0][name].float()), name
+    torch.testing.assert_close(model.codebook_VD.norm(dim=-1), torch.ones(512))  # normalised in float32
+    assert next(tokenizer.parameters()).dtype == torch.float32
+
+
+def test_the_file_may_go_once_loaded(
+    transformer: State, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR], tiny: Pair
+) -> None:
+    path = written(transformer)
+    model = load_transformer(path)
+    path.write_bytes(b"\x00" * path.stat().st_size)
+    assert_same(model, tiny[0])
+
+
+# --- our own form --------------------------------------------------------------------------------------------------
+
+ODD_TRANSFORMER = TransformerConfig(
+    depth=1,
+    heads=3,
+    head_size=10,
+    mlp_ratio=2,
+    classes=4,
+    vocabulary=33,
+    code_dim=5,
+    position_side=7,
+    label_dropout=0.2,
+    drop_path=0.3,
+)
+ODD_TOKENIZER = TokenizerConfig(
+    channels=6,
+    multipliers=(2, 1, 3, 1),
+    encoder_blocks=1,
+    decoder_blocks=2,
+    latent_channels=7,
+    vocabulary=33,
+    code_dim=5,
+    groups=3,
+)
+
+
+@pytest.mark.parametrize(
+    ("transformer_sizes", "tokenizer_sizes"),
+    [(tiny_transformer(), TINY_TOKENIZER), (ODD_TRANSFORMER, ODD_TOKENIZER)],
+    ids=["tiny", "odd"],
+)
+def test_round_trip(tmp_path: Path, transformer_sizes: TransformerConfig, tokenizer_sizes: TokenizerConfig) -> None:
+    tokenizer = Tokenizer(tokenizer_sizes).eval()
+    model = FlexVAR(transformer_sizes, tokenizer.codebook_VD).eval()
+    flexvar_ref.save(model, tmp_path / "t.safetensors")
+    flexvar_ref.save(tokenizer, str(tmp_path / "v.safetensors"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.safetensors", "v.json", "v.safetensors"]
+    model_again, tokenizer_again = flexvar_ref.load(tmp_path / "t.safetensors", tmp_path / "v.safetensors")
+    assert (model_again.config, tokenizer_again.config) == (transformer_sizes, tokenizer_sizes)
+    assert_same(model_again, model)
+    assert_same(tokenizer_again, tokenizer)
+    tokens, image = flexvar_ref.generate(model_again, tokenizer_again, [1], "1_2_3x2")
+    side = tokenizer_sizes.downsampling
+    assert image.shape == (1, 3, 3 * side, 2 * side) and tokens[-1].max() < tokenizer_sizes.vocabulary
+
+
+def test_saved_names_are_the_published_ones(tmp_path: Path, tiny: Pair, vae: State) -> None:
+    from safetensors import safe_open
+
+    flexvar_ref.save(tiny[1], tmp_path / "v.safetensors")
+    with safe_open(tmp_path / "v.safetensors", "pt") as file:
+        assert set(file.keys()) == vae.keys() - {"quantize.codebook_used"}
+
+
+def test_a_half_precision_model_round_trips_in_float32(tmp_path: Path, tiny: Pair) -> None:
+    half = copy.deepcopy(tiny[0]).bfloat16()
+    flexvar_ref.save(half, tmp_path / "t.safetensors")
+    assert_same(flexvar_ref.load_transformer(tmp_path / "t.safetensors", tiny[1].codebook_VD), half.float())
+
+
+def test_saving_under_another_name_is_refused(tmp_path: Path, tiny: Pair) -> None:
+    with pytest.raises(ValueError, match=r"^got t\.pth; expected a name ending in \.safetensors; fix: "):
+        flexvar_ref.save(tiny[0], tmp_path / "t.pth")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda path, config: path.with_suffix(".json").unlink(), "t.json"),
+        (lambda path, config: path.unlink(), "t.safetensors"),
+        (lambda path, config: path.write_bytes(path.read_bytes()[:-10]), "cannot be read"),
+        (lambda path, config: path.with_suffix(".json").write_text("[1, 2]"), "cannot be read"),
+        (lambda path, config: path.with_suffix(".json").write_text("{"), "cannot be read"),
+        (lambda path, config: config.update(format="flexvar-ref/9"), "it is a transformer of format flexvar-ref/9"),
+        (lambda path, config: config.update(width=3), "width"),
+        (lambda path, config: config.pop("depth"), "depth"),
+        (lambda path, config: config.update(depth="2"), "got depth '2'"),
+        (lambda path, config: config.update(depth=2.5), "got depth 2.5"),
+        (lambda path, config: config.update(depth=3), "missing: blocks.2."),
+        (lambda path, config: config.update(depth=1), "unexpected: blocks.1."),
+        (lambda path, config: config.update(classes=9), "class_emb.weight (11, 128) for (10, 128)"),
+    ],
+)
+def test_damaged_safetensors_are_refused(
+    tmp_path: Path, tiny: Pair, edit: Any, words: str, load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    path = tmp_path / "t.safetensors"
+    flexvar_ref.save(tiny[0], path)
+    config = json.loads(path.with_suffix(".json").read_text())
+    before = dict(config)
+    edit(path, config)
+    if config != before:
+        path.with_suffix(".json").write_text(json.dumps(config))
+    assert words in refusal(load_transformer, path)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Pickles to a call that creates a file."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call
+
+
+def payloads(target: Path) -> dict[str, Any]:
+    return {
+        "os.system": Payload(os.system, f"touch {target}"),
+        "eval": Payload(eval, f"open({str(target)!r}, 'w')"),
+        "open": Payload(open, str(target), "w"),
+        "Path.touch": Payload(pathlib.Path.touch, target),
+        "numpy": Payload(np.save, str(target), 1),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("where", ["in the state", "beside it", "in the options"])
+@pytest.mark.parametrize("payload", payloads(Path()))
+def test_code_in_a_pickle_is_never_run(
+    payload: str,
+    where: str,
+    zipped: bool,
+    tmp_path: Path,
+    transformer: State,
+    written: Callable[..., Path],
+    load_transformer: Callable[[Path], FlexVAR],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = tmp_path / "ran.npy"
+    attack = payloads(target)[payload]
+    content: Any = {
+        "in the state": {**transformer, "head.bias": attack},
+        "beside it": {"trainer": {"var_wo_ddp": transformer}, "x": attack},
+        "in the options": {"trainer": {"var_wo_ddp": transformer}, "args": argparse.Namespace(x=attack)},
+    }[where]
+    path = written(content, _use_new_zipfile_serialization=zipped)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for load in (load_transformer, flexvar_ref.load_tokenizer):
+        message = refusal(load, path)
+        assert "which asks to run " in message and "never run" in message
+    assert not target.exists()
+
+
+def test_the_payloads_do_run_when_they_are_let(tmp_path: Path) -> None:
+    """Negative control: each of them creates its file in a plain pickle."""
+    for i, name in enumerate(payloads(Path())):
+        target = tmp_path / f"{i}.npy"
+        pickle.loads(pickle.dumps(payloads(target)[name]))
+        assert target.exists(), name
+
+
+def test_no_class_of_a_stand_in_is_run(written: Callable[..., Path], transformer: State, tmp_path: Path) -> None:
+    """What is allowed beside the weights never reaches its own class, and loads as nothing."""
+    from flexvar_ref.pth import _Discarded, _read
+
+    options = argparse.Namespace(a=np.float64(1), b=pathlib.Path("x"))
+    content = _read(written({"options": options, "state": transformer}))
+    assert type(content["options"]) is _Discarded
+    assert vars(content["options"]) == {}
+    with pytest.raises(pickle.UnpicklingError, match="argparse"):  # the permission ended with the call
+        torch.load(tmp_path / "some.pth", weights_only=True)
+
+
+def test_other_classes_are_refused_by_name(
+    written: Callable[..., Path], transformer: State, load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    message = refusal(load_transformer, written({"args": Trainer(lr=1), "trainer": {"var_wo_ddp": transformer}}))
+    assert re.search(r"which asks to run \S*\.Trainer;", message)
+
+
+def test_a_discarded_value_is_no_weight(
+    written: Callable[..., Path], transformer: State, load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    transformer["head.bias"] = argparse.Namespace()  # type: ignore[assignment]
+    assert "holding [" in refusal(load_transformer, written(transformer))
+
+
+@pytest.mark.parametrize("block", [0, 1, 3])
+def test_a_missing_block_is_named(
+    block: int, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    """First, middle or last of four."""
+    state = transformer_state(tiny_transformer(4))
+    names = [name for name in state if name.startswith(f"blocks.{block}.")]
+    assert len(names) == 13
+    for name in names:
+        del state[name]
+    message = refusal(load_transformer, written({"trainer": {"var_wo_ddp": state}}))
+    assert f"missing: {', '.join(sorted(names))}; expected exactly the {len(state) + 13} parameters" in message
+
+
+@pytest.mark.parametrize("name", list(transformer_state(tiny_transformer(1))))
+def test_every_missing_parameter_is_named(
+    name: str, transformer: State, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    name = name.replace("blocks.0", "blocks.1")
+    del transformer[name]
+    assert f"missing: {name}" in refusal(load_transformer, written(transformer))
+
+
+@pytest.mark.parametrize("part", ["encoder.conv_blocks.0.", "encoder.conv_blocks.2.", "decoder.conv_blocks.2."])
+def test_a_missing_level_is_named(part: str, vae: State, written: Callable[..., Path]) -> None:
+    names = sorted(name for name in vae if name.startswith(part))
+    for name in names:
+        del vae[name]
+    message = refusal(flexvar_ref.load_tokenizer, written({"model": vae}))
+    assert f"missing: {', '.join(names)};" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["quantize.embedding.weight", "quant_conv.weight", "encoder.conv_in.weight", "decoder.conv_out.bias"]
+)
+def test_a_missing_parameter_of_the_tokenizer_is_named(name: str, vae: State, written: Callable[..., Path]) -> None:
+    del vae[name]
+    assert f"missing: {name}" in refusal(flexvar_ref.load_tokenizer, written({"model": vae}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"extra": torch.zeros(1)}, "unexpected: extra"),
+        ({"head.bias": torch.zeros(511)}, "wrong shape: head.bias (511,) for (512,)"),
+        ({"word_embed.weight": torch.zeros(128)}, "whose sizes cannot be told"),
+        ({"class_emb.weight": torch.zeros(1, 128)}, "got classes 0"),
+        ({"head.bias": torch.full((512,), torch.nan)}, "NaN or infinity in head.bias"),
+        ({"head.bias": torch.full((512,), 1e300, dtype=torch.float64)}, "NaN or infinity in head.bias"),
+        ({"head.bias": torch.zeros(512, dtype=torch.int8)}, "head.bias as torch.int8"),
+        ({"head.bias": torch.zeros(512).to_sparse()}, "torch.sparse_coo"),
+        ({"head.bias": torch.zeros(512, device="meta")}, "on meta"),
+        ({"blocks.999999999.ffn.fc1.weight": torch.zeros(1)}, "1000000000 blocks in "),
+        ({"blocks.0.attn.scale_mul_1H11": torch.zeros(1).expand(1, 10**9, 1, 1)}, "1000000000 blocks in "),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(
+    change: State,
+    words: str,
+    transformer: State,
+    written: Callable[..., Path],
+    load_transformer: Callable[[Path], FlexVAR],
+) -> None:
+    message = refusal(load_transformer, written({**transformer, **change}))
+    assert words in message
+    assert len(message) < 2000
+
+
+def test_long_lists_are_cut(
+    transformer: State, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    transformer.update({f"extra.{i}": torch.zeros(1) for i in range(1000)})
+    message = refusal(load_transformer, written(transformer))
+    assert "and 960 more" in message and len(message) < 1500
+
+
+@pytest.mark.parametrize(
+    ("transformer_content", "tokenizer_content", "words"),
+    [
+        (lambda t, v: {"trainer": {"var_wo_ddp": t}}, lambda t, v: {"trainer": {"var_wo_ddp": t}}, "a transformer"),
+        (lambda t, v: t, lambda t, v: t, "a transformer"),
+        (lambda t, v: {"model": v}, lambda t, v: {"model": v}, "a tokenizer"),
+        (lambda t, v: v, lambda t, v: v, "a tokenizer"),
+    ],
+)
+def test_swapped_files_are_told(
+    tmp_path: Path,
+    transformer: State,
+    vae: State,
+    tiny: Pair,
+    transformer_content: Any,
+    tokenizer_content: Any,
+    words: str,
+) -> None:
+    torch.save(transformer_content(transformer, vae), tmp_path / "t.pth")
+    torch.save(tokenizer_content(transformer, vae), tmp_path / "v.pth")
+    message = refusal(lambda path: flexvar_ref.load(path, tmp_path / "v.pth"), tmp_path / "t.pth")
+    assert f"which holds {words}; expected a " in message and "mixed up" in message
+
+
+def test_swapped_arguments_are_told(tiny_files: tuple[Path, Path], tmp_path: Path, tiny: Pair) -> None:
+    transformer, vae = tiny_files
+    message = refusal(lambda path: flexvar_ref.load(vae, path), transformer)
+    assert message.startswith("got transformer.pth, which holds a transformer; expected a tokenizer; fix: check that")
+    for network, name in zip(tiny, ("t", "v"), strict=True):
+        flexvar_ref.save(network, tmp_path / f"{name}.safetensors")
+    message = refusal(lambda path: flexvar_ref.load(tmp_path / "v.safetensors", path), tmp_path / "t.safetensors")
+    assert "it is a transformer of format flexvar-ref/1" in message and "mixed up" in message
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, tiny_files: tuple[Path, Path]) -> None:
+    other = dataclasses.replace(TINY_TOKENIZER, vocabulary=256)
+    torch.save({"model": tokenizer_state(other)}, tmp_path / "vae.pth")
+    message = refusal(lambda path: flexvar_ref.load(path, tmp_path / "vae.pth"), tiny_files[0])
+    assert "for 512 codes of dimension 8 with a tokenizer of 256 codes of dimension 8" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[], [1, 2], "text", None, {}, {"model": {}}, {"model": {"a": 1}}, torch.zeros(3), {1: torch.zeros(3)}, {"x": {}}],
+)
+def test_other_content_is_refused(
+    content: Any, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    path = written(content)
+    for load in (load_transformer, flexvar_ref.load_tokenizer):
+        assert "expected the named tensors of a " in refusal(load, path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for name in ("none.pth", "."):
+        assert "got no file" in refusal(flexvar_ref.load_tokenizer, tmp_path / name)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1000, -1])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_cut_download_is_refused(
+    keep: int,
+    zipped: bool,
+    transformer: State,
+    written: Callable[..., Path],
+    load_transformer: Callable[[Path], FlexVAR],
+) -> None:
+    path = written(transformer, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "cannot be read" in refusal(load_transformer, path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("seed", range(20))
+def test_a_legacy_file_with_other_bytes_is_refused_or_loads(
+    seed: int, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
+) -> None:
+    """Whatever a damaged pickle makes its parser do, what comes out is a CheckpointError."""
+    rng = np.random.default_rng(seed)
+    path = written({"a": [1.5, "x", torch.zeros(3)], "b": (1, {2: None})}, _use_new_zipfile_serialization=False)
+    content = bytearray(path.read_bytes())
+    for position in rng.integers(0, len(content), 8):
+        content[position] = rng.integers(256)
+    path.write_bytes(content)
+    refusal(load_transformer, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<!DOCTYPE html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"\x80\x02.",
+        b"PK\x03\x04",
+        struct.pack("<Q", 9),
+    ],
+)
+def test_other_files_are_refused(content: bytes, tmp_path: Path, load_transformer: Callable[[Path], FlexVAR]) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    refusal(load_transformer, tmp_path / "x.pth")
