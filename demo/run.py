@@ -102,7 +102,17 @@ def main() -> None:
     for backend in BACKENDS:
         for name, schedule in SCHEDULES.items():
             target = out / "images" / name.replace(" ", "_")
-            options = ("--schedule", schedule, "--seed", str(SEED), "--backend", backend, "--batch-size", "1", "--force")
+            options = (
+                "--schedule",
+                schedule,
+                "--seed",
+                str(SEED),
+                "--backend",
+                backend,
+                "--batch-size",
+                "1",
+                "--force",
+            )
             classes = ",".join(map(str, CLASSES))
             result = flexvar("generate", bundle, "--classes", classes, *options, "-o", target)
             sheet[name] = [Path(image["file"]) for image in result["images"]]

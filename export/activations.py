@@ -26,11 +26,11 @@ FLOAT16_MAX = 65504.0
 FLOAT16_MARGIN = 8.0
 
 
-class LargestActivation(TorchDispatchMode):
-    """Remembers the largest magnitude among bfloat16 results, and the module that was running."""
+class LargestActivation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Remembers the largest magnitude among bfloat16 results and attention scores, and the module that was running."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.value, self.where, self._path = 0.0, "", [""]
         self._hooks = [hook for name, part in module.named_modules() for hook in self._follow(name, part)]
 
@@ -44,13 +44,20 @@ class LargestActivation(TorchDispatchMode):
         return part.register_forward_pre_hook(enter), part.register_forward_hook(leave)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        results = list(result) if isinstance(result, tuple | list) else [result]
+        if func is torch.ops.aten.scaled_dot_product_attention.default:  # its scores are half precision in the graph
+            q, k = args[:2]
+            results.append((q.float() @ k.float().mT * (kwargs.get("scale") or q.shape[-1] ** -0.5)).to(q.dtype))
+        for tensor in results:
             if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 and tensor.numel():
-                largest = torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32).item()
-                if not largest <= self.value:  # a NaN is remembered too
-                    self.value, self.where = largest, f"{self._path[-1] or 'graph'} ({func})"
+                self._look(torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32).item(), func)
         return result
+
+    def _look(self, largest: float, func: Any) -> None:
+        if not largest <= self.value and not np.isnan(self.value):  # a NaN is remembered, and stays
+            self.value, self.where = largest, f"{self._path[-1] or 'graph'} ({func})"
 
     def release(self) -> Range:
         for hook in self._hooks:
@@ -75,7 +82,7 @@ def refuse_overflow(found: dict[str, Range]) -> None:
     for name, largest in found.items():
         if largest.value * FLOAT16_MARGIN > FLOAT16_MAX:
             raise ArtifactRefused(
-                f"activations up to {largest.value:.0f} in {name}, {largest.where}",
+                f"activations up to {largest.value:.6g} in {name}, {largest.where}",
                 expected=f"at most {FLOAT16_MAX / FLOAT16_MARGIN:.0f} for fp16 (8 times below its overflow)",
                 fix="export with --precision bf16",
             )
@@ -91,7 +98,7 @@ def _run_step(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestAct
     for case in proof.cases:
         B = len(case.labels)
         labels = torch.tensor([*case.labels, *[model.config.null_class] * B])
-        modulation = torch.stack([block.ada_lin(model.condition(labels)) for block in model.blocks], 1)  # type: ignore[operator]
+        modulation = torch.stack([block.ada_lin(model.condition(labels)) for block in model.blocks], 1)
         head = model.head_nm.ada_lin(model.condition(labels))
         rows = torch.arange(B, dtype=torch.int32)
         cache = [torch.empty(0, 2 * B, heads, size, dtype=torch.bfloat16) for _ in new_names(depth)]

@@ -14,6 +14,7 @@ import torch
 
 import flexvar_ref
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
+from flexvar_runtime.backends import create
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 from flexvar_runtime.graphs import TABLES_FILE, graph_specs
@@ -51,6 +52,7 @@ def export_bundle(
     """
     if precision not in PRECISIONS:
         raise InvalidInput(f"precision {precision!r}", expected=" or ".join(PRECISIONS), fix="name one of them")
+    create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
     with write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
         model, vae = load_reference(transformer, tokenizer)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
-from flexvar_runtime.errors import BackendUnavailable, InvalidInput
+from flexvar_runtime.errors import BackendUnavailable, InvalidInput, ParityFailed
+from flexvar_runtime.graphs import GRAPHS
 
 if TYPE_CHECKING:
-    from flexvar_runtime.manifest import ParityRecord
+    from flexvar_runtime.manifest import ModelFacts, ParityRecord
 
-EXPORT_STEPS = 9
+EXPORT_STEPS = 4 + len(GRAPHS)  # checkpoint, reference, activations and proof; each graph
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +28,7 @@ def _require_torch() -> None:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
+        import safetensors  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
         raise BackendUnavailable(
@@ -95,6 +98,7 @@ def verify(
     from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 
     from .bundle import load_reference
+    from .facts import model_facts
     from .parity import prove, require_parity
     from .proof import PROOF_FILE, Proof, make_proof
 
@@ -102,6 +106,7 @@ def verify(
     defaults = opened.manifest.defaults
     if checkpoint is not None and vae is not None:
         model, tokenizer = load_reference(checkpoint, vae)
+        _require_sizes(opened.manifest.model, model_facts(model, tokenizer))
         guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
         proof = make_proof(model, tokenizer, ScaleSchedule.parse(defaults.schedule), guidance)
         del model, tokenizer
@@ -113,9 +118,24 @@ def verify(
     require_parity(record)
 
 
+def _require_sizes(bundle: ModelFacts, checkpoint: ModelFacts) -> None:
+    pairs = [
+        (field.name, getattr(bundle, field.name), getattr(checkpoint, field.name))
+        for field in fields(bundle)
+        if field.name != "class_names"
+    ]
+    differ = [pair for pair in pairs if pair[1] != pair[2]]
+    if differ:
+        raise ParityFailed(
+            "a bundle with " + ", ".join(f"{name} {got}" for name, got, _ in differ),
+            expected=", ".join(f"{name} {expected}" for name, _, expected in differ),
+            fix="pass the checkpoint it was made from",
+        )
+
+
 def _read_class_names(path: Path) -> tuple[str, ...]:
     try:
-        names = json.loads(path.read_text())
+        names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidInput(
             f"{path} ({error})", expected="a JSON list of names", fix="one name per class, in label order"

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.bundle_writer import seal
+from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.graphs import TABLES_FILE, graph_specs
 
 _BF16, _F32 = TensorProto.BFLOAT16, TensorProto.FLOAT
@@ -34,14 +35,22 @@ def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
 
 
 def widen(model: onnx.ModelProto) -> None:
-    """Rewrite a bfloat16 graph, weights loaded, in place. Its inputs must already hold bfloat16 values."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=False).graph
-    narrow = {
-        value.name
-        for value in (*graph.value_info, *graph.output, *graph.input)
-        if value.type.tensor_type.elem_type == _BF16
-    }
+    """Rewrite a bfloat16 graph, weights loaded, in place. Its inputs must already hold bfloat16 values.
+
+    Raises ArtifactRefused where the graph does not state the type of every tensor (inferring them would copy the
+    weights, and stops at 2 GB).
+    """
     graph = model.graph
+    stated = (*graph.value_info, *graph.output, *graph.input)
+    types = {value.name: value.type.tensor_type.elem_type for value in stated}
+    unknown = [name for node in graph.node for name in node.output if name and name not in types]
+    if unknown:
+        raise ArtifactRefused(
+            f"{unknown[0]} and {len(unknown) - 1} more tensors without a type",
+            expected="a graph that states the type of every tensor",
+            fix="export again",
+        )
+    narrow = {name for name, kind in types.items() if kind == _BF16}
     for initializer in graph.initializer:
         if initializer.data_type == _BF16:
             _widen_constant(initializer)

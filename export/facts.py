@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.manifest import Defaults, ModelFacts
 from flexvar_runtime.schedule import PUBLISHED
 from flexvar_runtime.tables import Tables
@@ -22,8 +27,10 @@ PUBLISHED_DEFAULTS = Defaults(
 
 
 def model_facts(model: FlexVAR, tokenizer: Tokenizer, class_names: tuple[str, ...] | None = None) -> ModelFacts:
-    """Raises ArtifactRefused for sizes no bundle may have."""
+    """Raises ArtifactRefused for sizes no bundle may have, InvalidInput for names that are not one a class."""
     config = model.config
+    if class_names is not None:
+        _check_names(class_names, config.classes)
     return ModelFacts(
         depth=config.depth,
         width=config.width,
@@ -40,10 +47,22 @@ def model_facts(model: FlexVAR, tokenizer: Tokenizer, class_names: tuple[str, ..
     )
 
 
+def _check_names(names: tuple[str, ...], classes: int) -> None:
+    if len(names) != classes:
+        raise InvalidInput(
+            f"{len(names)} class names", expected=f"{classes}", fix="one name for each class, in label order"
+        )
+    for name in names:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise InvalidInput(
+                f"the class name {name!a}", expected="text without control characters", fix="correct the name"
+            )
+
+
 def tables(model: FlexVAR, tokenizer: Tokenizer) -> Tables:
     """What the host computes from: codebook, position table and input bias."""
 
-    def array(tensor: object) -> np.ndarray:
-        return np.ascontiguousarray(tensor.detach().float().cpu().numpy())  # type: ignore[attr-defined]
+    def array(tensor: Tensor) -> NDArray[np.float32]:
+        return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
 
     return Tables(array(tokenizer.codebook_VD), array(model.pos_1LC[0]), array(model.word_embed.bias))

@@ -50,13 +50,16 @@ class Dense(nn.Module):
 class Condition(nn.Module):
     """labels M int32 -> modulation (M, depth, 6, C), head_modulation (M, 2, C), first_input (M, 1, C), float32."""
 
+    class_embedding: Tensor
+    start: Tensor
+
     def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
         super().__init__()
         self.width = model.config.width
         self.register_buffer("class_embedding", _vector(model.class_emb.weight, torch.float32))
         self.register_buffer("start", _vector(model.pos_start + model.positions(1, 1), torch.float32))
-        self.blocks = nn.ModuleList(Dense.of(block.ada_lin[1], dtype) for block in model.blocks)
-        self.head = Dense.of(model.head_nm.ada_lin[1], dtype)
+        self.blocks = nn.ModuleList(Dense.of(block.ada_lin.linear, dtype) for block in model.blocks)
+        self.head = Dense.of(model.head_nm.ada_lin.linear, dtype)
 
     def forward(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         embedding = F.embedding(labels, self.class_embedding)
@@ -69,6 +72,8 @@ class Condition(nn.Module):
 
 class StepBlock(nn.Module):
     """One transformer block over new tokens, with the past keys and values token-major."""
+
+    temperature: Tensor
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         super().__init__()
@@ -115,6 +120,8 @@ class Step(nn.Module):
     new keys, so nothing is gathered or stacked. Signature: `flexvar_runtime.graphs`.
     """
 
+    embed: Tensor
+
     def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.dtype = model.config.width, dtype
@@ -154,6 +161,9 @@ class Float32GroupNorm(nn.Module):
     GroupNormalization operator is expanded into a dozen elementwise passes.
     """
 
+    gain: Tensor
+    bias: Tensor
+
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.groups, self.eps = norm.num_groups, norm.eps
@@ -187,6 +197,8 @@ def _float32_norms(module: nn.Module) -> None:
 
 class Decode(nn.Module):
     """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped."""
+
+    codebook: Tensor
 
     def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
         super().__init__()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import torch
@@ -24,6 +26,7 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "int32": torch.int32,
 }
+T = TypeVar("T")
 
 
 def export_graph(module: nn.Module, spec: GraphSpec, directory: Path) -> None:
@@ -63,7 +66,7 @@ def _grouped(spec: GraphSpec) -> list[TensorSpec | list[TensorSpec]]:
     return groups
 
 
-def _map(group, make):  # type: ignore[no-untyped-def]
+def _map(group: TensorSpec | list[TensorSpec], make: Callable[[TensorSpec], T]) -> T | list[T]:
     return [make(tensor) for tensor in group] if isinstance(group, list) else make(group)
 
 

@@ -36,9 +36,9 @@ GATES = {"fp32": Gate(1e-5, 80.0), "fp16": Gate(2e-3, 50.0), "bf16": Gate(1.5e-2
 def relative_error(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
     """‖got − reference‖₂ / ‖reference − row mean‖₂, rows along the last axis; infinite for NaN is capped at 1e9."""
     exact = reference.astype(np.float64)
-    spread = np.linalg.norm(exact - exact.mean(axis=-1, keepdims=True))
-    error = np.linalg.norm(got.astype(np.float64) - exact) / max(spread, 1e-30)
-    return float(min(error, 1e9)) if np.isfinite(error) else 1e9
+    spread = float(np.linalg.norm(exact - exact.mean(axis=-1, keepdims=True)))
+    error = float(np.linalg.norm(got.astype(np.float64) - exact)) / max(spread, 1e-30)
+    return min(error, 1e9) if np.isfinite(error) else 1e9
 
 
 def psnr(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
@@ -56,8 +56,8 @@ def compare(engine: Engine, proof: Proof, gate: Gate) -> Iterator[ParityRow]:
         yield _relative(CONDITION, None, name, getattr(condition, name), getattr(proof, name), gate)
     for case in proof.cases:
         yield from _compare_case(engine, case, gate)
-    latent = engine.encode(proof.image)
-    yield _relative(ENCODE, None, "latent", *(np.moveaxis(x, 1, -1) for x in (latent, proof.latent)), gate)
+    latent, reference = (np.moveaxis(x, 1, -1) for x in (engine.encode(proof.image), proof.latent))
+    yield _relative(ENCODE, None, "latent", latent, reference, gate)
 
 
 def _compare_case(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]:
@@ -96,7 +96,9 @@ def prove(bundle: Bundle, proof: Proof, backend: str = "ort-cpu", threads: int |
 
     A bf16 bundle on ort-cpu, which has no such kernels, is emulated in float32; the record says so. The record's
     `free_running_agreement` is the share of equal tokens where the backend feeds on its own draws instead.
+    Raises ArtifactRefused for a proof of another model, BackendUnavailable.
     """
+    proof.require_fit(bundle.manifest.model)
     started = create(backend, threads=threads)
     precision = bundle.manifest.precision
     emulated = precision == "bf16" and started.name == "ort-cpu"
@@ -130,7 +132,8 @@ def require_parity(record: ParityRecord) -> None:
         place = first.graph + (f", scale {first.scale}" if first.scale else "") + f", output {first.output}"
         relation = "at least" if first.metric == "psnr_db" else "at most"
         raise ParityFailed(
-            f"{place}: {first.metric} {first.value:.3g} on {record.backend} ({len(failed)} of {len(record.rows)} checks fail)",
+            f"{place}: {first.metric} {first.value:.3g} on {record.backend} "
+            f"({len(failed)} of {len(record.rows)} checks fail)",
             expected=f"{relation} {first.bound:g}",
             fix="export again; if it persists, compare tool versions with the bundle's provenance",
         )

@@ -6,17 +6,21 @@ bundle can be verified again without its checkpoint.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flexvar_ref import FlexVAR, Options, Tokenizer, iter_scales
+from flexvar_ref.generate import Uniforms
 from flexvar_runtime import Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.manifest import ModelFacts
 from flexvar_runtime.noise import uniforms
 
 PROOF_FILE = "proof.npz"
@@ -24,6 +28,7 @@ ROWS_KEPT = 12  # positions of each scale whose logits travel in the bundle
 SEED = 20260101
 
 Float32 = NDArray[np.float32]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Proof:
         return replace(self, cases=tuple(_thin(case, rows) for case in self.cases))
 
     def save(self, path: Path) -> None:
-        arrays: dict[str, NDArray[np.generic]] = {
+        arrays: Arrays = {
             "labels": np.array(self.labels, np.int32),
             **{
                 name: getattr(self, name)
@@ -67,9 +72,9 @@ class Proof:
         for c, case in enumerate(self.cases):
             arrays[f"case{c}.labels"] = np.array(case.labels, np.int32)
             arrays[f"case{c}.schedule"] = np.array(case.schedule.scales, np.int32)
-            arrays[f"case{c}.guidance_scale"] = np.float64(case.guidance.scale)
-            arrays[f"case{c}.ramp"] = np.bool_(case.guidance.rule == "ramp")
-            arrays[f"case{c}.max_side"] = np.int32(case.guidance.max_side)
+            arrays[f"case{c}.guidance_scale"] = np.array(case.guidance.scale)
+            arrays[f"case{c}.ramp"] = np.array(case.guidance.rule == "ramp")
+            arrays[f"case{c}.max_side"] = np.array(case.guidance.max_side, np.int32)
             arrays[f"case{c}.decoded"] = case.decoded
             for i in range(len(case.schedule)):
                 for name in ("tokens", "rows", "logits"):
@@ -82,7 +87,7 @@ class Proof:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-            cases = []
+            cases: list[Case] = []
             while f"case{len(cases)}.labels" in arrays:
                 cases.append(_read_case(arrays, f"case{len(cases)}."))
             names = ("modulation", "head_modulation", "first_input", "image", "latent")
@@ -91,29 +96,53 @@ class Proof:
                 labels=tuple(arrays["labels"].tolist()),
                 **{name: arrays[name] for name in names},
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ArtifactRefused(
                 f"{path.name} ({error!r})", expected="a recorded proof", fix="export again"
             ) from error
 
+    def require_fit(self, model: ModelFacts) -> None:
+        """Raise ArtifactRefused unless there are cases and every array has the shape that such a model gives it."""
+        labels, (h, w) = len(self.labels), self.latent.shape[-2:]
+        pairs: list[tuple[NDArray[Any], tuple[int, ...]]] = [
+            (self.modulation, (labels, model.depth, 6, model.width)),
+            (self.head_modulation, (labels, 2, model.width)),
+            (self.first_input, (labels, 1, model.width)),
+            (self.image, _image_shape(model, 1, h, w)),
+            (self.latent, (1, model.code_dim, h, w)),
+        ]
+        for case in self.cases:
+            B = len(case.labels)
+            for (h, w), tokens, rows, logits in zip(case.schedule, case.tokens, case.rows, case.logits, strict=True):
+                pairs += [(tokens, (B, h, w)), (rows, (len(rows),)), (logits, (B, len(rows), model.vocabulary))]
+            pairs.append((case.decoded, _image_shape(model, B, h, w)))
+        wrong = [(array.shape, shape) for array, shape in pairs if array.shape != shape]
+        if wrong or not self.cases:
+            got, expected = wrong[0] if wrong else ("no case", "at least one")
+            raise ArtifactRefused(f"a proof with {got}", expected=f"{expected} for this model", fix="export again")
 
-def _read_case(arrays: dict[str, NDArray[np.generic]], prefix: str) -> Case:
-    schedule = ScaleSchedule.parse([tuple(size) for size in arrays[prefix + "schedule"].tolist()])  # type: ignore[arg-type]
+
+def _read_case(arrays: Arrays, prefix: str) -> Case:
+    schedule = ScaleSchedule.parse([(h, w) for h, w in arrays[prefix + "schedule"].tolist()])
     rule = "ramp" if arrays[prefix + "ramp"] else "constant"
     guidance = Guidance(float(arrays[prefix + "guidance_scale"]), rule, int(arrays[prefix + "max_side"]))
 
-    def per_scale(name: str) -> tuple[NDArray[np.generic], ...]:
+    def per_scale(name: str) -> tuple[NDArray[Any], ...]:
         return tuple(arrays[f"{prefix}{name}{i}"] for i in range(len(schedule)))
 
     return Case(
         labels=tuple(arrays[prefix + "labels"].tolist()),
         schedule=schedule,
         guidance=guidance,
-        tokens=per_scale("tokens"),  # type: ignore[arg-type]
-        rows=per_scale("rows"),  # type: ignore[arg-type]
-        logits=per_scale("logits"),  # type: ignore[arg-type]
-        decoded=arrays[prefix + "decoded"],  # type: ignore[arg-type]
+        tokens=per_scale("tokens"),
+        rows=per_scale("rows"),
+        logits=per_scale("logits"),
+        decoded=arrays[prefix + "decoded"],
     )
+
+
+def _image_shape(model: ModelFacts, batch: int, h: int, w: int) -> tuple[int, ...]:
+    return batch, 3, h * model.downsampling, w * model.downsampling
 
 
 def _thin(case: Case, keep: int) -> Case:
@@ -140,7 +169,7 @@ def make_proof(model: FlexVAR, tokenizer: Tokenizer, schedule: ScaleSchedule, gu
     with torch.inference_mode():
         labels_M = torch.tensor(labels)
         cond = model.condition(labels_M)
-        modulation = torch.stack([block.ada_lin(cond) for block in model.blocks], dim=1)  # type: ignore[operator]
+        modulation = torch.stack([block.ada_lin(cond) for block in model.blocks], dim=1)
         image = _image(tokenizer.config.downsampling * 8, tokenizer.config.downsampling * 6)
         return Proof(
             cases=cases,
@@ -190,7 +219,7 @@ def reference_options(guidance: Guidance, sampling: Sampling) -> Options:
     )
 
 
-def shared_noise(seed: int, first_index: int = 0):  # type: ignore[no-untyped-def]
+def shared_noise(seed: int, first_index: int = 0) -> Uniforms:
     """The runtime's draws as the reference takes them: (scale, positions, batch) -> uniforms (batch, positions)."""
 
     def draw(scale: int, positions: int, batch: int) -> torch.Tensor:

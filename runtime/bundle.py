@@ -58,6 +58,16 @@ class Bundle:
             _refuse(name, "no such graph in the bundle", f"one of {', '.join(self.manifest.graphs)}", "export again")
         return self.manifest.graphs[name]
 
+    def graph_file(self, name: str) -> Path:
+        """Where a graph lies. Raises ArtifactRefused for one that takes weights from `engines/`.
+
+        Backends refuse weights outside the bundle; inside it, only what lies there is not under the manifest.
+        """
+        path = self.file(self.graph(name).file)
+        if ENGINES.encode() in path.read_bytes().lower():
+            _refuse(path.name, f"a graph that names {ENGINES}/", "weights in files of the manifest", "export again")
+        return path
+
 
 def bundle_root(path: str | os.PathLike[str]) -> Path:
     """The real directory behind `path` (links on the way to a bundle are the user's own). Raises ArtifactRefused."""

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from .backends.base import Backend, Graph
 from .bundle import Bundle
-from .errors import BackendUnavailable, InvalidInput
-from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE
+from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
+from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE, graph_specs
 from .guidance import Guidance
 from .loop import Condition, LoopBuffers, ScaleLoop
 from .memory import decode_bytes, require
@@ -40,6 +40,13 @@ class Engine:
                 fix="export with --precision fp32, or name a backend that runs it (flexvar doctor)",
             )
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
+        for name, spec in graph_specs(self.model, precision).items():
+            if bundle.graph(name) != spec:
+                raise ArtifactRefused(
+                    f"graph {name} with other tensors than a {precision} model of its size has",
+                    expected="the inputs and outputs this version knows",
+                    fix="export again with this version",
+                )
         self.tables = Tables.load(bundle.file(TABLES_FILE), self.model)
         self._graphs: dict[str, Graph] = {}
         self._conditions: OrderedDict[int, Condition] = OrderedDict()
@@ -62,7 +69,7 @@ class Engine:
         if missing:
             self._require_open()
             spec = self.bundle.graph(CONDITION)
-            graph = self.backend.open(self.bundle.file(spec.file), spec, once=True)
+            graph = self.backend.open(self.bundle.graph_file(CONDITION), spec, once=True)
             try:
                 for start in range(0, len(missing), LABELS_PER_RUN):
                     pair = missing[start : start + LABELS_PER_RUN]
@@ -146,7 +153,7 @@ class Engine:
         self._require_open()
         if name not in self._graphs:
             spec = self.bundle.graph(name)
-            self._graphs[name] = self.backend.open(self.bundle.file(spec.file), spec)
+            self._graphs[name] = self.backend.open(self.bundle.graph_file(name), spec)
         return self._graphs[name]
 
     def _require_open(self) -> None:

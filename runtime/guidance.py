@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
+
+import numpy as np
 
 from .errors import InvalidInput
 from .noise import check_whole
@@ -30,8 +31,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InvalidInput(f"guidance rule {self.rule!r}", expected=" or ".join(RULES), fix="name one of them")
-        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
-        if not number or not math.isfinite(self.scale) or not 0 <= self.scale <= MAX_SCALE:
+        number = isinstance(self.scale, int | float | np.integer | np.floating) and not isinstance(self.scale, bool)
+        if not number or not 0 <= self.scale <= MAX_SCALE:  # NaN compares false
             raise InvalidInput(
                 f"guidance scale {self.scale!r}",
                 expected=f"a number from 0 to {MAX_SCALE:g}",

@@ -28,7 +28,8 @@ def to_uint8(decoded_BCHW: NDArray[np.float32], value_range: tuple[float, float]
     low, high = value_range
     gain = np.float32(255 / (high - low))
     pixels = decoded_BCHW.astype(np.float32) * gain
-    pixels += np.float32(0.5) - np.float32(low) * gain
+    pixels -= np.float32(low) * gain
+    pixels += np.float32(0.5)
     np.clip(pixels, 0, 255, out=pixels)
     return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
 
@@ -54,11 +55,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(METADATA_KEY)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ArtifactRefused(f"{path} ({error})", expected="a readable PNG", fix=fix) from error
     if not isinstance(text, str):
         raise ArtifactRefused(f"{path} without generation settings", expected="a PNG of flexvar generate", fix=fix)
-    metadata = loads(text, where=f"{path.name}: {METADATA_KEY}")
+    try:
+        metadata = loads(text, where=f"{path.name}: {METADATA_KEY}")
+    except ArtifactRefused as error:
+        raise ArtifactRefused(error.got, expected=error.expected, fix=fix) from error
     if not isinstance(metadata, dict):
         raise ArtifactRefused(f"{path} with settings that are no object", expected="a JSON object", fix=fix)
     return metadata

@@ -12,7 +12,7 @@ from PIL import Image
 from ._version import __version__
 from .errors import ArtifactRefused, FlexVARError
 from .guidance import Guidance
-from .noise import check_index, check_seed
+from .noise import check_index, check_seed, check_whole
 from .sampling import Sampling
 from .schedule import ScaleSchedule
 
@@ -81,9 +81,9 @@ class Settings:
                 raise ValueError(f"version {data['version']!r}")
             return cls(
                 bundle=str(data["bundle"]),
-                label=int(data["class"]),
-                seed=check_seed(int(data["seed"])),
-                index=check_index(int(data["index"])),
+                label=check_whole("class", data["class"], 0),
+                seed=check_seed(_whole(data["seed"])),
+                index=check_index(_whole(data["index"])),
                 schedule=ScaleSchedule.parse(data["schedule"]),
                 guidance=Guidance(**data["guidance"]),
                 sampling=Sampling.from_json(data["sampling"]),
@@ -95,6 +95,13 @@ class Settings:
                 expected=f"settings of version {SETTINGS_VERSION}",
                 fix="make the image again, or pass the options yourself",
             ) from error
+
+
+def _whole(text: object) -> int:
+    """Digits to a whole number, and nothing else that `int` would take."""
+    if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 20):
+        raise ValueError(f"{text!r:.100} where digits should be")
+    return int(text)
 
 
 @dataclass(frozen=True)

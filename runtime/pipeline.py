@@ -18,7 +18,7 @@ from .backends import create
 from .backends.base import Backend
 from .bundle import Bundle
 from .engine import Engine
-from .errors import InvalidInput
+from .errors import ArtifactRefused, InvalidInput
 from .guidance import Guidance
 from .images import from_uint8, to_uint8
 from .loop import ScaleLoop
@@ -53,9 +53,14 @@ class FlexVARPipeline:
         self.engine = Engine(bundle, backend)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
         defaults = bundle.manifest.defaults
-        self.schedule = ScaleSchedule.parse(defaults.schedule)
-        self.guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
-        self.sampling = Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side)
+        try:
+            self.schedule = ScaleSchedule.parse(defaults.schedule)
+            self.guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
+            self.sampling = Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side)
+        except InvalidInput as error:
+            raise ArtifactRefused(
+                f"a bundle whose default is {error.got}", expected=error.expected, fix="export again"
+            ) from error
 
     @classmethod
     def from_bundle(
@@ -159,6 +164,12 @@ class FlexVARPipeline:
 
     def _decode(self, tokens: Tokens, keep: bool) -> Iterator[tuple[Pixels, NDArray[np.float32] | None]]:
         for decoded in self.engine.decode(tokens):
+            if not np.isfinite(decoded).all():
+                raise ArtifactRefused(
+                    "NaN or infinity from the decoder",
+                    expected="finite pixels",
+                    fix="use a bundle exported with --precision bf16 or fp32",
+                )
             yield to_uint8(decoded, self.model.value_range), decoded.copy() if keep else None
 
     def encode(self, image: Image.Image | ArrayLike, size: tuple[int, int] | None = None) -> Tokens:

@@ -127,7 +127,7 @@ def _check_top_k(value: Any) -> int:
 
 def _check_top_p(value: Any) -> float:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and 0 <= value <= 1:
+    if number and 0 <= value <= 1:  # NaN compares false
         return float(value)
     raise InvalidInput(
         f"top_p {value!r}" + ("" if number else f" ({type(value).__name__})"),

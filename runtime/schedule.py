@@ -36,6 +36,7 @@ class ScaleSchedule:
     scales: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", _pairs(self.scales))
         if not 1 <= len(self.scales) <= MAX_SCALES:
             raise self._refusal(f"{len(self.scales)} scales", f"1 to {MAX_SCALES} scales")
         for h, w in self.scales:
@@ -67,15 +68,7 @@ class ScaleSchedule:
                     fix="write it like 1_2_4_8_16 or 1_2_3x5_12x20",
                 )
             return cls(tuple((int(m[1]), int(m[2] or m[1])) for m in matches if m))
-        try:
-            pairs = [side if isinstance(side, tuple | list) else (side, side) for side in value]
-            return cls(tuple((_whole(h), _whole(w)) for h, w in pairs))
-        except (TypeError, ValueError) as error:
-            if isinstance(error, InvalidInput):
-                raise
-            raise InvalidInput(
-                f"schedule {value!r}", expected="text, or sides and (h, w) pairs", fix="write it like [1, 2, (3, 5)]"
-            ) from error
+        return cls(_pairs(value))
 
     def __str__(self) -> str:
         return "_".join(_text(scale) for scale in self.scales)
@@ -99,6 +92,17 @@ class ScaleSchedule:
         """Tokens of the last, largest scale."""
         h, w = self.scales[-1]
         return h * w
+
+
+def _pairs(value: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sides and pairs to (h, w) pairs. Raises InvalidInput for anything else."""
+    try:
+        pairs = [side if isinstance(side, tuple | list) else (side, side) for side in value]
+        return tuple((_whole(h), _whole(w)) for h, w in pairs)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"schedule {value!r:.100}", expected="text, or sides and (h, w) pairs", fix="write it like [1, 2, (3, 5)]"
+        ) from error
 
 
 def _whole(value: object) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..memory import available_bytes
 from ..noise import check_whole
 from .base import Availability, host_dtype
 
-MINIMUM = (1, 24)
+MINIMUM = (1, 24)  # older ones read weights from anywhere a graph names
 _ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
@@ -36,19 +37,22 @@ def probe() -> Availability:
             f"{names} are both installed and overwrite each other's files",
             f"pip uninstall -y {' '.join(wheels)} && pip install 'flexvar-deploy[cpu]'",
         )
+    wheel = next(iter(wheels), None)
     try:
-        ort = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        missing = not wheels
-        detail = "onnxruntime is not installed" if missing else f"onnxruntime cannot be loaded ({error})"
-        fix = "pip install 'flexvar-deploy[cpu]'" if missing else f"pip install --force-reinstall {next(iter(wheels))}"
-        return Availability(False, detail, fix)
-    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < MINIMUM:
+        version = str(importlib.import_module("onnxruntime").__version__)
+    except Exception as error:  # a wheel half removed or made for another system fails in any way
+        if wheel is None:
+            return Availability(False, "onnxruntime is not installed", "pip install 'flexvar-deploy[cpu]'")
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return Availability(False, f"{wheel} cannot be loaded ({first})", f"pip install --force-reinstall {wheel}")
+    if tuple(int(part) for part in re.findall("[0-9]+", version)[:2]) < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))
         return Availability(
-            False, f"onnxruntime {ort.__version__} is older than {wanted}", f"pip install 'onnxruntime>={wanted}'"
+            False,
+            f"{wheel or 'onnxruntime'} {version} is older than {wanted}",
+            f"pip install '{wheel or 'onnxruntime'}>={wanted}'",
         )
-    return Availability(True, f"onnxruntime {ort.__version__}, {default_threads()} threads")
+    return Availability(True, f"{wheel or 'onnxruntime'} {version}, {default_threads()} threads")
 
 
 def _version(distribution: str) -> str | None:
@@ -109,12 +113,12 @@ class OrtGraph:
         self.spec = spec
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3  # errors only: what matters is raised
+        options.log_severity_level = 4  # nothing but crashes: errors are raised
         if once:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise _translate(error, path.name, spec) from error
         self._types = {
@@ -124,12 +128,14 @@ class OrtGraph:
         self._name = path.name
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
+        if self._session is None:
+            raise InvalidInput(f"{self._name}, closed", expected="an open graph", fix="open the bundle again")
         try:
+            binding = self._session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_input(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise _translate(error, self._name, self.spec) from error

@@ -5,17 +5,21 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from rich.table import Table
+import typer
 
 from .._version import __version__
 from ..backends import BACKENDS, probe
 from ..backends.ort_cpu import default_threads
+from ..errors import BackendUnavailable
 from ..memory import available_bytes
 from .console import JsonOption, emit, out
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say which backends work here, why the others do not, and the one line that fixes each."""
+    """Say which backends work here, why the others do not, and the one line that fixes each.
+
+    Exit code 4 when none works.
+    """
     states = {name: probe(name) for name in BACKENDS}
     available = available_bytes()
     auto = next((name for name, state in states.items() if state.available), None)
@@ -32,21 +36,19 @@ def doctor(as_json: JsonOption = False) -> None:
         },
     }
 
+    def say(line: str) -> None:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def show() -> None:
         memory = "unknown" if available is None else f"{available / 2**30:.1f} GiB free"
         machine = f"{data['platform']}, {data['processors']} processors, {memory}"
-        out.print(
-            f"flexvar {__version__}, Python {data['python']}, {machine}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        table = Table("backend", "works", "detail", "fix")
+        say(f"flexvar {__version__}, Python {data['python']}, {machine}")
         for name, state in states.items():
-            table.add_row(name, "yes" if state.available else "no", state.detail, state.fix or "")
-        out.print(table)
-        out.print(
-            f"--backend auto uses {auto}" if auto else "no backend works: pip install 'flexvar-deploy[cpu]'",
-            markup=False,
-        )
+            say(f"{name:<13}{'works' if state.available else 'no'}: {state.detail}")
+            if state.fix:  # on a line of its own, to be copied
+                say(f"{'':<13}fix: {state.fix}")
+        say(f"--backend auto uses {auto}" if auto else "no backend works")
 
     emit(data, as_json, show)
+    if auto is None:
+        raise typer.Exit(BackendUnavailable.exit_code)

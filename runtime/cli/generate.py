@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,11 +67,8 @@ def generate(
         )
         pipeline.check(plan.labels, plan.seed, plan.first_index)
         files = [output / plan.name(i) for i in range(len(plan.labels))]
-        for path in (*files, *([save_arrays] if save_arrays else [])):
-            if path.exists() and not force:
-                raise existing(path)
-        for directory in (output, *([preview] if preview else [])):
-            directory.mkdir(parents=True, exist_ok=True)
+        previews = [preview / name for name in plan.preview_names()] if preview else []
+        _check_targets([*files, *previews, *([save_arrays] if save_arrays else [])], force)
         results = _run(pipeline, plan, files, preview, batch_size, save_arrays is not None, force)
     if save_arrays is not None:
         _save_arrays(save_arrays, results, force)
@@ -88,6 +86,29 @@ class _Plan:
 
     def name(self, i: int) -> str:
         return f"{self.first_index + i:06d}_class{self.labels[i]:04d}.png"
+
+    def preview_name(self, i: int, scale: int) -> str:
+        h, w = self.schedule[scale]
+        return f"{Path(self.name(i)).stem}_scale{scale + 1:02d}_{h}x{w}.png"
+
+    def preview_names(self) -> list[str]:
+        return [self.preview_name(i, scale) for i in range(len(self.labels)) for scale in range(len(self.schedule))]
+
+
+def _check_targets(paths: list[Path], force: bool) -> None:
+    """Refuse what could not be written in the end, and make the directories."""
+    for path in paths:
+        if os.path.lexists(path) and not force:
+            raise existing(path)
+        if path.is_dir():
+            raise InvalidInput(f"{path}, a directory", expected="the name of a file", fix="choose another name")
+    for directory in dict.fromkeys(path.parent for path in paths):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(
+                f"{directory} ({error.strerror})", expected="a directory that can be made", fix="choose another name"
+            ) from error
 
 
 def _starting_point(pipeline: FlexVARPipeline, source: Path | None) -> _Plan:
@@ -146,8 +167,7 @@ def _run(
                 advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
                 if preview is not None:
                     for i, pixels in enumerate(step.preview()):
-                        stem = Path(plan.name(start + i)).stem
-                        path = preview / f"{stem}_scale{step.index + 1:02d}_{step.size[0]}x{step.size[1]}.png"
+                        path = preview / plan.preview_name(start + i, step.index)
                         save_png(
                             path, pixels, {"preview_of": plan.name(start + i), "scale": step.index + 1}, force=force
                         )
@@ -172,7 +192,6 @@ def _save_arrays(path: Path, results: list[GenerationOutput], force: bool) -> No
     """tokens (B, L) int32, all scales in order, row-major; images (B, 3, H, W) float32 as the decoder gave them."""
     tokens = [np.concatenate([scale.reshape(len(scale), -1) for scale in result.tokens], axis=1) for result in results]
     images = [result.decoded for result in results if result.decoded is not None]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, force=force) as partial, partial.open("wb") as file:
         np.savez(file, tokens=np.concatenate(tokens).astype(np.int32), images=np.concatenate(images))
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from ..bundle import Bundle
 from ..strict_json import encode
@@ -26,7 +27,7 @@ def inspect(
         model, defaults, parity = manifest.model, manifest.defaults, manifest.parity
         worst = max((r.value / r.bound for r in parity.rows if r.metric != "psnr_db"), default=0.0)
         size = sum(record.size for record in manifest.files.values())
-        facts = Table(show_header=False)
+        facts = Table(Column(), Column(overflow="fold"), show_header=False)
         for name, value in (
             ("bundle", opened.sha256),
             ("precision", manifest.precision),
@@ -45,7 +46,7 @@ def inspect(
             ),
             ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.provenance.tools.items())),
         ):
-            facts.add_row(name, value)
+            facts.add_row(name, escape(value))
         out.print(facts)
         graphs = Table("graph", "inputs", "outputs", "largest activation")
         for name, graph in manifest.graphs.items():
@@ -54,7 +55,7 @@ def inspect(
                 ", ".join(f"{t.name} ({', '.join(map(str, t.axes))})" for t in _shown(side))
                 for side in (graph.inputs, graph.outputs)
             ]
-            graphs.add_row(name, *tensors, f"{largest.value:.1f}" if largest else "")
+            graphs.add_row(escape(name), *map(escape, tensors), f"{largest.value:.1f}" if largest else "")
         out.print(graphs)
 
     emit(data, as_json, show)

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -16,6 +16,7 @@ from .console import err, start_logging
 
 GROUP = "flexvar.commands"
 INTERRUPTED = 130
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])  # click's, wherever this typer keeps it
 
 
 def build() -> typer.Typer:
@@ -56,25 +57,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        build()(arguments, prog_name="flexvar")
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(INTERRUPTED)
-    except MemoryError as error:
-        known = isinstance(error, OutOfMemory)
-        _report(
-            error if known else OutOfMemory("no memory left", expected="more", fix="use a smaller batch"), arguments
-        )
+        code = build()(arguments, prog_name="flexvar", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except UsageError as error:
+        code = _report_usage(error, arguments)
     except FlexVARError as error:
         _report(error, arguments)
+    except MemoryError:
+        _report(OutOfMemory("no memory left", expected="more", fix="use a smaller batch"), arguments)
+    except OSError as error:
+        fix = "check the path, its permissions and the space left"
+        _report(FlexVARError(str(error), expected="files that can be read and written", fix=fix), arguments)
+    if code == INTERRUPTED:
+        err.print("interrupted")
+    sys.exit(code)
 
 
-def _report(error: BaseException, arguments: Sequence[str]) -> None:
-    """Print a refusal for people on standard error, and as JSON on standard output where JSON was asked for."""
-    assert isinstance(error, FlexVARError)
+def _report_usage(error: Any, arguments: Sequence[str]) -> int:
+    """Let click say what is wrong with the options; returns its exit code."""
+    error.show()
     if "--json" in arguments:
-        content = {"type": type(error).__name__, "got": error.got, "expected": error.expected, "fix": error.fix}
-        sys.stdout.write(json.dumps({"error": content}, indent=1) + "\n")
+        command = error.ctx.command_path if error.ctx else "flexvar"
+        _print_json("UsageError", error.format_message(), f"the options of {command}", f"{command} --help")
+    return cast(int, error.exit_code)
+
+
+def _print_json(kind: str, got: str, expected: str, fix: str) -> None:
+    content = {"type": kind, "got": got, "expected": expected, "fix": fix}
+    sys.stdout.write(json.dumps({"error": content}, indent=1) + "\n")
+
+
+def _report(error: FlexVARError, arguments: Sequence[str]) -> NoReturn:
+    """Print a refusal for people on standard error, and as JSON on standard output where JSON was asked for."""
+    if "--json" in arguments:
+        _print_json(type(error).__name__, error.got, error.expected, error.fix)
     for label, text in (("error: got", error.got), ("  expected", error.expected), ("  fix", error.fix)):
         err.print(f"{label}: {text}", highlight=False, markup=False, soft_wrap=True)
     sys.exit(error.exit_code)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -36,12 +35,6 @@ def tiny(build_pair: BuildPair) -> Pair:
     return build_pair(tiny_transformer(), TINY_TOKENIZER, 0)
 
 
-@pytest.fixture(scope="session")
-def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The checkpoints of `tiny`: transformer and tokenizer. Shared: read only."""
-    return write_checkpoints(tmp_path_factory.mktemp("tiny"), tiny_transformer(), TINY_TOKENIZER)
-
-
 @pytest.fixture
 def random_tokens() -> Callable[..., list[torch.Tensor]]:
     """Random tokens (B, h, w) of every scale."""
@@ -56,3 +49,12 @@ def random_tokens() -> Callable[..., list[torch.Tensor]]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads and lose minutes to them where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

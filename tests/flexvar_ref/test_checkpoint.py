@@ -498,8 +498,8 @@ def test_swapped_files_are_told(
     assert f"which holds {words}; expected a " in message and "mixed up" in message
 
 
-def test_swapped_arguments_are_told(tiny_files: tuple[Path, Path], tmp_path: Path, tiny: Pair) -> None:
-    transformer, vae = tiny_files
+def test_swapped_arguments_are_told(tiny_checkpoint: tuple[Path, Path], tmp_path: Path, tiny: Pair) -> None:
+    transformer, vae = tiny_checkpoint
     message = refusal(lambda path: flexvar_ref.load(vae, path), transformer)
     assert message.startswith("got transformer.pth, which holds a transformer; expected a tokenizer; fix: check that")
     for network, name in zip(tiny, ("t", "v"), strict=True):
@@ -508,10 +508,10 @@ def test_swapped_arguments_are_told(tiny_files: tuple[Path, Path], tmp_path: Pat
     assert "it is a transformer of format flexvar-ref/1" in message and "mixed up" in message
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path, tiny_files: tuple[Path, Path]) -> None:
+def test_another_tokenizer_is_refused(tmp_path: Path, tiny_checkpoint: tuple[Path, Path]) -> None:
     other = dataclasses.replace(TINY_TOKENIZER, vocabulary=256)
     torch.save({"model": tokenizer_state(other)}, tmp_path / "vae.pth")
-    message = refusal(lambda path: flexvar_ref.load(path, tmp_path / "vae.pth"), tiny_files[0])
+    message = refusal(lambda path: flexvar_ref.load(path, tmp_path / "vae.pth"), tiny_checkpoint[0])
     assert "for 512 codes of dimension 8 with a tokenizer of 256 codes of dimension 8" in message
 
 

@@ -82,6 +82,17 @@ def test_guided_logits(tiny: Pair, random_tokens: RandomTokens, schedule: str, r
         torch.testing.assert_close(step.logits, logits, atol=10 * NOISE, rtol=0)  # t multiplies the noise
 
 
+def test_the_ramp_jumps_above_max_side(tiny: Pair, random_tokens: RandomTokens) -> None:
+    model, scales = tiny[0], as_scales("1_2_3_5")
+    forced = random_tokens(scales, 1, 512)
+    low, high = (list(iter_scales(model, [3], scales, Options(max_side=side), forced=forced)) for side in (2, 16))
+    cond, uncond = (model([label], forced, scales)[:, 5:14] for label in (3, 10))
+    torch.testing.assert_close(low[2].logits, cond + 2.5 * (cond - uncond), atol=10 * NOISE, rtol=0)
+    torch.testing.assert_close(high[2].logits, cond + 2.5 * 2 / 3 * (cond - uncond), atol=10 * NOISE, rtol=0)
+    for i in (0, 1, 3):
+        assert torch.equal(low[i].logits, high[i].logits)
+
+
 def test_swapped_branches_are_seen(tiny: Pair, random_tokens: RandomTokens) -> None:
     """Negative control of the test above."""
     model, scales = tiny[0], as_scales("1_2_3")

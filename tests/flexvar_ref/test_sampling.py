@@ -135,9 +135,14 @@ def test_the_lower_index_is_dropped_first_at_the_boundary_of_top_p() -> None:
     assert (probs > 0).tolist() == [False, True, True, True]
 
 
+def test_exactly_one_minus_top_p_may_go() -> None:
+    probs = probabilities(torch.zeros(4), 0, 0.5)
+    assert (probs > 0).tolist() == [False, False, True, True]
+
+
 def test_top_p_never_drops_the_top_token() -> None:
-    probs = probabilities(torch.tensor([0.0, 5.0, 1.0]), 0, 1e-12)
-    assert probs.tolist() == [0.0, 1.0, 0.0]
+    for top_p in (1e-12, 1e-17):  # 1 − 1e-17 is 1 in float64
+        assert probabilities(torch.tensor([0.0, 5.0, 1.0]), 0, top_p).tolist() == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (0, 1.0), (50, 0.0), (51, 1.0)])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from flexvar_ref import FlexVAR, Tokenizer, TransformerConfig, as_scales, block_causal_mask
-from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, SelfAttention, resize_codes
+from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, Block, HeadModulation, SelfAttention, resize_codes
 
 Pair = tuple[FlexVAR, Tokenizer]
 RandomTokens = Callable[..., list[torch.Tensor]]
@@ -103,6 +103,30 @@ def test_attention_by_hand(learned: float) -> None:
         heads.append((cosine * min(math.exp(learned), 100.0)).softmax(-1) @ v[:, head])
     expected = attention.proj(torch.cat(heads, dim=-1))
     torch.testing.assert_close(attention(x, None, None)[0][0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_block_by_hand() -> None:
+    """Modulation in the order gamma1, gamma2, scale1, scale2, shift1, shift2; the GELU is the tanh one."""
+    config = TransformerConfig(depth=1, heads=2, head_size=4)
+    block = Block(config, drop_path=0.0)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x, cond = torch.randn(1, 5, 8), torch.randn(1, 8)
+    parts = (F.silu(cond) @ block.ada_lin[1].weight.T + block.ada_lin[1].bias)[0].split(8)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = parts
+
+    def norm(v: torch.Tensor) -> torch.Tensor:
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+
+    y = x + block.attn(norm(x) * (1 + scale1) + shift1, None, None)[0] * gamma1
+    hidden = (norm(y) * (1 + scale2) + shift2) @ block.ffn.fc1.weight.T + block.ffn.fc1.bias
+    hidden = hidden / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    expected = y + (hidden @ block.ffn.fc2.weight.T + block.ffn.fc2.bias) * gamma2
+    torch.testing.assert_close(block(x, cond)[0], expected, atol=1e-4, rtol=1e-5)
+
+    head = HeadModulation(config)
+    scale, shift = head.ada_lin(cond)[0].split(8)
+    torch.testing.assert_close(head(x, cond), norm(x) * (1 + scale) + shift)
 
 
 def test_a_temperature_above_its_clamp_changes_nothing(model: FlexVAR, random_tokens: RandomTokens) -> None:

@@ -1,0 +1,196 @@
+"""The runtime on a CPU against the eager reference: end to end, decoder included, in turns, in one run.
+
+    python -m flexvar_bench.against_reference --depth 16 --repeats 7 --work DIR
+
+Each side lives in a process of its own, so that each has its own peak of memory; only one of them computes at a time.
+Weights are random: time depends on sizes, not on values. Prints a table, and writes JSON with --json FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing as mp
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flexvar_runtime import Bundle, ScaleSchedule
+from flexvar_runtime.atomic import atomic_write
+
+from .limits import decoder_flops, measured_flops_per_second, transformer_flops
+
+SCHEDULE = "1_2_3_4_5_6_8_10_13_16"
+console = Console()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one image, decoder included; of the runtime also its parts."""
+
+    total: float
+    condition: float | None = None
+    steps: float | None = None
+    sampling: float | None = None
+    decode: float | None = None
+
+
+def checkpoints(work: Path, depth: int) -> tuple[Path, Path]:
+    """Random weights of a published size, written once."""
+    from flexvar_ref.config import TokenizerConfig, TransformerConfig
+    from flexvar_ref.synthetic import write_checkpoints
+
+    directory = work / f"d{depth}"
+    paths = directory / "transformer.pth", directory / "vae.pth"
+    if not all(path.exists() for path in paths):
+        write_checkpoints(directory, TransformerConfig.published(depth), TokenizerConfig())
+    return paths
+
+
+def exported(work: Path, depth: int, paths: tuple[Path, Path]) -> Path:
+    from flexvar_export.bundle import export_bundle
+
+    bundle = work / f"d{depth}.bundle"
+    if not bundle.exists():
+        export_bundle(*paths, bundle, progress=lambda step: console.print(f"export: {step}", highlight=False))
+    return bundle
+
+
+def serve_reference(pipe: Connection, transformer: Path, vae: Path, threads: int) -> None:
+    import torch
+
+    import flexvar_ref
+
+    torch.set_num_threads(threads)
+    model, tokenizer = flexvar_ref.load(transformer, vae)
+
+    def generate(label: int) -> Sample:
+        start = time.perf_counter()
+        flexvar_ref.generate(model, tokenizer, [label], SCHEDULE)
+        return Sample(time.perf_counter() - start)
+
+    _serve(pipe, generate)
+
+
+def serve_runtime(pipe: Connection, bundle: Path, threads: int) -> None:
+    from flexvar_runtime import FlexVARPipeline
+
+    with FlexVARPipeline.from_bundle(bundle, backend="ort-cpu", threads=threads) as pipeline:
+
+        def generate(label: int) -> Sample:
+            times = pipeline([label], SCHEDULE, seed=label).timings
+            steps = sum(scale.step for scale in times.scales)
+            return Sample(times.total, times.condition, steps, times.sampling, times.decode)
+
+        _serve(pipe, generate)
+
+
+def _serve(pipe: Connection, generate: Callable[[int], Sample]) -> None:
+    """Answer labels with samples until None, then with this process's peak of resident memory in bytes.
+
+    Not ru_maxrss: that remembers the parent's size from before this process's own program was loaded.
+    """
+    while (label := pipe.recv()) is not None:
+        pipe.send(generate(label))
+    status = Path("/proc/self/status").read_text().splitlines()
+    pipe.send(next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")))
+
+
+def compare(bundle: Path, paths: tuple[Path, Path], threads: int, repeats: int) -> dict[str, Any]:
+    """One image each in turns, a new class every time; the first turn warms up and is not counted."""
+    context = mp.get_context("spawn")
+    sides = {
+        "flexvar_ref eager fp32": (serve_reference, paths),
+        "flexvar_runtime ort-cpu fp32": (serve_runtime, (bundle,)),
+    }
+    ends, workers = {}, []
+    for name, (serve, arguments) in sides.items():
+        ends[name], theirs = context.Pipe()
+        workers.append(context.Process(target=serve, args=(theirs, *arguments, threads), daemon=True))
+        workers[-1].start()
+    samples: dict[str, list[Sample]] = {name: [] for name in ends}
+    for turn in range(repeats + 1):
+        for name, pipe in ends.items():
+            pipe.send(turn)
+            sample = pipe.recv()
+            if turn:
+                samples[name].append(sample)
+    peaks = {}
+    for name, pipe in ends.items():
+        pipe.send(None)
+        peaks[name] = pipe.recv()
+    for worker in workers:
+        worker.join()
+    return {
+        name: {
+            "median_s": statistics.median(sample.total for sample in samples[name]),
+            "min_s": min(sample.total for sample in samples[name]),
+            "peak_bytes": peaks[name],
+            "samples": [asdict(sample) for sample in samples[name]],
+        }
+        for name in ends
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and bundle, used again")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    arguments = parser.parse_args()
+
+    paths = checkpoints(arguments.work, arguments.depth)
+    bundle = exported(arguments.work, arguments.depth, paths)
+    model, schedule = Bundle.open(bundle).manifest.model, ScaleSchedule.parse(SCHEDULE)
+    flops = transformer_flops(model, schedule, guided=True) + decoder_flops(schedule)
+    rate = measured_flops_per_second()
+    limit = flops / rate
+    console.print(f"limit: {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s (NumPy's BLAS) = {limit:.2f} s")
+
+    sides = compare(bundle, paths, arguments.threads, arguments.repeats)
+    (_, reference), (_, runtime) = sides.items()
+    ratios = [r["total"] / m["total"] for r, m in zip(reference["samples"], runtime["samples"], strict=True)]
+    sampling = statistics.median(sample["sampling"] / sample["total"] for sample in runtime["samples"])
+    result = {
+        "scenario": f"d{arguments.depth}, random weights, 256 px, 10 steps, guidance, batch 1, decoder included, warm",
+        "machine": {"platform": platform.platform(), "threads": arguments.threads},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("flexvar-deploy", "torch", "onnxruntime", "numpy")
+        },
+        "limit": {"flops": flops, "flops_per_second": rate, "seconds": limit},
+        "sides": sides,
+        "speedup_median_of_turns": statistics.median(ratios),
+        "speedup_of_turns": ratios,
+        "sampling_share": sampling,
+    }
+    table = Table("side", "median s", "min s", "peak GB", title=str(result["scenario"]))
+    for name, side in sides.items():
+        table.add_row(name, f"{side['median_s']:.2f}", f"{side['min_s']:.2f}", f"{side['peak_bytes'] / 1e9:.2f}")
+    console.print(table)
+    parts = {
+        key: statistics.median(sample[key] for sample in runtime["samples"])
+        for key in ("condition", "steps", "sampling", "decode")
+    }
+    console.print("runtime: " + ", ".join(f"{key} {value:.3f} s" for key, value in parts.items()), highlight=False)
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    console.print(
+        f"speed-up {result['speedup_median_of_turns']:.2f} (turns {spread}), sampling {sampling:.1%} of the time"
+    )
+    if arguments.json:
+        with atomic_write(arguments.json, force=True) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Everything the README says is run: its commands in order, then its Python."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints of the published names and layouts, 1000 classes, and tiny sizes."""
+    from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
+
+    folder = tmp_path_factory.mktemp("desk")
+    transformer, vae = write_checkpoints(folder, tiny_transformer(classes=1000), TINY_TOKENIZER)
+    transformer.rename(folder / "FlexVARd16-epo179.pth")
+    vae.rename(folder / "FlexVAE.pth")
+    return folder
+
+
+def test_every_command_runs(desk: Path) -> None:
+    ran = []
+    for program, *arguments in commands():
+        if program == "pip":
+            continue  # tests/packaging builds and installs the wheel
+        assert program == "flexvar"
+        command = [str(Path(sys.executable).parent / program), *arguments]
+        done = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+        ran.append(arguments[0])
+    assert set(ran) == {"export", "generate", "doctor", "inspect", "verify"}
+    original, again = (desk / folder / "000001_class0980.png" for folder in ("images", "again"))
+    assert original.read_bytes() == again.read_bytes()
+
+
+def test_every_python_block_runs(desk: Path) -> None:
+    assert (desk / "d16.bundle").is_dir(), "the commands come first"
+    for block in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=desk, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+    assert (desk / "first.png").is_file()
+
+
+def test_make_targets_and_links_exist() -> None:
+    makefile = (README.parent / "Makefile").read_text()
+    for target in re.findall(r"`make ([a-z-]+)`", README.read_text()):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for link in re.findall(r"\]\((?!https)([^)]+)\)", README.read_text()):
+        assert (README.parent / link).exists(), link

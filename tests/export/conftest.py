@@ -1,0 +1,158 @@
+"""What the tests of the exporter share: the tiny model as torch modules, its proof, and bundles to spoil."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import flexvar_ref
+from flexvar_export import bundle as exporter
+from flexvar_export.bundle import TORCH_PRECISIONS
+from flexvar_export.modules import graph_module
+from flexvar_export.onnx_graphs import export_graph
+from flexvar_export.proof import PROOF_FILE, Proof
+from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_runtime import Bundle
+from flexvar_runtime.bundle_writer import seal
+from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.manifest import GraphSpec, TensorSpec
+
+Pair = tuple[FlexVAR, Tokenizer]
+Edit = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_checkpoint: tuple[Path, Path]) -> Pair:
+    """The reference behind the tiny bundles. Shared: copy before changing."""
+    return flexvar_ref.load(*tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_proof(tiny_bundle: Path) -> Proof:
+    """The proof that travels in the tiny bundles: the reference knows no precision, so it is the same in all."""
+    return Proof.load(tiny_bundle / PROOF_FILE)
+
+
+@pytest.fixture
+def spoil(tiny_bundles: Callable[[str], Path], tmp_path: Path) -> Callable[..., Bundle]:
+    """(graph, edit, precision="fp32") -> a sealed copy of a tiny bundle whose graph was edited, weights and all."""
+
+    def edited(graph: str, edit: Edit, precision: str = "fp32") -> Bundle:
+        path = tmp_path / f"spoiled{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tiny_bundles(precision), path)
+        manifest = Bundle.open(path).manifest
+        file = path / manifest.graphs[graph].file
+        model = onnx.load(str(file))
+        edit(model)
+        file.with_name(f"{file.name}.data").unlink(missing_ok=True)
+        onnx.save_model(model, str(file))
+        return seal(path, manifest)
+
+    return edited
+
+
+@pytest.fixture(scope="session")
+def arrays_for() -> Callable[..., dict[str, NDArray[Any]]]:
+    """(inputs, sizes of the named axes, labels, vocabulary) -> an array for every input; bfloat16 as float32 that holds
+    such values. Half of the sequences are conditional where there are two for every image."""
+
+    def make(
+        inputs: tuple[TensorSpec, ...], sizes: dict[str, int], largest: int = 8, seed: int = 0
+    ) -> dict[str, NDArray[Any]]:
+        rng = np.random.default_rng(seed)
+
+        def one(tensor: TensorSpec) -> NDArray[Any]:
+            shape = [
+                a if isinstance(a, int) else sizes[a.split("_x")[0]] * int((a + "_x1").split("_x")[1])
+                for a in tensor.axes
+            ]
+            if tensor.name == "cond_rows":
+                return np.arange(sizes["images"], dtype=np.int32)
+            if tensor.name == "uncond_rows":
+                return np.arange(sizes["images"], dtype=np.int32) + np.int32(sizes["sequences"] - sizes["images"])
+            if tensor.dtype == "int32":
+                return rng.integers(0, largest, shape, dtype=np.int32)
+            values = rng.standard_normal(shape, dtype=np.float32)
+            if tensor.name.startswith("past_"):  # as they come from a graph of that precision
+                return values.astype(np.float16) if tensor.dtype == "float16" else _bf16(values)
+            return values
+
+        return {tensor.name: one(tensor) for tensor in inputs}
+
+    return make
+
+
+def _bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return torch.from_numpy(values).bfloat16().float().numpy()
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256(type(module).__name__.encode())
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def known_graphs(
+    tiny_pair: Pair, tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """precision -> from now on, exporting a graph of the tiny model at that precision copies it from its bundle.
+
+    torch.onnx.export takes nine tenths of an export; graphs with other weights are exported for real.
+    """
+    known: dict[str, Path] = {}
+
+    def export(module: torch.nn.Module, spec: GraphSpec, directory: Path) -> None:
+        source = known.get(fingerprint(module))
+        if source is None:
+            export_graph(module, spec, directory)
+            return
+        for path in source.glob(f"{spec.file}*"):
+            shutil.copy(path, directory)
+
+    def use(precision: str) -> None:
+        for graph in GRAPHS:
+            module = graph_module(graph, *tiny_pair, TORCH_PRECISIONS[precision])
+            known[fingerprint(module)] = tiny_bundles(precision)
+        monkeypatch.setattr(exporter, "export_graph", export)
+
+    return use
+
+
+@pytest.fixture
+def quick_export(
+    known_graphs: Callable[[str], None],
+    tiny_proof: Proof,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Exporting the tiny model in fp32 takes a second: its graphs, proof and activations are at hand."""
+    known_graphs("fp32")
+    largest = Bundle.open(tiny_bundle).manifest.largest_activation
+    monkeypatch.setattr(exporter, "make_proof", lambda *_: tiny_proof)
+    monkeypatch.setattr(exporter, "largest_activations", lambda *_: largest)
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `flexvar …` in this process: exit code, standard output, standard error."""
+    from flexvar_runtime.cli.main import main
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        streams = capsys.readouterr()
+        return int(ended.value.code or 0), streams.out, streams.err
+
+    return run
