@@ -154,15 +154,19 @@ def _summary(record: ParityRecord) -> dict[str, object]:
 
 
 def _show_record(record: ParityRecord) -> None:
+    from rich import box
     from rich.table import Table
 
     from .parity import holds
 
     title = f"parity on {record.backend}{', bf16 emulated in float32' if record.emulated else ''}"
-    table = Table("graph", "scale", "output", "metric", "value", "bound", "", title=title)
+    labels = {"relative_error": "rel. error", "psnr_db": "PSNR, dB"}  # 80 columns hold a row
+    columns = ("graph", "scale", "output", "metric", "value", "bound", "")
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for row in record.rows:
         mark = "ok" if holds(row) else "FAILED"
-        table.add_row(row.graph, row.scale or "", row.output, row.metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
+        metric = labels.get(row.metric, row.metric)
+        table.add_row(row.graph, row.scale or "", row.output, metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
     out.print(table)
     if record.free_running_agreement is not None:
         out.print(f"free-running tokens equal to the reference's: {record.free_running_agreement:.2%}", highlight=False)

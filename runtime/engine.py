@@ -111,7 +111,9 @@ class Engine:
         buffers, self._spare = self._spare, None
         if buffers is None or (buffers.schedule, buffers.images, buffers.guided) != (schedule, len(labels), guided):
             buffers = None  # freed before the new ones are taken
-            buffers = LoopBuffers.allocate(self.backend, step.spec, self.model, schedule, len(labels), guided)
+            buffers = LoopBuffers.allocate(
+                self.backend, step.spec, self.model, self.tables, schedule, len(labels), guided
+            )
         try:
             yield ScaleLoop(self.backend, step, self.tables, self.model, buffers, condition, weights)
         finally:

@@ -46,6 +46,7 @@ class LoopBuffers:
     guided: bool
     cache: Array  # (2 · depth, all tokens, N, heads, head_size): keys of every block, then values
     logits: Array  # (B · tokens of the largest scale · V,)
+    offsets: tuple[Float32, ...]  # of every scale after the first: (h·w, C)
 
     @property
     def sequences(self) -> int:
@@ -53,7 +54,14 @@ class LoopBuffers:
 
     @classmethod
     def allocate(
-        cls, backend: Backend, step: GraphSpec, model: ModelFacts, schedule: ScaleSchedule, images: int, guided: bool
+        cls,
+        backend: Backend,
+        step: GraphSpec,
+        model: ModelFacts,
+        tables: Tables,
+        schedule: ScaleSchedule,
+        images: int,
+        guided: bool,
     ) -> LoopBuffers:
         """Raises OutOfMemory where the buffers of all scales do not fit."""
         dtype = next(tensor.dtype for tensor in step.outputs if tensor.name in new_names(model.depth))
@@ -71,6 +79,7 @@ class LoopBuffers:
             guided,
             backend.empty((2 * model.depth, schedule.tokens, sequences, model.heads, model.head_size), dtype),
             backend.empty((images * schedule.largest * model.vocabulary,), "float32"),
+            tuple(tables.offset(h, w) for h, w in schedule.scales[1:]),
         )
 
 
@@ -130,5 +139,5 @@ class ScaleLoop:
             return np.zeros((N, 1, self._model.code_dim), np.float32), self._first_input
         h, w = self._buffers.schedule[index]
         codes = self._tables.next_codes(previous_Bhw, (h, w))
-        offset = np.broadcast_to(self._tables.offset(h, w), (N, h * w, self._model.width))
+        offset = np.broadcast_to(self._buffers.offsets[index - 1], (N, h * w, self._model.width))
         return np.concatenate([codes] * (N // len(codes))), offset

@@ -210,6 +210,12 @@ class FlexVARPipeline:
         if not checked:
             raise InvalidInput("no class", expected="one class per image", fix="pass a list such as [207]")
         check_index(check_index(first_index) + len(checked) - 1)
+        for given, kind in ((guidance, Guidance), (sampling, Sampling)):
+            if not isinstance(given, kind | None):
+                name = kind.__name__
+                raise InvalidInput(
+                    f"{name.lower()} {given!r:.100}", expected=f"a {name} or None", fix=f"pass {name}(...)"
+                )
         return tuple(
             Settings(
                 bundle=self.bundle.sha256,

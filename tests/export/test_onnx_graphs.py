@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexvar_export.bundle import TORCH_PRECISIONS
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import INLINE_BYTES, export_graph
+from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import ArtifactRefused, Bundle
 from flexvar_runtime.graphs import GRAPHS, graph_specs
 from flexvar_runtime.manifest import PRECISIONS, GraphSpec, TensorSpec
@@ -160,7 +161,7 @@ SIZES = {
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_no_size_is_frozen(
     tiny_bundles: Callable[[str], Path],
-    tiny_pair: tuple[nn.Module, nn.Module],
+    tiny_pair: tuple[FlexVAR, Tokenizer],
     arrays_for: Callable[..., dict[str, np.ndarray]],
     precision: str,
     graph: str,
@@ -362,7 +363,7 @@ def test_exporting_leaves_logging_and_warnings_as_they_were(tmp_path: Path, recw
 
 @pytest.mark.parametrize("graph", ["decode"])
 def test_the_same_module_gives_the_same_bytes(
-    tiny_bundle: Path, tiny_pair: tuple[nn.Module, nn.Module], tmp_path: Path, graph: str
+    tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer], tmp_path: Path, graph: str
 ) -> None:
     spec = Bundle.open(tiny_bundle).manifest.graphs[graph]
     export_graph(graph_module(graph, *tiny_pair, TORCH_PRECISIONS["fp32"]), spec, tmp_path)

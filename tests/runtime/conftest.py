@@ -1,8 +1,11 @@
-"""A small bundle whose content means nothing: the checks never look inside a file."""
+"""A small bundle whose content means nothing (the checks never look inside a file), and machines that lack things."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +100,33 @@ def edit_manifest(bundle_dir: Path) -> Callable[[Callable[[dict[str, Any]], obje
         path.write_text(json.dumps(document))
 
     return edit
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Pretend that these wheels are installed, and that importing onnxruntime gives `module` or raises it."""
+
+    def pretend(*wheels: str, module: str | Exception | None = "1.31.1") -> None:
+        def version(name: str) -> str:
+            if name not in wheels:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return "1.31.1"
+
+        def load(name: str, package: str | None = None) -> Any:
+            if name != "onnxruntime":
+                return real(name, package)
+            if isinstance(module, Exception):
+                raise module
+            found = types.ModuleType(name)
+            if module is not None:
+                found.__version__ = module  # type: ignore[attr-defined]
+            return found
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib, "import_module", load)
+
+    real = importlib.import_module
+    return pretend

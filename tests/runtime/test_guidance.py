@@ -68,7 +68,7 @@ def test_the_reference_has_the_same_weights(rule: str, schedule: str, max_side: 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"scale": float("nan")}, "got guidance scale nan; expected a number from 0 to 1000; fix: 2.5 is the published"),
+        ({"scale": float("nan")}, "got guidance scale nan; expected a number from 0 to 1000; fix: 2.5 is the"),
         ({"scale": float("inf")}, "got guidance scale inf"),
         ({"scale": -0.1}, "got guidance scale -0.1"),
         ({"scale": MAX_SCALE + 1}, "got guidance scale 1001"),

@@ -111,12 +111,14 @@ def test_the_loops_estimate_by_hand() -> None:
 
 
 PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 from flexvar_runtime import FlexVARPipeline, ScaleSchedule
 from flexvar_runtime.memory import loop_bytes
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 with FlexVARPipeline.from_bundle(sys.argv[1]) as pipe:
     list(pipe.iter_scales([0], schedule="1_2"))
@@ -126,9 +128,10 @@ with FlexVARPipeline.from_bundle(sys.argv[1]) as pipe:
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no record of the largest memory taken")
 @pytest.mark.parametrize(("schedule", "images"), [("1_2_3_4_5_6_8_10_13_16", 16), ("512px", 3)])
 def test_the_loops_estimate_holds(tiny_bundle: Path, schedule: str, images: int) -> None:
     command = [sys.executable, "-c", PEAK, str(tiny_bundle), schedule, str(images)]
     taken, estimate = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     # above it the system would kill what was let through; far below it requests that fit would be refused
-    assert 0.4 * estimate < taken < 1.2 * estimate
+    assert 0.5 * estimate < taken < 1.25 * estimate

@@ -32,7 +32,7 @@ def test_equals_torch(mode: str, inputs: int) -> None:
         np.testing.assert_allclose(matrix, torch_matrix(mode, inputs, outputs), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize(("size", "wanted"), [((3, 5), (12, 20)), ((20, 12), (7, 9)), ((1, 4), (40, 36)), ((2, 2), (2, 2))])
+@pytest.mark.parametrize(("size", "wanted"), [((3, 5), (12, 20)), ((20, 12), (7, 9)), ((1, 4), (40, 36))])
 @pytest.mark.parametrize("mode", MATRICES)
 def test_maps_equal_torch(mode: str, size: tuple[int, int], wanted: tuple[int, int]) -> None:
     maps = np.random.default_rng(0).standard_normal((3, *size, 6)).astype(np.float32)

@@ -1,0 +1,185 @@
+"""The largest activation: found where it is, recorded for every graph, and what float16 is refused for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flexvar_ref
+from flexvar_export.activations import LargestActivation, largest_activations, refuse_overflow
+from flexvar_export.bundle import export_bundle
+from flexvar_export.proof import Proof
+from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_runtime import ArtifactRefused, Bundle
+from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.manifest import PRECISIONS, Range
+
+Pair = tuple[FlexVAR, Tokenizer]
+LIMIT = 8188.0  # 65504 / 8
+
+
+@pytest.fixture
+def pair(tiny_pair: Pair) -> Pair:
+    """The tiny model, to be changed."""
+    return copy.deepcopy(tiny_pair)
+
+
+# What is looked at
+
+
+class Sequence(nn.Module):
+    """Operations one after the other."""
+
+    def __init__(self, *operations: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operations = operations
+
+    def forward(self, x: Tensor) -> Tensor:
+        for operation in self.operations:
+            x = operation(x)
+        return x
+
+
+def watched(*operations: Callable[[Tensor], Tensor], x: Tensor) -> Range:
+    module = Sequence(*operations)
+    watch = LargestActivation(module)
+    with torch.inference_mode(), watch:
+        module(x)
+    return watch.release()
+
+
+def test_the_largest_magnitude_of_any_half_precision_result() -> None:
+    x = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
+    found = watched(lambda x: x * -100, lambda x: x / 1000, x=x)
+    assert (found.value, found.where) == (200.0, "graph (aten.mul.Tensor)")
+
+
+def test_float32_results_may_be_as_large_as_they_like() -> None:
+    x = torch.tensor([3.0], dtype=torch.bfloat16)
+    assert watched(lambda x: x.float() * 1e6, lambda x: (x * 1e-6).bfloat16(), x=x).value == 3.0
+
+
+@pytest.mark.parametrize("less", [1, 0])
+def test_what_is_not_finite_is_the_largest_whatever_follows(less: int) -> None:
+    """NaN (0 / 0) and infinity (1 / 0)."""
+    x = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    found = watched(lambda x: (x - less) / (x - 1), lambda x: x[1:] * 5, x=x)
+    assert (found.value, found.where) == (1e38, "graph (aten.div.Tensor)")
+
+
+def test_attention_scores_are_seen() -> None:
+    """No operation returns them, yet the graph holds them in half precision."""
+    q = torch.full((1, 1, 2, 64), 100.0, dtype=torch.bfloat16)
+    attend = nn.functional.scaled_dot_product_attention
+    rounding = 2.0**-8
+    assert watched(lambda x: attend(x, x, x * 0), x=q).value == pytest.approx(100 * 100 * 64 / 8, rel=rounding)
+    assert watched(lambda x: attend(x, x, x * 0, scale=1.0), x=q).value == pytest.approx(100 * 100 * 64, rel=rounding)
+
+
+def test_nothing_is_left_on_the_module() -> None:
+    module = Sequence(lambda x: x)
+    LargestActivation(module).release()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+# In the graphs
+
+
+def test_it_is_found_where_it_was_planted(pair: Pair, tiny_proof: Proof) -> None:
+    model, tokenizer = pair
+    with torch.no_grad():
+        model.get_parameter("blocks.1.ada_lin.1.bias")[5] = -9000
+        model.get_parameter("blocks.1.ffn.fc1.bias")[3] = 30000
+        tokenizer.get_parameter("decoder.mid.0.conv2.bias")[0] = 10000
+        tokenizer.get_parameter("encoder.mid.2.conv2.bias")[0] = -20000
+    found = largest_activations(model, tokenizer, tiny_proof)
+    planted = {
+        "condition": (9000, "blocks.1"),
+        "step": (30000, "blocks.1"),
+        "decode": (10000, "decoder"),
+        "encode": (20000, "encoder.mid.2"),
+    }
+    for graph, (value, where) in planted.items():
+        assert found[graph].value == pytest.approx(value, rel=0.01)  # a bias, and what it was added to
+        assert where in found[graph].where
+
+
+def test_scores_of_the_decoders_attention_are_found(pair: Pair, tiny_proof: Proof) -> None:
+    with torch.no_grad():
+        for layer in "qk":
+            pair[1].get_parameter(f"decoder.mid.1.{layer}.weight").zero_()
+            pair[1].get_parameter(f"decoder.mid.1.{layer}.bias").fill_(300)
+    found = largest_activations(*pair, tiny_proof)["decode"]
+    channels = pair[1].config.level_channels[-1]
+    assert found.value == pytest.approx(300 * 300 * channels**0.5, rel=0.01)  # 64 of them, divided by √64
+    with pytest.raises(ArtifactRefused, match="in decode, "):
+        refuse_overflow({"decode": found})
+
+
+def test_it_is_recorded_for_every_graph_and_does_not_depend_on_the_precision(
+    tiny_bundles: Callable[[str], Path], tiny_pair: Pair, tiny_proof: Proof
+) -> None:
+    records = [Bundle.open(tiny_bundles(precision)).manifest.largest_activation for precision in PRECISIONS]
+    assert records[0].keys() == set(GRAPHS)
+    assert records[0] == records[1] == records[2] == largest_activations(*tiny_pair, tiny_proof)
+    for found in records[0].values():
+        assert 1 < found.value < 100 and found.where  # of weights made for activations near 1
+
+
+# What is refused
+
+
+def test_eight_times_below_overflow_is_the_limit() -> None:
+    fine = {graph: Range(value=LIMIT, where="x") for graph in GRAPHS}
+    refuse_overflow(fine)
+    with pytest.raises(ArtifactRefused) as refused:
+        refuse_overflow({**fine, "decode": Range(value=LIMIT + 0.5, where="decoder.mid.0 (aten.add.Tensor)")})
+    assert str(refused.value) == (
+        "got activations up to 8188.5 in decode, decoder.mid.0 (aten.add.Tensor); expected at most 8188 for fp16 (8 "
+        "times below its overflow); fix: export with --precision bf16"
+    )
+    with pytest.raises(ArtifactRefused, match=r"up to 1e\+38 in step"):
+        refuse_overflow({"step": Range(value=1e38, where="NaN")})
+
+
+@pytest.fixture
+def loud_checkpoint(pair: Pair, tmp_path: Path) -> tuple[Path, Path]:
+    """The tiny model with the values of one attention 2¹³ times larger and its projection as much smaller: the same
+    function, exactly, with activations beyond 8188."""
+    model, tokenizer = pair
+    with torch.no_grad():
+        model.get_parameter("blocks.0.attn.mat_qkv.weight")[2 * model.config.width :] *= 2.0**13
+        model.get_parameter("blocks.0.attn.v_bias").mul_(2.0**13)
+        model.get_parameter("blocks.0.attn.proj.weight").mul_(2.0**-13)
+    paths = tmp_path / "loud.safetensors", tmp_path / "vae.safetensors"
+    flexvar_ref.save(model, paths[0])
+    flexvar_ref.save(tokenizer, paths[1])
+    return paths
+
+
+def test_fp16_is_refused_where_bf16_is_accepted(
+    loud_checkpoint: tuple[Path, Path],
+    known_graphs: Callable[[str], None],
+    tiny_bundles: Callable[[str], Path],
+    tmp_path: Path,
+    run_cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    transformer, vae = loud_checkpoint
+    out = tmp_path / "loud.bundle"
+    code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out, "--precision", "fp16")
+    assert code == 5
+    assert "activations up to" in err and "in step, blocks.0" in err and "export with --precision bf16" in err
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+    known_graphs("bf16")
+    loud = export_bundle(transformer, vae, out, precision="bf16").manifest
+    assert loud.largest_activation["step"].value > LIMIT
+    quiet = Bundle.open(tiny_bundles("bf16")).manifest
+    assert loud.largest_activation["decode"] == quiet.largest_activation["decode"]
+    # powers of two change no rounding: the very same errors
+    assert [row.value for row in loud.parity.rows] == [row.value for row in quiet.parity.rows]

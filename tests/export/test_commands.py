@@ -1,0 +1,323 @@
+"""`flexvar export` and `flexvar verify`: what they print, in which stream, and with which exit code they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flexvar_ref
+from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
+from flexvar_runtime import Bundle
+from flexvar_runtime.bundle_writer import seal
+from flexvar_runtime.manifest import PRECISIONS
+from flexvar_runtime.schedule import ScaleSchedule
+
+Checkpoint = tuple[Path, Path]
+Run = Callable[..., tuple[int, str, str]]
+STEPS = 8
+
+
+def states(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    transformer, tokenizer = (torch.load(path, weights_only=True) for path in checkpoint)
+    return transformer["trainer"]["var_wo_ddp"], tokenizer["model"]
+
+
+# flexvar export
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Bundle, standard output and standard error of one real export in a process of its own: of the tiny model, as
+    bare states with a mask buffer, published with class names."""
+    directory = tmp_path_factory.mktemp("exported")
+    transformer, tokenizer = states(tiny_checkpoint)
+    tokens = ScaleSchedule.parse("1_2_3_4_5_6_8_10_13_16").tokens
+    torch.save({**transformer, "attn_bias_for_masking": torch.zeros(1, 1, tokens, tokens)}, directory / "bare.pth")
+    torch.save(tokenizer, directory / "vae.pth")
+    (directory / "names.json").write_text(json.dumps([f"clás {i}" for i in range(10)], ensure_ascii=False), "utf-8")
+    command = "export bare.pth --vae vae.pth -o named.bundle --class-names names.json --json --threads 2"
+    done = run_flexvar(command.split(), directory)
+    assert done.returncode == 0, done.stderr
+    return directory / "named.bundle", done.stdout, done.stderr
+
+
+def run_flexvar(arguments: list[str], directory: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
+    """`flexvar …` in a fresh process, where text files default to ASCII; `prelude` runs first."""
+    program = f"{prelude}\nfrom flexvar_runtime.cli.main import main\nmain()"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_export_prints_one_json_object_and_its_progress_elsewhere(exported: tuple[Path, str, str]) -> None:
+    path, out, err = exported
+    data = json.loads(out)
+    bundle = Bundle.open(path)
+    assert data.keys() == {"bundle", "sha256", "precision", "size_bytes", "parity"}
+    assert (data["bundle"], data["sha256"], data["precision"]) == ("named.bundle", bundle.sha256, "fp32")
+    assert (
+        data["size_bytes"]
+        == sum(file.stat().st_size for file in path.iterdir()) - (path / "manifest.json").stat().st_size
+    )
+    assert data["parity"]["passed"] is True and len(data["parity"]["rows"]) == 20
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"export {i + 1}/{STEPS}" for i in range(STEPS)]
+    assert "Traceback" not in err and "Warning" not in err
+
+
+def test_class_names_are_read_as_utf8_wherever_they_are_read(exported: tuple[Path, str, str]) -> None:
+    assert Bundle.open(exported[0]).manifest.model.class_names == tuple(f"clás {i}" for i in range(10))
+
+
+def test_every_layout_and_every_process_gives_the_same_files(
+    exported: tuple[Path, str, str], tiny_bundle: Path
+) -> None:
+    """A bare state with a mask buffer or {"trainer": …}, names or none, another process: the same bytes."""
+    made, known = Bundle.open(exported[0]).manifest, Bundle.open(tiny_bundle).manifest
+    assert made.files == known.files
+    assert made.parity == known.parity and made.largest_activation == known.largest_activation
+    assert made.provenance.tools == known.provenance.tools
+    assert made.provenance.transformer_sha256 != known.provenance.transformer_sha256
+
+
+def test_weights_in_half_precision_are_exported_as_the_numbers_they_are(
+    known_graphs: Callable[[str], None], tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
+) -> None:
+    """Half of a state may be half: that of the condition is, so its graph is another, and it is proved."""
+    transformer, _ = states(tiny_checkpoint)
+    half = {k: v.half() if "ada_lin" in k or k == "class_emb.weight" else v for k, v in transformer.items()}
+    torch.save({"trainer": {"var_wo_ddp": half}}, tmp_path / "half.pth")
+    known_graphs("fp32")
+    code, out, _ = run_cli("export", tmp_path / "half.pth", "--vae", tiny_checkpoint[1], "-o", tmp_path / "b", "--json")
+    assert code == 0 and json.loads(out)["parity"]["passed"]
+    code, out, _ = run_cli("verify", tmp_path / "b", "--checkpoint", tmp_path / "half.pth", "--vae", tiny_checkpoint[1])
+    assert code == 0
+
+
+def test_export_prints_a_table_for_people(
+    quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
+) -> None:
+    transformer, vae = tiny_checkpoint
+    code, out, err = run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "b.bundle")
+    assert code == 0
+    first = out.splitlines()[0]
+    assert first.startswith(f"{tmp_path / 'b.bundle'}: fp32, ") and Bundle.open(tmp_path / "b.bundle").sha256 in first
+    assert "parity on ort-cpu" in out and out.count(" ok") >= 20 and "FAILED" not in out
+    assert "free-running tokens equal to the reference's: 100.00%" in out
+    assert err.splitlines()[-1] == f"export {STEPS}/{STEPS}: proving parity"
+
+
+def test_export_refuses_with_the_code_of_the_reason(
+    quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
+) -> None:
+    transformer, vae = tiny_checkpoint
+    names = tmp_path / "names.json"
+    out = tmp_path / "b.bundle"
+    bad_names = {
+        "a JSON list of names": ["{", '"cat"', "[1, 2]", "{}", "[null]"],
+        "expected: 10": [json.dumps(["cat"])],
+        "text without control characters": [json.dumps(["\n", *"abcdefghi"])],
+    }
+    for said, texts in bad_names.items():
+        for text in texts:
+            names.write_text(text)
+            code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)
+            assert (code, said in err, "fix: " in err) == (2, True, True), (text, err)
+    names.write_bytes(b'["\xff"]')
+    assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)[0] == 2
+    assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", tmp_path / "none.json")[0] == 2
+    assert run_cli("export", transformer, "--vae", vae, "-o", out, "--precision", "int8")[0] == 2
+    assert run_cli("export", transformer, "--vae", vae, "-o", out, "--threads", "0")[0] == 2
+    assert run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "no" / "where")[0] == 2
+    assert run_cli("export", transformer, "-o", out)[0] == 2
+    assert run_cli("export", vae, "--vae", transformer, "-o", out)[0] == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["names.json"]
+
+    assert run_cli("export", transformer, "--vae", vae, "-o", out)[0] == 0
+    code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out)
+    assert code == 2 and "which exists" in err and "pass --force" in err
+    assert run_cli("export", transformer, "--vae", vae, "-o", out, "--force")[0] == 0
+
+
+def test_a_refusal_is_one_json_object_too(tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run) -> None:
+    transformer, vae = tiny_checkpoint
+    code, out, err = run_cli("export", vae, "--vae", transformer, "-o", tmp_path / "b", "--json")
+    assert code == 5
+    error = json.loads(out)["error"]
+    assert error["type"] == "ArtifactRefused" and all(error[key] in err for key in ("got", "expected", "fix"))
+
+
+def test_interrupted_export_ends_with_130(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexvar_export import bundle
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "make_proof", interrupt)
+    transformer, vae = tiny_checkpoint
+    code, out, err = run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "b")
+    assert (code, out) == (130, "") and "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {name!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.mark.parametrize("missing", ["torch", "onnx", "onnxscript", "safetensors"])
+@pytest.mark.parametrize("command", ["export", "verify"])
+def test_without_the_export_extra_commands_say_what_to_install(
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_cli: Run,
+    missing: str,
+    command: str,
+) -> None:
+    transformer, vae = tiny_checkpoint
+    arguments = {
+        "export": ["export", str(transformer), "--vae", str(vae), "-o", str(tmp_path / "b")],
+        "verify": ["verify", str(tmp_path)],
+    }[command]
+    if missing == "torch" and command == "export":  # for real, in a process that cannot import it
+        done = run_flexvar(arguments, tmp_path, BLOCKED.format(name=missing))
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        monkeypatch.setitem(sys.modules, missing, None)
+        code, out, err = run_cli(*arguments)
+    assert (code, out) == (4, "")
+    assert missing in err and "fix: pip install 'flexvar-deploy[cpu,export]'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# flexvar verify
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_verify_proves_a_bundle_again(tiny_bundles: Callable[[str], Path], run_cli: Run, precision: str) -> None:
+    path = tiny_bundles(precision)
+    code, out, _ = run_cli("verify", path, "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data.keys() == {"bundle", "parity"} and data["bundle"] == Bundle.open(path).sha256
+    parity = data["parity"]
+    assert parity["passed"] is True and parity["emulated"] is (precision == "bf16")
+    assert (parity["backend"], len(parity["rows"])) == ("ort-cpu", 20)
+    assert {"graph", "scale", "output", "metric", "value", "bound"} == parity["rows"][0].keys()
+
+
+def test_verify_prints_a_table_for_people(tiny_bundles: Callable[[str], Path], run_cli: Run) -> None:
+    code, out, _ = run_cli("verify", tiny_bundles("bf16"))
+    assert code == 0
+    title, head, _, *rows, last = out.splitlines()
+    assert title.strip() == "parity on ort-cpu, bf16 emulated in float32"
+    assert head.split() == ["graph", "scale", "output", "metric", "value", "bound"]
+    assert [row.split() for row in rows[1:4:2]] == [
+        ["condition", "head_modulation", "rel.", "error", rows[1].split()[4], "0.015", "ok"],
+        ["step", "1/10", "(1x1)", "logits", "rel.", "error", rows[3].split()[6], "0.015", "ok"],
+    ]
+    assert len(rows) == 20 and max(map(len, out.splitlines())) <= 80  # one line a row, in any terminal
+    assert rows[13].split()[:5] == ["decode", "16x16", "image", "PSNR,", "dB"]
+    assert last.startswith("free-running tokens equal to the reference's: ")
+
+
+def test_verify_against_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Checkpoint, run_cli: Run) -> None:
+    transformer, vae = tiny_checkpoint
+    code, out, _ = run_cli("verify", tiny_bundle, "--checkpoint", transformer, "--vae", vae, "--json")
+    assert code == 0
+    # every row of logits is compared, as at the export: the same errors
+    recorded = Bundle.open(tiny_bundle).manifest.parity
+    assert [row["value"] for row in json.loads(out)["parity"]["rows"]] == [row.value for row in recorded.rows]
+
+
+def test_verify_against_other_weights_fails(
+    tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer], tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
+) -> None:
+    other, vae = write_checkpoints(tmp_path / "other", tiny_transformer(), TINY_TOKENIZER, seed=1)
+    arguments = ["verify", tiny_bundle, "--checkpoint", other, "--vae", tiny_checkpoint[1]]
+    code, out, err = run_cli(*arguments)
+    assert code == 3
+    assert "condition, output modulation: relative_error" in err and "FAILED" in out
+    code, out, err = run_cli(*arguments, "--json")
+    assert code == 3
+    error = json.loads(out)["error"]
+    assert error["type"] == "ParityFailed" and error["got"].startswith("condition, output modulation: ")
+
+    transformer, _ = tiny_checkpoint
+    code, _, err = run_cli("verify", tiny_bundle, "--checkpoint", transformer, "--vae", vae)
+    assert code == 3 and "step, scale 2/10 (2x2), output logits: " in err  # the first that the codebook reaches
+
+
+def test_verify_against_another_size_fails_and_says_which(
+    tiny_bundle: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
+) -> None:
+    model = FlexVAR(tiny_transformer(depth=1, classes=7), torch.zeros(512, 8))
+    flexvar_ref.save(model, tmp_path / "deeper.safetensors")
+    vae = tiny_checkpoint[1]
+    code, _, err = run_cli("verify", tiny_bundle, "--checkpoint", tmp_path / "deeper.safetensors", "--vae", vae)
+    assert code == 3
+    assert "got: a bundle with depth 2, width 128, heads 2, classes 10, null_class 10\n" in err
+    assert "expected: depth 1, width 64, heads 1, classes 7, null_class 7\n" in err
+
+
+def test_verify_refuses_with_the_code_of_the_reason(
+    tiny_bundle: Path, tiny_checkpoint: Checkpoint, bundle_copy: Path, tmp_path: Path, run_cli: Run
+) -> None:
+    transformer, vae = tiny_checkpoint
+    for arguments in (
+        [tiny_bundle, "--checkpoint", transformer],
+        [tiny_bundle, "--vae", vae],
+        [tiny_bundle, "--backend", "abacus"],
+        [tiny_bundle, "--threads", "0"],
+        [],
+    ):
+        assert run_cli("verify", *arguments)[0] == 2, arguments
+    assert run_cli("verify", tiny_bundle, "--backend", "openvino")[0] == 4  # known, but not here: never another instead
+    assert run_cli("verify", tmp_path / "nothing")[0] == 5
+    assert run_cli("verify", tiny_bundle, "--checkpoint", vae, "--vae", transformer)[0] == 5
+
+    step = bundle_copy / "step.onnx"
+    content = bytearray(step.read_bytes())
+    content[len(content) // 2] ^= 1
+    step.write_bytes(content)
+    code, _, err = run_cli("verify", bundle_copy)
+    assert code == 5 and "step.onnx" in err and "sha256" in err
+
+
+@pytest.mark.parametrize("instead", ["nothing", "tables.npz"])
+def test_verify_refuses_a_bundle_without_a_proof(bundle_copy: Path, run_cli: Run, instead: str) -> None:
+    manifest = Bundle.open(bundle_copy).manifest
+    (bundle_copy / "proof.npz").unlink()
+    if instead != "nothing":
+        shutil.copy(bundle_copy / instead, bundle_copy / "proof.npz")
+    seal(bundle_copy, manifest)
+    code, _, err = run_cli("verify", bundle_copy)
+    assert code == 5 and "proof.npz" in err and "export again" in err
+
+
+def test_verify_writes_nothing(tiny_bundle: Path, run_cli: Run) -> None:
+    def state(directory: Path) -> dict[str, Any]:
+        return {path.name: path.stat().st_mtime_ns for path in (directory, *directory.iterdir())}
+
+    before = state(tiny_bundle)
+    assert run_cli("verify", tiny_bundle)[0] == 0
+    assert state(tiny_bundle) == before

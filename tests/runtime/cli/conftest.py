@@ -1,0 +1,49 @@
+"""The command line, run in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from flexvar_runtime.cli.main import main
+
+LOGGERS = ("flexvar_runtime", "flexvar_export", "flexvar_bench")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it said."""
+
+    code: Any
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be one JSON document and nothing else."""
+        return json.loads(self.out)
+
+
+Flexvar = Callable[..., Ended]
+
+
+@pytest.fixture
+def flexvar(capsys: pytest.CaptureFixture[str]) -> Iterator[Flexvar]:
+    """flexvar("doctor", "--json") -> how it ended."""
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ended(end.value.code, captured.out, captured.err)
+
+    before = {name: logging.getLogger(name).__dict__.copy() for name in LOGGERS}
+    yield run
+    for name, state in before.items():
+        logging.getLogger(name).__dict__.update(state)

@@ -1,0 +1,94 @@
+"""`flexvar doctor` on machines that lack one thing or another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flexvar_runtime import __version__
+from flexvar_runtime.backends import BACKENDS
+from flexvar_runtime.backends.ort_cpu import default_threads
+
+OTHERS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "openvino")
+
+
+def test_this_machine(flexvar: Any) -> None:
+    ended = flexvar("doctor", "--json")
+    data = ended.json
+    assert ended.code == 0 and ended.err == ""
+    assert data["version"] == __version__ and data["processors"] == default_threads()
+    assert data["auto"] == "ort-cpu" and list(data["backends"]) == list(BACKENDS)
+    assert data["backends"]["ort-cpu"]["available"] is True and data["backends"]["ort-cpu"]["fix"] is None
+    assert {"python", "platform", "available_memory_bytes"} <= data.keys()
+    text = flexvar("doctor")
+    assert text.code == 0 and text.out.endswith("--backend auto uses ort-cpu\n")
+    assert f"flexvar {__version__}, Python {data['python']}, {data['platform']}" in text.out
+
+
+def test_backends_of_other_versions_are_named(flexvar: Any) -> None:
+    lines = flexvar("doctor").out.splitlines()
+    backends = flexvar("doctor", "--json").json["backends"]
+    for name in OTHERS:
+        assert backends[name]["available"] is False
+        assert backends[name]["detail"] == f"not part of flexvar-deploy {__version__}"
+        [i] = [i for i, line in enumerate(lines) if line.split()[0] == name]
+        assert lines[i].endswith(f"no: not part of flexvar-deploy {__version__}")
+        assert lines[i + 1].strip() == "fix: use --backend ort-cpu"
+
+
+@pytest.mark.parametrize("wheel", ["onnxruntime", "onnxruntime-gpu"])
+def test_one_wheel(flexvar: Any, install: Any, wheel: str) -> None:
+    install(wheel)
+    ended = flexvar("doctor")
+    assert ended.code == 0
+    assert f"ort-cpu      works: {wheel} 1.31.1, {default_threads()} threads\n" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("wheels", "module", "detail", "fix"),
+    [
+        (
+            ("onnxruntime", "onnxruntime-gpu"),
+            "1.31.1",
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'flexvar-deploy[cpu]'",
+        ),
+        ((), ModuleNotFoundError("x"), "onnxruntime is not installed", "pip install 'flexvar-deploy[cpu]'"),
+        (("onnxruntime",), "1.22.0", "onnxruntime 1.22.0 is older than 1.24", "pip install 'onnxruntime>=1.24'"),
+        (
+            ("onnxruntime-gpu",),
+            ImportError("libcudart.so.13: cannot open shared object file"),
+            "onnxruntime-gpu cannot be loaded (libcudart.so.13: cannot open shared object file)",
+            "pip install --force-reinstall onnxruntime-gpu",
+        ),
+    ],
+)
+def test_nothing_works(flexvar: Any, install: Any, wheels: tuple[str, ...], module: Any, detail: str, fix: str) -> None:
+    """Exit code 4, and the fix on a line of its own, whole: it is there to be copied."""
+    install(*wheels, module=module)
+    ended = flexvar("doctor")
+    assert ended.code == 4 and ended.err == ""
+    lines = ended.out.splitlines()
+    assert f"ort-cpu      no: {detail}" in lines
+    assert lines[lines.index(f"ort-cpu      no: {detail}") + 1].strip() == f"fix: {fix}"
+    assert lines[-1] == "no backend works"
+    ended = flexvar("doctor", "--json")
+    assert ended.code == 4 and ended.json["auto"] is None
+    assert ended.json["backends"]["ort-cpu"] == {"available": False, "detail": detail, "fix": fix}
+
+
+def test_generate_says_the_same(flexvar: Any, install: Any, tiny_bundle: Any, tmp_path: Any) -> None:
+    install()
+    install("onnxruntime", "onnxruntime-gpu")
+    ended = flexvar("generate", tiny_bundle, "-o", tmp_path / "out", "--classes", "1")
+    assert ended.code == 4
+    assert "error: got: backend ort-cpu: onnxruntime and onnxruntime-gpu are both installed" in ended.err
+    assert "  fix: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'flexvar-deploy[cpu]'\n" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_is_not_known(flexvar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexvar_runtime.cli.doctor.available_bytes", lambda: None)
+    assert flexvar("doctor", "--json").json["available_memory_bytes"] is None
+    assert flexvar("doctor").out.splitlines()[0].endswith(" processors, unknown")

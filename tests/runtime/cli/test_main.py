@@ -1,0 +1,208 @@
+"""The command as a whole: what it is composed of, how it ends, and what goes to which stream."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import typer
+
+from flexvar_runtime import (
+    ArtifactRefused,
+    BackendUnavailable,
+    InvalidInput,
+    OutOfMemory,
+    ParityFailed,
+    __version__,
+)
+from flexvar_runtime.cli.console import JsonOption, emit, out, steps
+from flexvar_runtime.cli.main import GROUP
+
+Register = Callable[[typer.Typer], None]
+
+
+class Entry:
+    """An installed package that brings commands."""
+
+    def __init__(self, name: str, register: Register) -> None:
+        self.name, self.register = name, register
+
+    def load(self) -> Register:
+        return self.register
+
+
+@pytest.fixture
+def install_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
+    """The function becomes a command of another package, beside those of the runtime."""
+
+    def install(command: Callable[..., None]) -> None:
+        def register(app: typer.Typer) -> None:
+            app.command()(command)
+
+        def entry_points(group: str) -> list[Any]:
+            assert group == GROUP
+            return [Entry("zzz", register), *[entry for entry in real(group=group) if entry.name == "runtime"]]
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+
+    real = importlib.metadata.entry_points
+    return install
+
+
+def test_version(flexvar: Any) -> None:
+    ended = flexvar("--version")
+    assert (ended.code, ended.out, ended.err) == (0, f"flexvar {__version__}\n", "")
+
+
+def test_the_installed_command() -> None:
+    [script] = importlib.metadata.entry_points(group="console_scripts", name="flexvar")
+    assert script.value == "flexvar_runtime.cli.main:main"
+
+
+def test_help_lists_the_commands_of_every_package(flexvar: Any) -> None:
+    ended = flexvar("--help")
+    assert ended.code == 0
+    for command in ("doctor", "generate", "inspect", "export", "verify"):
+        assert f"  {command} " in ended.out
+    assert ended.out.index("  generate ") < ended.out.index("  verify ")  # the runtime's first
+
+
+def test_without_a_command_it_helps(flexvar: Any) -> None:
+    ended = flexvar()
+    assert ended.code == 2 and "Usage: flexvar" in ended.out + ended.err
+
+
+def test_a_package_brings_its_command(flexvar: Any, install_command: Any) -> None:
+    def hello(name: str, as_json: JsonOption = False) -> None:
+        """Greet."""
+        emit({"name": name}, as_json, lambda: out.print(f"hello {name}", markup=False))
+
+    install_command(hello)
+    assert "  export " not in flexvar("--help").out
+    assert flexvar("hello", "you").out == "hello you\n"
+    assert flexvar("hello", "you", "--json").json == {"name": "you"}
+    assert flexvar("doctor").code == 0
+
+
+def refusal(kind: type[Any]) -> Any:
+    return kind("[bold]this[/bold] " + "long " * 40 + "line", expected="[that]", fix="pip install 'x[cpu]'")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (refusal(InvalidInput), 2),
+        (refusal(ParityFailed), 3),
+        (refusal(BackendUnavailable), 4),
+        (refusal(ArtifactRefused), 5),
+        (refusal(OutOfMemory), 6),
+    ],
+)
+def test_refusals(flexvar: Any, install_command: Any, error: Any, code: int) -> None:
+    """Three lines on standard error, none of them wrapped or taken for markup; JSON where it was asked for."""
+
+    def work(as_json: JsonOption = False) -> None:
+        raise error
+
+    install_command(work)
+    ended = flexvar("work")
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err == f"error: got: {error.got}\n  expected: [that]\n  fix: pip install 'x[cpu]'\n"
+    ended = flexvar("work", "--json")
+    assert ended.code == code and ended.err.startswith("error: got: [bold]this[/bold] ")
+    kind = type(error).__name__
+    assert ended.json == {"error": {"type": kind, "got": error.got, "expected": "[that]", "fix": error.fix}}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind", "text"),
+    [
+        (MemoryError(), 6, "OutOfMemory", "no memory left"),
+        (OSError(28, "No space left on device"), 1, "FlexVARError", "No space left on device"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "FlexVARError", "Permission denied: '/x'"),
+    ],
+)
+def test_errors_of_the_system(
+    flexvar: Any, install_command: Any, error: Exception, code: int, kind: str, text: str
+) -> None:
+    def work(as_json: JsonOption = False) -> None:
+        raise error
+
+    install_command(work)
+    ended = flexvar("work", "--json")
+    assert ended.code == code and text in ended.err and "Traceback" not in ended.err
+    assert ended.json["error"]["type"] == kind and text in ended.json["error"]["got"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), typer.Abort()])
+def test_interrupted(flexvar: Any, install_command: Any, error: BaseException) -> None:
+    def work() -> None:
+        raise error
+
+    install_command(work)
+    ended = flexvar("work")
+    assert (ended.code, ended.out, ended.err) == (130, "", "interrupted\n")
+
+
+def test_a_command_chooses_its_exit_code(flexvar: Any, install_command: Any) -> None:
+    def work() -> None:
+        raise typer.Exit(7)
+
+    install_command(work)
+    assert flexvar("work").code == 7
+
+
+def test_a_bug_is_not_hidden(flexvar: Any, install_command: Any) -> None:
+    def work() -> None:
+        raise ZeroDivisionError("a bug")
+
+    install_command(work)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        flexvar("work")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["doctor", "--nonsense"], "No such option: --nonsense"),
+        (["doctor", "extra"], "Got unexpected extra argument"),
+        (["generate", "x", "-o", "y", "--seed", "1.5"], "Invalid value for '--seed'"),
+        (["generate", "x", "-o", "y", "--seed", "True"], "Invalid value for '--seed'"),
+        (["generate", "x", "-o", "y", "--top-p", "high"], "Invalid value for '--top-p'"),
+        (["generate", "x", "-o", "y", "--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["generate", "x"], "Missing option '-o'"),
+        (["inspect"], "Missing argument"),
+    ],
+)
+def test_usage(flexvar: Any, arguments: list[str], text: str) -> None:
+    ended = flexvar(*arguments)
+    assert (ended.code, ended.out) == (2, "") and text in ended.err
+    ended = flexvar(*arguments, "--json")
+    if arguments != ["nonsense"]:
+        assert ended.json["error"]["fix"] == f"flexvar {arguments[0]} --help"
+    assert ended.code == 2 and ended.json["error"]["type"] == "UsageError" and text in ended.json["error"]["got"]
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with steps(2, "work") as advance:
+        advance("[first] " + "very " * 40 + "long")
+        advance("second")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "work 1/2: [first] " + "very " * 40 + "long\nwork 2/2: second\n"
+
+
+def test_verbose_shows_debugging_messages(flexvar: Any, install_command: Any) -> None:
+    def work() -> None:
+        log = logging.getLogger("flexvar_runtime.somewhere")
+        log.debug("a detail")
+        log.info("a [fact]")
+
+    install_command(work)
+    assert "a detail" not in flexvar("work").err
+    ended = flexvar("--verbose", "work")
+    assert ended.out == "" and "a detail" in ended.err and "a [fact]" in ended.err

@@ -1,0 +1,321 @@
+"""Which backends are there, and that ort-cpu reads and writes in place, refuses in words and reads nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory
+from flexvar_runtime.backends import create, probe
+from flexvar_runtime.backends.ort_cpu import OrtCpu, OrtGraph, default_threads
+from flexvar_runtime.manifest import GraphSpec, TensorSpec
+
+# Choosing ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_by_name() -> None:
+    backend = create("ort-cpu", threads=3)
+    assert isinstance(backend, OrtCpu) and (backend.name, backend.threads) == ("ort-cpu", 3)
+    assert create("ort-cpu", device="cpu").threads == default_threads() == len(os.sched_getaffinity(0))
+
+
+def test_auto_takes_the_first_that_works_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flexvar_runtime"), "propagate", True)  # off once a command has run here
+    with caplog.at_level(logging.INFO, "flexvar_runtime"):
+        assert create().name == "ort-cpu"
+    assert "backend ort-cpu chosen" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "ort-cuda", "openvino"])
+def test_backends_of_other_versions_are_known_but_never_replaced(name: str) -> None:
+    state = probe(name)
+    assert not state.available and state.detail.startswith("not part of flexvar-deploy ")
+    with pytest.raises(BackendUnavailable) as refusal:
+        create(name)
+    assert str(refusal.value).startswith(f"got backend {name}: not part of flexvar-deploy ")
+    assert str(refusal.value).endswith("; expected a backend that works here; fix: use --backend ort-cpu")
+    assert refusal.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["cuda", "ORT-CPU", "", "ort_cpu", "../ort_cpu"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(InvalidInput) as refusal:
+        create(name)
+    known = "auto, tensorrt, tensorrt-rtx, ort-cuda, openvino, ort-cpu"
+    assert str(refusal.value).startswith(f"got backend {name!r}; expected {known}; fix: name one of them")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 1025])
+def test_threads(threads: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"got threads .*; expected a whole number from 1 to 1024"):
+        create("ort-cpu", threads=threads)
+
+
+def test_a_device_is_not_ignored() -> None:
+    with pytest.raises(InvalidInput, match="got device 'cuda:0' for ort-cpu; expected cpu or none; fix: leave it out"):
+        create("ort-cpu", device="cuda:0")
+
+
+# What is installed ---------------------------------------------------------------------------------------------------
+
+Install = Callable[..., None]
+CANNOT_LOAD = ImportError("libonnx.so.1: cannot open shared object file\nmore")
+
+
+@pytest.mark.parametrize("wheel", ["onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"])
+@pytest.mark.parametrize("version", ["1.31.1", "1.24.0", "2.0", "1.24.0.dev20261101+cpu", "1.30rc1"])
+def test_one_wheel_that_works(install: Install, wheel: str, version: str) -> None:
+    install(wheel, module=version)
+    state = probe("ort-cpu")
+    assert state.available and state.fix is None
+    assert state.detail == f"{wheel} {version}, {default_threads()} threads"
+
+
+def test_built_from_source_there_is_no_wheel(install: Install) -> None:
+    install()
+    assert probe("ort-cpu").detail.startswith("onnxruntime 1.31.1, ")
+
+
+@pytest.mark.parametrize(
+    ("wheels", "module", "detail", "fix"),
+    [
+        ((), ModuleNotFoundError("onnxruntime"), "onnxruntime is not installed", "pip install 'flexvar-deploy[cpu]'"),
+        ((), None, "onnxruntime is not installed", "pip install 'flexvar-deploy[cpu]'"),  # an empty folder is left
+        (
+            ("onnxruntime", "onnxruntime-gpu"),
+            "1.31.1",
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'flexvar-deploy[cpu]'",
+        ),
+        (
+            ("onnxruntime",),
+            CANNOT_LOAD,
+            "onnxruntime cannot be loaded (libonnx.so.1: cannot open shared object file)",
+            "pip install --force-reinstall onnxruntime",
+        ),
+        (
+            ("onnxruntime-gpu",),
+            OSError("undefined symbol"),
+            "onnxruntime-gpu cannot be loaded (undefined symbol)",
+            "pip install --force-reinstall onnxruntime-gpu",
+        ),
+        (
+            ("onnxruntime-gpu",),
+            None,  # half removed
+            "onnxruntime-gpu cannot be loaded (module 'onnxruntime' has no attribute '__version__')",
+            "pip install --force-reinstall onnxruntime-gpu",
+        ),
+        (
+            ("onnxruntime",),
+            "1.23.2",
+            "onnxruntime 1.23.2 is older than 1.24",
+            "pip install 'onnxruntime>=1.24'",
+        ),
+        (
+            ("onnxruntime-gpu",),
+            "1.9.0",
+            "onnxruntime-gpu 1.9.0 is older than 1.24",
+            "pip install 'onnxruntime-gpu>=1.24'",  # never the other wheel beside it
+        ),
+    ],
+)
+def test_what_does_not_work(
+    install: Install, wheels: tuple[str, ...], module: str | Exception | None, detail: str, fix: str
+) -> None:
+    install(*wheels, module=module)
+    state = probe("ort-cpu")
+    assert (state.available, state.detail, state.fix) == (False, detail, fix)
+    for name in ("ort-cpu", "auto"):
+        with pytest.raises(BackendUnavailable) as refusal:
+            create(name)
+        assert str(refusal.value) == f"got backend ort-cpu: {detail}; expected a backend that works here; fix: {fix}"
+
+
+def test_no_library_is_loaded_where_two_wheels_are_mixed(install: Install) -> None:
+    install("onnxruntime", "onnxruntime-gpu", module=RuntimeError("it crashed"))
+    assert "both installed" in probe("ort-cpu").detail
+
+
+# ort-cpu -------------------------------------------------------------------------------------------------------------
+
+
+def spec(file: str, dtype: str = "float32", *axes: int | str) -> GraphSpec:
+    def tensor(name: str) -> TensorSpec:
+        return TensorSpec(name=name, dtype=dtype, axes=axes or ("n",))
+
+    return GraphSpec(file=file, inputs=(tensor("x"),), outputs=(tensor("y"),))
+
+
+def write_add(path: Path, weight: TensorProto | None = None, axis: int | str = "n", op: str = "Add") -> Path:
+    """y = x + w, w = 1, 2, 3, 4 if not given."""
+    weight = weight or helper.make_tensor("w", TensorProto.FLOAT, [4], [1, 2, 3, 4])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [axis]) for name in "xy")
+    graph = helper.make_graph([helper.make_node(op, ["x", "w"], ["y"])], "add", [x], [y], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def external(location: str) -> TensorProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+@pytest.fixture
+def backend() -> OrtCpu:
+    return OrtCpu(1)
+
+
+def test_results_are_written_in_place(backend: OrtCpu, tmp_path: Path) -> None:
+    graph = backend.open(write_add(tmp_path / "add.onnx"), spec("add.onnx"))
+    buffer = backend.empty((3, 4), "float32")
+    buffer[:] = 7
+    graph.run({"x": buffer[0]}, {"y": buffer[2]})
+    np.testing.assert_array_equal(buffer, [[7] * 4, [7] * 4, [8, 9, 10, 11]])
+    buffer[0] = 1
+    graph.run({"x": buffer[0]}, {"y": buffer[1]})  # what is bound is the memory, not a copy of it
+    np.testing.assert_array_equal(buffer[1], [2, 3, 4, 5])
+    graph.run({"x": buffer[0]}, {"y": buffer[0]})
+    np.testing.assert_array_equal(buffer[0], [2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("float32", "f4"), ("float16", "f2"), ("bfloat16", "u2"), ("int32", "i4"), ("int64", "i8")]
+)
+def test_arrays(backend: OrtCpu, dtype: str, stored: str) -> None:
+    array = backend.empty((2, 0, 3), dtype)
+    assert array.shape == (2, 0, 3) and array.dtype == np.dtype(stored)
+    host = np.arange(6.0).reshape(2, 3)
+    assert backend.upload(host) is host and backend.download(host) is host
+    turned = backend.upload(host.T)
+    assert turned.flags.c_contiguous and not np.shares_memory(turned, host)
+
+
+def test_a_closed_graph(backend: OrtCpu, tmp_path: Path) -> None:
+    graph = backend.open(write_add(tmp_path / "add.onnx"), spec("add.onnx"))
+    graph.close()
+    graph.close()
+    x = np.zeros(4, np.float32)
+    with pytest.raises(InvalidInput, match=r"got add\.onnx, closed; expected an open graph; fix: open the bundle"):
+        graph.run({"x": x}, {"y": x})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ({"z": ((4,), "f4")}, {"y": ((4,), "f4")}),
+        ({"x": ((4,), "f4")}, {"z": ((4,), "f4")}),
+        ({"x": ((5,), "f4")}, {"y": ((5,), "f4")}),
+        ({"x": ((4,), "f4")}, {"y": ((3,), "f4")}),
+        ({}, {"y": ((4,), "f4")}),
+    ],
+    ids=["input name", "output name", "input shape", "output shape", "no input"],
+)
+def test_a_graph_that_is_not_what_its_declaration_says(
+    backend: OrtCpu, tmp_path: Path, inputs: dict[str, Any], outputs: dict[str, Any]
+) -> None:
+    declared = GraphSpec(
+        file="add.onnx",
+        inputs=tuple(TensorSpec(name=name, dtype="float32", axes=("n",)) for name in ("x", "z")),
+        outputs=(TensorSpec(name="y", dtype="float32", axes=("n",)),),
+    )
+    graph = backend.open(write_add(tmp_path / "add.onnx", axis=4), declared)
+    arrays = [{name: np.zeros(*array) for name, array in side.items()} for side in (inputs, outputs)]
+    with pytest.raises(ArtifactRefused, match=r"got add\.onnx: .*; expected a graph this ONNX Runtime can run"):
+        graph.run(*arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "int64"])
+def test_a_type_that_is_not_what_its_declaration_says(backend: OrtCpu, tmp_path: Path, dtype: str) -> None:
+    graph = backend.open(write_add(tmp_path / "add.onnx"), spec("add.onnx", dtype))
+    x = np.zeros(8, np.int64)[:4]
+    with pytest.raises(ArtifactRefused, match="data type"):
+        graph.run({"x": x}, {"y": x})
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x0a\x12\x03abc", bytes(100)])
+def test_what_is_no_model(backend: OrtCpu, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "add.onnx").write_bytes(content)
+    with pytest.raises(ArtifactRefused, match=r"got add\.onnx: ") as refusal:
+        backend.open(tmp_path / "add.onnx", spec("add.onnx"))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+def test_an_operator_that_is_not_there(backend: OrtCpu, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_add(tmp_path / "add.onnx", op="NoSuchOperator")
+    with pytest.raises((ArtifactRefused, BackendUnavailable), match=r"got add\.onnx: "):
+        backend.open(path, spec("add.onnx"))
+    assert capfd.readouterr() == ("", "")  # onnxruntime does not write past our logging
+
+
+def test_a_type_without_kernels_is_a_matter_of_the_backend(backend: OrtCpu, tmp_path: Path) -> None:
+    """bfloat16 products have no kernel on the CPU."""
+    x, y, w = (helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [4, 4]) for name in "xyw")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "product", [x, w], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    onnx.save(model, str(tmp_path / "product.onnx"))
+    with pytest.raises(BackendUnavailable, match="expected operators that ort-cpu has; fix: export with --prec"):
+        backend.open(tmp_path / "product.onnx", spec("product.onnx", "bfloat16", 4, 4))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("Failed to allocate memory for requested buffer")])
+def test_out_of_memory_while_running(
+    backend: OrtCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    graph = backend.open(write_add(tmp_path / "add.onnx"), spec("add.onnx"))
+
+    class Session:
+        def io_binding(self) -> Any:
+            raise error
+
+    monkeypatch.setattr(graph, "_session", Session())
+    with pytest.raises(OutOfMemory, match="expected a request that fits in memory; fix: use a smaller batch"):
+        graph.run({}, {})
+
+
+def test_out_of_memory_while_allocating(backend: OrtCpu) -> None:
+    with pytest.raises(OutOfMemory, match=r"got a buffer of .* float32; expected one that fits"):
+        backend.empty((2**40, 2**10), "float32")
+
+
+# Weights of a graph --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle's directory, with a file beside it that must stay secret."""
+    (tmp_path / "bundle").mkdir()
+    for path in (tmp_path / "secret", tmp_path / "bundle" / "w.bin"):
+        path.write_bytes(np.array([1, 2, 3, 4], np.float32).tobytes())
+    return tmp_path / "bundle"
+
+
+def test_weights_beside_the_graph_are_read(backend: OrtCpu, folder: Path) -> None:
+    """The control of the refusals below."""
+    graph: OrtGraph = backend.open(write_add(folder / "add.onnx", external("w.bin")), spec("add.onnx"))
+    x, y = np.zeros(4, np.float32), np.zeros(4, np.float32)
+    graph.run({"x": x}, {"y": y})
+    np.testing.assert_array_equal(y, [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("location", ["../secret", "../../secret", "{parent}/secret", "engines/../../secret", "link"])
+def test_weights_outside_the_bundle_are_not_read(backend: OrtCpu, folder: Path, location: str) -> None:
+    (folder / "link").symlink_to(folder.parent / "secret")
+    (folder / "engines").mkdir()
+    path = write_add(folder / "add.onnx", external(location.format(parent=folder.parent)))
+    with pytest.raises(ArtifactRefused, match=r"got add\.onnx: ") as refusal:
+        backend.open(path, spec("add.onnx"))
+    assert refusal.value.exit_code == 5
