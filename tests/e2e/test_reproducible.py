@@ -1,4 +1,4 @@
-"""The same bundle, seed and index give the same tokens: alone, anywhere in a batch, on any threads, in another process."""
+"""The same bundle, seed and index give the same tokens: alone, in any batch, on any threads, in another process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flexvar_runtime.sampling import sample
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 SCHEDULE = "1_2_3_4_5_6_8_10_13_16"
 LABELS = [0, 3, 10, 3, 7, 1, 9, 3]  # some twice
+LOOSE: dict[str, Any] = {"guidance": Guidance(0), "sampling": Sampling(top_k=0, top_p=0)}  # every draw shows
 GUIDANCE = {"guided": Guidance(2.5), "unguided": Guidance(0)}
 
 
@@ -71,10 +73,10 @@ def test_in_batches_of_other_sizes(pipe: FlexVARPipeline, batch: GenerationOutpu
 
 def test_in_any_position(pipe: FlexVARPipeline) -> None:
     """One image at every place of a batch whose other images are others."""
-    alone = tokens_BL(pipe([7], "1_2_4_8", seed=5, first_index=100))[0]
+    alone = tokens_BL(pipe([7], "1_2_4_8", **LOOSE, seed=5, first_index=100))[0]
     for position in range(8):
         labels = [*range(position), 7, *range(7 - position)]
-        together = pipe(labels, "1_2_4_8", seed=5, first_index=100 - position)
+        together = pipe(labels, "1_2_4_8", **LOOSE, seed=5, first_index=100 - position)
         np.testing.assert_array_equal(tokens_BL(together)[position], alone)
 
 
@@ -138,11 +140,13 @@ def test_a_pipeline_with_a_history(tiny_bundle: Path, batch: GenerationOutput) -
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
 def test_every_64_bit_seed(pipe: FlexVARPipeline, seed: int) -> None:
-    outputs = [pipe([1], "1_2_4_8", seed=seed, first_index=index) for index in (0, 2**32, 2**64 - 1)]
+    outputs = [pipe([1], "1_2_4", **LOOSE, seed=seed, first_index=index) for index in (0, 2**32, 2**64 - 1)]
     assert [output.seed for output in outputs] == [seed] * 3
     assert len({tokens_BL(output).tobytes() for output in outputs}) == 3
 
 
 def test_seeds_that_differ_in_one_bit(pipe: FlexVARPipeline) -> None:
-    found = {tokens_BL(pipe([1], "1_2_4_8", seed=seed)).tobytes() for seed in (0, 1, 2**31, 2**32, 2**63, 2**64 - 1)}
+    found = {
+        tokens_BL(pipe([1], "1_2_4", **LOOSE, seed=seed)).tobytes() for seed in (0, 1, 2**31, 2**32, 2**63, 2**64 - 1)
+    }
     assert len(found) == 6

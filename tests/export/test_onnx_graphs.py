@@ -15,7 +15,6 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from flexvar_export.bundle import TORCH_PRECISIONS
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import INLINE_BYTES, export_graph
 from flexvar_ref import FlexVAR, Tokenizer
@@ -359,14 +358,3 @@ def test_exporting_leaves_logging_and_warnings_as_they_were(tmp_path: Path, recw
     assert logger.level == logging.INFO
     assert list(recwarn) == []
     assert [path.name for path in tmp_path.iterdir()] == ["double.onnx"]
-
-
-@pytest.mark.parametrize("graph", ["decode"])
-def test_the_same_module_gives_the_same_bytes(
-    tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer], tmp_path: Path, graph: str
-) -> None:
-    spec = Bundle.open(tiny_bundle).manifest.graphs[graph]
-    export_graph(graph_module(graph, *tiny_pair, TORCH_PRECISIONS["fp32"]), spec, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {spec.file, f"{spec.file}.data"}
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (tiny_bundle / path.name).read_bytes()
