@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ from flexvar_runtime.manifest import GraphSpec, TensorSpec
 
 Pair = tuple[FlexVAR, Tokenizer]
 Edit = Callable[[onnx.ModelProto], None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """One thread for torch: the tiny model gains nothing from more, which lose much where processors are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +69,24 @@ def spoil(tiny_bundles: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
         return seal(path, manifest)
 
     return edited
+
+
+@pytest.fixture(scope="session")
+def same_files() -> Callable[[Bundle, Bundle], None]:
+    """Assert that two bundles hold the same bytes. The recorded proof may differ where the reference ran on another
+    number of threads, which sum in another order: that much is float32 noise, and no token."""
+
+    def check(got: Bundle, expected: Bundle) -> None:
+        files, others = dict(got.manifest.files), dict(expected.manifest.files)
+        if files.pop(PROOF_FILE) != others.pop(PROOF_FILE):
+            ours, theirs = (np.load(bundle.file(PROOF_FILE)) for bundle in (got, expected))
+            assert ours.files == theirs.files
+            for name in ours.files:
+                assert ours[name].dtype == theirs[name].dtype
+                assert np.allclose(ours[name], theirs[name], rtol=0, atol=1e-3 if ours[name].dtype.kind == "f" else 0)
+        assert files == others
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -126,9 +126,10 @@ def test_it_is_recorded_for_every_graph_and_does_not_depend_on_the_precision(
 ) -> None:
     records = [Bundle.open(tiny_bundles(precision)).manifest.largest_activation for precision in PRECISIONS]
     assert records[0].keys() == set(GRAPHS)
-    assert records[0] == records[1] == records[2] == largest_activations(*tiny_pair, tiny_proof)
-    for found in records[0].values():
-        assert 1 < found.value < 100 and found.where  # of weights made for activations near 1
+    for record in (*records[1:], largest_activations(*tiny_pair, tiny_proof)):
+        for graph, found in record.items():
+            assert found.value == pytest.approx(records[0][graph].value, rel=2**-6)  # sums of other threads, rounded
+            assert 1 < found.value < 100 and found.where  # of weights made for activations near 1
 
 
 # What is refused
@@ -180,6 +181,7 @@ def test_fp16_is_refused_where_bf16_is_accepted(
     loud = export_bundle(transformer, vae, out, precision="bf16").manifest
     assert loud.largest_activation["step"].value > LIMIT
     quiet = Bundle.open(tiny_bundles("bf16")).manifest
-    assert loud.largest_activation["decode"] == quiet.largest_activation["decode"]
-    # powers of two change no rounding: the very same errors
-    assert [row.value for row in loud.parity.rows] == [row.value for row in quiet.parity.rows]
+    assert loud.largest_activation["step"].value > 50 * quiet.largest_activation["step"].value
+    # powers of two change no rounding: the very same errors, but for the threads of the reference
+    errors = [row.value for row in quiet.parity.rows]
+    assert [row.value for row in loud.parity.rows] == pytest.approx(errors, rel=1e-2)

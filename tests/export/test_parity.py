@@ -37,7 +37,7 @@ def named(row: ParityRow) -> str:
 
 def first_failure(bundle: Bundle, proof: Proof, precision: str | None = None) -> str | None:
     """Graph, scale and output of the first row beyond the gates of a precision (None: the bundle's own)."""
-    backend = create("ort-cpu")
+    backend = create("ort-cpu", threads=1)
     engine = Engine(bundle, backend)
     try:
         rows = compare(engine, proof, GATES[precision or bundle.manifest.precision])
