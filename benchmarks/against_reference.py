@@ -108,7 +108,7 @@ def _serve(pipe: Connection, generate: Callable[[int], Sample]) -> None:
 def compare(bundle: Path, paths: tuple[Path, Path], threads: int, repeats: int) -> dict[str, Any]:
     """One image each in turns, a new class every time; the first turn warms up and is not counted."""
     context = mp.get_context("spawn")
-    sides = {
+    sides: dict[str, tuple[Callable[..., None], tuple[Path, ...]]] = {
         "flexvar_ref eager fp32": (serve_reference, paths),
         "flexvar_runtime ort-cpu fp32": (serve_runtime, (bundle,)),
     }
