@@ -35,7 +35,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one image, decoder included; of the runtime also its parts."""
+    """Seconds of one image, decoder included, and of its parts. The reference has its condition in every step."""
 
     total: float
     condition: float | None = None
@@ -69,14 +69,22 @@ def serve_reference(pipe: Connection, transformer: Path, vae: Path, threads: int
     import torch
 
     import flexvar_ref
+    from flexvar_ref.sampling import draw, probabilities
 
     torch.set_num_threads(threads)
     model, tokenizer = flexvar_ref.load(transformer, vae)
 
     def generate(label: int) -> Sample:
         start = time.perf_counter()
-        flexvar_ref.generate(model, tokenizer, [label], SCHEDULE)
-        return Sample(time.perf_counter() - start)
+        scales = list(flexvar_ref.iter_scales(model, [label], SCHEDULE))
+        decoding = time.perf_counter()
+        with torch.inference_mode():
+            tokenizer.decode(scales[-1].tokens)
+        end = time.perf_counter()
+        for scale in scales:  # once more, to know its share; not counted
+            draw(probabilities(scale.logits, 900, 0.95), torch.rand(scale.logits.shape[:2]))
+        sampling = time.perf_counter() - end
+        return Sample(end - start, steps=decoding - start - sampling, sampling=sampling, decode=end - decoding)
 
     _serve(pipe, generate)
 
@@ -117,6 +125,7 @@ def compare(bundle: Path, paths: tuple[Path, Path], threads: int, repeats: int) 
         ends[name], theirs = context.Pipe()
         workers.append(context.Process(target=serve, args=(theirs, *arguments, threads), daemon=True))
         workers[-1].start()
+        theirs.close()  # so that a worker that dies is noticed
     samples: dict[str, list[Sample]] = {name: [] for name in ends}
     for turn in range(repeats + 1):
         for name, pipe in ends.items():
@@ -178,11 +187,10 @@ def main() -> None:
     for name, side in sides.items():
         table.add_row(name, f"{side['median_s']:.2f}", f"{side['min_s']:.2f}", f"{side['peak_bytes'] / 1e9:.2f}")
     console.print(table)
-    parts = {
-        key: statistics.median(sample[key] for sample in runtime["samples"])
-        for key in ("condition", "steps", "sampling", "decode")
-    }
-    console.print("runtime: " + ", ".join(f"{key} {value:.3f} s" for key, value in parts.items()), highlight=False)
+    for name, side in sides.items():
+        keys = [key for key in ("condition", "steps", "sampling", "decode") if side["samples"][0][key] is not None]
+        parts = {key: statistics.median(sample[key] for sample in side["samples"]) for key in keys}
+        console.print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in parts.items()), highlight=False)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     console.print(
         f"speed-up {result['speedup_median_of_turns']:.2f} (turns {spread}), sampling {sampling:.1%} of the time"

@@ -27,7 +27,7 @@ def transformer_flops(model: ModelFacts, schedule: ScaleSchedule, *, guided: boo
 
 def decoder_flops(schedule: ScaleSchedule) -> float:
     """Of the published tokenizer, for one image: convolutions grow with the number of tokens."""
-    return PUBLISHED_DECODER_FLOPS * schedule.largest / PUBLISHED_DECODER_TOKENS
+    return PUBLISHED_DECODER_FLOPS * schedule[-1][0] * schedule[-1][1] / PUBLISHED_DECODER_TOKENS
 
 
 def measured_flops_per_second(seconds: float = 1.0, side: int = 2048) -> float:

@@ -1,8 +1,9 @@
 """The four graphs as torch modules: the reference's weights, laid out and typed for deployment.
 
 Shapes: N sequences, B images, L new and P past tokens, H heads, C width, D code dimension, V vocabulary, M labels.
-Precision is a property of the graph: matrix products, convolutions and attention run in `dtype`; the residual stream,
-normalisations, q/k normalisation, guidance and logits stay float32.
+Precision is a property of the graph: matrix products, convolutions and attention run in `dtype`; normalisations, q/k
+normalisation, guidance and logits stay float32, and so does the residual stream of the transformer and the encoder. The
+decoder's is in `dtype`: it passes its gate, and float32 maps of full size would double its memory traffic.
 """
 
 from __future__ import annotations

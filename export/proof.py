@@ -28,6 +28,7 @@ ROWS_KEPT = 12  # positions of each scale whose logits travel in the bundle
 SEED = 20260101
 
 Float32 = NDArray[np.float32]
+_ANOTHER_MODEL = {"expected": "the proof written with this bundle", "fix": "export again"}
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -116,6 +117,15 @@ class Proof:
             for (h, w), tokens, rows, logits in zip(case.schedule, case.tokens, case.rows, case.logits, strict=True):
                 pairs += [(tokens, (B, h, w)), (rows, (len(rows),)), (logits, (B, len(rows), model.vocabulary))]
             pairs.append((case.decoded, _image_shape(model, B, h, w)))
+            whole = all(array.dtype == np.int32 for array in (*case.tokens, *case.rows))
+            inside = whole and all(
+                0 <= tokens.min() <= tokens.max() < model.vocabulary and 0 <= rows.min() <= rows.max() < h * w
+                for (h, w), tokens, rows in zip(case.schedule, case.tokens, case.rows, strict=True)
+            )
+            if not inside or not all(0 <= label <= model.null_class for label in (*case.labels, *self.labels)):
+                raise ArtifactRefused("a proof with labels, tokens or rows out of range", **_ANOTHER_MODEL)
+        if any(array.dtype != np.float32 for array, _ in pairs if array.dtype != np.int32):
+            raise ArtifactRefused("a proof with arrays of other types", **_ANOTHER_MODEL)
         wrong = [(array.shape, shape) for array, shape in pairs if array.shape != shape]
         if wrong or not self.cases:
             got, expected = wrong[0] if wrong else ("no case", "at least one")

@@ -36,10 +36,14 @@ class ParityFailed(FlexVARError):
     exit_code = 3
 
 
-class BackendUnavailable(FlexVARError):
-    """A backend that was asked for cannot run here, or cannot run this bundle."""
+class EnvironmentFailed(FlexVARError):
+    """The machine is at fault, not the request: a full disk, a missing permission or library."""
 
     exit_code = 4
+
+
+class BackendUnavailable(EnvironmentFailed):
+    """A backend that was asked for cannot run here, or cannot run this bundle."""
 
 
 class ArtifactRefused(FlexVARError):

@@ -90,8 +90,9 @@ class Settings:
                 backend=str(data["backend"]),
             )
         except (KeyError, TypeError, ValueError, FlexVARError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise ArtifactRefused(
-                f"{where} with settings that cannot be used ({error})",
+                f"{where} with settings that cannot be used ({reason})",
                 expected=f"settings of version {SETTINGS_VERSION}",
                 fix="make the image again, or pass the options yourself",
             ) from error

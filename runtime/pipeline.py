@@ -149,7 +149,12 @@ class FlexVARPipeline:
             logits = loop.logits(i, tokens).reshape(B * h * w, -1)
             stepped = time.perf_counter()
             noise = np.concatenate([draws(s.seed, s.index, i, h * w) for s in request])
-            tokens = sample(logits, noise, top_k=sampling.top_k_at(h, w), top_p=sampling.top_p).reshape(B, h, w)
+            try:
+                flat = sample(logits, noise, top_k=sampling.top_k_at(h, w), top_p=sampling.top_p)
+            except InvalidInput as error:  # the options were checked: it is the logits
+                got = f"scale {i + 1} ({h}x{w}): {error.got}"
+                raise ArtifactRefused(got, expected=error.expected, fix=error.fix) from error
+            tokens = flat.reshape(B, h, w)
             spent = ScaleTime((h, w), stepped - started, time.perf_counter() - stepped)
             yield ScaleStep(i, len(schedule), (h, w), tokens, spent, partial(self.decode, tokens))
 
@@ -192,7 +197,7 @@ class FlexVARPipeline:
         return self.engine.tables.quantize(self.engine.encode(from_uint8(pixels, self.model.value_range)), wanted)
 
     def check(self, labels: Sequence[int], seed: int | None = None, first_index: int = 0) -> None:
-        """Refuse what a call would refuse, before anything is computed. Raises InvalidInput."""
+        """Refuse classes, seed and index that a call would refuse, before anything is computed. Raises InvalidInput."""
         self._request(labels, None, None, None, seed, first_index)
 
     def _request(

@@ -28,7 +28,7 @@ ScheduleLike: TypeAlias = "ScaleSchedule | str | Iterable[int | tuple[int, int]]
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """(h, w) of every scale, in tokens. The first is 1 × 1 and no scale has fewer tokens than the one before.
+    """(h, w) of every scale, in tokens. The first is 1 × 1; the last is the image.
 
     Raises InvalidInput.
     """
@@ -44,9 +44,6 @@ class ScaleSchedule:
                 raise self._refusal(f"a scale of {h}x{w}", f"sides from 1 to {MAX_SIDE} tokens")
         if self.scales[0] != (1, 1):
             raise self._refusal(f"first scale {_text(self.scales[0])}", "1 as the first scale")
-        for small, large in zip(self.scales, self.scales[1:], strict=False):
-            if large[0] * large[1] < small[0] * small[1]:
-                raise self._refusal(f"{_text(large)} after {_text(small)}", "scales that do not shrink")
 
     def _refusal(self, got: str, expected: str) -> InvalidInput:
         return InvalidInput(
@@ -89,9 +86,8 @@ class ScaleSchedule:
 
     @property
     def largest(self) -> int:
-        """Tokens of the last, largest scale."""
-        h, w = self.scales[-1]
-        return h * w
+        """Tokens of the largest scale."""
+        return max(h * w for h, w in self.scales)
 
 
 def _pairs(value: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -27,7 +27,7 @@ def probe(name: str) -> Availability:
     module = _module(name)
     if module is None:
         return Availability(False, f"not part of flexvar-deploy {__version__}", "use --backend ort-cpu")
-    return module.probe()
+    return module.probe(name)
 
 
 def create(name: str = "auto", *, device: str | None = None, threads: int | None = None) -> Backend:
@@ -43,7 +43,7 @@ def create(name: str = "auto", *, device: str | None = None, threads: int | None
             expected="a backend that works here",
             fix=state.fix or "run flexvar doctor",
         )
-    return module.create(device=device, threads=threads)
+    return module.create(name, device=device, threads=threads)
 
 
 def _module(name: str) -> BackendModule | None:

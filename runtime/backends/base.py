@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InvalidInput
 from ..manifest import GraphSpec
 
 Array: TypeAlias = Any
-"""An array of the backend: has `shape`, and `array[i:j]` is a view along its first axis."""
+"""An array of the backend: contiguous, with `shape`; `array[i]`, `array[i:j]` (first axis), `reshape` are views."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,39 @@ class Backend(Protocol):
 class BackendModule(Protocol):
     """A file of this package."""
 
-    def probe(self) -> Availability: ...
+    def probe(self, name: str) -> Availability:
+        """Whether the backend of that name works here: one file may serve several, with another library each."""
 
-    def create(self, *, device: str | None, threads: int | None) -> Backend: ...
+    def create(self, name: str, *, device: str | None, threads: int | None) -> Backend:
+        """Start it."""
+
+
+def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    """Refuse bindings that are not what a graph declares: names, ranks, sizes, and axes of one name of one size.
+
+    Outputs may be left out. Raises InvalidInput: bound by address, a wrong shape would read or write beside the array.
+    """
+    sizes: dict[str, int] = {}
+    for declared, bound, optional in ((spec.inputs, inputs, False), (spec.outputs, outputs, True)):
+        names = {tensor.name for tensor in declared}
+        if not set(bound) <= names or not (optional or set(bound) == names):
+            raise InvalidInput(
+                f"bindings {sorted(bound)}", expected=f"{sorted(names)}", fix="bind what the manifest declares"
+            )
+        for tensor in declared:
+            if tensor.name not in bound:
+                continue
+            shape = tuple(bound[tensor.name].shape)
+            wanted = tuple(
+                sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+                for axis, size in zip(tensor.axes, shape, strict=False)
+            )
+            if len(shape) != len(tensor.axes) or shape != wanted:
+                raise InvalidInput(
+                    f"{tensor.name} of shape {shape}",
+                    expected=f"axes {tensor.axes} with {sizes}",
+                    fix="bind an array of that shape",
+                )
 
 
 def host_dtype(dtype: str) -> np.dtype[Any]:

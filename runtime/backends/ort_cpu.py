@@ -21,14 +21,14 @@ from ..errors import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMem
 from ..manifest import GraphSpec
 from ..memory import available_bytes
 from ..noise import check_whole
-from .base import Availability, host_dtype
+from .base import Availability, check_bindings, host_dtype
 
 MINIMUM = (1, 24)  # older ones read weights from anywhere a graph names
 _ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
-def probe() -> Availability:
+def probe(name: str) -> Availability:
     wheels = {name: version for name in _WHEELS if (version := _version(name))}
     if len(wheels) > 1:
         names = " and ".join(wheels)
@@ -67,7 +67,7 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def create(*, device: str | None, threads: int | None) -> OrtCpu:
+def create(name: str, *, device: str | None, threads: int | None) -> OrtCpu:
     if device not in (None, "cpu"):
         raise InvalidInput(
             f"device {device!r} for ort-cpu", expected="cpu or none", fix="leave it out or choose another backend"
@@ -125,17 +125,25 @@ class OrtGraph:
             t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype)
             for t in (*spec.inputs, *spec.outputs)
         }
+        self._stored = {t.name: host_dtype(t.dtype) for t in (*spec.inputs, *spec.outputs)}
         self._name = path.name
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         if self._session is None:
             raise InvalidInput(f"{self._name}, closed", expected="an open graph", fix="open the bundle again")
+        check_bindings(self.spec, inputs, outputs)
+        for name, array in (*inputs.items(), *outputs.items()):
+            if array.dtype != self._stored[name] or not array.flags.c_contiguous:
+                raise InvalidInput(
+                    f"{name} of {array.dtype}, C-contiguous {array.flags.c_contiguous}",
+                    expected=f"C-contiguous {self._stored[name]}",
+                    fix="convert it first",
+                )
         try:
             binding = self._session.io_binding()
-            for name, array in inputs.items():
-                binding.bind_input(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
-            for name, array in outputs.items():
-                binding.bind_output(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
+            for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+                for name, array in arrays.items():
+                    bind(name, "cpu", 0, self._types[name], array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise _translate(error, self._name, self.spec) from error

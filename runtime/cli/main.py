@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn, cast
 import typer
 
 from .._version import __version__
-from ..errors import FlexVARError, OutOfMemory
+from ..errors import EnvironmentFailed, FlexVARError, OutOfMemory
 from .console import err, start_logging
 
 GROUP = "flexvar.commands"
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _report(OutOfMemory("no memory left", expected="more", fix="use a smaller batch"), arguments)
     except OSError as error:
         fix = "check the path, its permissions and the space left"
-        _report(FlexVARError(str(error), expected="files that can be read and written", fix=fix), arguments)
+        _report(EnvironmentFailed(str(error), expected="files that can be read and written", fix=fix), arguments)
     if code == INTERRUPTED:
         err.print("interrupted")
     sys.exit(code)

@@ -140,7 +140,6 @@ def test_a_precision_without_kernels(refused: Callable[..., str], bundle_copy: P
         (2, ["--classes", "1.5"], "class '1.5' | "),
         (2, ["--classes", "9999999999"], "class '9999999999' | "),
         (2, ["--schedule", "2_4"], "a schedule with first scale 2 | 1 as the first scale | write it like 1_2_4_8_16"),
-        (2, ["--schedule", "1_4_2"], "a schedule with 2 after 4 | scales that do not shrink"),
         (2, ["--schedule", "1_2_500"], "a schedule with a scale of 500x500 | sides from 1 to 128 tokens"),
         (2, ["--schedule", "1_0x4"], "a schedule with a scale of 0x4"),
         (2, ["--schedule", ""], "schedule '' | sides joined by _"),

@@ -212,37 +212,50 @@ def test_a_closed_graph(backend: OrtCpu, tmp_path: Path) -> None:
         graph.run({"x": x}, {"y": x})
 
 
+F4, I4 = np.zeros(4, np.float32), np.zeros(4, np.int32)
+
+
 @pytest.mark.parametrize(
-    ("inputs", "outputs"),
+    ("inputs", "outputs", "text"),
     [
-        ({"z": ((4,), "f4")}, {"y": ((4,), "f4")}),
-        ({"x": ((4,), "f4")}, {"z": ((4,), "f4")}),
-        ({"x": ((5,), "f4")}, {"y": ((5,), "f4")}),
-        ({"x": ((4,), "f4")}, {"y": ((3,), "f4")}),
-        ({}, {"y": ((4,), "f4")}),
+        ({"z": F4}, {"y": F4}, r"got bindings \['z'\]; expected \['x'\]"),
+        ({"x": F4}, {"z": F4}, r"got bindings \['z'\]; expected \['y'\]"),
+        ({}, {"y": F4}, r"got bindings \[\]; expected \['x'\]"),
+        ({"x": F4}, {"y": F4[:3]}, r"got y of shape \(3,\); expected axes \('n',\) with {'n': 4}"),
+        ({"x": F4[None]}, {"y": F4}, r"got x of shape \(1, 4\)"),
+        ({"x": I4}, {"y": F4}, r"got x of int32, C-contiguous True; expected C-contiguous float32"),
+        ({"x": F4}, {"y": np.zeros(8, np.float32)[::2]}, r"got y of float32, C-contiguous False"),
     ],
-    ids=["input name", "output name", "input shape", "output shape", "no input"],
+    ids=["input name", "output name", "no input", "axes of one name", "rank", "type", "strides"],
 )
-def test_a_graph_that_is_not_what_its_declaration_says(
-    backend: OrtCpu, tmp_path: Path, inputs: dict[str, Any], outputs: dict[str, Any]
+def test_bindings_that_are_not_as_declared(
+    backend: OrtCpu, tmp_path: Path, inputs: dict[str, Any], outputs: dict[str, Any], text: str
 ) -> None:
-    declared = GraphSpec(
-        file="add.onnx",
-        inputs=tuple(TensorSpec(name=name, dtype="float32", axes=("n",)) for name in ("x", "z")),
-        outputs=(TensorSpec(name="y", dtype="float32", axes=("n",)),),
-    )
-    graph = backend.open(write_add(tmp_path / "add.onnx", axis=4), declared)
-    arrays = [{name: np.zeros(*array) for name, array in side.items()} for side in (inputs, outputs)]
+    """Bound by address, each of these would read or write beside the array."""
+    graph = backend.open(write_add(tmp_path / "add.onnx"), spec("add.onnx"))
+    with pytest.raises(InvalidInput, match=text):
+        graph.run(inputs, outputs)
+
+
+def test_sizes_that_are_fixed(backend: OrtCpu, tmp_path: Path) -> None:
+    graph = backend.open(write_add(tmp_path / "add.onnx"), spec("add.onnx", "float32", 4))
+    with pytest.raises(InvalidInput, match=r"got x of shape \(3,\); expected axes \(4,\)"):
+        graph.run({"x": F4[:3]}, {"y": F4[:3]})
+
+
+def test_a_graph_that_is_not_what_its_declaration_says(backend: OrtCpu, tmp_path: Path) -> None:
+    graph = backend.open(write_add(tmp_path / "add.onnx", axis=4), spec("add.onnx"))
+    five = np.zeros(5, np.float32)
     with pytest.raises(ArtifactRefused, match=r"got add\.onnx: .*; expected a graph this ONNX Runtime can run"):
-        graph.run(*arrays)
+        graph.run({"x": five}, {"y": five.copy()})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int32", "int64"])
 def test_a_type_that_is_not_what_its_declaration_says(backend: OrtCpu, tmp_path: Path, dtype: str) -> None:
     graph = backend.open(write_add(tmp_path / "add.onnx"), spec("add.onnx", dtype))
-    x = np.zeros(8, np.int64)[:4]
+    x = np.zeros(4, dtype)
     with pytest.raises(ArtifactRefused, match="data type"):
-        graph.run({"x": x}, {"y": x})
+        graph.run({"x": x}, {"y": x.copy()})
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x0a\x12\x03abc", bytes(100)])
@@ -283,7 +296,7 @@ def test_out_of_memory_while_running(
 
     monkeypatch.setattr(graph, "_session", Session())
     with pytest.raises(OutOfMemory, match="expected a request that fits in memory; fix: use a smaller batch"):
-        graph.run({}, {})
+        graph.run({"x": F4}, {"y": F4.copy()})
 
 
 def test_out_of_memory_while_allocating(backend: OrtCpu) -> None:

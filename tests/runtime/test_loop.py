@@ -536,9 +536,7 @@ def test_a_graph_with_other_tensors(
         FlexVARPipeline(bundle, backend)
 
 
-@pytest.mark.parametrize(
-    "defaults", [{"schedule": "2_3"}, {"schedule": "1_2000"}, {"greedy_scales": "0"}, {"schedule": "1_3_2"}]
-)
+@pytest.mark.parametrize("defaults", [{"schedule": "2_3"}, {"schedule": "1_2000"}, {"greedy_scales": "0"}])
 def test_defaults_that_cannot_be_used(open_pipeline: Open, defaults: dict[str, Any]) -> None:
     pipeline, backend = open_pipeline()
     manifest = pipeline.bundle.manifest

@@ -26,6 +26,7 @@ from flexvar_runtime import (
 )
 from flexvar_runtime.backends.ort_cpu import OrtCpu
 from flexvar_runtime.images import from_uint8, to_uint8
+from flexvar_runtime.loop import ScaleLoop
 from flexvar_runtime.memory import decode_bytes
 
 SCHEDULE = "1_2_3x4_6_8x10"
@@ -179,6 +180,19 @@ def test_the_bundle_is_checked_and_the_backend_never_replaced(tiny_bundle: Path,
         file.write(b"\1")
     with pytest.raises(ArtifactRefused, match=r"got step\.onnx\.data: sha256 "):
         FlexVARPipeline.from_bundle(bundle_copy)
+
+
+def test_nan_in_the_logits_is_no_image(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle is at fault, not the request: exit code 5, not 2."""
+    logits = ScaleLoop.logits
+
+    def spoilt(self: ScaleLoop, index: int, previous: Any) -> Any:
+        found = logits(self, index, previous)
+        return np.full_like(found, np.nan) if index == 2 else found
+
+    monkeypatch.setattr(ScaleLoop, "logits", spoilt)
+    with pytest.raises(ArtifactRefused, match=r"got scale 3 \(3x3\): a maximum of nan in row 0 of the logits"):
+        pipe([1], schedule="1_2_3", seed=0)
 
 
 def test_nan_from_the_decoder_is_no_image(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 
 from flexvar_runtime import (
     ArtifactRefused,
@@ -18,6 +19,7 @@ from flexvar_runtime import (
     ParityFailed,
     __version__,
 )
+from flexvar_runtime.cli import console
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.cli.main import GROUP
 
@@ -121,8 +123,8 @@ def test_refusals(flexvar: Any, install_command: Any, error: Any, code: int) -> 
     ("error", "code", "kind", "text"),
     [
         (MemoryError(), 6, "OutOfMemory", "no memory left"),
-        (OSError(28, "No space left on device"), 1, "FlexVARError", "No space left on device"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "FlexVARError", "Permission denied: '/x'"),
+        (OSError(28, "No space left on device"), 4, "EnvironmentFailed", "No space left on device"),
+        (PermissionError(13, "Permission denied", "/x"), 4, "EnvironmentFailed", "Permission denied: '/x'"),
     ],
 )
 def test_errors_of_the_system(
@@ -194,6 +196,15 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "work 1/2: [first] " + "very " * 40 + "long\nwork 2/2: second\n"
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "err", Console(stderr=True, force_terminal=True, width=100))
+    with steps(2, "work") as advance:
+        advance("first")
+        advance("second")
+    captured = capsys.readouterr()
+    assert captured.out == "" and "work: second" in captured.err and "2/2" in captured.err
 
 
 def test_verbose_shows_debugging_messages(flexvar: Any, install_command: Any) -> None:
