@@ -159,7 +159,10 @@ class FlexVARPipeline:
             yield ScaleStep(i, len(schedule), (h, w), tokens, spent, partial(self.decode, tokens))
 
     def warmup(self, schedule: ScheduleLike | None = None, batch_sizes: Sequence[int] = (1,)) -> None:
-        """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it."""
+        """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it.
+
+        A class asked for the first time still costs its condition: its weights do not stay in memory.
+        """
         for batch in batch_sizes:
             self([self.model.null_class] * check_whole("batch size", batch, 1), schedule=schedule, seed=0)
 

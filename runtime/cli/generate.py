@@ -135,8 +135,10 @@ def _labels(text: str, names: tuple[str, ...] | None) -> list[int]:
     for part in (part.strip() for part in text.split(",")):
         if part.isascii() and part.isdigit() and len(part) < 10:
             labels.append(int(part))
-        elif names and part in names:
-            labels.append(names.index(part))
+        elif names and (found := [label for label, name in enumerate(names) if name == part]):
+            if len(found) > 1:
+                raise InvalidInput(f"class {part!r}", expected="a name of one class", fix=f"use a number: {found}")
+            labels += found
         else:
             known = (
                 f"numbers, or names such as {', '.join(names[:5])}"

@@ -135,7 +135,7 @@ def test_a_token_of_an_earlier_scale_matters(pipe: FlexVARPipeline, model: FlexV
 
 
 side = st.integers(1, 7)
-sizes = st.lists(st.tuples(side, side), max_size=5).map(lambda maps: sorted(maps, key=lambda size: size[0] * size[1]))
+sizes = st.lists(st.tuples(side, side), max_size=5)  # in any order: a schedule may shrink
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

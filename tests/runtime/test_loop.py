@@ -231,6 +231,15 @@ def test_logits_are_written_where_they_are_read(open_pipeline: Open) -> None:
         assert address(run.outputs["logits"]) == address(buffer)
 
 
+def test_a_schedule_may_shrink(open_pipeline: Open) -> None:
+    """The buffer of logits holds the largest scale, wherever it comes."""
+    pipeline, backend = open_pipeline()
+    steps = list(pipeline.iter_scales([1, 2], "1_4x5_2_3"))
+    assert [step.tokens.shape for step in steps] == [(2, 1, 1), (2, 4, 5), (2, 2, 2), (2, 3, 3)]
+    check_past(backend.runs_of("step"))
+    assert [array.shape for array in backend.arrays if array.ndim == 1] == [(2 * 20 * VOCABULARY,)]
+
+
 def test_nothing_large_is_copied_from_scale_to_scale(open_pipeline: Open) -> None:
     """A whole generation allocates less than the share of one block's keys, once its buffers are there."""
     schedule, labels = "1" + "_4" * 30, [1, 2, 3, 4]

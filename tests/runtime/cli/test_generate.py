@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from flexvar_runtime import FlexVARPipeline, Guidance, OutOfMemory, Sampling, ScaleSchedule
+from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, Sampling, ScaleSchedule
 from flexvar_runtime.backends.ort_cpu import OrtCpu
+from flexvar_runtime.cli.generate import _labels
 from flexvar_runtime.images import read_metadata, save_png, to_uint8
 from flexvar_runtime.memory import decode_bytes, loop_bytes
 
@@ -37,6 +38,15 @@ def out(tmp_path: Path) -> Path:
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_name_that_two_classes_have_is_refused() -> None:
+    names = ("tench", "crane", "shark", "crane")
+    assert _labels("tench, 2,shark", names) == [0, 2, 2]
+    with pytest.raises(
+        InvalidInput, match=r"got class 'crane'; expected a name of one class; fix: use a number: \[1, 3\]"
+    ):
+        _labels("crane", names)
 
 
 def test_one_png_an_image(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
