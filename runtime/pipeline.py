@@ -216,7 +216,7 @@ class FlexVARPipeline:
         seed = fresh_seed() if seed is None else check_seed(seed)
         checked = [self._check_label(label) for label in np.atleast_1d(np.asarray(labels, object))]
         if not checked:
-            raise InvalidInput("no class", expected="one class per image", fix="pass a list such as [207], or --classes 207")
+            raise InvalidInput("no class", expected="one class per image", fix="pass a list such as [207]")
         check_index(check_index(first_index) + len(checked) - 1)
         for given, kind in ((guidance, Guidance), (sampling, Sampling)):
             if not isinstance(given, kind | None):
