@@ -14,6 +14,7 @@ from ..atomic import atomic_write, existing
 from ..errors import ArtifactRefused, InvalidInput
 from ..guidance import Guidance
 from ..images import read_metadata, save_png
+from ..manifest import MANIFEST
 from ..noise import fresh_seed
 from ..output import GenerationOutput, Settings
 from ..pipeline import FlexVARPipeline, ScaleStep
@@ -98,6 +99,8 @@ class _Plan:
 def _check_targets(paths: list[Path], force: bool) -> None:
     """Refuse what could not be written in the end, and make the directories."""
     for path in paths:
+        if any((parent / MANIFEST).exists() for parent in path.absolute().parents):
+            raise InvalidInput(f"{path}, inside a bundle", expected="a place outside", fix="choose another directory")
         if os.path.lexists(path) and not force:
             raise existing(path)
         if path.is_dir():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, Sampling, ScaleSchedule
 from flexvar_runtime.backends.ort_cpu import OrtCpu
-from flexvar_runtime.cli.generate import _labels
+from flexvar_runtime.cli.generate import _check_targets, _labels
 from flexvar_runtime.images import read_metadata, save_png, to_uint8
 from flexvar_runtime.memory import decode_bytes, loop_bytes
 
@@ -38,6 +38,14 @@ def out(tmp_path: Path) -> Path:
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_into_a_bundle(tmp_path: Path) -> None:
+    """A file more would make the bundle one that is refused."""
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(InvalidInput, match="inside a bundle; expected a place outside"):
+        _check_targets([tmp_path / "images" / "0.png"], force=True)
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_class_name_that_two_classes_have_is_refused() -> None:
