@@ -152,9 +152,9 @@ def compare(bundle: Path, paths: tuple[Path, Path], threads: int, repeats: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=16, help="of the transformer; its width is 64 times that")
+    parser.add_argument("--repeats", type=int, default=7, help="counted turns, after one that warms up")
+    parser.add_argument("--threads", type=int, default=2, help="of either side")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and bundle, used again")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()

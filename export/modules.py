@@ -216,8 +216,8 @@ class Decode(nn.Module):
 class Encode(nn.Module):
     """image (B, 3, H, W) float32 in -1..1 -> latent (B, D, h, w) float32, neither resized nor normalised.
 
-    In half precision the residual stream, the first convolution (pixels have more than 8 bits) and the last (its result
-    picks the token) stay float32: a fifth less error, at two of about fifty layers.
+    In half precision the residual stream, the first convolution (scaled pixels are not exact there) and the last (its
+    result picks the token) stay float32: two of about fifty layers, for the error that `benchmarks/LOG.md` records.
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype) -> None:

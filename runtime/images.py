@@ -55,6 +55,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(METADATA_KEY)
+    except FileNotFoundError as error:
+        raise ArtifactRefused(f"no file {path}", expected="a PNG of flexvar generate", fix="check the path") from error
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ArtifactRefused(f"{path} ({error})", expected="a readable PNG", fix=fix) from error
     if not isinstance(text, str):

@@ -30,7 +30,11 @@ class ScaleTime:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one generation, all images together. `scales` in order; `total` is wall time, decoder included."""
+    """Seconds of one generation, all images together.
+
+    `condition`: all before the first scale (checks, condition, and what is opened or allocated the first time);
+    `scales` in order; `total` is wall time, decoder included.
+    """
 
     condition: float
     scales: tuple[ScaleTime, ...]

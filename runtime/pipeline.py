@@ -245,7 +245,7 @@ class FlexVARPipeline:
             raise InvalidInput(
                 f"class {label!r}",
                 expected=f"a whole number from 0 to {null} ({null} means no class)",
-                fix="flexvar inspect lists the classes of a bundle",
+                fix="flexvar inspect says how many classes a bundle has",
             )
         return int(label)  # type: ignore[call-overload, no-any-return]
 
