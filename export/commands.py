@@ -13,6 +13,8 @@ from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.graphs import GRAPHS
 
+from .build_command import build
+
 if TYPE_CHECKING:
     from flexvar_runtime.manifest import ModelFacts, ParityRecord
 
@@ -20,7 +22,7 @@ EXPORT_STEPS = 4 + len(GRAPHS)  # checkpoint, reference, activations and proof; 
 
 
 def register(app: typer.Typer) -> None:
-    for command in (export, verify):
+    for command in (export, build, verify):
         app.command()(command)
 
 

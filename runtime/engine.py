@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,16 @@ from .bundle import Bundle
 from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
 from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE, graph_specs
 from .guidance import Guidance
-from .loop import Condition, LoopBuffers, ScaleLoop
-from .memory import decode_bytes, require
+from .loop import Condition, Draws, Loop, LoopBuffers, ScaleLoop
+from .planner import batch_that_fits, plan, require_fits
 from .schedule import ScaleSchedule
 from .tables import Tables
 
+if TYPE_CHECKING:
+    from .cuda.generator import DeviceGenerator, Replayed
+
 Float32 = NDArray[np.float32]
 CONDITIONS_KEPT = 32  # classes whose condition is remembered (0.4 MB each for d16)
-LABELS_PER_RUN = 2  # of the condition graph, always: a label's row must not depend on its neighbours
-IMAGES_PER_RUN = 8  # of decoder and encoder, at the most
 
 
 class Engine:
@@ -52,30 +54,44 @@ class Engine:
         self._conditions: OrderedDict[int, Condition] = OrderedDict()
         self._spare: LoopBuffers | None = None
         self._closed = False
+        self._generator = self._start_generator()
+
+    def _start_generator(self) -> DeviceGenerator | None:
+        device = self.backend.device
+        if device is None:
+            return None
+        from .cuda.generator import DeviceGenerator  # only where there is a device
+
+        return DeviceGenerator(
+            self.backend, device, self.model, self.bundle.manifest.precision, self.tables, self._graph
+        )
 
     def close(self) -> None:
         """Free weights and buffers; nothing can be run afterwards."""
+        if self._closed:
+            return
+        if self._generator is not None:
+            self._generator.close()
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
         self._conditions.clear()
-        self._spare, self._closed = None, True
+        self._spare, self._generator, self._closed = None, None, True
+        self.backend.close()
 
     def condition(self, labels: Sequence[int]) -> Condition:
-        """One row a label. The graph is opened for the classes not remembered, then its weights are freed."""
+        """One row a label. On the host the graph is opened for the classes not remembered, then its weights are freed;
+        on a device they stay."""
         distinct = list(dict.fromkeys(labels))
         known = {label: self._conditions[label] for label in distinct if label in self._conditions}
         missing = [label for label in distinct if label not in known]
         if missing:
             self._require_open()
-            spec = self.bundle.graph(CONDITION)
-            graph = self.backend.open(self.bundle.graph_file(CONDITION), spec, once=True)
-            try:
-                for start in range(0, len(missing), LABELS_PER_RUN):
-                    pair = missing[start : start + LABELS_PER_RUN]
-                    known |= zip(pair, self._run_condition(graph, pair), strict=False)
-            finally:
-                graph.close()
+            with self._condition_graph() as graph:
+                per_run = self.backend.labels_per_run
+                for start in range(0, len(missing), per_run):
+                    some = missing[start : start + per_run]
+                    known |= zip(some, self._run_condition(graph, some), strict=False)
         for label in distinct:
             self._conditions[label] = known[label]
             self._conditions.move_to_end(label)
@@ -83,34 +99,49 @@ class Engine:
             self._conditions.popitem(last=False)
         return Condition.stack([known[label] for label in labels])
 
+    @contextmanager
+    def _condition_graph(self) -> Iterator[Graph]:
+        if self.backend.device is not None:
+            yield self._graph(CONDITION)
+            return
+        graph = self.backend.open(self.bundle, CONDITION, once=True)
+        try:
+            yield graph
+        finally:
+            graph.close()
+
     def _run_condition(self, graph: Graph, labels: list[int]) -> list[Condition]:
-        padded = np.full(LABELS_PER_RUN, self.model.null_class, np.int32)
+        rows = self.backend.labels_per_run
+        padded = np.full(rows, self.model.null_class, np.int32)
         padded[: len(labels)] = labels
         outputs = {
-            tensor.name: self.backend.empty(
-                (LABELS_PER_RUN, *(a for a in tensor.axes if isinstance(a, int))), "float32"
-            )
+            tensor.name: self.backend.empty((rows, *(a for a in tensor.axes if isinstance(a, int))), "float32")
             for tensor in graph.spec.outputs
         }
         graph.run({"labels": self.backend.upload(padded)}, outputs)
         host = {name: self.backend.download(array) for name, array in outputs.items()}
-        return [
-            Condition(**{name: array[i : i + 1].copy() for name, array in host.items()}) for i in range(LABELS_PER_RUN)
-        ]
+        return [Condition(**{name: array[i : i + 1].copy() for name, array in host.items()}) for i in range(rows)]
 
     @contextmanager
-    def loop(self, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance) -> Iterator[ScaleLoop]:
+    def loop(self, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance) -> Iterator[Loop]:
         """A loop over `schedule`, one image a label; a second, unconditional branch only where guidance acts.
 
         Its buffers go to the next loop of the same shape; two loops open at once never share them.
         """
+        self._require_open()
+        if self._generator is not None:
+            with self._generator.loop(labels, schedule, guidance) as loop:
+                yield loop
+            return
         weights = guidance.weights(schedule)
         guided = any(t != 0 for t in weights)
-        condition = self.condition([*labels] + [self.model.null_class] * (len(labels) if guided else 0))
-        step = self._graph(STEP)
         buffers, self._spare = self._spare, None
         if buffers is None or (buffers.schedule, buffers.images, buffers.guided) != (schedule, len(labels), guided):
-            buffers = None  # freed before the new ones are taken
+            buffers = None  # freed before it is asked what is left
+            self._require_fits(schedule, len(labels), guided)
+        condition = self.condition([*labels] + [self.model.null_class] * (len(labels) if guided else 0))
+        step = self._graph(STEP)
+        if buffers is None:
             buffers = LoopBuffers.allocate(
                 self.backend, step.spec, self.model, self.tables, schedule, len(labels), guided
             )
@@ -119,6 +150,20 @@ class Engine:
         finally:
             self._spare = None if self._closed else buffers
 
+    def replay(
+        self,
+        labels: Sequence[int],
+        schedule: ScaleSchedule,
+        guidance: Guidance,
+        draws: Draws,
+        keep_decoded: bool = False,
+    ) -> Replayed | None:
+        """A whole generation without waiting in between; None where the backend has no device to do that on."""
+        self._require_open()
+        if self._generator is None:
+            return None
+        return self._generator.replay(labels, schedule, guidance, draws, keep_decoded)
+
     def decode(self, tokens_Bhw: NDArray[np.int32]) -> Iterator[Float32]:
         """Tokens to decoded images (b, 3, H, W), not clamped, in micro-batches that fit memory.
 
@@ -126,7 +171,7 @@ class Engine:
         """
         B, h, w = tokens_Bhw.shape
         factor = self.model.downsampling
-        batch = min(B, self._batch_that_fits((h, w), "decoding an image"))
+        batch = min(B, self._batch_that_fits(DECODE, (h, w)))
         image = self.backend.empty((batch, 3, h * factor, w * factor), "float32")
         for start in range(0, B, batch):
             part = tokens_Bhw[start : start + batch]
@@ -138,24 +183,31 @@ class Engine:
         """Images (B, 3, H, W) to continuous latents (B, D, h, w), in micro-batches that fit memory."""
         B, _, H, W = image_BCHW.shape
         h, w = H // self.model.downsampling, W // self.model.downsampling
-        batch = min(B, self._batch_that_fits((h, w), "encoding an image"))
+        batch = min(B, self._batch_that_fits(ENCODE, (h, w)))
         latent = self.backend.empty((B, self.model.code_dim, h, w), "float32")
         for start in range(0, B, batch):
             part = self.backend.upload(image_BCHW[start : start + batch])
             self._graph(ENCODE).run({"image": part}, {"latent": latent[start : start + batch]})
         return self.backend.download(latent)
 
-    def _batch_that_fits(self, size: tuple[int, int], what: str) -> int:
-        one, available = decode_bytes(self.model, size), self.backend.available_bytes()
-        require(one, available, f"{what} of {size[0]}x{size[1]} tokens", "use a smaller size")
-        fits = IMAGES_PER_RUN if available is None else available // (2 * one)  # half of what is left, at the most
-        return max(1, min(IMAGES_PER_RUN, fits))
+    def _require_fits(self, schedule: ScaleSchedule, images: int, guided: bool) -> None:
+        """Refuse, before anything is opened, what would not fit with the decoder running one image at a time."""
+        self._require_open()
+        manifest, opened = self.bundle.manifest, self._graphs
+        require_fits(
+            lambda batch: plan(manifest, schedule, batch, guided, decoded_at_once=1),
+            images,
+            self.backend.available_bytes(),
+            opened,
+        )
+
+    def _batch_that_fits(self, graph: str, size: tuple[int, int]) -> int:
+        return batch_that_fits(self.bundle.manifest, graph, size, self.backend.available_bytes())
 
     def _graph(self, name: str) -> Graph:
         self._require_open()
         if name not in self._graphs:
-            spec = self.bundle.graph(name)
-            self._graphs[name] = self.backend.open(self.bundle.graph_file(name), spec)
+            self._graphs[name] = self.backend.open(self.bundle, name)
         return self._graphs[name]
 
     def _require_open(self) -> None:

@@ -46,6 +46,10 @@ class BackendUnavailable(EnvironmentFailed):
     """A backend that was asked for cannot run here, or cannot run this bundle."""
 
 
+class DeviceFailed(EnvironmentFailed):
+    """A GPU reported an error while working."""
+
+
 class ArtifactRefused(FlexVARError):
     """A checkpoint, bundle, engine or image whose content is not what it claims to be."""
 

@@ -34,6 +34,15 @@ def to_uint8(decoded_BCHW: NDArray[np.float32], value_range: tuple[float, float]
     return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
+def refuse_pixels() -> ArtifactRefused:
+    """The refusal of a decoder's output that is not finite."""
+    return ArtifactRefused(
+        "NaN or infinity from the decoder",
+        expected="finite pixels",
+        fix="use a bundle exported with --precision bf16 or fp32",
+    )
+
+
 def from_uint8(images_BHWC: NDArray[np.uint8], value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.float32]:
     """Pixels (B, H, W, 3) to what the encoder takes, (B, 3, H, W)."""
     low, high = value_range

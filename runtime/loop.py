@@ -6,21 +6,64 @@ and the new keys are its tail, so nothing is copied between scales.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, Graph, host_dtype
+from .backends.base import Array, Backend, Graph
+from .errors import ArtifactRefused, InvalidInput
 from .graphs import new_names, past_names
 from .manifest import GraphSpec, ModelFacts
-from .memory import loop_bytes, require
+from .noise import draws
+from .output import ScaleTime
+from .sampling import Sampling, sample
 from .schedule import ScaleSchedule
 from .tables import Tables
 
 Float32 = NDArray[np.float32]
+Tokens = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How tokens are drawn: the rule, and the stream (seed, index) of each image."""
+
+    sampling: Sampling
+    seed: int
+    indices: tuple[int, ...]
+
+    def noise(self, scale: int, positions: int) -> NDArray[np.uint32]:
+        """24-bit draws of one scale, (images · positions,)."""
+        return np.concatenate([draws(self.seed, index, scale, positions) for index in self.indices])
+
+
+class Loop(Protocol):
+    """The scales of one request, in order, on whatever runs them."""
+
+    def logits(self, index: int, previous_Bhw: Tokens | None) -> Float32:
+        """Guided logits (B, h·w, V) of scale `index` from given tokens of the scale before (None for the first).
+
+        The result is a view: it holds until the next call.
+        """
+
+    def advance(self, draws: Draws) -> tuple[Tokens, ScaleTime]:
+        """Run the next scale on the tokens drawn before it. Returns its tokens (B, h, w) and what it took.
+
+        Raises ArtifactRefused where a row of the logits has no finite maximum.
+        """
+
+
+def refuse_logits(scale: int, size: tuple[int, int], got: str) -> ArtifactRefused:
+    """The options were checked before: logits that cannot be drawn from are the bundle's fault."""
+    return ArtifactRefused(
+        f"scale {scale + 1} ({size[0]}x{size[1]}): {got}",
+        expected="no NaN, no +inf and at least one finite logit in every row",
+        fix="look for overflow upstream: try a bundle exported in bf16 or fp32",
+    )
 
 
 @dataclass(frozen=True)
@@ -63,15 +106,8 @@ class LoopBuffers:
         images: int,
         guided: bool,
     ) -> LoopBuffers:
-        """Raises OutOfMemory where the buffers of all scales do not fit."""
+        """Raises OutOfMemory where there is no memory for them (what fits is asked of the planner, before)."""
         dtype = next(tensor.dtype for tensor in step.outputs if tensor.name in new_names(model.depth))
-        itemsize = host_dtype(dtype).itemsize
-        available = backend.available_bytes()
-        needed = loop_bytes(model, schedule, images, guided, itemsize)
-        one = loop_bytes(model, schedule, 1, guided, itemsize)
-        fits = 0 if available is None else available // one
-        fix = f"use a batch of at most {fits}" if fits else "use a smaller schedule, or a machine with more memory"
-        require(needed, available, f"a batch of {images} at schedule {schedule}", fix)
         sequences = images * (2 if guided else 1)
         return cls(
             schedule,
@@ -84,7 +120,7 @@ class LoopBuffers:
 
 
 class ScaleLoop:
-    """Runs the step graph over a schedule. The caller samples; the loop never knows how."""
+    """The loop on a backend whose arrays are NumPy arrays: draws and next inputs are computed on the host."""
 
     def __init__(
         self,
@@ -106,13 +142,24 @@ class ScaleLoop:
             "cond_rows": backend.upload(np.arange(B, dtype=np.int32)),
             "uncond_rows": backend.upload(np.arange(B, dtype=np.int32) + np.int32(B if buffers.guided else 0)),
         }
-        self._past = 0
+        self._past = self._next = 0
+        self._tokens: Tokens | None = None
 
-    def logits(self, index: int, previous_Bhw: NDArray[np.int32] | None) -> Float32:
-        """Guided logits (B, h·w, V) of scale `index` from the tokens of the scale before (None for the first).
+    def advance(self, draws: Draws) -> tuple[Tokens, ScaleTime]:
+        i, B = self._next, self._buffers.images
+        h, w = self._buffers.schedule[i]
+        started = time.perf_counter()
+        logits = self.logits(i, self._tokens).reshape(B * h * w, -1)
+        stepped = time.perf_counter()
+        sampling = draws.sampling
+        try:
+            flat = sample(logits, draws.noise(i, h * w), top_k=sampling.top_k_at(h, w), top_p=sampling.top_p)
+        except InvalidInput as error:
+            raise refuse_logits(i, (h, w), error.got) from error
+        self._tokens, self._next = flat.reshape(B, h, w), i + 1
+        return self._tokens, ScaleTime((h, w), stepped - started, time.perf_counter() - stepped)
 
-        The result is a view of the loop's buffer: it holds until the next call.
-        """
+    def logits(self, index: int, previous_Bhw: Tokens | None) -> Float32:
         buffers, model = self._buffers, self._model
         h, w = buffers.schedule[index]
         L, P, B = h * w, self._past, buffers.images
@@ -132,7 +179,7 @@ class ScaleLoop:
         self._past += L
         return self._backend.download(logits)
 
-    def _inputs(self, index: int, previous_Bhw: NDArray[np.int32] | None) -> tuple[Float32, Float32]:
+    def _inputs(self, index: int, previous_Bhw: Tokens | None) -> tuple[Float32, Float32]:
         """codes (N, L, D) and offset (N, L, C): the first scale has no codes, only the class."""
         N = self._buffers.sequences
         if previous_Bhw is None:

@@ -21,7 +21,7 @@ SETTINGS_VERSION = 1
 
 @dataclass(frozen=True)
 class ScaleTime:
-    """Seconds of one scale: the transformer's step (inputs included), and sampling on the host."""
+    """Seconds of one scale: the transformer's step (inputs included), and sampling where the host does it."""
 
     size: tuple[int, int]
     step: float
@@ -33,13 +33,17 @@ class Timings:
     """Seconds of one generation, all images together.
 
     `condition`: all before the first scale (checks, condition, and what is opened or allocated the first time);
-    `scales` in order; `total` is wall time, decoder included.
+    `scales` in order; `total` is wall time, decoder included. `mode`: "steps" where the host drives the scales one by
+    one; "cuda-graph" where the generation ran as one captured graph, or "stream" as one sequence that could not be
+    captured: then `scales` is empty, `decode` is in `device`, the seconds of the whole on the device.
     """
 
     condition: float
     scales: tuple[ScaleTime, ...]
     decode: float
     total: float
+    mode: str = "steps"
+    device: float | None = None
 
     @property
     def sampling(self) -> float:

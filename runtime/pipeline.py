@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,17 +17,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from .backends import create
+from .backends import check_name, create
 from .backends.base import Backend
 from .bundle import Bundle
 from .engine import Engine
 from .errors import ArtifactRefused, InvalidInput
 from .guidance import Guidance
-from .images import from_uint8, to_uint8
-from .loop import ScaleLoop
-from .noise import check_index, check_seed, check_whole, draws, fresh_seed
+from .images import from_uint8, refuse_pixels, to_uint8
+from .loop import Draws, Loop
+from .noise import check_index, check_seed, check_whole, fresh_seed
 from .output import GenerationOutput, ScaleTime, Settings, Timings
-from .sampling import Sampling, sample
+from .sampling import Sampling
 from .schedule import MAX_SIDE, ScaleSchedule, ScheduleLike
 
 Tokens = NDArray[np.int32]
@@ -52,6 +55,7 @@ class FlexVARPipeline:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.engine = Engine(bundle, backend)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
+        self._owner = threading.RLock()
         defaults = bundle.manifest.defaults
         try:
             self.schedule = ScaleSchedule.parse(defaults.schedule)
@@ -69,10 +73,17 @@ class FlexVARPipeline:
         backend: str = "auto",
         device: str | None = None,
         threads: int | None = None,
+        engines: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Check a bundle's integrity and open it. Raises ArtifactRefused, BackendUnavailable, InvalidInput."""
-        chosen = create(backend, device=device, threads=threads)
-        return cls(Bundle.open(path, workers=chosen.threads), chosen)
+        """Check a bundle's integrity and open it. Raises ArtifactRefused, BackendUnavailable, InvalidInput.
+
+        backend "auto" takes the first that works here and runs this bundle, and logs which and why not the others.
+        engines: where `flexvar build` put them, if not into the bundle.
+        """
+        check_name(backend)
+        bundle = Bundle.open(path, workers=threads)
+        folder = None if engines is None else Path(engines)
+        return cls(bundle, create(backend, bundle, device=device, threads=threads, engines=folder))
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +96,22 @@ class FlexVARPipeline:
     def close(self) -> None:
         """Free weights and buffers; the pipeline cannot be used afterwards."""
         self.engine.close()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """By one thread at a time: buffers and contexts belong to whoever is running. Raises InvalidInput."""
+        if not self._owner.acquire(blocking=False):
+            raise InvalidInput(
+                "a pipeline that another thread is using",
+                expected="one thread at a time",
+                fix="open a pipeline for each thread, or take turns with a lock",
+            )
+        try:
+            if self.backend.device is not None:
+                self.backend.device.activate()
+            yield
+        finally:
+            self._owner.release()
 
     def __call__(
         self,
@@ -105,8 +132,33 @@ class FlexVARPipeline:
         """
         start = time.perf_counter()
         request = self._request(labels, schedule, guidance, sampling, seed, first_index)
-        first = request[0]
-        steps = []
+        with self._in_use():
+            if on_scale is None:
+                whole = self._replay(request, keep_decoded, start)
+                if whole is not None:
+                    return whole
+            return self._step(request, keep_decoded, on_scale, start)
+
+    def _replay(self, request: tuple[Settings, ...], keep_decoded: bool, start: float) -> GenerationOutput | None:
+        """The whole generation as one piece of work, where the backend has a device for it."""
+        first, prepared = request[0], time.perf_counter()
+        done = self.engine.replay(
+            [s.label for s in request], first.schedule, first.guidance, _draws(request), keep_decoded
+        )
+        if done is None:
+            return None
+        timings = Timings(prepared - start, (), 0.0, time.perf_counter() - start, done.mode, done.seconds)
+        return GenerationOutput(done.pixels, done.tokens, first.seed, timings, request, done.decoded)
+
+    def _step(
+        self,
+        request: tuple[Settings, ...],
+        keep_decoded: bool,
+        on_scale: Callable[[ScaleStep], None] | None,
+        start: float,
+    ) -> GenerationOutput:
+        """Scale by scale, then the decoder."""
+        first, steps = request[0], []
         with self.engine.loop([s.label for s in request], first.schedule, first.guidance) as loop:
             looping = time.perf_counter()
             for step in self._scales(request, loop):
@@ -139,24 +191,19 @@ class FlexVARPipeline:
 
     def _iterate(self, request: tuple[Settings, ...]) -> Iterator[ScaleStep]:
         with self.engine.loop([s.label for s in request], request[0].schedule, request[0].guidance) as loop:
-            yield from self._scales(request, loop)
+            scales = self._scales(request, loop)
+            while True:
+                with self._in_use():
+                    step = next(scales, None)
+                if step is None:
+                    return
+                yield step
 
-    def _scales(self, request: tuple[Settings, ...], loop: ScaleLoop) -> Iterator[ScaleStep]:
-        schedule, sampling, B = request[0].schedule, request[0].sampling, len(request)
-        tokens: Tokens | None = None
-        for i, (h, w) in enumerate(schedule):
-            started = time.perf_counter()
-            logits = loop.logits(i, tokens).reshape(B * h * w, -1)
-            stepped = time.perf_counter()
-            noise = np.concatenate([draws(s.seed, s.index, i, h * w) for s in request])
-            try:
-                flat = sample(logits, noise, top_k=sampling.top_k_at(h, w), top_p=sampling.top_p)
-            except InvalidInput as error:  # the options were checked: it is the logits
-                got = f"scale {i + 1} ({h}x{w}): {error.got}"
-                raise ArtifactRefused(got, expected=error.expected, fix=error.fix) from error
-            tokens = flat.reshape(B, h, w)
-            spent = ScaleTime((h, w), stepped - started, time.perf_counter() - stepped)
-            yield ScaleStep(i, len(schedule), (h, w), tokens, spent, partial(self.decode, tokens))
+    def _scales(self, request: tuple[Settings, ...], loop: Loop) -> Iterator[ScaleStep]:
+        schedule, draws = request[0].schedule, _draws(request)
+        for i, size in enumerate(schedule):
+            tokens, spent = loop.advance(draws)
+            yield ScaleStep(i, len(schedule), size, tokens, spent, partial(self.decode, tokens))
 
     def warmup(self, schedule: ScheduleLike | None = None, batch_sizes: Sequence[int] = (1,)) -> None:
         """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it.
@@ -168,16 +215,14 @@ class FlexVARPipeline:
 
     def decode(self, tokens: ArrayLike) -> Pixels:
         """Tokens (B, h, w) of one scale to images (B, H, W, 3). Raises InvalidInput."""
-        return np.concatenate([pixels for pixels, _ in self._decode(self._check_tokens(tokens), keep=False)])
+        checked = self._check_tokens(tokens)
+        with self._in_use():
+            return np.concatenate([pixels for pixels, _ in self._decode(checked, keep=False)])
 
     def _decode(self, tokens: Tokens, keep: bool) -> Iterator[tuple[Pixels, NDArray[np.float32] | None]]:
         for decoded in self.engine.decode(tokens):
             if not np.isfinite(decoded).all():
-                raise ArtifactRefused(
-                    "NaN or infinity from the decoder",
-                    expected="finite pixels",
-                    fix="use a bundle exported with --precision bf16 or fp32",
-                )
+                raise refuse_pixels()
             yield to_uint8(decoded, self.model.value_range), decoded.copy() if keep else None
 
     def encode(self, image: Image.Image | ArrayLike, size: tuple[int, int] | None = None) -> Tokens:
@@ -197,7 +242,9 @@ class FlexVARPipeline:
                 fix="resize or pad it first",
             )
         wanted = ScaleSchedule(((1, 1), size or (pixels.shape[1] // factor, pixels.shape[2] // factor)))[-1]
-        return self.engine.tables.quantize(self.engine.encode(from_uint8(pixels, self.model.value_range)), wanted)
+        with self._in_use():
+            latent = self.engine.encode(from_uint8(pixels, self.model.value_range))
+        return self.engine.tables.quantize(latent, wanted)
 
     def check(self, labels: Sequence[int], seed: int | None = None, first_index: int = 0) -> None:
         """Refuse classes, seed and index that a call would refuse, before anything is computed. Raises InvalidInput."""
@@ -259,3 +306,7 @@ class FlexVARPipeline:
                 fix="pass the tokens of one scale",
             )
         return np.ascontiguousarray(array, np.int32)
+
+
+def _draws(request: tuple[Settings, ...]) -> Draws:
+    return Draws(request[0].sampling, request[0].seed, tuple(settings.index for settings in request))

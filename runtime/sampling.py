@@ -2,7 +2,7 @@
 
 The rules, per row of V float32 logits:
 
-1. weight = floor(2**40 * exp(float64(l - max))), with l - max subtracted in float32.
+1. weight = floor(2**40 * exp(float64(l - max))), with l - max subtracted in float32 and exp as `_weights` has it.
 2. top-k keeps every logit >= the k-th largest, so ties at the threshold are kept and more than k may remain.
 3. top-p acts on what top-k left. S = the sum of its weights; in ascending order of (weight, index), so that the lower
    index goes first among equal weights, tokens are dropped while their cumulative weight <= floor((1 - p) * S). The
@@ -11,8 +11,9 @@ The rules, per row of V float32 logits:
    in vocabulary order, exceeds r.
 
 Top-k 0 or >= V, top-p 0 and top-p 1 mean off. Why integers: their sum is the same in every order of summation, so
-equal logits give equal tokens on every backend, whether it adds up one by one, in SIMD lanes or in blocks. Only exp may
-differ between math libraries, in its last bit: that moves a weight by 1 in a sum >= 2**40, far below a draw's step.
+equal logits give equal tokens on every backend, whether it adds up one by one, in SIMD lanes or in blocks. Math libraries
+and processors disagree on the last bit of exp, so it is spelled out in IEEE double additions and multiplications: they
+give the same bits everywhere, as long as no compiler fuses the two.
 
 Why no row is left without a token: the maximum has weight 2**40, hence S' >= 2**40; u <= 1 - 2**-25, so u * S' lies
 at least 2**15 below S', more than two float64 roundings of a number < 2**62 can move it; hence r < S'. The token
@@ -39,6 +40,16 @@ UPSTREAM_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32}
 WEIGHT_BITS = 40
 _INDEX_BITS = 22  # (weight, index) packs into one int64: 2**40 << 22 | index < 2**63
 _ROWS_PER_BLOCK = 16  # keeps the working set in cache; results do not depend on it
+
+# The constants of exp. They stand in cuda/kernels.cu too, and both must have the same bits.
+_LOWEST = -28.0  # 2**40 * exp(-28) < 1: below it every weight is 0
+_LOG2_E = 1.4426950408889634
+_ROUND = 1.5 * 2.0**52  # added and subtracted: rounds to a whole number, ties to even
+_LN2_HIGH = float.fromhex("0x1.62e42feep-1")  # 21 zero bits at its end: its multiples up to 41 are exact
+_LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")  # ln 2 - _LN2_HIGH
+_COEFFICIENTS = tuple(1.0 / math.factorial(n) for n in range(13, 1, -1))  # Taylor: error < 2**-57 for |r| <= ln(2) / 2
+_EXP_BLOCK = 16384  # elements
+
 _SIDE = r"([1-9][0-9]{0,3})"
 _SCALE = re.compile(rf"{_SIDE}(?:x{_SIDE})?")
 
@@ -210,8 +221,43 @@ def _kept(logits_RV: NDArray[np.float32], top_k: int, top_p: float) -> Iterator[
             )
         columns, logits_RN = _top_k(logits_RV[block], top_R1, top_k)
         with np.errstate(over="ignore", under="ignore"):  # a difference beyond float32 is -inf: weight 0
-            weights = (np.exp((logits_RN - top_R1).astype(np.float64)) * 2.0**WEIGHT_BITS).astype(np.int64)
+            weights = _weights(logits_RN - top_R1)
         yield block, columns, weights if top_p in (0.0, 1.0) else _top_p(columns, weights, top_p)
+
+
+def _weights(differences: NDArray[np.float32]) -> NDArray[np.int64]:
+    """floor(2**40 * exp(x)) of every x <= 0, -inf included, by additions and multiplications only; exact for x = 0.
+
+    exp(x) = 2**k * exp(r), with k the whole number nearest to x / ln 2, r = x - k * ln 2 in two steps, exp(r) =
+    1 + (r + r * r * (1/2! + r/3! + ... + r**11/13!)) by Horner's rule. Within 1 ulp of the exact value.
+    """
+    flat = np.ascontiguousarray(differences).reshape(-1)
+    weights = np.empty(flat.shape, dtype=np.int64)
+    buffers = np.empty((4, min(len(flat), _EXP_BLOCK)))
+    for start in range(0, len(flat), _EXP_BLOCK):
+        block = slice(start, start + _EXP_BLOCK)
+        x, k, r, p = buffers[:, : len(flat[block])]
+        np.maximum(flat[block], np.float32(_LOWEST), out=x)
+        np.multiply(x, _LOG2_E, out=k)
+        k += _ROUND
+        scale = k.view(np.uint64) + np.uint64(1023 + WEIGHT_BITS)  # the last bits of k hold the whole number:
+        scale <<= np.uint64(52)  # as an exponent, 2**(k + 40)
+        k -= _ROUND
+        np.multiply(k, _LN2_HIGH, out=r)
+        np.subtract(x, r, out=r)
+        k *= _LN2_LOW
+        r -= k
+        p.fill(_COEFFICIENTS[0])
+        for coefficient in _COEFFICIENTS[1:]:
+            p *= r
+            p += coefficient
+        p *= r
+        p *= r
+        p += r
+        p += 1.0
+        p *= scale.view(np.float64)
+        weights[block] = p  # truncates
+    return weights.reshape(differences.shape)
 
 
 def _top_k(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 from typing import cast
 
 from .._version import __version__
+from ..bundle import Bundle
 from ..errors import BackendUnavailable, InvalidInput
 from .base import Availability, Backend, BackendModule
 
@@ -14,12 +16,14 @@ log = logging.getLogger(__name__)
 
 # In the order in which "auto" prefers them; None: known by name, not part of this version.
 BACKENDS: dict[str, str | None] = {
-    "tensorrt": None,
-    "tensorrt-rtx": None,
-    "ort-cuda": None,
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt",
+    "ort-cuda": "ort_cuda",
     "openvino": None,
     "ort-cpu": "ort_cpu",
 }
+TENSORRT_BACKENDS = frozenset({"tensorrt", "tensorrt-rtx"})  # run engines that flexvar build made
+CPU_BACKENDS = frozenset({"openvino", "ort-cpu"})
 
 
 def probe(name: str) -> Availability:
@@ -30,11 +34,21 @@ def probe(name: str) -> Availability:
     return module.probe(name)
 
 
-def create(name: str = "auto", *, device: str | None = None, threads: int | None = None) -> Backend:
-    """Start a backend; "auto" takes the first that works and logs which. Raises BackendUnavailable, InvalidInput."""
+def create(
+    name: str = "auto",
+    bundle: Bundle | None = None,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    engines: Path | None = None,
+) -> Backend:
+    """Start a backend; "auto" takes the first that works here and runs `bundle`, and logs what it passes over.
+
+    A backend that was asked for by name is started or refused. Raises BackendUnavailable, InvalidInput.
+    """
     if name == "auto":
-        name = next((candidate for candidate in BACKENDS if probe(candidate).available), "ort-cpu")
-        log.info("backend %s chosen", name)
+        name = _choose(bundle, device, engines)
+        engines = engines if name in TENSORRT_BACKENDS else None
     state = probe(name)
     module = _module(name)
     if module is None or not state.available:
@@ -43,7 +57,30 @@ def create(name: str = "auto", *, device: str | None = None, threads: int | None
             expected="a backend that works here",
             fix=state.fix or "run flexvar doctor",
         )
-    return module.create(name, device=device, threads=threads)
+    return module.create(name, device=device, threads=threads, engines=engines)
+
+
+def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> str:
+    """The first backend that works and is ready for the bundle; one that works but is not is worth a warning."""
+    kind = (device or "").partition(":")[0]
+    for name in BACKENDS:
+        module, state = _module(name), probe(name)
+        elsewhere = bool(kind) and (kind == "cpu") != (name in CPU_BACKENDS)
+        if module is None or not state.available or elsewhere:
+            log.debug("backend %s passed over: %s", name, state.detail)
+            continue
+        ready = state if bundle is None else module.ready(name, bundle, device=device, engines=engines)
+        if ready.available:
+            log.info("backend %s chosen", name)
+            return name
+        log.warning("backend %s works here but is passed over: %s; fix: %s", name, ready.detail, ready.fix)
+    return "ort-cpu"
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidInput for a name that is neither "auto" nor a backend."""
+    if name != "auto":
+        _module(name)
 
 
 def _module(name: str) -> BackendModule | None:

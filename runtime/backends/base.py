@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundle import Bundle
 from ..errors import InvalidInput
 from ..manifest import GraphSpec
+
+if TYPE_CHECKING:
+    from ..cuda.device import Device
 
 Array: TypeAlias = Any
 """An array of the backend: contiguous, with `shape`; `array[i]`, `array[i:j]` (first axis), `reshape` are views."""
@@ -26,13 +30,26 @@ class Availability:
     fix: str | None = None
 
 
+class Bound(Protocol):
+    """A graph together with the arrays it reads and writes: it can be run again and again, and captured."""
+
+    def run(self) -> None:
+        """Run, or on a device enqueue. Raises FlexVARError."""
+
+    def close(self) -> None:
+        """Free what binding took; on a device, not while it runs."""
+
+
 class Graph(Protocol):
     """An opened graph of a bundle."""
 
     spec: GraphSpec
 
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+        """Every input, and the outputs that are wanted, bound in place. Raises FlexVARError."""
+
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Run with every input bound and the results written in place into `outputs`. Raises FlexVARError."""
+        """`bind`, `run` and `close` in one."""
 
     def close(self) -> None:
         """Free the weights and everything else."""
@@ -44,9 +61,13 @@ class Backend(Protocol):
     name: str
     precisions: frozenset[str]
     threads: int
+    labels_per_run: int
+    """Rows of the condition graph, always: a label's row must not depend on how many are asked for."""
+    device: Device | None
+    """Where arrays live in device memory; None where they are NumPy arrays and every call is done when it returns."""
 
-    def open(self, path: Path, spec: GraphSpec, *, once: bool = False) -> Graph:
-        """Open a graph file of a checked bundle. `once`: it will run a few times only, so no preparation pays."""
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
+        """Open a graph of a checked bundle. `once`: it will run a few times only, so no preparation pays."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An uninitialised array of a manifest dtype."""
@@ -60,6 +81,9 @@ class Backend(Protocol):
     def available_bytes(self) -> int | None:
         """Memory left for buffers, None where it cannot be known."""
 
+    def close(self) -> None:
+        """Free what the backend itself holds, after its graphs are closed."""
+
 
 class BackendModule(Protocol):
     """A file of this package."""
@@ -67,14 +91,29 @@ class BackendModule(Protocol):
     def probe(self, name: str) -> Availability:
         """Whether the backend of that name works here: one file may serve several, with another library each."""
 
-    def create(self, name: str, *, device: str | None, threads: int | None) -> Backend:
-        """Start it."""
+    def ready(self, name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
+        """Whether it could run this bundle now, given that it works here."""
+
+    def create(self, name: str, *, device: str | None, threads: int | None, engines: Path | None) -> Backend:
+        """Start it. `engines`: the folder of built engines where it is not the bundle's own."""
 
 
-def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-    """Refuse bindings that are not what a graph declares: names, ranks, sizes, and axes of one name of one size.
+def runs_precision(name: str, precision: str, precisions: frozenset[str]) -> Availability:
+    """Whether a bundle's precision is among those of a backend."""
+    if precision in precisions:
+        return Availability(True, f"runs {precision}")
+    return Availability(
+        False,
+        f"{name} runs {' and '.join(sorted(precisions))}, the bundle is {precision}",
+        "export with --precision fp32, or name a backend that runs it (flexvar doctor)",
+    )
 
-    Outputs may be left out. Raises InvalidInput: bound by address, a wrong shape would read or write beside the array.
+
+def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
+    """The size of every named axis. Refuses bindings that are not what a graph declares: names, ranks, types, sizes,
+    and axes of one name of one size.
+
+    Outputs may be left out. Raises InvalidInput: bound by address, a wrong array would be read or written beside.
     """
     sizes: dict[str, int] = {}
     for declared, bound, optional in ((spec.inputs, inputs, False), (spec.outputs, outputs, True)):
@@ -97,8 +136,13 @@ def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mappin
                     expected=f"axes {tensor.axes} with {sizes}",
                     fix="bind an array of that shape",
                 )
+            if host_dtype(bound[tensor.name].dtype) != host_dtype(tensor.dtype):
+                raise InvalidInput(
+                    f"{tensor.name} of {bound[tensor.name].dtype}", expected=tensor.dtype, fix="convert it first"
+                )
+    return sizes
 
 
-def host_dtype(dtype: str) -> np.dtype[Any]:
+def host_dtype(dtype: str | np.dtype[Any]) -> np.dtype[Any]:
     """NumPy type that stores a manifest dtype (bfloat16 as its bits)."""
-    return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
+    return np.dtype(np.uint16) if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)

@@ -22,9 +22,9 @@ from flexvar_runtime import (
     OutOfMemory,
     ScaleSchedule,
 )
-from flexvar_runtime.backends.base import Backend, host_dtype
+from flexvar_runtime.backends.base import Backend, Bound, host_dtype
 from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.engine import CONDITIONS_KEPT, IMAGES_PER_RUN, LABELS_PER_RUN
+from flexvar_runtime.engine import CONDITIONS_KEPT
 from flexvar_runtime.graphs import TABLES_FILE, graph_specs, new_names, past_names
 from flexvar_runtime.manifest import GraphSpec, Manifest, ModelFacts
 from flexvar_runtime.memory import decode_bytes, loop_bytes
@@ -66,6 +66,9 @@ class RecordingGraph:
     spec: GraphSpec
     once: bool
     closed: bool = False
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+        raise NotImplementedError("what runs on the host is run, not bound")
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         assert not self.closed
@@ -111,15 +114,17 @@ class RecordingBackend:
     name: str = "recording"
     precisions: frozenset[str] = frozenset({"fp32"})
     threads: int = 1
+    labels_per_run: int = 2
+    device: None = None
     available: int | None = None
     recording: bool = True
     graphs: list[RecordingGraph] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     arrays: list[Array] = field(default_factory=list)
 
-    def open(self, path: Path, spec: GraphSpec, *, once: bool = False) -> RecordingGraph:
-        assert path.name == spec.file and path.read_bytes() == b"graph"
-        self.graphs.append(RecordingGraph(self, path.stem, spec, once))
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> RecordingGraph:
+        assert bundle.graph_file(graph).read_bytes() == b"graph"
+        self.graphs.append(RecordingGraph(self, graph, bundle.graph(graph), once))
         return self.graphs[-1]
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
@@ -134,6 +139,9 @@ class RecordingBackend:
 
     def available_bytes(self) -> int | None:
         return self.available
+
+    def close(self) -> None:
+        self.arrays.clear()
 
     def runs_of(self, graph: str) -> list[Run]:
         return [run for run in self.runs if run.graph == graph]
@@ -337,7 +345,7 @@ def test_a_class_is_always_run_in_a_batch_of_the_same_size(open_pipeline: Open) 
     pipeline, backend = open_pipeline()
     pipeline(list(range(7)), SCHEDULE, Guidance(0))
     pipeline([20], SCHEDULE, Guidance(0))
-    assert {run.inputs["labels"].shape for run in backend.runs_of("condition")} == {(LABELS_PER_RUN,)}
+    assert {run.inputs["labels"].shape for run in backend.runs_of("condition")} == {(backend.labels_per_run,)}
 
 
 def test_more_classes_than_are_remembered(open_pipeline: Open) -> None:

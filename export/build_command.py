@@ -1,0 +1,243 @@
+"""`flexvar build`: engines of a bundle's graphs. Runs without torch and onnx."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexvar_runtime.cli.console import JsonOption, emit, err, out, steps
+from flexvar_runtime.errors import BackendUnavailable, InvalidInput
+
+if TYPE_CHECKING:
+    from flexvar_runtime.backends.trt_library import TrtLibrary
+    from flexvar_runtime.bundle import Bundle
+    from flexvar_runtime.engines import EngineId, Found
+    from flexvar_runtime.schedule import ScaleSchedule
+
+DEFAULT_MAX_BATCH = 8
+MAX_BATCH = 1024
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    backend: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")],
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="Scales to prepare for, e.g. 1_2_4_8_16 or 512px; may be repeated.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Most images at a time.")] = DEFAULT_MAX_BATCH,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Compute capability to build for, e.g. 86; may be repeated.")
+    ] = None,
+    engines: Annotated[
+        Path | None, typer.Option(help="Directory for the engines; the bundle's own if left out.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is built.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build the engines of a bundle. What this user built before for the same purpose is kept.
+
+    Every scale of the schedules gets a profile of its own, any other schedule up to the largest shares a wide one.
+    Without --target, engines are for this machine's GPU; TensorRT-RTX builds without one, for a set of its own choice.
+    """
+    from flexvar_runtime.backends.trt_library import FLAVOURS, load
+    from flexvar_runtime.bundle import Bundle
+    from flexvar_runtime.engines import receipts_folder, user_folder
+
+    if backend not in FLAVOURS:
+        raise InvalidInput(f"backend {backend!r:.100}", expected=" or ".join(FLAVOURS), fix="name one of them")
+    library = load(backend)
+    chosen = choose_target(library, target or [], present_gpu)
+    cache = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{library.version}-{chosen}.cache"
+    opened = Bundle.open(bundle)
+    wanted = wanted_engines(opened, library, chosen, read_schedules(opened, schedule or []), max_batch)
+    places = Places(opened, engines, receipts_folder(), cache)
+    with steps(sum(len(one.profiles) for one in wanted), "build") as advance:
+        results = [build_graph(library, one, places, force=force, advance=advance) for one in wanted]
+    _report(opened, library, chosen, results, as_json)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie: the bundle, the folder of engines (None: its own), this user's receipts, the timing cache."""
+
+    bundle: Bundle
+    engines: Path | None
+    receipts: Path
+    timing: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """One engine; `built` where it was built now, in `seconds`."""
+
+    found: Found
+    built: bool
+    seconds: float
+
+
+def present_gpu() -> str | None:
+    """Compute capability ("8.6") of this machine's GPU; None without one."""
+    from flexvar_runtime.cuda.gpu import find_gpu
+
+    try:
+        return find_gpu().capability
+    except BackendUnavailable:
+        return None
+
+
+def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], str | None]) -> str:
+    """The target of the engines: what was asked for, else the present GPU, else (TensorRT-RTX only) portable.
+
+    Raises InvalidInput, and BackendUnavailable where TensorRT finds no GPU.
+    """
+    from flexvar_runtime.engines import PORTABLE
+
+    from .engine_builder import supported_targets
+
+    if not library.rtx:
+        if asked:
+            raise InvalidInput(
+                f"--target {asked[0]} with {library.flavour}",
+                expected="none: TensorRT builds for the GPU it runs on",
+                fix="leave it out and build on the target machine, or use --backend tensorrt-rtx",
+            )
+        gpu = current()
+        if gpu is None:
+            raise BackendUnavailable(
+                f"no GPU for {library.flavour}",
+                expected="the GPU the engines are for",
+                fix="build on the target machine (flexvar doctor says what is wrong), or use --backend tensorrt-rtx",
+            )
+        return gpu
+    supported = supported_targets(library)
+    names = {name.replace(".", ""): name for name in supported}
+    for one in asked:
+        if one.replace(".", "") not in names:
+            raise InvalidInput(
+                f"--target {one:.100}",
+                expected=f"one of {', '.join(names)} ({library.flavour} {library.version})",
+                fix="name one of them, or leave it out",
+            )
+    if asked:
+        chosen = {names[one.replace(".", "")] for one in asked}
+        return ",".join(name for name in supported if name in chosen)
+    gpu = current()
+    if gpu is not None and gpu not in supported:
+        err.print(
+            f"compute capability {gpu} is not one that {library.flavour} {library.version} builds for by name "
+            f"({', '.join(supported)}): the engines are portable and may not run here",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return gpu if gpu in supported else PORTABLE
+
+
+def read_schedules(bundle: Bundle, texts: list[str]) -> list[ScaleSchedule]:
+    """The schedules asked for, by default that of the bundle. Raises InvalidInput."""
+    from flexvar_runtime.schedule import ScaleSchedule
+
+    return [ScaleSchedule.parse(text) for text in texts or [bundle.manifest.defaults.schedule]]
+
+
+def wanted_engines(
+    bundle: Bundle, library: TrtLibrary, target: str, schedules: list[ScaleSchedule], max_batch: int
+) -> list[EngineId]:
+    """One for each graph, the large one last."""
+    from flexvar_runtime.engines import RECIPE, EngineId, graph_sha256
+    from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
+
+    from .engine_profiles import profiles
+
+    return [
+        EngineId(
+            graph=graph,
+            graph_sha256=graph_sha256(bundle, graph),
+            recipe=RECIPE,
+            flavour=library.flavour,
+            version=library.version,
+            target=target,
+            profiles=profiles(graph, schedules, max_batch),
+        )
+        for graph in (CONDITION, DECODE, ENCODE, STEP)
+    ]
+
+
+def build_graph(
+    library: TrtLibrary, wanted: EngineId, places: Places, *, force: bool, advance: Callable[[str], None]
+) -> Result:
+    """Build one engine, or find it built; one builder at a time. `advance` is called once a profile."""
+    from flexvar_runtime.engine_writer import built, lock_engine, write_engine
+    from flexvar_runtime.engines import engines_folder
+
+    from .engine_builder import build_engine
+
+    folder, names = engines_folder(places.bundle, places.engines), iter(wanted.profiles)
+
+    def waiting() -> None:
+        err.print(f"{wanted.graph}: another flexvar build is at it, waiting", highlight=False, soft_wrap=True)
+
+    def tick() -> None:
+        advance(f"{wanted.graph}, {next(names).name}")
+
+    with lock_engine(folder, wanted, places.receipts, waiting):
+        found = None if force else built(folder, wanted, places.receipts)
+        if found is not None:
+            for _ in wanted.profiles:
+                tick()
+            return Result(found, False, 0.0)
+        start = time.perf_counter()
+        plan = build_engine(library, places.bundle, wanted, timing=places.timing, tick=tick)
+        found = write_engine(folder, wanted, memoryview(plan.data), plan.precision, places.receipts)
+        return Result(found, True, time.perf_counter() - start)
+
+
+def _report(bundle: Bundle, library: TrtLibrary, target: str, results: list[Result], as_json: bool) -> None:
+    from flexvar_runtime.strict_json import encode
+
+    data = {
+        "bundle": str(bundle.path),
+        "sha256": bundle.sha256,
+        "backend": library.flavour,
+        "version": library.version,
+        "target": target,
+        "engines": [
+            {
+                "graph": result.found.receipt.graph,
+                "file": str(result.found.path),
+                "sha256": result.found.receipt.engine_sha256,
+                "size_bytes": result.found.receipt.size,
+                "built": result.built,
+                "seconds": round(result.seconds, 1),
+                "profiles": encode(result.found.receipt.profiles),
+                "precision": encode(result.found.receipt.precision),
+            }
+            for result in results
+        ],
+    }
+
+    def show() -> None:
+        for result in results:
+            _say(f"{result.found.path}: {_summary(result)}")
+        _say(f"{library.flavour} {library.version}, target {target.replace(',', ', ')}")
+
+    emit(data, as_json, show)
+
+
+def _summary(result: Result) -> str:
+    receipt, precision = result.found.receipt, result.found.receipt.precision
+    layers = [f"{n} {kind} {dtype}" for kind, dtypes in precision.layers.items() for dtype, n in dtypes.items()]
+    if precision.fused_attention:
+        layers.append(f"{precision.fused_attention} attention fused")
+    profiles = f"{len(receipt.profiles)} profile{'s' * (len(receipt.profiles) != 1)}"
+    taken = f"{result.seconds:.0f} s" if result.built else "built before"
+    share = f"{precision.share:.0%} {precision.claimed} ({', '.join(layers)})"
+    return f"{receipt.size / 1e6:.0f} MB, {profiles}, {taken}; {share}"
+
+
+def _say(line: str) -> None:
+    out.print(line, highlight=False, markup=False, soft_wrap=True)

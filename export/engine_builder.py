@@ -1,0 +1,283 @@
+"""One graph of a bundle to one engine: parse, check, profile, build, by whichever library is injected.
+
+What the parser would drop, compute in another precision or decompose without a word is refused here instead.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.backends.trt_library import TrtLibrary
+from flexvar_runtime.bundle import Bundle
+from flexvar_runtime.engine_writer import private_folder
+from flexvar_runtime.engines import PORTABLE, EngineId, PrecisionReport, graph_files
+from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
+from flexvar_runtime.manifest import GraphSpec
+
+from .engine_precision import arithmetic, decompose_attention, dtype_name, prove_precision
+from .onnx_scan import Scan, scan
+
+log = logging.getLogger(__name__)
+
+OPTIONAL_ATTENTION_INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
+POLL_SECONDS = 0.2
+PROFILE_PHASE = "Computing profile costs"  # the phase of a build in which nearly all its time goes
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "insufficient memory", "could not allocate")
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A built engine: its bytes (a buffer of the library's) and the types it computes in."""
+
+    data: Any
+    precision: PrecisionReport
+
+
+def build_engine(
+    library: TrtLibrary,
+    bundle: Bundle,
+    wanted: EngineId,
+    *,
+    timing: Path | None = None,
+    tick: Tick = lambda: None,
+) -> Plan:
+    """Build an engine of `wanted.graph`; `tick` is called once a profile.
+
+    timing: file with the timing cache of TensorRT (TensorRT-RTX has none). Raises ArtifactRefused (the graph is not
+    what the bundle says), BackendUnavailable (the library cannot build it), OutOfMemory, KeyboardInterrupt.
+    """
+    name = bundle.graph(wanted.graph).file
+    try:
+        return _parse_and_build(library, bundle, wanted, timing if not library.rtx else None, tick)
+    except MemoryError as error:
+        raise error if isinstance(error, OutOfMemory) else _too_large(name, str(error) or "no memory left") from error
+    finally:
+        gc.collect()  # nothing of this graph stays when the next is built
+
+
+def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timing: Path | None, tick: Tick) -> Plan:
+    spec, path = bundle.graph(wanted.graph), bundle.graph_file(wanted.graph)
+    content = scan(path)
+    _check_content(path.name, content, graph_files(bundle, wanted.graph))
+    builder = library.module.Builder(library.logger)
+    network = builder.create_network()
+    parser = _parse(library, network, path)  # owns the weights that the network refers to
+    decompose_attention(library, network)
+    attention = sum(node.operator == "Attention" for node in content.nodes)
+    precision = prove_precision(wanted.graph, bundle.manifest.precision, arithmetic(library, network), attention)
+    _check_border(path.name, spec, network)
+    config = _config(library, builder, spec, wanted)
+    if timing is not None:
+        _load_timing(config, timing)
+    data = _build(library, builder, network, config, len(wanted.profiles), tick, path.name)
+    if timing is not None:
+        _save_timing(config, timing)
+    del parser
+    return Plan(data, precision)
+
+
+def supported_targets(library: TrtLibrary) -> tuple[str, ...]:
+    """Compute capabilities ("8.6") that the library can build for by name; none for TensorRT."""
+    members = library.module.ComputeCapability.__members__ if library.rtx else {}
+    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
+    return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
+
+
+def _check_content(name: str, content: Scan, files: tuple[str, ...]) -> None:
+    """Refuse what the parser would ignore, and weights outside the hash of the graph."""
+    for node in content.nodes:
+        if node.operator != "Attention":
+            continue
+        for position, what in OPTIONAL_ATTENTION_INPUTS.items():
+            if len(node.inputs) > position and node.inputs[position]:
+                raise ArtifactRefused(
+                    f"{name}: node {node.name} (Attention) with {what}",
+                    expected="attention over exactly the keys it is given: TensorRT ignores or refuses that input",
+                    fix="export the bundle again with this version",
+                )
+    strange = sorted(content.weight_files - set(files))
+    if strange:
+        raise ArtifactRefused(
+            f"{name}: weights in {strange[0]!r:.100}", expected=f"weights in {files[-1]}", fix="export the bundle again"
+        )
+
+
+def _parse(library: TrtLibrary, network: Any, path: Path) -> Any:
+    parser = library.module.OnnxParser(network, library.logger)
+    with library.messages.reading() as errors:
+        if parser.parse_from_file(str(path)):
+            return parser
+        failures = [parser.get_error(i) for i in range(parser.num_errors)]
+        texts = [f"node {e.node_name()} ({e.node_operator()}): {e.desc()}" for e in failures] or [errors()]
+    raise BackendUnavailable(
+        f"{path.name}: {'; '.join(texts)}",
+        expected=f"a graph that {library.flavour} {library.version} can parse",
+        fix="export the bundle again with this version, or use another backend",
+    )
+
+
+def _check_border(name: str, spec: GraphSpec, network: Any) -> None:
+    """Inputs and outputs must be what the manifest declares: they are bound by address."""
+    for declared, count, get in (
+        (spec.inputs, network.num_inputs, network.get_input),
+        (spec.outputs, network.num_outputs, network.get_output),
+    ):
+        expected = [(t.name, t.dtype, tuple(a if isinstance(a, int) else -1 for a in t.axes)) for t in declared]
+        found = [(t.name, dtype_name(t.dtype), tuple(t.shape)) for t in map(get, range(count))]
+        differ = [pair for pair in zip(found, expected, strict=False) if not _agree(*pair)]
+        if len(found) != len(expected) or differ:
+            got, wanted = differ[0] if differ else (f"{len(found)} tensors", f"{len(expected)}")
+            raise ArtifactRefused(f"{name}: {got}", expected=f"{wanted}, as declared", fix="export the bundle again")
+
+
+def _agree(found: tuple[str, str, tuple[int, ...]], expected: tuple[str, str, tuple[int, ...]]) -> bool:
+    """A size that the parser could not infer may be anything; what is dynamic must not have become fixed."""
+    sizes = zip(found[2], expected[2], strict=False)
+    same_rank = len(found[2]) == len(expected[2])
+    return found[:2] == expected[:2] and same_rank and all(got in (want, -1) for got, want in sizes)
+
+
+def _config(library: TrtLibrary, builder: Any, spec: GraphSpec, wanted: EngineId) -> Any:
+    trt = library.module
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # what is typed float32 has a reason to be
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or an engine tells nothing of its types
+    if library.rtx and wanted.target != PORTABLE:
+        targets = wanted.target.split(",")
+        config.num_compute_capabilities = len(targets)
+        for i, target in enumerate(targets):
+            capability = trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"]
+            if not config.set_compute_capability(capability, i):
+                raise BackendUnavailable(
+                    f"GPU target {target} refused by {library.flavour} {library.version}",
+                    expected=", ".join(supported_targets(library)),
+                    fix="name one of them with --target",
+                )
+    for profile in wanted.profiles:
+        shapes = builder.create_optimization_profile()
+        for tensor in spec.inputs:
+            shapes.set_shape(tensor.name, *profile.shapes(tensor))
+        with library.messages.reading() as errors:
+            if config.add_optimization_profile(shapes) < 0:
+                raise InvalidInput(
+                    f"profile {profile.name} of {wanted.graph}: {errors()}",
+                    expected="sizes the graph takes",
+                    fix="correct --schedule or --max-batch",
+                )
+    return config
+
+
+def _build(library: TrtLibrary, builder: Any, network: Any, config: Any, profiles: int, tick: Tick, name: str) -> Any:
+    """Build on a thread of its own, so that this one can be interrupted; a cancelled build ends within seconds."""
+    monitor = config.progress_monitor = _monitor(library.module)
+    done: list[Any] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            done.append(builder.build_serialized_network(network, config))
+        except BaseException as error:  # raised below, where it can be caught
+            failed.append(error)
+
+    worker = threading.Thread(target=work, name=f"build {name}")
+    with library.messages.reading() as errors:
+        worker.start()
+        ticks = 0
+        try:
+            while worker.is_alive():
+                worker.join(POLL_SECONDS)
+                for _ in range(ticks, int(monitor.share * profiles)):
+                    ticks += 1
+                    tick()
+        except BaseException:
+            monitor.cancelled.set()
+            while worker.is_alive():  # whatever else is pressed: the library is still at work on our objects
+                with suppress(KeyboardInterrupt):
+                    worker.join()
+            raise
+        finally:
+            config.progress_monitor = None
+        if failed:
+            raise failed[0]
+        if done[0] is None:
+            raise _build_error(library, name, errors())
+    for _ in range(ticks, profiles):
+        tick()
+    return done[0]
+
+
+def _monitor(trt: Any) -> Any:
+    """Follows a build, whose phases several threads may report at once, and ends it where it is cancelled.
+
+    share: how much of the longest phase is done, 0 to 1.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)  # the binding refuses super()
+            self.cancelled = threading.Event()
+            self.share = 0.0
+            self._steps = 1
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if phase == PROFILE_PHASE:
+                self._steps = max(1, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase == PROFILE_PHASE:
+                self.share = max(self.share, min(1.0, (step + 1) / self._steps))
+            return not self.cancelled.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            return
+
+    return Monitor()
+
+
+def _build_error(library: TrtLibrary, name: str, text: str) -> FlexVARError:
+    if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
+        return _too_large(name, text)
+    return BackendUnavailable(
+        f"{name}: {text}",
+        expected=f"a graph that {library.flavour} {library.version} can build",
+        fix="export the bundle again with this version, or use another backend",
+    )
+
+
+def _too_large(name: str, text: str) -> OutOfMemory:
+    return OutOfMemory(
+        f"{name}: {text}", expected="a build that fits in memory", fix="name fewer --schedule, or a smaller --max-batch"
+    )
+
+
+def _load_timing(config: Any, path: Path) -> None:
+    """Timings of earlier builds. A file that TensorRT does not take is as good as none."""
+    private_folder(path.parent)
+    data = b""
+    with suppress(OSError):
+        data = path.read_bytes()
+    cache = config.create_timing_cache(data) or config.create_timing_cache(b"")
+    if cache is not None:
+        config.set_timing_cache(cache, False)
+
+
+def _save_timing(config: Any, path: Path) -> None:
+    """Keep the timings for the next build, which does without where they cannot be kept."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return
+    try:
+        with atomic_write(path, force=True) as temporary:
+            temporary.write_bytes(cache.serialize())
+    except (OSError, FlexVARError) as error:
+        log.debug("timing cache not kept: %s", error)

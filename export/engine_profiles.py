@@ -1,0 +1,58 @@
+"""Which sizes an engine is prepared for: an exact profile for all that the schedules need, a wide one for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexvar_runtime.engines import CONDITION_LABELS, Profile
+from flexvar_runtime.graphs import CONDITION, STEP
+from flexvar_runtime.planner import IMAGES_PER_RUN
+from flexvar_runtime.schedule import ScaleSchedule
+
+WIDE = "wide"
+
+
+def step_pairs(schedules: Sequence[ScaleSchedule]) -> list[tuple[int, int]]:
+    """(new, past) tokens of every scale of these schedules, each pair once, in order."""
+    pairs = set()
+    for schedule in schedules:
+        past = 0
+        for h, w in schedule:
+            pairs.add((h * w, past))
+            past += h * w
+    return sorted(pairs)
+
+
+def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int) -> tuple[Profile, ...]:
+    """Profiles of a graph for these schedules and up to `max_batch` images; exact ones first, the wide one last.
+
+    The wide one serves every schedule whose largest scale and whose tokens are no more than the largest asked for.
+    """
+    if graph == CONDITION:
+        return (Profile(name=f"{CONDITION_LABELS} labels", axes={"labels": (CONDITION_LABELS,) * 3}),)
+    if graph == STEP:
+        return _step(schedules, max_batch)
+    return _images(schedules, min(max_batch, IMAGES_PER_RUN))
+
+
+def _step(schedules: Sequence[ScaleSchedule], max_batch: int) -> tuple[Profile, ...]:
+    rows = {"sequences": (1, 2, 2 * max_batch), "images": (1, 1, max_batch)}  # best: one image under guidance
+    exact = [
+        Profile(name=f"{new} after {past}", axes={**rows, "new": (new,) * 3, "past": (past,) * 3})
+        for new, past in step_pairs(schedules)
+    ]
+    new, past = max(step_pairs(schedules))
+    tokens = max(schedule.tokens for schedule in schedules)
+    return *exact, Profile(name=WIDE, axes={**rows, "new": (1, new, new), "past": (0, past, tokens)})
+
+
+def _images(schedules: Sequence[ScaleSchedule], images: int) -> tuple[Profile, ...]:
+    sizes = sorted({schedule[-1] for schedule in schedules})
+    exact = [
+        Profile(name=f"{h}x{w}", axes={"images": (1, 1, images), "height": (h,) * 3, "width": (w,) * 3})
+        for h, w in sizes
+    ]
+    side = max(max(scale) for schedule in schedules for scale in schedule)  # previews decode any scale
+    best_h, best_w = max(sizes, key=lambda size: size[0] * size[1])
+    axes = {"images": (1, 1, images), "height": (1, best_h, side), "width": (1, best_w, side)}
+    return *exact, Profile(name=WIDE, axes=axes)

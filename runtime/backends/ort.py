@@ -1,0 +1,149 @@
+"""What both ONNX Runtime backends share: is it installed, a session whose arrays are bound by address, its errors."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
+from ..manifest import GraphSpec
+from .base import Array, Availability, check_bindings
+
+MINIMUM = (1, 24)  # older ones read weights from anywhere a graph names
+_ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
+_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+
+
+def probe_onnxruntime(extra: str) -> Availability:
+    """Whether one ONNX Runtime, new enough, can be loaded; `extra` is the one of ours that installs it."""
+    wheels = {name: version for name in _WHEELS if (version := _version(name))}
+    if len(wheels) > 1:
+        names = " and ".join(wheels)
+        return Availability(
+            False,
+            f"{names} are both installed and overwrite each other's files",
+            f"pip uninstall -y {' '.join(wheels)} && pip install 'flexvar-deploy[{extra}]'",
+        )
+    wheel = next(iter(wheels), None)
+    try:
+        version = str(importlib.import_module("onnxruntime").__version__)
+    except Exception as error:  # a wheel half removed or made for another system fails in any way
+        if wheel is None:
+            return Availability(False, "onnxruntime is not installed", f"pip install 'flexvar-deploy[{extra}]'")
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return Availability(False, f"{wheel} cannot be loaded ({first})", f"pip install --force-reinstall {wheel}")
+    if tuple(int(part) for part in re.findall("[0-9]+", version)[:2]) < MINIMUM:
+        wanted = ".".join(map(str, MINIMUM))
+        return Availability(
+            False,
+            f"{wheel or 'onnxruntime'} {version} is older than {wanted}",
+            f"pip install '{wheel or 'onnxruntime'}>={wanted}'",
+        )
+    return Availability(True, f"{wheel or 'onnxruntime'} {version}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class OrtGraph:
+    """One session. Arrays are bound by address: inputs are read and outputs written in place, nothing is copied."""
+
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        *,
+        options: Any,
+        provider: tuple[str, dict[str, str]],
+        place: tuple[str, int],
+        address: Callable[[Array], int],
+        run_options: Any = None,
+    ) -> None:
+        """place: device type and number as ONNX Runtime names them; address: where an array lies there."""
+        self.spec, self._name, self._place, self._address = spec, path.name, place, address
+        self._run_options = run_options
+        ort = importlib.import_module("onnxruntime")
+        try:
+            self._session: Any = ort.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:
+            raise _translate(error, self._name) from error
+        self.provider = str(self._session.get_providers()[0])
+        self._types = {
+            t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype)
+            for t in (*spec.inputs, *spec.outputs)
+        }
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OrtBound:
+        session = self._open_session()
+        check_bindings(self.spec, inputs, outputs)
+        try:
+            binding = session.io_binding()
+            for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+                for name, array in arrays.items():
+                    bind(name, *self._place, self._types[name], array.shape, self._address(array))
+        except FlexVARError:
+            raise
+        except Exception as error:
+            raise _translate(error, self._name) from error
+        return OrtBound(self, binding, (inputs, outputs))
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        self.bind(inputs, outputs).run()
+
+    def run_bound(self, binding: Any) -> None:
+        session = self._open_session()
+        try:
+            session.run_with_iobinding(binding, self._run_options)
+        except Exception as error:
+            raise _translate(error, self._name) from error
+
+    def _open_session(self) -> Any:
+        if self._session is None:
+            raise InvalidInput(f"{self._name}, closed", expected="an open graph", fix="open the bundle again")
+        return self._session
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OrtBound:
+    """Addresses bound to a session. It keeps the arrays, which the binding does not."""
+
+    def __init__(self, graph: OrtGraph, binding: Any, arrays: object) -> None:
+        self._graph, self._binding, self._arrays = graph, binding, arrays
+
+    def run(self) -> None:
+        self._graph.run_bound(self._binding)
+
+    def close(self) -> None:
+        self._binding = self._arrays = None
+
+
+def _translate(error: Exception, name: str) -> Exception:
+    """ONNX Runtime raises its own types for everything; out of memory and files it refuses have a meaning here."""
+    text = str(error)
+    first = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+    memory = ("Failed to allocate", "bad_alloc", "bad allocation", "out of memory")
+    if isinstance(error, MemoryError) or any(sign in text for sign in memory):
+        return OutOfMemory(
+            f"{name}: {first}", expected="a request that fits in memory", fix="use a smaller batch or schedule"
+        )
+    if "NOT_IMPLEMENTED" in text or "NotImplemented" in type(error).__name__:
+        return BackendUnavailable(
+            f"{name}: {first}",
+            expected="operators that this backend has",
+            fix="export with --precision fp32, or name another backend",
+        )
+    return ArtifactRefused(
+        f"{name}: {first}", expected="a graph this ONNX Runtime can run", fix="export the bundle again"
+    )

@@ -1,0 +1,271 @@
+"""TensorRT and TensorRT-RTX: engines that `flexvar build` made, run on one stream of a GPU.
+
+Both have the same interface; the library is injected. An execution context belongs to one set of bindings, so what was
+captured with it stays valid; contexts share one working memory, since they never run at the same time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..cuda.array import ALIGNMENT, DeviceArray
+from ..cuda.backend import DeviceArrays
+from ..cuda.device import Device
+from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
+from ..engines import EngineId, build_line, find_engine, read_engine
+from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
+from ..graphs import GRAPHS
+from ..manifest import GraphSpec
+from .base import Availability, check_bindings
+from .trt_library import TrtLibrary, load, probe_library
+
+log = logging.getLogger(__name__)
+
+CONTEXTS_KEPT = 8  # of `run`, by shapes; those bound for a generation are its own
+
+
+def probe(name: str) -> Availability:
+    library = probe_library(name)
+    if not library.available:
+        return library
+    gpu = probe_gpu()
+    return Availability(gpu.available, f"{library.detail}, {gpu.detail}", gpu.fix)
+
+
+def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
+    """Whether engines of every graph are there for this GPU and library."""
+    try:
+        library, gpu = load(name), find_gpu(device)
+        for graph in GRAPHS:
+            find_engine(
+                bundle,
+                graph,
+                flavour=name,
+                version=library.version,
+                target=gpu.capability,
+                engines_dir=engines,
+            )
+    except FlexVARError as error:
+        return Availability(False, error.got, error.fix)
+    return Availability(True, "engines are built")
+
+
+def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> TensorRT:
+    if threads is not None:
+        raise InvalidInput(
+            f"{threads} threads for {name}", expected="none", fix="leave them out: the GPU does the work"
+        )
+    return TensorRT(load(name), CudaDevice(find_gpu(device)), engines)
+
+
+class TensorRT(DeviceArrays):
+    """Backend on a library, a device and a folder of engines (None: the bundle's own)."""
+
+    def __init__(self, library: TrtLibrary, device: Device, engines: Path | None) -> None:
+        super().__init__(library.flavour, device)
+        self._library, self._engines = library, engines
+        self._runtime: Any = library.module.Runtime(library.logger)
+        self.scratch = Scratch(device)
+
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> TrtGraph:
+        """Load a graph's engine. `once` makes no difference: an engine is prepared already."""
+        found = find_engine(
+            bundle,
+            graph,
+            flavour=self.name,
+            version=self._library.version,
+            target=self.device.capability,
+            engines_dir=self._engines,
+        )
+        data = read_engine(found)
+        with self._library.messages.reading() as errors:
+            engine = self._runtime.deserialize_cuda_engine(data)
+            if engine is None:
+                reason = errors()
+                if "memory" in reason.lower() and "out of" in reason.lower():
+                    raise OutOfMemory(f"{graph}: {reason}", expected="an engine that fits", fix="free the GPU")
+                raise ArtifactRefused(
+                    f"{found.path.name}: {self.name} cannot load it ({reason})",
+                    expected=f"an engine for {self.device.name}, compute capability {self.device.capability}",
+                    fix=f"{build_line(bundle.path, self.name, self._engines)} --force",
+                )
+        fix = build_line(bundle.path, self.name, self._engines)
+        return TrtGraph(self._library, engine, self.device, self.scratch, bundle.graph(graph), found.receipt, fix)
+
+    def close(self) -> None:
+        self.scratch.close()
+        self.device.close()
+
+
+class Scratch:
+    """Working memory that contexts share. Whoever took a block keeps it: captured work goes on writing there."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._needed, self._block = 0, DeviceArray(0, (0,), "uint8", None)
+
+    def reserve(self, nbytes: int) -> None:
+        """The next block taken has at least this size."""
+        self._needed = max(self._needed, nbytes)
+
+    def take(self) -> DeviceArray:
+        if self._block.nbytes < self._needed:
+            memory = self._device.allocate(self._needed)
+            self._block = DeviceArray(memory.address, (self._needed,), "uint8", memory)
+        return self._block
+
+    def close(self) -> None:
+        self._block = DeviceArray(0, (0,), "uint8", None)
+
+
+class TrtGraph:
+    """A loaded engine."""
+
+    def __init__(
+        self,
+        library: TrtLibrary,
+        engine: Any,
+        device: Device,
+        scratch: Scratch,
+        spec: GraphSpec,
+        receipt: EngineId,
+        build: str,
+    ) -> None:
+        self.spec, self.library, self.device, self.scratch = spec, library, device, scratch
+        self.engine: Any = engine
+        self._receipt, self._build = receipt, build
+        self._contexts: OrderedDict[tuple[tuple[str, int], ...], TrtBound] = OrderedDict()
+        names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        declared = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+        if names != declared or engine.num_optimization_profiles != len(receipt.profiles):
+            raise ArtifactRefused(
+                f"{receipt.graph}: an engine with {engine.num_optimization_profiles} profiles and tensors "
+                f"{sorted(names ^ declared)} that only one side knows",
+                expected=f"{len(receipt.profiles)} profiles and the tensors of the manifest",
+                fix=f"{build} --force",
+            )
+
+    def bind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> TrtBound:
+        return TrtBound(self, self.profile(check_bindings(self.spec, inputs, outputs)), inputs, outputs)
+
+    def run(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        """Run on a context kept for these shapes."""
+        sizes = check_bindings(self.spec, inputs, outputs)
+        key = tuple(sorted(sizes.items()))
+        bound = self._contexts.pop(key, None)
+        if bound is None:
+            bound = TrtBound(self, self.profile(sizes), inputs, outputs)
+        else:
+            bound.rebind(inputs, outputs)
+        self._contexts[key] = bound
+        if len(self._contexts) > CONTEXTS_KEPT:
+            self.device.synchronize()
+            self._contexts.popitem(last=False)[1].close()
+        bound.run()
+
+    def profile(self, sizes: Mapping[str, int]) -> int:
+        """The first profile made for these sizes. Raises InvalidInput where there is none."""
+        index = self._receipt.profile_for(sizes)
+        if index is None:
+            shape = ", ".join(f"{size} {axis}" for axis, size in sizes.items())
+            raise InvalidInput(
+                f"{self._receipt.graph} with {shape}, for which no profile was built",
+                expected=f"one of {len(self._receipt.profiles)}: "
+                + "; ".join(profile.name for profile in self._receipt.profiles[-2:]),
+                fix=f"{self._build} --schedule SCHEDULE --max-batch IMAGES",
+            )
+        return index
+
+    def close(self) -> None:
+        self.device.synchronize()
+        for bound in self._contexts.values():
+            bound.close()
+        self._contexts.clear()
+        self.engine = None
+
+
+class TrtBound:
+    """An execution context with its profile, shapes, addresses and working memory set."""
+
+    def __init__(
+        self,
+        graph: TrtGraph,
+        profile: int,
+        inputs: Mapping[str, DeviceArray],
+        outputs: Mapping[str, DeviceArray],
+    ) -> None:
+        self._graph, self._device, self._messages = graph, graph.device, graph.library.messages
+        with self._messages.reading() as errors:
+            self._context: Any = _new_context(graph.library, graph.engine)
+            if self._context is None:
+                got = f"an execution context ({errors()})"
+                raise OutOfMemory(got, expected="one that fits", fix="free the GPU")
+            ok = self._context.set_optimization_profile_async(profile, self._device.stream)
+            self._require(ok, f"profile {profile}", errors())
+            for name, array in inputs.items():
+                ok = self._context.set_input_shape(name, array.shape)
+                self._require(ok, f"{name} of {array.shape}", errors())
+            missing = self._context.infer_shapes()
+            self._require(not missing, f"shapes of {missing}", errors())
+            graph.scratch.reserve(int(self._context.update_device_memory_size_for_shapes()))
+        self._block: DeviceArray | None = None
+        self.rebind(inputs, outputs)
+        self._device.synchronize()  # the switch of profiles is done
+
+    def rebind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        """Other arrays of the same shapes. What was captured before goes on with the old ones."""
+        for name, array in (*inputs.items(), *outputs.items()):
+            if array.address == 0 or array.address % ALIGNMENT:
+                raise InvalidInput(
+                    f"{name} at address {array.address:#x}",
+                    expected=f"an address that is a multiple of {ALIGNMENT}",
+                    fix="use a batch for which keys of a token fill whole blocks of that size",
+                )
+            self._require(self._context.set_tensor_address(name, array.address), f"address of {name}", "")
+        self._arrays = (inputs, outputs)
+
+    def run(self) -> None:
+        if self._block is None:  # all that will be captured together is bound by now, so the block is large enough
+            self._block = self._graph.scratch.take()
+            if self._block.nbytes:
+                self._context.set_device_memory(self._block.address, self._block.nbytes)
+        with self._messages.reading() as errors:
+            if not self._context.execute_async_v3(self._device.stream):
+                raise DeviceFailed(
+                    f"{self._graph.spec.file}: {errors()}",
+                    expected="an engine that runs",
+                    fix="build the engines again with --force; flexvar doctor says whether the GPU works",
+                )
+
+    def close(self) -> None:
+        self._context = self._block = None
+        self._arrays = ({}, {})
+
+    def _require(self, ok: bool, what: str, reason: str) -> None:
+        if not ok:
+            raise BackendUnavailable(
+                f"{self._graph.spec.file}: {what} refused ({reason or 'no reason given'})",
+                expected="what its profile was built for",
+                fix="build the engines again with --force",
+            )
+
+
+def _new_context(library: TrtLibrary, engine: Any) -> Any:
+    """A context whose working memory is ours.
+
+    TensorRT-RTX finishes kernels for exact shapes at run time, by default beside the first runs: what is captured must
+    be the finished ones, so it is told to wait for them.
+    """
+    trt = library.module
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if not library.rtx:
+        return engine.create_execution_context(strategy)
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)

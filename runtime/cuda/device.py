@@ -1,0 +1,77 @@
+"""What the device side asks of a GPU: one device, one stream, everything in the order of the stream.
+
+`gpu.CudaDevice` is the real one. Nothing here waits for the device except `synchronize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from .array import DeviceArray
+from .kernels import KernelConfig, Launch
+
+
+class Replay(Protocol):
+    """A captured sequence of work."""
+
+    def launch(self) -> None:
+        """Enqueue it as a whole."""
+
+    def close(self) -> None:
+        """Free it; it must not be running."""
+
+
+class Device(Protocol):
+    """One GPU and one stream of it. Used by one thread at a time, any thread: `activate` comes first."""
+
+    name: str
+    capability: str
+    """Compute capability, "9.0"."""
+    ordinal: int
+    stream: int
+    """Handle of the stream, for libraries."""
+
+    def activate(self) -> None:
+        """Make the device current in this thread."""
+
+    def allocate(self, nbytes: int) -> Any:
+        """Device memory with an `address`, aligned to 256 bytes, freed when dropped. Raises OutOfMemory."""
+
+    def pinned(self, nbytes: int) -> NDArray[Any]:
+        """Page-locked host memory, (nbytes,) uint8: copies to and from it do not wait."""
+
+    def write(self, array: DeviceArray, host: NDArray[Any]) -> None:
+        """Enqueue a copy to the device. `host` must stay as it is until the device has passed this point."""
+
+    def read(self, host: NDArray[Any], array: DeviceArray) -> None:
+        """Enqueue a copy to the host, into contiguous `host`."""
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        """Enqueue a copy on the device."""
+
+    def zero(self, array: DeviceArray) -> None:
+        """Enqueue filling with zero bytes."""
+
+    def load(self, config: KernelConfig) -> None:
+        """Compile and load the kernels of a model: what `launch` runs from then on."""
+
+    def launch(self, launch: Launch) -> None:
+        """Enqueue a kernel."""
+
+    def capture(self, enqueue: Callable[[], None]) -> Replay:
+        """Record what `enqueue` enqueues, without running it. Raises what `enqueue` raises; the stream stays usable."""
+
+    def synchronize(self) -> None:
+        """Wait until everything enqueued is done. Raises DeviceFailed where it failed."""
+
+    def elapsed(self, enqueue: Callable[[], None]) -> Callable[[], float]:
+        """Enqueue between two time stamps; the result gives the seconds between them, after `synchronize`."""
+
+    def free_bytes(self) -> int:
+        """Device memory left."""
+
+    def close(self) -> None:
+        """Free the stream; nothing may be running."""

@@ -1,0 +1,152 @@
+"""Generations of one bundle on one device: buffers by shape, captured graphs in them, conditions remembered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.base import Backend, Graph, host_dtype
+from ..errors import OutOfMemory
+from ..graphs import DTYPE_OF_PRECISION
+from ..guidance import Guidance
+from ..loop import Draws, Loop
+from ..manifest import ModelFacts
+from ..planner import IMAGES_PER_RUN, largest_batch
+from ..schedule import ScaleSchedule
+from ..tables import Tables
+from .array import ALIGNMENT, DeviceArray
+from .buffers import Shape, decode_parts, nbytes, request_fields, result_fields, work_fields
+from .conditions import ConditionStore
+from .device import Device
+from .generation import DeviceGeneration, Options
+from .kernels import KernelConfig
+from .loop import DeviceLoop
+
+SHAPES_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One whole generation: tokens of every scale, pixels (B, H, W, 3), how it ran ("cuda-graph", or "stream" where
+    capturing was refused), and its seconds on the device; decoded (B, 3, H, W) where it was asked for."""
+
+    tokens: tuple[NDArray[np.int32], ...]
+    pixels: NDArray[np.uint8]
+    mode: str
+    seconds: float
+    decoded: NDArray[np.float32] | None
+
+
+class DeviceGenerator:
+    """Runs requests on a device, scale by scale or as a whole."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        device: Device,
+        model: ModelFacts,
+        precision: str,
+        tables: Tables,
+        open_graph: Callable[[str], Graph],
+    ) -> None:
+        self._backend, self._device, self._model, self._tables = backend, device, model, tables
+        self._kv_dtype, self._open = DTYPE_OF_PRECISION[precision], open_graph
+        device.activate()
+        device.load(KernelConfig(model.vocabulary, model.code_dim, model.width))
+        self._codebook: DeviceArray = backend.upload(tables.codebook)
+        self._conditions = ConditionStore(backend, device, model, open_graph)
+        self._spare: OrderedDict[Shape, DeviceGeneration] = OrderedDict()
+
+    def close(self) -> None:
+        self._device.activate()
+        self._device.synchronize()
+        for generation in self._spare.values():
+            generation.close()
+        self._spare.clear()
+        self._conditions.clear()
+
+    @contextmanager
+    def loop(self, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance) -> Iterator[Loop]:
+        """A loop over `schedule`, one image a label."""
+        weights = guidance.weights(schedule)
+        with self._generation(schedule, len(labels), weights) as generation:
+            yield DeviceLoop(generation, self._device, self._backend, self._conditions, labels, weights)
+
+    def replay(
+        self,
+        labels: Sequence[int],
+        schedule: ScaleSchedule,
+        guidance: Guidance,
+        draws: Draws,
+        keep_decoded: bool = False,
+    ) -> Replayed:
+        """A whole generation with one wait, at its end. Captured the first time a (shape, options) is asked for."""
+        weights = guidance.weights(schedule)
+        with self._generation(schedule, len(labels), weights) as generation:
+            generation.seed(draws)
+            generation.begin(self._conditions, labels, weights)
+            mode, seconds = generation.replay(Options.of(draws, schedule))
+            decoded = generation.decoded() if keep_decoded else None
+            return Replayed(generation.tokens, generation.pixels, mode, seconds, decoded)
+
+    def bytes_of(self, shape: Shape) -> int:
+        """Device memory of the buffers of a shape, exactly."""
+        parts = decode_parts(shape.images, IMAGES_PER_RUN)
+        fields = (
+            request_fields(shape),
+            result_fields(self._model, shape),
+            work_fields(self._model, shape, self._kv_dtype, parts),
+        )
+        return sum(map(nbytes, fields))
+
+    @contextmanager
+    def _generation(self, schedule: ScaleSchedule, images: int, weights: Sequence[float]) -> Iterator[DeviceGeneration]:
+        """Buffers of a shape for one user at a time; the ones longest unused make room."""
+        self._device.activate()
+        shape = Shape(schedule, images, any(t != 0 for t in weights) or self._misaligned(images))
+        generation = self._spare.pop(shape, None) or self._allocate(shape)
+        try:
+            yield generation
+        finally:
+            self._spare[shape] = generation
+            self._drop(SHAPES_KEPT)
+
+    def _misaligned(self, images: int) -> bool:
+        """Whether keys of one token would not end on an aligned address: a second branch, weighted 0, makes them."""
+        row = images * self._model.heads * self._model.head_size * host_dtype(self._kv_dtype).itemsize
+        return row % ALIGNMENT != 0
+
+    def _allocate(self, shape: Shape) -> DeviceGeneration:
+        needed = self.bytes_of(shape)
+        while self._spare and needed > self._device.free_bytes():
+            self._drop(len(self._spare) - 1)
+        available = self._device.free_bytes()
+        if needed > available:
+            fits = largest_batch(lambda n: self.bytes_of(Shape(shape.schedule, n, shape.guided)), available)
+            raise OutOfMemory(
+                f"a batch of {shape.images} at schedule {shape.schedule} that needs {needed / 2**30:.1f} GiB "
+                f"on {self._device.name}",
+                expected=f"at most {available / 2**30:.1f} GiB",
+                fix=f"use a batch of at most {fits}" if fits else "use a smaller schedule, or free the GPU",
+            )
+        return DeviceGeneration(
+            self._backend,
+            self._device,
+            self._model,
+            self._tables,
+            shape,
+            self._kv_dtype,
+            self._codebook,
+            self._open,
+        )
+
+    def _drop(self, kept: int) -> None:
+        if len(self._spare) > kept:
+            self._device.synchronize()
+        while len(self._spare) > kept:
+            self._spare.popitem(last=False)[1].close()

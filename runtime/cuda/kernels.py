@@ -1,0 +1,249 @@
+"""The kernels of `kernels.cu` as plain data: what they are compiled with, and every launch with its arguments.
+
+Nothing of CUDA is imported before `compile_kernels` is called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendUnavailable
+from ..noise import check_index, check_seed
+from .array import DeviceArray
+
+KERNEL_NAMES = ("sample_rows", "next_inputs", "gather_rows", "to_uint8", "draws")
+TAPS = 4  # inputs that an output of a bicubic resize takes from, at most
+STATUS_WORDS = 2  # uint32
+
+MOST_THREADS = 1024  # of a block of `sample_rows`
+LARGEST_VOCABULARY = 32 * MOST_THREADS  # 32 values a thread is what registers hold
+_STATUS_KINDS = {1: "logits", 2: "pixels"}
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """What the kernels are compiled for: V, D and C of the model."""
+
+    vocabulary: int
+    code_dim: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.vocabulary <= LARGEST_VOCABULARY or self.code_dim < 1 or self.width < 1:
+            raise BackendUnavailable(
+                f"vocabulary {self.vocabulary}, codes of {self.code_dim}, width {self.width}",
+                expected=f"positive sizes and a vocabulary of at most {LARGEST_VOCABULARY}, what the kernels hold",
+                fix="use --backend ort-cpu for this model",
+            )
+
+    @property
+    def block(self) -> int:
+        """Threads of a block of `sample_rows`: one for each code up to 1024, in whole warps."""
+        return min(-(-self.vocabulary // 32) * 32, MOST_THREADS)
+
+    def defines(self, block: int | None = None) -> dict[str, int]:
+        """The macros that `kernels.cu` asks for."""
+        return {
+            "VOCABULARY": self.vocabulary,
+            "CODE_DIM": self.code_dim,
+            "WIDTH": self.width,
+            "BLOCK": self.block if block is None else block,
+        }
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel's name, blocks and threads along x, y, z, and its arguments in order.
+
+    args: pointers as int, all else as ctypes values of the kernel's types.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What the status words say: kind "logits" with the scale's index and the row (image · positions + position), or
+    kind "pixels" with the image as row."""
+
+    kind: str
+    scale: int
+    row: int
+
+
+def stream_words(images: int) -> int:
+    """uint32 words of the streams of so many images."""
+    return 2 + 2 * images
+
+
+def stream_block(seed: int, indices: Sequence[int]) -> NDArray[np.uint32]:
+    """The random streams as the kernels read them: seed low, seed high, then low and high word of every image index.
+
+    Raises InvalidInput for a seed or an index that is no 64-bit number.
+    """
+    numbers = np.array([check_seed(seed), *map(check_index, indices)], dtype="<u8")
+    return numbers.view("<u4").astype(np.uint32)
+
+
+def read_status(words: NDArray[np.uint32]) -> Refusal | None:
+    """What the kernels refused first, in the order of kind, scale and row; None when nothing.
+
+    words: (STATUS_WORDS,) uint32, zeroed before the first kernel and downloaded after the last.
+    """
+    low, high = (int(word) for word in words)
+    if not low and not high:
+        return None
+    code = ~(high << 32 | low) & 2**64 - 1
+    return Refusal(_STATUS_KINDS[code >> 56], code >> 40 & 0xFFFF, code & 2**40 - 1)
+
+
+def taps(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """A resize matrix (outputs, inputs) as what `next_inputs` reads: which inputs each output takes, and how much.
+
+    Returns index (outputs, 4) int32 and weight (outputs, 4) float32, inputs ascending; unused taps take 0 of input 0.
+    Raises ValueError for a row with more than 4 numbers other than 0.
+    """
+    outputs = len(matrix)
+    index, weight = np.zeros((outputs, TAPS), np.int32), np.zeros((outputs, TAPS), np.float32)
+    for i, row in enumerate(matrix):
+        used = np.flatnonzero(row)
+        if len(used) > TAPS:
+            raise ValueError(f"row {i} takes from {len(used)} inputs; at most {TAPS} are possible")
+        index[i, : len(used)], weight[i, : len(used)] = used, row[used]
+    return index, weight
+
+
+def sample_rows(
+    logits_BLV: DeviceArray,
+    streams: DeviceArray,
+    tokens: DeviceArray,
+    status: DeviceArray,
+    *,
+    scale: int,
+    top_k: int,
+    top_p: float,
+) -> Launch:
+    """Tokens (B, h, w) int32 of one scale from its logits (B, h·w, V): `sampling.sample` of `noise.draws`.
+
+    streams: `stream_block` on the device; status: STATUS_WORDS uint32. A row without a finite maximum gets token 0 and
+    is told in the status.
+    """
+    B, L, V = logits_BLV.shape
+    _require(streams.shape == (stream_words(B),) and tokens.size == B * L, "streams or tokens", streams, tokens)
+    drop = 0.0 if top_p in (0.0, 1.0) else 1.0 - top_p
+    options = ctypes.c_uint32(scale), ctypes.c_int32(top_k if top_k < V else 0), ctypes.c_double(drop)
+    pointers = logits_BLV.address, streams.address, tokens.address, status.address
+    block = KernelConfig(V, 1, 1).block
+    return Launch("sample_rows", (B * L, 1, 1), (block, 1, 1), 0, (*pointers, ctypes.c_uint32(L), *options))
+
+
+def next_inputs(
+    tokens_Bhw: DeviceArray,
+    codebook_VD: DeviceArray,
+    y_taps: tuple[DeviceArray, DeviceArray],
+    x_taps: tuple[DeviceArray, DeviceArray],
+    positions_LC: DeviceArray,
+    codes_NLD: DeviceArray,
+    offset_NLC: DeviceArray,
+) -> Launch:
+    """codes (N, L, D) and offset (N, L, C) of a scale (h', w'), L = h'·w', from the tokens (B, h, w) before it.
+
+    N is B, or 2·B, the second half repeating the first. y_taps, x_taps: `taps` of the matrices (h', h) and (w', w);
+    positions: what every sequence adds, `Tables.offset`.
+    """
+    (B, h, w), (N, L, D), C = tokens_Bhw.shape, codes_NLD.shape, positions_LC.shape[1]
+    new_h, new_w = len(y_taps[0]), len(x_taps[0])
+    fits = new_h * new_w == L == len(positions_LC) and N in (B, 2 * B) and codebook_VD.shape[1] == D
+    _require(fits and offset_NLC.shape == (N, L, C), "codes, offset or taps", tokens_Bhw, codes_NLD, offset_NLC)
+    arrays = (tokens_Bhw, codebook_VD, *y_taps, *x_taps, positions_LC, codes_NLD, offset_NLC)
+    sizes = (ctypes.c_uint32(size) for size in (h, w, new_w, N // B))
+    return Launch("next_inputs", (L, B, 1), (128, 1, 1), 0, (*(array.address for array in arrays), *sizes))
+
+
+def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
+    """target[i] = source[rows[i]]: source (M, …) and target (R, …) float32 with equal rows, rows (R,) int32."""
+    _require(source.shape[1:] == target.shape[1:] and rows.shape == (len(target),), "rows", source, rows, target)
+    columns = target[0].size
+    args = source.address, rows.address, target.address, ctypes.c_uint32(columns)
+    return Launch("gather_rows", (-(-columns // 4096), len(target), 1), (256, 1, 1), 0, args)
+
+
+def to_uint8(
+    image_BCHW: DeviceArray,
+    pixels_BHWC: DeviceArray,
+    status: DeviceArray,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+) -> Launch:
+    """Decoder output (B, 3, H, W) float32 to pixels (B, H, W, 3) uint8, as `images.to_uint8`.
+
+    NaN and infinities become 0 and are told in the status.
+    """
+    B, channels, H, W = image_BCHW.shape
+    _require(channels == 3 and pixels_BHWC.shape == (B, H, W, 3), "pixels", image_BCHW, pixels_BHWC)
+    low, high = value_range
+    gain = np.float32(255 / (high - low))
+    numbers = ctypes.c_uint32(H * W), ctypes.c_float(gain), ctypes.c_float(np.float32(low) * gain)
+    args = image_BCHW.address, pixels_BHWC.address, status.address, *numbers
+    return Launch("to_uint8", (-(-H * W // 1024), B, 1), (256, 1, 1), 0, args)
+
+
+def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
+    """The 24-bit draws (B, L) uint32 of one scale, `noise.draws` of every image: the proof that noise is equal."""
+    B, L = out_BL.shape
+    _require(streams.shape == (stream_words(B),), "streams", streams, out_BL)
+    args = streams.address, out_BL.address, ctypes.c_uint32(B * L), ctypes.c_uint32(L), ctypes.c_uint32(scale)
+    return Launch("draws", (-(-B * L // 256), 1, 1), (256, 1, 1), 0, args)
+
+
+def _require(fits: bool, what: str, *arrays: DeviceArray) -> None:
+    if not fits:  # a kernel would read or write beside the array
+        raise ValueError(f"{what} do not fit: shapes {', '.join(str(array.shape) for array in arrays)}")
+
+
+def kernel_source() -> str:
+    """The text of `kernels.cu`."""
+    return files(__package__).joinpath("kernels.cu").read_text(encoding="utf-8")
+
+
+def compile_kernels(target: str, config: KernelConfig) -> bytes:
+    """A cubin with every kernel, for a GPU of compute capability `target` ("sm_90"). Needs no GPU.
+
+    Raises BackendUnavailable where cuda.core or NVRTC is missing, or NVRTC refuses; its log is in the message.
+    """
+    return compile_source(kernel_source(), target, config)[0]
+
+
+def compile_source(source: str, target: str, config: KernelConfig) -> tuple[bytes, str]:
+    """The cubin of a source, and the compiler's log: registers and spills of every kernel."""
+    log = io.StringIO()
+    try:
+        core = importlib.import_module("cuda.core")
+        options = core.ProgramOptions(
+            name="kernels.cu",
+            arch=target,
+            std="c++17",
+            fma=False,
+            define_macro=[(name, str(value)) for name, value in config.defines().items()],
+            ptxas_options=["-v"],
+        )
+        code = core.Program(source, "c++", options).compile("cubin", logs=log).code
+    except Exception as error:  # of Python, the loader or NVRTC: nothing in common
+        raise BackendUnavailable(
+            f"no kernels for {target} ({type(error).__name__}: {error})",
+            expected="cuda.core and an NVRTC that knows this GPU",
+            fix="pip install --upgrade 'flexvar-deploy[gpu]'",
+        ) from error
+    return bytes(code), log.getvalue().strip("\0\n")

@@ -1,0 +1,296 @@
+"""A device and a TensorRT that compute on the host: what is enqueued runs later, as it would on a GPU.
+
+Memory is the host's, kernels are `kernels.cu` compiled by the C compiler, engines are ONNX Runtime sessions. Nothing runs
+before `synchronize`: who reads a result, or changes what a copy still needs, without waiting, is found out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from host_kernels import HostKernels
+from numpy.typing import NDArray
+
+from flexvar_runtime.cuda.array import ALIGNMENT, DeviceArray
+from flexvar_runtime.cuda.kernels import KernelConfig, Launch
+from flexvar_runtime.errors import DeviceFailed
+
+GUARD = 256  # bytes on either side of an allocation, which nobody may touch
+
+
+@dataclass(frozen=True, eq=False)
+class FakeMemory:
+    storage: NDArray[np.uint8]
+    address: int
+    nbytes: int
+
+    def check_guards(self) -> None:
+        start = self.address - self.storage.ctypes.data
+        for guard in (self.storage[:start], self.storage[start + self.nbytes :]):
+            assert (guard == 0xAB).all(), "a kernel or a graph wrote beside its array"
+
+
+@dataclass
+class FakeReplay:
+    device: FakeDevice
+    work: list[tuple[str, Callable[[], None]]]
+    closed: bool = False
+
+    def launch(self) -> None:
+        assert not self.closed
+        self.device.note("replay")
+        self.device.queue.extend(self.work)
+
+    def close(self) -> None:
+        assert not self.device.queue, "closed while it runs"
+        self.closed = True
+
+
+@dataclass
+class FakeDevice:
+    """A GPU whose work waits in a queue until somebody synchronises; `events` notes every call in order."""
+
+    kernels: Callable[[KernelConfig], HostKernels]
+    name: str = "emulated GPU"
+    capability: str = "8.6"
+    ordinal: int = 0
+    stream: int = 0x5EED
+    free: int = 2**32
+    refuse_capture: str | None = None
+    events: list[str] = field(default_factory=list)
+    queue: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    memories: list[FakeMemory] = field(default_factory=list)
+    active: bool = False
+    closed: bool = False
+    _captured: list[tuple[str, Callable[[], None]]] | None = None
+    _compiled: HostKernels | None = None
+
+    def note(self, event: str) -> None:
+        assert self.active and not self.closed
+        self.events.append(event)
+
+    def enqueue(self, event: str, work: Callable[[], None]) -> None:
+        """What a library does on the stream."""
+        self.note(event)
+        (self.queue if self._captured is None else self._captured).append((event, work))
+
+    def activate(self) -> None:
+        self.active = True
+
+    def _blocking(self, event: str) -> None:
+        if self._captured is not None:
+            raise DeviceFailed(f"{event} while capturing", expected="no such call", fix="move it out")
+        self.note(event)
+
+    def allocate(self, nbytes: int) -> FakeMemory:
+        self._blocking("allocate")
+        storage = np.full(nbytes + 2 * GUARD + ALIGNMENT, 0xAB, np.uint8)
+        address = -(-(storage.ctypes.data + GUARD) // ALIGNMENT) * ALIGNMENT
+        memory = FakeMemory(storage, address, nbytes)
+        start = address - storage.ctypes.data
+        storage[start : start + nbytes] = 0xFF  # NaN as float32: memory that was never written shows
+        self.memories.append(memory)
+        return memory
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        self._blocking("pinned")
+        return np.full(nbytes, 0xFF, np.uint8)
+
+    def write(self, array: DeviceArray, host: NDArray[Any]) -> None:
+        assert host.nbytes == array.nbytes and host.flags.c_contiguous
+        self.enqueue("write", lambda: _move(array.address, host.ctypes.data, array.nbytes))
+
+    def read(self, host: NDArray[Any], array: DeviceArray) -> None:
+        assert host.nbytes == array.nbytes and host.flags.c_contiguous
+        self.enqueue("read", lambda: _move(host.ctypes.data, array.address, array.nbytes))
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        assert target.nbytes == source.nbytes
+        self.enqueue("copy", lambda: _move(target.address, source.address, target.nbytes))
+
+    def zero(self, array: DeviceArray) -> None:
+        self.enqueue("zero", lambda: _fill(array.address, array.nbytes))
+
+    def load(self, config: KernelConfig) -> None:
+        self._blocking("load")
+        self._compiled = self.kernels(config)
+
+    def launch(self, launch: Launch) -> None:
+        compiled = self._compiled
+        assert compiled is not None
+        self.enqueue(launch.name, lambda: compiled.run(launch))
+
+    def capture(self, enqueue: Callable[[], None]) -> FakeReplay:
+        assert self._captured is None
+        self.note("capture")
+        self._captured = []
+        try:
+            enqueue()
+            if self.refuse_capture is not None:
+                raise DeviceFailed(self.refuse_capture, expected="work that can be captured", fix="none")
+            return FakeReplay(self, self._captured)
+        finally:
+            self._captured = None
+            self.events.append("captured")
+
+    def synchronize(self) -> None:
+        self._blocking("synchronize")
+        queue, self.queue = self.queue, []
+        for _, work in queue:
+            work()
+        for memory in self.memories:
+            memory.check_guards()
+
+    def elapsed(self, enqueue: Callable[[], None]) -> Callable[[], float]:
+        enqueue()
+        return lambda: 0.25
+
+    def free_bytes(self) -> int:
+        self._blocking("free_bytes")
+        return self.free
+
+    def close(self) -> None:
+        assert not self.queue
+        self.closed = True
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[str]]:
+        """The events from here to the end of the block."""
+        recorded = self.events = []
+        yield recorded
+        self.events = []
+
+
+def _move(target: int, source: int, nbytes: int) -> None:
+    ctypes.memmove(target, source, nbytes)
+
+
+def _fill(address: int, nbytes: int) -> None:
+    ctypes.memset(address, 0, nbytes)
+
+
+# TensorRT ------------------------------------------------------------------------------------------------------------
+
+
+class FakeContext:
+    """An execution context that refuses what TensorRT refuses, and runs the graph in ONNX Runtime."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine, self.profile = engine, None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.memory: tuple[int, int] | None = None
+        engine.contexts.append(self)
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        assert self.profile is None and not self.shapes and stream == self.engine.device.stream
+        self.profile = index
+        return 0 <= index < self.engine.num_optimization_profiles
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile is not None, "shapes come after the profile"
+        low, _, high = self.engine.profiles[self.profile].shapes(self.engine.inputs[name])
+        self.shapes[name] = shape
+        return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self.engine.inputs if name not in self.shapes]
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 1000 + sum(map(int, np.concatenate([np.array(s) for s in self.shapes.values()])))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address and address % ALIGNMENT == 0
+        self.addresses[name] = address
+        return True
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        assert address % ALIGNMENT == 0 and nbytes >= self.update_device_memory_size_for_shapes()
+        self.memory = (address, nbytes)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self.engine.device.stream and self.memory is not None
+        assert set(self.addresses) == set(self.engine.names)
+        addresses, shapes, memory = dict(self.addresses), dict(self.shapes), self.memory
+        self.engine.device.enqueue(f"execute {self.engine.graph}", lambda: self.engine.run(addresses, shapes, memory))
+        return True
+
+
+class FakeEngine:
+    """What a plan deserialises to: the plan's bytes are the path of the graph."""
+
+    def __init__(self, device: FakeDevice, plan: bytes, profiles: Any, spec: Any) -> None:
+        self.device, self.profiles, self.graph = device, profiles, spec.file.removesuffix(".onnx")
+        self.inputs = {tensor.name: tensor for tensor in spec.inputs}
+        self.outputs = {tensor.name: tensor for tensor in spec.outputs}
+        self.names = [*self.inputs, *self.outputs]
+        self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(profiles)
+        self.contexts: list[FakeContext] = []
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(plan.decode(), options, providers=["CPUExecutionProvider"])
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def create_execution_context(self, strategy: object) -> FakeContext:
+        assert strategy == "user managed"
+        return FakeContext(self)
+
+    def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], memory: tuple[int, int]) -> None:
+        _fill(memory[0], memory[1])
+        sizes: dict[str, int] = {}
+        for name, tensor in self.inputs.items():
+            sizes |= {axis: size for axis, size in zip(tensor.axes, shapes[name], strict=True)}  # noqa: C416
+        for axis in [str(axis) for axis in sizes if "_x" in str(axis)]:
+            base, _, factor = axis.partition("_x")
+            sizes[base] = sizes[axis] // int(factor)
+        binding = self._session.io_binding()
+        for name, tensor in self.inputs.items():
+            binding.bind_input(name, "cpu", 0, np.dtype(tensor.dtype), shapes[name], addresses[name])
+        for name, tensor in self.outputs.items():
+            shape = [axis if isinstance(axis, int) else _size(axis, sizes) for axis in tensor.axes]
+            binding.bind_output(name, "cpu", 0, np.dtype(tensor.dtype), shape, addresses[name])
+        self._session.run_with_iobinding(binding)
+
+
+def _size(axis: str, sizes: dict[str, int]) -> int:
+    base, _, factor = axis.partition("_x")
+    return sizes[axis] if axis in sizes else sizes[base] * int(factor or 1)
+
+
+def fake_trt(device: FakeDevice, describe: Callable[[bytes], tuple[Any, Any]]) -> Any:
+    """A module like `tensorrt`; `describe` gives profiles and declaration of a plan."""
+
+    class ILogger:
+        Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4)
+
+        def __init__(self) -> None:
+            pass
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> FakeEngine | None:
+            if not Path(plan.decode(errors="replace")).is_file():
+                self.logger.log(ILogger.Severity.ERROR, "IRuntime::deserializeCudaEngine: magic tag does not match")
+                return None
+            engine = FakeEngine(device, plan, *describe(plan))
+            device.engines[engine.graph] = engine  # type: ignore[attr-defined]
+            return engine
+
+    return SimpleNamespace(
+        ILogger=ILogger,
+        Runtime=Runtime,
+        __version__="11.4.0",
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+    )

@@ -1,0 +1,117 @@
+"""`kernels.cu` on a CPU: compiled by the C compiler behind stand-ins for CUDA's additions, run through ctypes.
+
+Blocks run one by one, their threads as fibers (host_shim.c), so barriers, warp operations, shared memory and atomics do
+what they do on a GPU, and a thread that misses a barrier is an error. Addresses are those of NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from flexvar_runtime.cuda.array import DeviceArray
+from flexvar_runtime.cuda.kernels import KernelConfig, Launch, kernel_source
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("gcc") or shutil.which("cc")
+# Fortified longjmp refuses to leave a fiber's stack
+FLAGS = "-std=gnu11 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wextra -Werror"
+LENIENT = "-Wno-unused-function -Wno-unused-parameter -Wno-clobbered"
+_SIGNATURE = re.compile(r"^KERNEL\(\w+\)\s+(\w+)\(([^)]*)\)\s*\{", re.MULTILINE)
+_TYPES = {
+    "u32": ctypes.c_uint32,
+    "int": ctypes.c_int32,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+
+
+class KernelFailed(AssertionError):
+    """What would hang or corrupt on a GPU: threads that miss a barrier or a warp operation."""
+
+
+def parameters(source: str) -> dict[str, list[str]]:
+    """The parameter types of every kernel: "*" for a pointer, else the C type."""
+    types: dict[str, list[str]] = {}
+    for name, text in _SIGNATURE.findall(source):
+        types[name] = ["*" if "*" in one else one.split()[-2] for one in text.split(",")]
+    return types
+
+
+class HostKernels:
+    """The kernels for one configuration, compiled in `directory`.
+
+    block: threads of a block of `sample_rows`, instead of the configuration's. source: in the place of `kernels.cu`.
+    """
+
+    def __init__(
+        self, config: KernelConfig, directory: Path, *, block: int | None = None, source: str | None = None
+    ) -> None:
+        self.config, self.block = config, config.block if block is None else block
+        source = kernel_source() if source is None else source
+        self._parameters = parameters(source)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "kernels.c").write_text(f'#include "host_shim.h"\n#line 1 "kernels.cu"\n{source}\n{self._table()}')
+        library = directory / "kernels.so"
+        defines = [f"-D{name}={value}" for name, value in config.defines(self.block).items()]
+        command = [str(COMPILER), *FLAGS.split(), *LENIENT.split(), f"-I{HERE}", *defines]
+        built = subprocess.run(
+            [*command, "-o", str(library), str(directory / "kernels.c"), "-lm"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert built.returncode == 0, built.stderr
+        self._run = ctypes.CDLL(str(library)).shim_run
+        self._run.restype = ctypes.c_char_p
+        triple, pointers = ctypes.c_uint * 3, ctypes.POINTER(ctypes.c_void_p)
+        self._run.argtypes = [ctypes.c_char_p, triple, triple, pointers, ctypes.c_uint64]
+
+    def _table(self) -> str:
+        """C that calls every kernel with arguments from an array of their addresses."""
+        lines = []
+        for name, types in self._parameters.items():
+            values = [f"*({'void *' if t == '*' else t} *)a[{i}]" for i, t in enumerate(types)]
+            lines.append(f"static void call_{name}(void **a) {{ {name}({', '.join(values)}); }}")
+        rows = ", ".join(f'{{"{name}", call_{name}}}' for name in self._parameters)
+        lines.append(f"static const struct {{ const char *name; void (*call)(void **); }} shim_kernels[] = {{{rows}}};")
+        return "\n".join([*lines, '#include "host_shim.c"', ""])
+
+    def run(self, launch: Launch, *, order: int = 0) -> None:
+        """Run a launch to its end; `order` decides in which order threads run between barriers.
+
+        Raises KernelFailed where threads do not meet, TypeError where arguments are not the kernel's.
+        """
+        values = [self._value(kind, argument) for kind, argument in self._arguments(launch)]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        block = (self.block, 1, 1) if launch.name == "sample_rows" else launch.block
+        triple = ctypes.c_uint * 3
+        error = self._run(launch.name.encode(), triple(*launch.grid), triple(*block), addresses, order)
+        if error is not None:
+            raise KernelFailed(f"{launch.name}: {error.decode()}")
+
+    def _arguments(self, launch: Launch) -> list[tuple[str, Any]]:
+        types = self._parameters[launch.name]
+        if len(types) != len(launch.args):
+            raise TypeError(f"{launch.name} takes {len(types)} arguments, not {len(launch.args)}")
+        return list(zip(types, launch.args, strict=True))
+
+    @staticmethod
+    def _value(kind: str, argument: Any) -> Any:
+        if kind == "*" and isinstance(argument, int):
+            return ctypes.c_void_p(argument)
+        if kind != "*" and type(argument) is _TYPES[kind]:
+            return argument
+        raise TypeError(f"{argument!r} for a parameter of type {kind}")
+
+
+def device_array(array: NDArray[Any]) -> DeviceArray:
+    """A NumPy array as the launches take it: its memory, in place."""
+    assert array.flags.c_contiguous
+    return DeviceArray(array.ctypes.data, array.shape, str(array.dtype), array)

@@ -1,0 +1,318 @@
+"""A whole generation on a device that computes on the host: the same tokens as ort-cpu, captured once, never waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeDevice, fake_trt
+from host_kernels import HostKernels
+
+from flexvar_export.engine_profiles import profiles
+from flexvar_runtime import ArtifactRefused, Bundle, FlexVARPipeline, Guidance, OutOfMemory, Sampling, ScaleSchedule
+from flexvar_runtime.backends.tensorrt import TensorRT
+from flexvar_runtime.backends.trt_library import TrtLibrary
+from flexvar_runtime.cuda.generation import REPLAYS_KEPT, WARM_UPS
+from flexvar_runtime.cuda.generator import SHAPES_KEPT
+from flexvar_runtime.cuda.kernels import KernelConfig
+from flexvar_runtime.engine_writer import lock_engine, write_engine
+from flexvar_runtime.engines import RECIPE, EngineId, PrecisionReport, graph_sha256
+from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.noise import draws
+
+SCHEDULE = "1_2_3_4"
+OTHER = "1_2x3_4x3_3x5"
+REPORT = PrecisionReport(claimed="fp32", layers={}, fused_attention=0, share=1.0)
+
+
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelConfig], HostKernels]:
+    """Compiled once for each model."""
+    compiled: dict[KernelConfig, HostKernels] = {}
+
+    def kernels(config: KernelConfig) -> HostKernels:
+        if config not in compiled:
+            compiled[config] = HostKernels(config, tmp_path_factory.mktemp("kernels"), block=64)
+        return compiled[config]
+
+    return kernels
+
+
+@dataclass
+class Machine:
+    """A machine with an emulated GPU, a fake TensorRT and engines of a bundle."""
+
+    bundle: Bundle
+    device: FakeDevice
+    library: TrtLibrary
+    engines: Path
+
+    def open(self) -> FlexVARPipeline:
+        return FlexVARPipeline(self.bundle, TensorRT(self.library, self.device, self.engines))
+
+
+@pytest.fixture
+def machine(
+    tiny_bundle: Path,
+    host_kernels: Callable[[KernelConfig], HostKernels],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Machine:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    bundle = Bundle.open(tiny_bundle)
+    device = FakeDevice(host_kernels)
+    device.engines = {}  # type: ignore[attr-defined]
+    described: dict[bytes, tuple[Any, Any]] = {}
+    library = TrtLibrary("tensorrt", fake_trt(device, described.__getitem__), "11.4.0")
+    folder, receipts = tmp_path / "engines", tmp_path / "state" / "flexvar" / "receipts"
+    for graph in GRAPHS:
+        ranges = profiles(graph, [ScaleSchedule.parse(SCHEDULE), ScaleSchedule.parse(OTHER)], 12)
+        wanted = EngineId(
+            graph=graph,
+            graph_sha256=graph_sha256(bundle, graph),
+            recipe=RECIPE,
+            flavour="tensorrt",
+            version="11.4.0",
+            target="8.6",
+            profiles=ranges,
+        )
+        plan = str(bundle.graph_file(graph)).encode()
+        described[plan] = (ranges, bundle.graph(graph))
+        with lock_engine(folder, wanted, receipts):
+            write_engine(folder, wanted, plan, REPORT, receipts)
+    return Machine(bundle, device, library, folder)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_bundle: Path) -> FlexVARPipeline:
+    return FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1)
+
+
+CASES: list[tuple[list[int], str, dict[str, Any]]] = [
+    ([3, 1], SCHEDULE, {}),
+    ([2], SCHEDULE, {"guidance": Guidance(0)}),
+    ([1, 1, 4], OTHER, {"guidance": Guidance(3.0, "constant"), "sampling": Sampling(top_k=5, top_p=0.5)}),
+    ([0, 1, 2, 3, 4, 0, 1, 2, 3, 4], SCHEDULE, {"sampling": Sampling(top_k=0, top_p=0.9, greedy_scales="3")}),
+    ([4], "1", {}),
+]
+
+
+@pytest.mark.parametrize(("labels", "schedule", "options"), CASES)
+def test_the_same_images_as_on_the_cpu(
+    machine: Machine, reference: FlexVARPipeline, labels: list[int], schedule: str, options: dict[str, Any]
+) -> None:
+    expected = reference(labels, schedule, seed=2**64 - 1, first_index=2**40, keep_decoded=True, **options)
+    with machine.open() as pipeline:
+        for again in (False, True):  # captured, replayed
+            got = pipeline(labels, schedule, seed=2**64 - 1, first_index=2**40, keep_decoded=True, **options)
+            assert got.timings.mode == "cuda-graph" and got.timings.device == 0.25, again
+            for scale, other in zip(got.tokens, expected.tokens, strict=True):
+                np.testing.assert_array_equal(scale, other)
+            np.testing.assert_array_equal(got.images, expected.images)
+            assert got.decoded is not None and expected.decoded is not None
+            np.testing.assert_allclose(got.decoded, expected.decoded, atol=1e-5)
+        stepped = list(pipeline.iter_scales(labels, schedule, seed=2**64 - 1, first_index=2**40, **options))
+        for step, other in zip(stepped, expected.tokens, strict=True):
+            np.testing.assert_array_equal(step.tokens, other)
+        np.testing.assert_array_equal(stepped[-1].preview(), expected.images)
+
+
+def test_a_captured_generation_is_replayed_with_other_labels_seeds_and_guidance(
+    machine: Machine, reference: FlexVARPipeline
+) -> None:
+    with machine.open() as pipeline:
+        pipeline([0, 1], SCHEDULE, seed=1)
+        pipeline([2, 3], SCHEDULE, Guidance(1.5), seed=2)
+        with machine.device.recorded() as events:
+            got = pipeline([4, 0], SCHEDULE, Guidance(4.0, "constant"), seed=3, first_index=7)
+        assert events.count("replay") == 1 and "capture" not in events
+        expected = reference([4, 0], SCHEDULE, Guidance(4.0, "constant"), seed=3, first_index=7)
+        for scale, other in zip(got.tokens, expected.tokens, strict=True):
+            np.testing.assert_array_equal(scale, other)
+        np.testing.assert_array_equal(got.images, expected.images)
+
+
+def test_nothing_waits_inside_a_generation(machine: Machine) -> None:
+    """Known classes, a captured shape: one write, three gathers, one replay, one wait."""
+    with machine.open() as pipeline:
+        pipeline([0, 1], SCHEDULE, seed=1)
+        with machine.device.recorded() as events:
+            pipeline([1, 0], SCHEDULE, seed=2)
+    assert events == ["write", *["gather_rows"] * 3, "zero", "replay", "synchronize"]
+
+
+def test_what_is_captured(machine: Machine) -> None:
+    with machine.open() as pipeline:
+        with machine.device.recorded() as events:
+            pipeline([0, 1], SCHEDULE, seed=1)
+        captured = events[events.index("capture") + 1 : events.index("captured")]
+        assert captured == [
+            "zero",
+            *["execute step", "sample_rows"],
+            *["next_inputs", "execute step", "sample_rows"] * 3,
+            *["copy", "execute decode", "to_uint8"],
+            "read",
+        ]
+        warm = events[: events.index("capture")]
+        assert warm.count("execute step") == WARM_UPS * 4  # before capture, never inside it
+        assert events.count("replay") == 1
+
+
+def test_other_options_are_another_capture_and_few_are_kept(machine: Machine) -> None:
+    with machine.open() as pipeline:
+        with machine.device.recorded() as events:
+            for top_k in range(1, REPLAYS_KEPT + 3):
+                pipeline([0], SCHEDULE, sampling=Sampling(top_k=top_k, greedy_scales="none"), seed=1)
+        assert events.count("capture") == REPLAYS_KEPT + 2
+        with machine.device.recorded() as events:
+            pipeline([0], SCHEDULE, sampling=Sampling(top_k=REPLAYS_KEPT + 2, greedy_scales="none"), seed=1)
+            assert "capture" not in events
+            pipeline([0], SCHEDULE, sampling=Sampling(top_k=1, greedy_scales="none"), seed=1)
+            assert "capture" in events
+
+
+def test_memory_does_not_grow(machine: Machine) -> None:
+    """Shapes and classes come and go; what is allocated stays below what the kept ones need."""
+    with machine.open() as pipeline:
+        for _ in range(2):
+            for batch in range(1, SHAPES_KEPT + 3):
+                pipeline([batch % 5] * batch, SCHEDULE, seed=1)
+        generator: Any = pipeline.engine._generator
+        assert len(generator._spare) == SHAPES_KEPT
+        with machine.device.recorded() as events:
+            for seed in range(20):
+                pipeline([1, 2], SCHEDULE, seed=seed)
+        before = events.count("allocate")
+        with machine.device.recorded() as events:
+            for seed in range(20):
+                pipeline([1, 2], SCHEDULE, seed=seed)
+        assert before > 0 and "allocate" not in events and "pinned" not in events
+
+
+def test_more_classes_than_slots(machine: Machine, reference: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexvar_runtime.cuda.conditions.SLOTS", 3)
+    with machine.open() as pipeline:
+        for labels in ([0], [1], [2], [0], [4, 3], [1, 2], [0, 1, 2, 3, 4]):
+            got, expected = (p(labels, SCHEDULE, seed=9) for p in (pipeline, reference))
+            np.testing.assert_array_equal(got.tokens[-1], expected.tokens[-1])
+
+
+def test_where_capturing_is_refused_a_warning_says_so(
+    machine: Machine, reference: FlexVARPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.device.refuse_capture = "operation not permitted"
+    with machine.open() as pipeline:
+        got = pipeline([3, 1], SCHEDULE, seed=5)
+        assert got.timings.mode == "stream"
+        assert "cannot be captured as a CUDA graph" in caplog.text and "operation not permitted" in caplog.text
+        with machine.device.recorded() as events:
+            again = pipeline([3, 1], SCHEDULE, seed=5)
+        assert "capture" not in events and events.count("synchronize") == 1
+    expected = reference([3, 1], SCHEDULE, seed=5)
+    for output in (got, again):
+        np.testing.assert_array_equal(output.images, expected.images)
+
+
+def test_teacher_forced_logits(machine: Machine, reference: FlexVARPipeline) -> None:
+    """The loop the proof uses, next inputs computed by the kernel."""
+    rng = np.random.default_rng(0)
+    schedule = ScaleSchedule.parse(OTHER)
+    with machine.open() as pipeline:
+        with (
+            pipeline.engine.loop([0, 3], schedule, Guidance(2.0)) as loop,
+            reference.engine.loop([0, 3], schedule, Guidance(2.0)) as other,
+        ):
+            previous = None
+            for i, (h, w) in enumerate(schedule):
+                got, expected = (one.logits(i, previous) for one in (loop, other))
+                np.testing.assert_allclose(got, expected, atol=2e-4)
+                previous = rng.integers(0, pipeline.model.vocabulary, (2, h, w)).astype(np.int32)
+
+
+def test_logits_that_are_not_finite_are_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine.open() as pipeline:
+        pipeline([0, 1], SCHEDULE, seed=1)
+        engine = machine.device.engines["step"]  # type: ignore[attr-defined]
+        run = engine.run
+
+        def spoiled(addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], memory: tuple[int, int]) -> None:
+            run(addresses, shapes, memory)
+            if shapes["past_k_0"][0] == 5:  # the third scale
+                rows = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * (18 * 512)).from_address(addresses["logits"]))
+                rows[512 * 11] = np.nan
+
+        monkeypatch.setattr(engine, "run", spoiled)
+        with pytest.raises(ArtifactRefused, match=r"got scale 3 \(3x3\): row 11 of the logits"):
+            pipeline([0, 1], SCHEDULE, seed=1)
+        with pytest.raises(ArtifactRefused, match=r"got scale 3 \(3x3\): row 11 of the logits"):
+            list(pipeline.iter_scales([0, 1], SCHEDULE, seed=1))
+        monkeypatch.setattr(engine, "run", run)
+        pipeline([0, 1], SCHEDULE, seed=1)  # nothing of it is left
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(machine: Machine) -> None:
+    with machine.open() as pipeline:
+        generator: Any = pipeline.engine._generator
+        from flexvar_runtime.cuda.buffers import Shape
+
+        schedule = ScaleSchedule.parse(SCHEDULE)
+        machine.device.free = generator.bytes_of(Shape(schedule, 3, True))
+        pipeline([0] * 3, SCHEDULE, seed=1)
+        with machine.device.recorded() as events, pytest.raises(OutOfMemory) as refusal:
+            pipeline([0] * 4, SCHEDULE, seed=1)
+        assert "allocate" not in events
+        assert str(refusal.value).endswith("fix: use a batch of at most 3")
+        machine.device.free = 1000
+        with pytest.raises(OutOfMemory, match="use a smaller schedule, or free the GPU"):
+            pipeline([0], SCHEDULE, seed=1)
+
+
+def test_buffers_are_counted_exactly(machine: Machine) -> None:
+    from flexvar_runtime.cuda.buffers import Shape
+
+    with machine.open() as pipeline:
+        generator: Any = pipeline.engine._generator
+        shape = Shape(ScaleSchedule.parse(OTHER), 10, True)
+        generator._open("step"), generator._open("decode")
+        before = len(machine.device.memories)
+        generation = generator._allocate(shape)
+        arenas = machine.device.memories[before : before + 3]
+        assert generator.bytes_of(shape) == generation.nbytes == sum(memory.nbytes for memory in arenas)
+
+
+def test_a_shape_without_profile(machine: Machine) -> None:
+    with machine.open() as pipeline:
+        from flexvar_runtime import InvalidInput
+
+        with pytest.raises(InvalidInput, match="for which no profile was built") as refusal:
+            pipeline([0] * 13, SCHEDULE, seed=1)
+        assert "--max-batch" in refusal.value.fix and str(machine.bundle.path) in refusal.value.fix
+
+
+def test_an_engine_that_cannot_be_loaded(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object, plan: bytes) -> None:
+        machine.library.logger.log(1, "magic tag does not match")
+
+    monkeypatch.setattr(machine.library.module.Runtime, "deserialize_cuda_engine", refuse)
+    with machine.open() as pipeline:
+        with pytest.raises(ArtifactRefused, match="tensorrt cannot load it .*magic tag does not match"):
+            pipeline([0], SCHEDULE, seed=1)
+
+
+def test_two_threads_do_not_share_a_pipeline(machine: Machine) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from flexvar_runtime import InvalidInput
+
+    with machine.open() as pipeline, ThreadPoolExecutor(1) as pool:
+
+        def other(_: object) -> None:
+            pool.submit(pipeline, [1], SCHEDULE).result()
+
+        with pytest.raises(InvalidInput, match="another thread is using"):
+            pipeline([0], SCHEDULE, on_scale=other)
+        pool.submit(pipeline, [1], SCHEDULE, seed=1).result()  # taking turns is fine

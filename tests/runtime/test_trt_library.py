@@ -1,0 +1,182 @@
+"""TensorRT and TensorRT-RTX are found, loaded once, and talk to `logging`; what is missing is said with its cure."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import logging
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flexvar_runtime.backends.trt_library import FLAVOURS, Messages, TrtLibrary, load, probe_library
+from flexvar_runtime.errors import BackendUnavailable, InvalidInput
+
+Importer = Callable[[str], Any]
+PROVIDER = "onnxruntime_ep_nv_tensorrt_rtx"
+
+
+class FakeLogger:
+    Severity = enum.Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
+
+
+def module(version: str = "11.4.0.106") -> Any:
+    return types.SimpleNamespace(__version__=version, ILogger=FakeLogger)
+
+
+def importer(found: dict[str, Any], imported: list[str] | None = None) -> Importer:
+    """Knows these modules only; an exception in place of a module is raised."""
+
+    def load_module(name: str) -> Any:
+        if imported is not None:
+            imported.append(name)
+        result = found.get(name, ModuleNotFoundError(f"No module named {name!r}", name=name))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return load_module
+
+
+def refusal(flavour: str, found: dict[str, Any]) -> BackendUnavailable:
+    with pytest.raises(BackendUnavailable) as refused:
+        load(flavour, importer(found))
+    assert refused.value.exit_code == 4
+    state = probe_library(flavour, importer(found))
+    assert (state.available, state.detail, state.fix) == (False, refused.value.got, refused.value.fix)
+    return refused.value
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_not_installed(flavour: str) -> None:
+    error = refusal(flavour, {})
+    assert error.got == f"{flavour} is not installed"
+    assert error.fix == f"pip install 'flexvar-deploy[{flavour}]'"
+
+
+@pytest.mark.parametrize(
+    ("flavour", "found", "text"),
+    [
+        (
+            "tensorrt",
+            {"tensorrt": ImportError("libnvinfer.so.11: cannot open shared object file\nmore")},
+            "tensorrt cannot be loaded (tensorrt: libnvinfer.so.11: cannot open shared object file)",
+        ),
+        (
+            "tensorrt",
+            {"tensorrt": ModuleNotFoundError("No module named 'numpy'", name="numpy")},
+            "tensorrt cannot be loaded (tensorrt: No module named 'numpy')",
+        ),
+        (
+            "tensorrt-rtx",
+            {"tensorrt_rtx": OSError("wrong ELF class"), "tensorrt_rtx_bindings": RuntimeError()},
+            "tensorrt-rtx cannot be loaded (tensorrt_rtx: wrong ELF class; tensorrt_rtx_bindings: RuntimeError)",
+        ),
+    ],
+)
+def test_broken(flavour: str, found: dict[str, Any], text: str) -> None:
+    error = refusal(flavour, found)
+    assert error.got == text
+    assert error.fix == f"pip install --force-reinstall 'flexvar-deploy[{flavour}]'"
+
+
+@pytest.mark.parametrize(
+    ("flavour", "name", "version"),
+    [("tensorrt", "tensorrt", "10.16.1.11"), ("tensorrt-rtx", "tensorrt_rtx", "1.6.0"), ("tensorrt", "tensorrt", "")],
+)
+def test_too_old(flavour: str, name: str, version: str) -> None:
+    error = refusal(flavour, {name: module(version)})
+    assert error.got == f"{flavour} {version or 'without a version'}"
+    assert error.expected == ("11.0 or later" if flavour == "tensorrt" else "1.7 or later")
+    assert error.fix == f"pip install --upgrade 'flexvar-deploy[{flavour}]'"
+
+
+def test_the_vendors_own_package_comes_first() -> None:
+    imported: list[str] = []
+    own = module("1.8.0")
+    library = load("tensorrt-rtx", importer({"tensorrt_rtx": own, "tensorrt_rtx_bindings": module()}, imported))
+    assert library.module is own and library.version == "1.8.0" and library.rtx
+    assert imported == ["tensorrt_rtx"]
+
+
+def test_else_the_bindings_with_the_libraries_of_the_provider() -> None:
+    imported: list[str] = []
+    load("tensorrt-rtx", importer({"tensorrt_rtx_bindings": module("1.7.1.116")}, imported))
+    assert imported == ["tensorrt_rtx", PROVIDER, "tensorrt_rtx_bindings"]
+
+
+def test_once_a_process() -> None:
+    imported: list[str] = []
+    find = importer({"tensorrt": module()}, imported)
+    assert load("tensorrt", find) is load("tensorrt", find)
+    assert imported == ["tensorrt"]
+
+
+def test_an_unknown_flavour() -> None:
+    with pytest.raises(InvalidInput, match="flavour 'trt'; expected tensorrt or tensorrt-rtx"):
+        load("trt")
+
+
+def test_messages(caplog: pytest.LogCaptureFixture) -> None:
+    """Errors are kept for whoever reads them, and shouted only where nobody does."""
+    library = TrtLibrary("tensorrt", module(), "11.4.0")
+    severity = FakeLogger.Severity
+    with caplog.at_level(logging.DEBUG, "flexvar_runtime.backends.trt_library"):
+        library.logger.log(severity["ERROR"], "before")
+        with library.messages.reading() as errors:
+            assert errors() == "no reason given"
+            for name in ("VERBOSE", "INFO", "WARNING", "ERROR", "INTERNAL_ERROR", "ERROR"):
+                library.logger.log(severity[name], f"{name}\n  text")
+            assert errors() == "ERROR text | INTERNAL_ERROR text"
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["ERROR", "DEBUG", "DEBUG", "DEBUG", "DEBUG", "DEBUG"]  # the verbose one is dropped
+
+
+def test_only_the_last_errors_are_kept() -> None:
+    messages = Messages(kept=2)
+    with messages.reading() as errors:
+        for i in range(5):
+            messages.add(str(i))
+        assert errors() == "3 | 4"
+
+
+# The real TensorRT-RTX, which needs no GPU for this
+
+
+def test_the_real_library() -> None:
+    library = load("tensorrt-rtx")
+    assert library.version == importlib.import_module("tensorrt_rtx_bindings").__version__
+    parser = library.module.OnnxParser(library.module.Builder(library.logger).create_network(), library.logger)
+    with library.messages.reading() as errors:
+        assert not parser.parse_from_file("no such file")
+        assert "Input file cannot be found" in errors()
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_nothing_is_imported_before() -> None:
+    watched = {"tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", PROVIDER, "onnxruntime"}
+    code = f"import sys, flexvar_runtime.backends.trt_library; print(sorted({watched} & sys.modules.keys()))"
+    assert run(code) == "[]"
+
+
+def test_the_libraries_are_found_where_the_provider_cannot_be_imported() -> None:
+    """It writes links beside its libraries, which a read-only installation does not allow."""
+    code = f"""
+import importlib
+from flexvar_runtime.backends.trt_library import load
+def find(name):
+    if name == "{PROVIDER}":
+        raise PermissionError("read-only")
+    return importlib.import_module(name)
+print(load("tensorrt-rtx", find).module.Builder is not None)
+"""
+    assert run(code) == "True"
