@@ -10,7 +10,7 @@ PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:expor
 LINKS := .mypy_cache/packages
 
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-slow demo clean
+.PHONY: help venv lint test test-slow test-engines demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt runtime/_version.py
 	@echo "==> $(VENV): installing (minutes the first time: torch is large)"
 	@"$(PYTHON)" -m venv "$(VENV)"
 	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
-	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[cpu,export,dev]"
+	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[cpu,export,tensorrt-rtx,dev]"
 	@touch "$@"
 
 lint: venv ## ruff, its formatter and mypy
@@ -34,12 +34,15 @@ lint: venv ## ruff, its formatter and mypy
 	@for pair in $(PACKAGES); do ln -sfn "../../$${pair#*:}" "$(LINKS)/$${pair%%:*}"; done
 	@"$(BIN)/mypy"
 
-test: lint ## lint, then every test that is not marked slow
+test: lint ## lint, then every test that is not marked slow or engines
 	@echo "==> pytest"
 	@"$(BIN)/pytest" --quiet $(PYTEST_ARGS)
 
 test-slow: venv ## the tests marked slow
 	@"$(BIN)/pytest" --quiet -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
+
+test-engines: venv ## the tests marked engines: d16 for every published schedule, with TensorRT-RTX, no GPU needed
+	@"$(BIN)/pytest" --quiet -m engines $(PYTEST_ARGS)
 
 demo: venv ## the whole way with tiny models, into DEMO_OUT (demo/out)
 	@"$(BIN)/python" demo/run.py --out "$(DEMO_OUT)"

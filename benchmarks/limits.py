@@ -1,8 +1,9 @@
-"""The arithmetic a generation cannot avoid, and what this machine's processor does at best."""
+"""The arithmetic and the bytes a generation cannot avoid, and what this machine's processor does at best."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -11,6 +12,14 @@ from flexvar_runtime.manifest import ModelFacts
 
 PUBLISHED_DECODER_FLOPS = 252.7e9  # the published tokenizer's decoder at 16 x 16 tokens
 PUBLISHED_DECODER_TOKENS = 256
+PUBLISHED_DECODER_BYTES = 0.9e9  # its feature maps in half precision at 16 x 16 tokens, read and written layer by layer
+PHASE_SAVING = 0.106  # of the decoder's flops: nearest upsampling and 3 x 3 convolution as four 2 x 2 convolutions
+
+# Half-precision maps of (tokens, width) that a block reads and writes beside weights and past keys and values, with
+# activations and residual sums fused into the products: two normalisations 4, q/k/v 4, their norms 4, attention 2, its
+# projection 3, the MLP 5 + 6.
+BLOCK_MAPS = 28
+HALF = 2  # bytes
 
 
 def transformer_flops(model: ModelFacts, schedule: ScaleSchedule, *, guided: bool) -> float:
@@ -28,6 +37,76 @@ def transformer_flops(model: ModelFacts, schedule: ScaleSchedule, *, guided: boo
 def decoder_flops(schedule: ScaleSchedule) -> float:
     """Of the published tokenizer, for one image: convolutions grow with the number of tokens."""
     return PUBLISHED_DECODER_FLOPS * schedule[-1][0] * schedule[-1][1] / PUBLISHED_DECODER_TOKENS
+
+
+def step_weight_bytes(model: ModelFacts) -> float:
+    """Weights of the step graph in half precision: blocks without their condition, and the head."""
+    return HALF * (12 * model.width**2 * model.depth + model.width * model.vocabulary)
+
+
+def kv_read_bytes(model: ModelFacts, schedule: ScaleSchedule, *, guided: bool) -> float:
+    """Keys and values that attention reads over all scales of one image: those of a scale and of all before it."""
+    read = past = 0
+    for h, w in schedule:
+        past += h * w
+        read += past
+    return HALF * (2 if guided else 1) * 2 * model.depth * model.width * read
+
+
+def activation_bytes(model: ModelFacts, schedule: ScaleSchedule, *, guided: bool) -> float:
+    """What passes between the kernels of one image: maps of every block, and the float32 logits, written and read."""
+    maps = HALF * (2 if guided else 1) * BLOCK_MAPS * model.depth * model.width * schedule.tokens
+    return maps + 2 * 4 * model.vocabulary * schedule.tokens
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What `images` images cannot take less than, decoder included, on a GPU of a measured bandwidth and rate.
+
+    strict_s: a scale takes the longer of reading its weights and its arithmetic, the decoder its arithmetic; the first
+    scale, which the class decides, is not counted. serial_s: all bytes, activations too, and then all arithmetic.
+    """
+
+    images: int
+    flops: float
+    weight_bytes: float
+    kv_bytes: float
+    activation_bytes: float
+    strict_s: float
+    serial_s: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def generation_limit(
+    model: ModelFacts,
+    schedule: ScaleSchedule,
+    images: int,
+    *,
+    guided: bool,
+    bytes_per_second: float,
+    flops_per_second: float,
+) -> Limit:
+    """Of the published tokenizer's decoder and a half-precision transformer with all exact savings: condition out of
+    the loop, first scale remembered, head after guidance, upsampling as phase convolutions."""
+    branches, weights = (2 if guided else 1), step_weight_bytes(model)
+    decoder = images * decoder_flops(schedule) * (1 - PHASE_SAVING)
+    flops, strict, past = decoder, decoder / flops_per_second, schedule[0][0] * schedule[0][1]
+    for h, w in schedule.scales[1:]:
+        new = h * w
+        past += new
+        block = 24 * model.width**2 * new + 4 * model.width * new * past
+        scale = images * (branches * model.depth * block + 2 * model.width * model.vocabulary * new)
+        flops += scale
+        strict += max(weights / bytes_per_second, scale / flops_per_second)
+    tokens = schedule[-1][0] * schedule[-1][1]
+    kv = images * kv_read_bytes(model, schedule, guided=guided)
+    maps = images * activation_bytes(model, schedule, guided=guided)
+    maps += images * PUBLISHED_DECODER_BYTES * tokens / PUBLISHED_DECODER_TOKENS
+    weights *= len(schedule) - 1
+    serial = (weights + kv + maps) / bytes_per_second + flops / flops_per_second
+    return Limit(images, flops, weights, kv, maps, strict, serial)
 
 
 def measured_flops_per_second(seconds: float = 1.0, side: int = 2048) -> float:

@@ -161,7 +161,7 @@ def wanted_engines(
             flavour=library.flavour,
             version=library.version,
             target=target,
-            profiles=profiles(graph, schedules, max_batch),
+            profiles=profiles(graph, schedules, max_batch, bundle.manifest.model),
         )
         for graph in (CONDITION, DECODE, ENCODE, STEP)
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexvar_runtime.backends import TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.graphs import GRAPHS
@@ -16,6 +17,7 @@ from flexvar_runtime.graphs import GRAPHS
 from .build_command import build
 
 if TYPE_CHECKING:
+    from flexvar_runtime.bundle import Bundle
     from flexvar_runtime.manifest import ModelFacts, ParityRecord
 
 EXPORT_STEPS = 4 + len(GRAPHS)  # checkpoint, reference, activations and proof; each graph
@@ -86,14 +88,23 @@ def export(
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     backend: Annotated[str, typer.Option(help="Backend to prove.")] = "ort-cpu",
+    device: Annotated[str | None, typer.Option(help="GPU to use: cuda or cuda:N.")] = None,
+    engines: Annotated[
+        Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Compare every row with this transformer, not the recorded ones.")
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Tokenizer that belongs to --checkpoint.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Compare every output with this backend (ort-cpu), not with the reference.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove a bundle against the reference again. Exit code 3 and the first scale and output that diverge, if any."""
+    if against is not None and checkpoint is not None:
+        raise InvalidInput("--against with --checkpoint", expected="one of them", fix="leave one out")
     if (checkpoint is None) != (vae is None):
         raise InvalidInput("one of --checkpoint and --vae", expected="both or none", fix="pass the pair")
     _require_torch()
@@ -114,10 +125,31 @@ def verify(
         del model, tokenizer
     else:
         proof = Proof.load(opened.file(PROOF_FILE))
-    record = prove(opened, proof, backend, threads)
+    if against is None:
+        record = prove(opened, proof, backend, threads, device=device, engines=engines)
+    else:
+        from flexvar_runtime.backends import create
+
+        from .cross_check import cross_check
+
+        second = create(backend, opened, device=device, threads=threads, engines=engines)
+        record = cross_check(opened, proof, create(against, opened), second)
+    data = {"bundle": opened.sha256, "parity": _summary(record)}
+    if backend in TENSORRT_BACKENDS:
+        data["engines"] = _inspected(opened, backend, device, engines)
     if record.passed or not as_json:
-        emit({"bundle": opened.sha256, "parity": _summary(record)}, as_json, lambda: _show_record(record))
+        emit(data, as_json, lambda: _show_record(record))
     require_parity(record)
+
+
+def _inspected(bundle: Bundle, backend: str, device: str | None, engines: Path | None) -> dict[str, object]:
+    """Types the kernels of every engine compute in, as the engines themselves say."""
+    from flexvar_runtime.strict_json import encode
+
+    from .engine_inspection import inspect_engines
+
+    reports = inspect_engines(bundle, backend, device=device, engines=engines)
+    return {graph: encode(report) for graph, report in reports.items()}
 
 
 def _require_sizes(bundle: ModelFacts, checkpoint: ModelFacts) -> None:

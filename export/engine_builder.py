@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 OPTIONAL_ATTENTION_INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
 POLL_SECONDS = 0.2
+UNFIT_TARGETS = {"7.5"}  # TensorRT-RTX has no float32 matrix products there; `step` has one
 PROFILE_PHASE = "Computing profile costs"  # the phase of a build in which nearly all its time goes
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "insufficient memory", "could not allocate")
 
@@ -87,10 +88,10 @@ def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timi
 
 
 def supported_targets(library: TrtLibrary) -> tuple[str, ...]:
-    """Compute capabilities ("8.6") that the library can build for by name; none for TensorRT."""
+    """Compute capabilities ("8.6") that the library can build our graphs for by name; none for TensorRT."""
     members = library.module.ComputeCapability.__members__ if library.rtx else {}
     numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
-    return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
+    return tuple(name for name in (f"{number[:-1]}.{number[-1]}" for number in numbers) if name not in UNFIT_TARGETS)
 
 
 def _check_content(name: str, content: Scan, files: tuple[str, ...]) -> None:
@@ -188,24 +189,27 @@ def _build(library: TrtLibrary, builder: Any, network: Any, config: Any, profile
             done.append(builder.build_serialized_network(network, config))
         except BaseException as error:  # raised below, where it can be caught
             failed.append(error)
+        finally:
+            finished.set()
 
+    finished = threading.Event()  # an interrupted join() takes a thread for ended that is not (Python 3.11)
     worker = threading.Thread(target=work, name=f"build {name}")
     with library.messages.reading() as errors:
         worker.start()
         ticks = 0
         try:
-            while worker.is_alive():
-                worker.join(POLL_SECONDS)
+            while not finished.wait(POLL_SECONDS):
                 for _ in range(ticks, int(monitor.share * profiles)):
                     ticks += 1
                     tick()
         except BaseException:
             monitor.cancelled.set()
-            while worker.is_alive():  # whatever else is pressed: the library is still at work on our objects
-                with suppress(KeyboardInterrupt):
-                    worker.join()
             raise
         finally:
+            while not finished.is_set():  # whatever else is pressed: the library is still at work on our objects
+                with suppress(KeyboardInterrupt):
+                    finished.wait()
+            worker.join()
             config.progress_monitor = None
         if failed:
             raise failed[0]

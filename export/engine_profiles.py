@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from flexvar_runtime.engines import CONDITION_LABELS, Profile
 from flexvar_runtime.graphs import CONDITION, STEP
+from flexvar_runtime.manifest import ModelFacts
 from flexvar_runtime.planner import IMAGES_PER_RUN
 from flexvar_runtime.schedule import ScaleSchedule
 
 WIDE = "wide"
+FEW_HEADS = 4  # with fewer, TensorRT-RTX 1.7 has no kernel for attention of a single query at any batch: 1 or 2, it has
 
 
 def step_pairs(schedules: Sequence[ScaleSchedule]) -> list[tuple[int, int]]:
@@ -23,7 +25,7 @@ def step_pairs(schedules: Sequence[ScaleSchedule]) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int) -> tuple[Profile, ...]:
+def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int, model: ModelFacts) -> tuple[Profile, ...]:
     """Profiles of a graph for these schedules and up to `max_batch` images; exact ones first, the wide one last.
 
     The wide one serves every schedule whose largest scale and whose tokens are no more than the largest asked for.
@@ -31,19 +33,23 @@ def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int) -> 
     if graph == CONDITION:
         return (Profile(name=f"{CONDITION_LABELS} labels", axes={"labels": (CONDITION_LABELS,) * 3}),)
     if graph == STEP:
-        return _step(schedules, max_batch)
+        return _step(schedules, max_batch, model.heads)
     return _images(schedules, min(max_batch, IMAGES_PER_RUN))
 
 
-def _step(schedules: Sequence[ScaleSchedule], max_batch: int) -> tuple[Profile, ...]:
+def _step(schedules: Sequence[ScaleSchedule], max_batch: int, heads: int) -> tuple[Profile, ...]:
     rows = {"sequences": (1, 2, 2 * max_batch), "images": (1, 1, max_batch)}  # best: one image under guidance
     exact = [
-        Profile(name=f"{new} after {past}", axes={**rows, "new": (new,) * 3, "past": (past,) * 3})
+        Profile(name=f"{new} after {past}", axes={**rows, "new": _new(new, heads), "past": (past,) * 3})
         for new, past in step_pairs(schedules)
     ]
     new, past = max(step_pairs(schedules))
     tokens = max(schedule.tokens for schedule in schedules)
     return *exact, Profile(name=WIDE, axes={**rows, "new": (1, new, new), "past": (0, past, tokens)})
+
+
+def _new(new: int, heads: int) -> tuple[int, int, int]:
+    return (1, 1, 2) if new == 1 and heads < FEW_HEADS else (new, new, new)
 
 
 def _images(schedules: Sequence[ScaleSchedule], images: int) -> tuple[Profile, ...]:

@@ -91,7 +91,15 @@ def holds(row: ParityRow) -> bool:
     return row.value >= row.bound if row.metric == "psnr_db" else row.value <= row.bound
 
 
-def prove(bundle: Bundle, proof: Proof, backend: str = "ort-cpu", threads: int | None = None) -> ParityRecord:
+def prove(
+    bundle: Bundle,
+    proof: Proof,
+    backend: str = "ort-cpu",
+    threads: int | None = None,
+    *,
+    device: str | None = None,
+    engines: Path | None = None,
+) -> ParityRecord:
     """Run every graph of a bundle afresh, in schedule order, without warm-up, against the proof.
 
     A bf16 bundle on ort-cpu, which has no such kernels, is emulated in float32; the record says so. The record's
@@ -99,7 +107,7 @@ def prove(bundle: Bundle, proof: Proof, backend: str = "ort-cpu", threads: int |
     Raises ArtifactRefused for a proof of another model, BackendUnavailable.
     """
     proof.require_fit(bundle.manifest.model)
-    started = create(backend, threads=threads)
+    started = create(backend, bundle, device=device, threads=threads, engines=engines)
     precision = bundle.manifest.precision
     emulated = precision == "bf16" and started.name == "ort-cpu"
     with tempfile.TemporaryDirectory() as scratch:

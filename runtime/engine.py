@@ -63,7 +63,7 @@ class Engine:
         from .cuda.generator import DeviceGenerator  # only where there is a device
 
         return DeviceGenerator(
-            self.backend, device, self.model, self.bundle.manifest.precision, self.tables, self._graph
+            self.backend, device, self.model, self.bundle.manifest.precision, self.tables, self.graph
         )
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class Engine:
     @contextmanager
     def _condition_graph(self) -> Iterator[Graph]:
         if self.backend.device is not None:
-            yield self._graph(CONDITION)
+            yield self.graph(CONDITION)
             return
         graph = self.backend.open(self.bundle, CONDITION, once=True)
         try:
@@ -140,7 +140,7 @@ class Engine:
             buffers = None  # freed before it is asked what is left
             self._require_fits(schedule, len(labels), guided)
         condition = self.condition([*labels] + [self.model.null_class] * (len(labels) if guided else 0))
-        step = self._graph(STEP)
+        step = self.graph(STEP)
         if buffers is None:
             buffers = LoopBuffers.allocate(
                 self.backend, step.spec, self.model, self.tables, schedule, len(labels), guided
@@ -176,7 +176,7 @@ class Engine:
         for start in range(0, B, batch):
             part = tokens_Bhw[start : start + batch]
             view = image[: len(part)]
-            self._graph(DECODE).run({"tokens": self.backend.upload(part)}, {"image": view})
+            self.graph(DECODE).run({"tokens": self.backend.upload(part)}, {"image": view})
             yield self.backend.download(view)
 
     def encode(self, image_BCHW: Float32) -> Float32:
@@ -187,7 +187,7 @@ class Engine:
         latent = self.backend.empty((B, self.model.code_dim, h, w), "float32")
         for start in range(0, B, batch):
             part = self.backend.upload(image_BCHW[start : start + batch])
-            self._graph(ENCODE).run({"image": part}, {"latent": latent[start : start + batch]})
+            self.graph(ENCODE).run({"image": part}, {"latent": latent[start : start + batch]})
         return self.backend.download(latent)
 
     def _require_fits(self, schedule: ScaleSchedule, images: int, guided: bool) -> None:
@@ -202,9 +202,10 @@ class Engine:
         )
 
     def _batch_that_fits(self, graph: str, size: tuple[int, int]) -> int:
-        return batch_that_fits(self.bundle.manifest, graph, size, self.backend.available_bytes())
+        return batch_that_fits(self.bundle.manifest, graph, size, self.backend.available_bytes(), self._graphs)
 
-    def _graph(self, name: str) -> Graph:
+    def graph(self, name: str) -> Graph:
+        """A graph of the bundle, opened when first asked for."""
         self._require_open()
         if name not in self._graphs:
             self._graphs[name] = self.backend.open(self.bundle, name)

@@ -15,7 +15,9 @@ import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 from .bundle import Bundle
@@ -200,9 +202,8 @@ def read_engine(found: Found) -> bytes:
     if not os.path.lexists(found.path):
         raise ArtifactRefused(f"{name}: no such file", expected="the engine of its receipt", fix=fix)
     try:
-        fd = os.open(found.path, _READ_FLAGS)
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+        with _open(found.path) as (file, info):
+            if not stat.S_ISREG(info.st_mode):
                 raise ArtifactRefused(f"{name}: no regular file", expected="a regular file", fix=fix)
             data = file.read(receipt.size + 1)
     except OSError as error:
@@ -298,13 +299,21 @@ def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
 
 
 def _read_private(path: Path) -> bytes:
-    fd = os.open(path, _READ_FLAGS)
-    with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
+    with _open(path) as (file, info):
         foreign = hasattr(os, "geteuid") and info.st_uid != os.geteuid()
         if not stat.S_ISREG(info.st_mode) or foreign or (os.name != "nt" and info.st_mode & 0o022):
             raise ArtifactRefused(path.name, expected="a regular file of this user alone", fix="remove it")
         return file.read(MAX_RECEIPT_BYTES)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BufferedReader, os.stat_result]]:
+    """A file, no link followed, and what it is: of that very file, whatever bears its name by now."""
+    fd = os.open(path, _READ_FLAGS)
+    try:
+        yield BufferedReader(FileIO(fd, closefd=False)), os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _engine_files(folder: Path, graph: str) -> set[str]:

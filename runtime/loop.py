@@ -163,23 +163,25 @@ class ScaleLoop:
         buffers, model = self._buffers, self._model
         h, w = buffers.schedule[index]
         L, P, B = h * w, self._past, buffers.images
-        codes, offset = self._inputs(index, previous_Bhw)
-        inputs = {
-            **self._constant,
-            "codes": self._backend.upload(codes),
-            "offset": self._backend.upload(offset),
-            "t": self._backend.upload(np.full(B, self._weights[index], np.float32)),
-        }
         logits = buffers.logits[: B * L * model.vocabulary].reshape(B, L, model.vocabulary)
-        outputs = {"logits": logits}
-        for i, (past, new) in enumerate(zip(past_names(model.depth), new_names(model.depth), strict=True)):
-            inputs[past] = buffers.cache[i][:P]
-            outputs[new] = buffers.cache[i][P : P + L]
-        self._step.run(inputs, outputs)
+        new = {name: buffers.cache[i][P : P + L] for i, name in enumerate(new_names(model.depth))}
+        self._step.run(self.inputs(index, previous_Bhw), {"logits": logits, **new})
         self._past += L
         return self._backend.download(logits)
 
-    def _inputs(self, index: int, previous_Bhw: Tokens | None) -> tuple[Float32, Float32]:
+    def inputs(self, index: int, previous_Bhw: Tokens | None) -> dict[str, Any]:
+        """What the step graph takes at scale `index`, after the scales before it."""
+        codes, offset = self._codes_and_offset(index, previous_Bhw)
+        past = {name: self._buffers.cache[i][: self._past] for i, name in enumerate(past_names(self._model.depth))}
+        return {
+            **self._constant,
+            "codes": self._backend.upload(codes),
+            "offset": self._backend.upload(offset),
+            "t": self._backend.upload(np.full(self._buffers.images, self._weights[index], np.float32)),
+            **past,
+        }
+
+    def _codes_and_offset(self, index: int, previous_Bhw: Tokens | None) -> tuple[Float32, Float32]:
         """codes (N, L, D) and offset (N, L, C): the first scale has no codes, only the class."""
         N = self._buffers.sequences
         if previous_Bhw is None:

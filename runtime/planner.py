@@ -1,7 +1,8 @@
 """How much memory a generation needs, known before a graph is opened: refused in time, with the batch that would fit.
 
-Keys, values and everything else a graph is bound to are exact: they follow from the declared tensors. What a runtime
-takes beside them is a model of ONNX Runtime on the CPU; an engine that says its own working memory overrides it.
+Keys, values and everything else that is bound to a graph are exact: they follow from the declared tensors. What ONNX
+Runtime takes beside them on the CPU is a model with few constants, each of them measured (`benchmarks/LOG.md`) and with
+a margin: a plan is never below the peak. A backend that knows its own working memory says so (`scratch`).
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import OutOfMemory
-from .graphs import CONDITION, DECODE, STEP, new_names, past_names
+from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE, graph_specs, new_names, past_names
 from .manifest import GraphSpec, Manifest, TensorSpec
 from .schedule import ScaleSchedule
 
-IMAGES_PER_RUN = 8  # images in one run of the decoder or encoder, at the most
+IMAGES_PER_RUN = 8  # of decoder and encoder, at the most
+PUBLISHED_DECODER = (128, 128)  # channels at the image's size, and of the level below
 MAX_BATCH = 2**20
 
+_MIB = 2**20
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
 
@@ -25,9 +29,10 @@ _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 class MemoryPlan:
     """Bytes that generating `images` at once takes, part by part; mappings are by graph.
 
-    runtime: the process and its libraries. weights: as the runtime holds them. kv: keys and values of all scales.
+    runtime: the process with its libraries. weights: as the runtime holds them. kv: keys and values of all scales.
     bindings: inputs and logits of the largest scale. tables: offsets of every scale, and the classes' conditions.
-    pixels: decoded images. scratch: working memory inside a graph.
+    pixels: decoded images, as floats and as bytes. scratch: working memory inside a graph. again: what a second run
+    of the decoder takes more.
     """
 
     schedule: ScaleSchedule
@@ -41,28 +46,70 @@ class MemoryPlan:
     tables: int
     pixels: int
     scratch: Mapping[str, int]
+    again: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes held at the height of each phase. The condition is gone before the loop, which stays for the decoder."""
+        """Bytes held at the height of each phase. The condition is gone before the loop, which stays for the decoder.
+
+        "next": of a pipeline that goes on to other classes, with everything else still there.
+        """
         return self._phases(())
 
     @property
     def total(self) -> int:
-        return max(self.phases.values())
+        """Peak of one generation in a fresh process."""
+        return _peak(self.phases)
 
     def needed(self, opened: Collection[str] = ()) -> int:
-        """Bytes to be taken by a process that runs already and has some graphs open."""
-        return max(self._phases(opened).values()) - self.runtime
+        """Bytes that a process which runs already, with these graphs open, has still to take."""
+        return _peak(self._phases(opened)) - self.runtime
+
+    def parts(self, opened: Collection[str] = ()) -> dict[str, int]:
+        """What the decoder's phase takes in few words, `runtime` left out: the highest of nearly every generation."""
+        weights = sum(size for graph, size in self.weights.items() if graph in (STEP, DECODE) and graph not in opened)
+        return {
+            "weights": weights,
+            "keys and values": self.kv,
+            "inputs and outputs": self.bindings + self.tables + self.pixels,
+            "working memory": self.scratch[STEP] + self.scratch[DECODE] + self._rerun,
+        }
+
+    @property
+    def _rerun(self) -> int:
+        return self.again if self.images >= 2 * self.decoded_at_once else 0
 
     def _phases(self, opened: Collection[str]) -> dict[str, int]:
         weights = {graph: 0 if graph in opened else size for graph, size in self.weights.items()}
-        condition = self.runtime + weights[CONDITION] + self.scratch[CONDITION]
         loop = self.runtime + self.tables + weights[STEP] + self.kv + self.bindings + self.scratch[STEP]
+        decode = loop + weights[DECODE] + self.pixels + self.scratch[DECODE]
+        condition = weights[CONDITION] + self.scratch[CONDITION]
         return {
-            CONDITION: condition,
+            CONDITION: self.runtime + condition,
             "loop": loop,
-            DECODE: loop + weights[DECODE] + self.pixels + self.scratch[DECODE],
+            DECODE: decode + self._rerun,
+            "next": decode + self.again + condition,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes in bytes."""
+        return {
+            "schedule": str(self.schedule),
+            "images": self.images,
+            "guided": self.guided,
+            "decoded_at_once": self.decoded_at_once,
+            "bytes": {
+                "runtime": self.runtime,
+                "weights": dict(self.weights),
+                "kv": self.kv,
+                "bindings": self.bindings,
+                "tables": self.tables,
+                "pixels": self.pixels,
+                "scratch": dict(self.scratch),
+                "again": self.again,
+            },
+            "phases": self.phases,
+            "total": self.total,
         }
 
 
@@ -73,99 +120,92 @@ def plan(
     guided: bool,
     *,
     decoded_at_once: int = IMAGES_PER_RUN,
-    runtime: int | None = None,
-    scratch: Mapping[str, int] | None = None,
+    decoder_channels: tuple[int, int] = PUBLISHED_DECODER,
 ) -> MemoryPlan:
-    """What a generation takes. `runtime` and `scratch` (by graph) replace the model of ort-cpu where they are known."""
-    model, N, C = manifest.model, images * (2 if guided else 1), manifest.model.width
+    """What generating `images` at once takes on ort-cpu; `guided` runs two sequences an image.
+
+    A backend that knows its own weights, working memory or libraries replaces them: `replace(plan(…), scratch=…)`.
+    """
+    model, graphs = manifest.model, graph_specs(manifest.model, manifest.precision)
     decoded = min(images, decoded_at_once)
     h, w = schedule[-1]
-    sizes = {"labels": 2, "sequences": N, "images": images, "new": schedule.largest, "past": 0}
-    step = _tensor_bytes(manifest.graphs[STEP], sizes)
+    N, L, T = images * (2 if guided else 1), schedule.largest, schedule.tokens
+    sizes = {"sequences": N, "images": images, "new": L, "past": 0}
     cache = {*past_names(model.depth), *new_names(model.depth)}
-    whole = _tensor_bytes(manifest.graphs[STEP], sizes | {"new": schedule.tokens})
-    rows = sum(_tensor_bytes(manifest.graphs[CONDITION], {"labels": 1}).values())
-    image = _tensor_bytes(manifest.graphs[DECODE], {"images": 1, "height": h, "width": w})
+    step = tensor_bytes(graphs[STEP], sizes)
+    all_scales = tensor_bytes(graphs[STEP], sizes | {"new": T})
+    condition = sum(tensor_bytes(graphs[CONDITION], {"labels": 1}).values())
+    image = sum(tensor_bytes(graphs[DECODE], {"images": 1, "height": h, "width": w}).values())
+    offsets = (T - 1) * model.width * 4
+    decoding = image_bytes(manifest, (h, w), decoder_channels)
     return MemoryPlan(
         schedule=schedule,
         images=images,
         guided=guided,
         decoded_at_once=decoded,
-        runtime=60 * 2**20 if runtime is None else runtime,
-        weights={graph: _weight_bytes(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
-        kv=sum(whole[name] for name in cache),
+        runtime=_Ort.RUNTIME,
+        weights={graph: _Ort.weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
+        kv=sum(all_scales[name] for name in cache),
         bindings=sum(size for name, size in step.items() if name not in cache),
-        tables=sum(h * w for h, w in schedule.scales[1:]) * C * 4 + (images + 1) * rows,
-        pixels=sum(image.values()) * (3 * decoded + images),
+        tables=_file_bytes(manifest, TABLES_FILE) + offsets + (N + images + 1) * condition,
+        pixels=(3 * decoded + images) * image,
         scratch={
-            CONDITION: 0,
-            STEP: 24 * N * schedule.largest * C * 4 + N * model.heads * schedule.largest * schedule.tokens * 4,
-            DECODE: decoded * image_scratch(manifest, DECODE, (h, w)),
-        }
-        | dict(scratch or {}),
+            CONDITION: 2 * condition,
+            STEP: _Ort.step(manifest, N, L, T),
+            DECODE: decoded * decoding,
+        },
+        again=decoded * decoding,
     )
 
 
-def image_scratch(manifest: Manifest, graph: str, size: tuple[int, int]) -> int:
-    """Working memory of decoding or encoding one image of (h, w) tokens."""
-    h, w = size
-    return 6 * h * w * manifest.model.downsampling**2 * 128 * 4
+class _Ort:
+    """What ONNX Runtime takes on the CPU, measured with 1.31. A map is (sequences, new tokens, width) of float32.
+
+    Working memory comes from an arena that grows by doubling and gives nothing back: ARENA is what it holds over what
+    is alive in it. A second run of a shape takes what is alive once more, in one piece.
+    """
+
+    RUNTIME = 80 * _MIB  # Python, NumPy, ONNX Runtime and its first session: 70 here, versions differ
+    ARENA = 1.45
+    MLP_MAPS = 23  # alive in the feed-forward part of a block
+    ATTENTION_MAPS = 14  # alive in its attention, beside scores, keys and values
+    SAMPLING = 16 * 64  # rows of logits sampled at once, bytes per code of the vocabulary
+    DECODER_MAPS = (6.4, 4.3)  # maps of pixels alive per channel: in a block, in the upsampling before it
+    HALF_DECODER = 1.25  # casts to float32 around every normalisation
+    CONVOLUTIONS = 1.4  # weights reordered into blocks, and the copies that stay in the heap
+    HALF_CONVOLUTIONS = 4.5  # read as float16, widened to float32, reordered
+
+    @classmethod
+    def weights(cls, manifest: Manifest, graph: str) -> int:
+        """There are no kernels for half precision: its weights are widened to float32 when they are loaded."""
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), manifest.precision != "fp32"
+        if graph in (DECODE, ENCODE):
+            return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
+        return 2 * size if half else size
+
+    @classmethod
+    def step(cls, manifest: Manifest, sequences: int, new: int, tokens: int) -> int:
+        """Working memory of the largest scale, and of sampling its tokens."""
+        model = manifest.model
+        one = sequences * new * model.width * 4
+        joined = 2 * sequences * tokens * model.width * 4  # keys and values of a block: past and new in one
+        scores = sequences * model.heads * new * tokens * 4
+        alive = max(cls.MLP_MAPS * one, cls.ATTENTION_MAPS * one + joined + scores)
+        return int(cls.ARENA * alive) + cls.SAMPLING * model.vocabulary
 
 
-def largest_batch(needed: Callable[[int], int], available: int) -> int:
-    """The most images whose `needed` bytes (growing with their number) are available; 0 where not even one is."""
-    fits, refused = 0, MAX_BATCH
-    while refused - fits > 1:
-        middle = min(2 * fits, (fits + refused) // 2) if fits else 1
-        fits, refused = (middle, refused) if needed(middle) <= available else (fits, middle)
-    return fits
+def image_bytes(manifest: Manifest, size: tuple[int, int], channels: tuple[int, int] = PUBLISHED_DECODER) -> int:
+    """Working memory of decoding one image of (h, w) tokens on ort-cpu; encoding takes less.
+
+    channels: of the decoder, at the image's size and of the level below.
+    """
+    pixels = size[0] * size[1] * manifest.model.downsampling**2
+    maps = max(maps * channel for maps, channel in zip(_Ort.DECODER_MAPS, channels, strict=True))
+    return int(pixels * 4 * maps * (1 if manifest.precision == "fp32" else _Ort.HALF_DECODER))
 
 
-def require_fits(
-    plans: Callable[[int], MemoryPlan], images: int, available: int | None, opened: Collection[str] = ()
-) -> None:
-    """Raise OutOfMemory where `images` at once do not fit in what is left; it names the parts and the batch that does."""
-    if available is None or plans(images).needed(opened) <= available:
-        return
-    wanted = plans(images)
-    fits = largest_batch(lambda batch: plans(batch).needed(opened), available)
-    weights = sum(size for graph, size in wanted.weights.items() if graph not in opened)
-    parts = {
-        "weights": weights,
-        "keys and values": wanted.kv,
-        "inputs and outputs": wanted.bindings + wanted.tables + wanted.pixels,
-        "working memory": wanted.scratch[STEP] + wanted.scratch[DECODE],
-    }
-    raise OutOfMemory(
-        f"a batch of {images} at schedule {wanted.schedule} that needs {_gib(wanted.needed(opened))} "
-        f"({', '.join(f'{name} {_gib(size)}' for name, size in parts.items())})",
-        expected=f"at most {_gib(available)}",
-        fix=f"use a batch of at most {fits}" if fits else "use a smaller schedule, or a machine with more memory",
-    )
-
-
-def batch_that_fits(manifest: Manifest, graph: str, size: tuple[int, int], available: int | None) -> int:
-    """Images to decode or encode in one run, in half of what is left. Raises OutOfMemory where one does not fit."""
-    one = image_scratch(manifest, graph, size)
-    if available is None:
-        return IMAGES_PER_RUN
-    if one > available:
-        raise OutOfMemory(
-            f"{graph.removesuffix('e')}ing an image of {size[0]}x{size[1]} tokens that needs {_gib(one)}",
-            expected=f"at most {_gib(available)}",
-            fix="use a smaller size",
-        )
-    return max(1, min(IMAGES_PER_RUN, available // (2 * one)))
-
-
-def _weight_bytes(manifest: Manifest, graph: str) -> int:
-    """Bytes of a graph's files: itself, and the weights beside it."""
-    file = manifest.graphs[graph].file
-    return sum(record.size for name, record in manifest.files.items() if name == file or name.startswith(f"{file}."))
-
-
-def _tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of every input and output, given the sizes of the named axes."""
+def tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of every input and output of a graph, given the sizes of its named axes (`height_x16` is 16 times)."""
 
     def size(axis: str | int) -> int:
         if isinstance(axis, int):
@@ -179,5 +219,63 @@ def _tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
     return {tensor.name: nbytes(tensor) for tensor in (*spec.inputs, *spec.outputs)}
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def largest_batch(needed: Callable[[int], int], available: int) -> int:
+    """The most images whose `needed` bytes, which grow with their number, are available; 0 where one does not fit."""
+    fits, refused = 0, MAX_BATCH
+    while refused - fits > 1:
+        middle = min(max(2 * fits, 1), (fits + refused) // 2)
+        fits, refused = (middle, refused) if needed(middle) <= available else (fits, middle)
+    return fits
+
+
+def require_fits(
+    plans: Callable[[int], MemoryPlan], images: int, available: int | None, opened: Collection[str] = ()
+) -> None:
+    """Raise OutOfMemory where the plan of `images` does not fit in what is left: its parts, and the batch that fits.
+
+    plans: images to plan; opened: graphs whose weights are held already.
+    """
+    wanted = plans(images)
+    if available is None or wanted.needed(opened) <= available:
+        return
+    fits = largest_batch(lambda batch: plans(batch).needed(opened), available)
+    parts = ", ".join(f"{part} {size_text(size)}" for part, size in wanted.parts(opened).items())
+    raise OutOfMemory(
+        f"a batch of {images} at schedule {wanted.schedule} that needs {size_text(wanted.needed(opened))} ({parts})",
+        expected=f"at most {size_text(available)}",
+        fix=f"use a batch of at most {fits}" if fits else "use a smaller schedule, or a machine with more memory",
+    )
+
+
+def batch_that_fits(
+    manifest: Manifest, graph: str, size: tuple[int, int], available: int | None, opened: Collection[str] = ()
+) -> int:
+    """Images to decode or encode in one run, in half of what is left beside the weights: a second run takes as much.
+
+    Raises OutOfMemory where one does not fit.
+    """
+    if available is None:
+        return IMAGES_PER_RUN
+    one, weights = image_bytes(manifest, size), 0 if graph in opened else _Ort.weights(manifest, graph)
+    if weights + one > available:
+        raise OutOfMemory(
+            f"{'decoding' if graph == DECODE else 'encoding'} an image of {size[0]}x{size[1]} tokens "
+            f"that needs {size_text(weights + one)}",
+            expected=f"at most {size_text(available)}",
+            fix="use a smaller size",
+        )
+    return max(1, min(IMAGES_PER_RUN, (available - weights) // (2 * one)))
+
+
+def _peak(phases: Mapping[str, int]) -> int:
+    """Of one generation."""
+    return max(phases[phase] for phase in (CONDITION, "loop", DECODE))
+
+
+def size_text(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / _MIB:.1f} MiB"
+
+
+def _file_bytes(manifest: Manifest, file: str) -> int:
+    """Bytes of a file of the bundle, and of the weights beside it."""
+    return sum(record.size for path, record in manifest.files.items() if path == file or path.startswith(f"{file}."))

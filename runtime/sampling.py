@@ -2,7 +2,7 @@
 
 The rules, per row of V float32 logits:
 
-1. weight = floor(2**40 * exp(float64(l - max))), with l - max subtracted in float32 and exp as `_weights` has it.
+1. weight = floor(2**40 * exp(float64(l - max))), with l - max subtracted in float32 and exp as `_scaled_exp` has it.
 2. top-k keeps every logit >= the k-th largest, so ties at the threshold are kept and more than k may remain.
 3. top-p acts on what top-k left. S = the sum of its weights; in ascending order of (weight, index), so that the lower
    index goes first among equal weights, tokens are dropped while their cumulative weight <= floor((1 - p) * S). The
@@ -11,9 +11,9 @@ The rules, per row of V float32 logits:
    in vocabulary order, exceeds r.
 
 Top-k 0 or >= V, top-p 0 and top-p 1 mean off. Why integers: their sum is the same in every order of summation, so
-equal logits give equal tokens on every backend, whether it adds up one by one, in SIMD lanes or in blocks. Math libraries
-and processors disagree on the last bit of exp, so it is spelled out in IEEE double additions and multiplications: they
-give the same bits everywhere, as long as no compiler fuses the two.
+equal logits give equal tokens on every backend, whether it adds up one by one, in SIMD lanes or in blocks. Libraries
+and processors disagree on the last bit of exp, so it is spelled out in additions and multiplications of IEEE doubles:
+these give the same bits everywhere, as long as no compiler fuses them.
 
 Why no row is left without a token: the maximum has weight 2**40, hence S' >= 2**40; u <= 1 - 2**-25, so u * S' lies
 at least 2**15 below S', more than two float64 roundings of a number < 2**62 can move it; hence r < S'. The token
@@ -221,27 +221,28 @@ def _kept(logits_RV: NDArray[np.float32], top_k: int, top_p: float) -> Iterator[
             )
         columns, logits_RN = _top_k(logits_RV[block], top_R1, top_k)
         with np.errstate(over="ignore", under="ignore"):  # a difference beyond float32 is -inf: weight 0
-            weights = _weights(logits_RN - top_R1)
+            weights = _scaled_exp(logits_RN - top_R1).astype(np.int64)
         yield block, columns, weights if top_p in (0.0, 1.0) else _top_p(columns, weights, top_p)
 
 
-def _weights(differences: NDArray[np.float32]) -> NDArray[np.int64]:
-    """floor(2**40 * exp(x)) of every x <= 0, -inf included, by additions and multiplications only; exact for x = 0.
+def _scaled_exp(differences: NDArray[np.float32]) -> NDArray[np.float64]:
+    """2**40 * exp(x) of every x <= 0, by additions and multiplications only; below -28 and for -inf that of -28.
 
-    exp(x) = 2**k * exp(r), with k the whole number nearest to x / ln 2, r = x - k * ln 2 in two steps, exp(r) =
-    1 + (r + r * r * (1/2! + r/3! + ... + r**11/13!)) by Horner's rule. Within 1 ulp of the exact value.
+    exp(x) = 2**k * exp(r), with k the whole number nearest to x / ln 2, r = x - k * ln 2 in two steps, and exp(r) =
+    1 + (r + r * r * (1/2! + r/3! + ... + r**11/13!)) by Horner's rule. Within 1 ulp of the exact value; exact at 0.
     """
     flat = np.ascontiguousarray(differences).reshape(-1)
-    weights = np.empty(flat.shape, dtype=np.int64)
-    buffers = np.empty((4, min(len(flat), _EXP_BLOCK)))
+    scaled = np.empty(flat.shape)
+    buffers = np.empty((3, min(len(flat), _EXP_BLOCK)))
     for start in range(0, len(flat), _EXP_BLOCK):
         block = slice(start, start + _EXP_BLOCK)
-        x, k, r, p = buffers[:, : len(flat[block])]
+        p = scaled[block]
+        x, k, r = buffers[:, : len(p)]
         np.maximum(flat[block], np.float32(_LOWEST), out=x)
         np.multiply(x, _LOG2_E, out=k)
         k += _ROUND
-        scale = k.view(np.uint64) + np.uint64(1023 + WEIGHT_BITS)  # the last bits of k hold the whole number:
-        scale <<= np.uint64(52)  # as an exponent, 2**(k + 40)
+        power = k.view(np.uint64) + np.uint64(1023 + WEIGHT_BITS)  # its last bits hold the whole number;
+        power <<= np.uint64(52)  # as an exponent, that is 2**(k + 40)
         k -= _ROUND
         np.multiply(k, _LN2_HIGH, out=r)
         np.subtract(x, r, out=r)
@@ -255,9 +256,8 @@ def _weights(differences: NDArray[np.float32]) -> NDArray[np.int64]:
         p *= r
         p += r
         p += 1.0
-        p *= scale.view(np.float64)
-        weights[block] = p  # truncates
-    return weights.reshape(differences.shape)
+        p *= power.view(np.float64)
+    return scaled.reshape(differences.shape)
 
 
 def _top_k(

@@ -74,6 +74,12 @@ def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> 
             log.info("backend %s chosen", name)
             return name
         log.warning("backend %s works here but is passed over: %s; fix: %s", name, ready.detail, ready.fix)
+    if kind == "cuda":
+        raise BackendUnavailable(
+            f"no backend for device {device}",
+            expected="one that works there and runs this bundle",
+            fix="flexvar doctor says what is missing; name a backend to see why it is refused",
+        )
     return "ort-cpu"
 
 

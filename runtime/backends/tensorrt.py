@@ -22,7 +22,7 @@ from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARE
 from ..graphs import GRAPHS
 from ..manifest import GraphSpec
 from .base import Availability, check_bindings
-from .trt_library import TrtLibrary, load, probe_library
+from .trt_library import TENSORRT_RTX, TrtLibrary, load, probe_library
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ def probe(name: str) -> Availability:
     if not library.available:
         return library
     gpu = probe_gpu()
-    return Availability(gpu.available, f"{library.detail}, {gpu.detail}", gpu.fix)
+    builds = "" if gpu.available or name != TENSORRT_RTX else " (engines can be built here all the same)"
+    return Availability(gpu.available, f"{library.detail}, {gpu.detail}{builds}", gpu.fix)
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
@@ -180,6 +181,11 @@ class TrtGraph:
                 fix=f"{self._build} --schedule SCHEDULE --max-batch IMAGES",
             )
         return index
+
+    def information(self) -> str:
+        """The engine inspector's account of every kernel, as JSON."""
+        layers = self.library.module.LayerInformationFormat.JSON
+        return str(self.engine.create_engine_inspector().get_engine_information(layers))
 
     def close(self) -> None:
         self.device.synchronize()

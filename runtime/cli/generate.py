@@ -41,6 +41,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="0 to 2^64 - 1; a fresh one if left out.")] = None,
     first_index: Annotated[int | None, typer.Option(help="Place of the first image in the seed's stream.")] = None,
     backend: Annotated[str, typer.Option(help="auto, or a name from flexvar doctor.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="GPU to use: cuda or cuda:N.")] = None,
+    engines: Annotated[
+        Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images run at a time.")] = 8,
     preview: Annotated[Path | None, typer.Option(help="Directory for every scale of every image as a PNG.")] = None,
@@ -54,7 +58,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate one PNG an image. What is not given is the bundle's default, or the value in --from."""
-    with FlexVARPipeline.from_bundle(bundle, backend=backend, threads=threads) as pipeline:
+    with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
         start = _starting_point(pipeline, source)
         plan = _Plan(
             labels=start.labels if classes is None else _labels(classes, pipeline.model.class_names),
@@ -177,6 +181,7 @@ def _run(
                             path, pixels, {"preview_of": plan.name(start + i), "scale": step.index + 1}, force=force
                         )
 
+            whole = preview is None and pipeline.backend.device is not None
             result = pipeline(
                 labels,
                 plan.schedule,
@@ -185,8 +190,10 @@ def _run(
                 plan.seed,
                 plan.first_index + start,
                 keep_decoded=keep_decoded,
-                on_scale=on_scale,
+                on_scale=None if whole else on_scale,  # a device runs all scales without asking
             )
+            for _ in plan.schedule if whole else ():
+                advance("generated")
             for i, (pixels, settings) in enumerate(zip(result.images, result.settings, strict=True)):
                 save_png(files[start + i], pixels, settings.to_json(), force=force)
             results.append(result)

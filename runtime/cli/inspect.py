@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Self, cast
 
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
 from ..bundle import Bundle
+from ..guidance import Guidance
+from ..manifest import Manifest
+from ..memory import available_bytes
+from ..planner import MemoryPlan, largest_batch, plan, size_text
+from ..schedule import ScaleSchedule
 from ..strict_json import encode
 from .console import JsonOption, emit, out
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    schedule: Annotated[
+        str | None, typer.Option(help="Scales to plan memory for; the bundle's own if left out.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="Images at once to plan memory for, on ort-cpu.")
+    ] = None,
+    cfg: Annotated[
+        float | None, typer.Option(help="Guidance scale to plan for; ramp 0 and constant 1 are off.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle's integrity and show its model, graphs, defaults, parity record and files."""
+    """Check a bundle's integrity and show its model, graphs, defaults, parity record and files.
+
+    With --schedule, --batch-size or --cfg also the memory that such a generation takes, part by part.
+    """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     data = {"bundle": opened.sha256, **cast(dict[str, Any], encode(manifest))}
+    memory = None
+    if (schedule, batch_size, cfg) != (None, None, None):
+        memory = _Memory.of(manifest, schedule, batch_size or 1, cfg)
+        data["memory"] = memory.to_json()
 
     def show() -> None:
         model, defaults, parity = manifest.model, manifest.defaults, manifest.parity
@@ -57,6 +79,8 @@ def inspect(
             ]
             graphs.add_row(escape(name), *map(escape, tensors), f"{largest.value:.1f}" if largest else "")
         out.print(graphs)
+        if memory is not None:
+            memory.show()
 
     emit(data, as_json, show)
 
@@ -64,3 +88,44 @@ def inspect(
 def _shown(tensors: tuple[Any, ...]) -> list[Any]:
     """Of the cache tensors, one a block, the first of keys and of values."""
     return [tensor for tensor in tensors if not tensor.name.startswith(("past_", "new_")) or tensor.name.endswith("_0")]
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The plan of a generation on ort-cpu, beside what this machine has left for it."""
+
+    plan: MemoryPlan
+    available: int | None
+    largest_batch: int | None  # that fits here; None where nothing is known of this machine
+
+    @classmethod
+    def of(cls, manifest: Manifest, schedule: str | None, images: int, cfg: float | None) -> Self:
+        defaults = manifest.defaults
+        scales = ScaleSchedule.parse(defaults.schedule if schedule is None else schedule)
+        scale = defaults.guidance_scale if cfg is None else cfg
+        guidance = Guidance(scale, defaults.guidance_rule, defaults.max_side)
+        guided = any(t != 0 for t in guidance.weights(scales))
+
+        def total(batch: int) -> int:
+            return plan(manifest, scales, batch, guided, decoded_at_once=1).total
+
+        available = available_bytes()
+        fits = None if available is None else largest_batch(total, available)
+        return cls(plan(manifest, scales, images, guided), available, fits)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.plan.to_json(), "available": self.available, "largest_batch": self.largest_batch}
+
+    def show(self) -> None:
+        plan = self.plan
+        guidance = "guided" if plan.guided else "not guided"
+        table = Table("memory on ort-cpu", Column("size", justify="right"), title=f"{plan.images} at once, {guidance}")
+        for part, size in ({"runtime": plan.runtime} | plan.parts()).items():
+            table.add_row(part, size_text(size))
+        table.add_section()
+        table.add_row("peak", size_text(plan.total))
+        table.add_row("peak with other classes after it", size_text(max(plan.phases.values())))
+        if self.available is not None:
+            table.add_row("left on this machine", size_text(self.available))
+            table.add_row("largest batch that fits", str(self.largest_batch))
+        out.print(table)

@@ -31,8 +31,10 @@ class Device(Protocol):
     capability: str
     """Compute capability, "9.0"."""
     ordinal: int
-    stream: int
-    """Handle of the stream, for libraries."""
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream, for libraries."""
 
     def activate(self) -> None:
         """Make the device current in this thread."""

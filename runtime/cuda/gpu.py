@@ -48,9 +48,10 @@ def find_gpu(device: str | None = None) -> GpuFacts:
     core, driver = _libraries()
     try:
         count = _check(driver, driver.cuInit(0)) or _check(driver, driver.cuDeviceGetCount())
-    except Exception as error:  # no driver at all is a loader error of its own type
+    except Exception as error:  # without a driver the loader's own error, too long to show
+        reason = f" ({_first_line(error)})" if isinstance(error, RuntimeError) and "CUDA_" in str(error) else ""
         raise BackendUnavailable(
-            f"no NVIDIA driver ({_first_line(error)})",
+            f"no working NVIDIA driver{reason}",
             expected="a GPU with its driver",
             fix="install the NVIDIA driver (nvidia-smi must list the GPU), or use --backend ort-cpu",
         ) from error
@@ -157,7 +158,7 @@ class CudaDevice:
             buffer = self._pinned.allocate(max(nbytes, 1), stream=self.core_stream)
         bytes_there = (ctypes.c_uint8 * max(nbytes, 1)).from_address(int(buffer.handle))
         bytes_there.owner = buffer  # type: ignore[attr-defined]  # the array keeps the view, the view the buffer
-        return np.frombuffer(bytes_there, np.uint8)[:nbytes]
+        return np.ctypeslib.as_array(bytes_there)[:nbytes]
 
     def write(self, array: DeviceArray, host: NDArray[Any]) -> None:
         _require_same_size(array, host)
@@ -224,7 +225,9 @@ class CudaDevice:
 
     def _cached_bytes(self) -> int:
         """What the pool holds without anyone using it."""
-        attributes = self._device.memory_resource.attributes
+        attributes = getattr(self._device.memory_resource, "attributes", None)  # none where there are no pools
+        if attributes is None:
+            return 0
         return max(int(attributes.reserved_mem_current) - int(attributes.used_mem_current), 0)
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ class KernelConfig:
     @property
     def block(self) -> int:
         """Threads of a block of `sample_rows`: one for each code up to 1024, in whole warps."""
-        return min(-(-self.vocabulary // 32) * 32, MOST_THREADS)
+        return _threads(self.vocabulary)
 
     def defines(self, block: int | None = None) -> dict[str, int]:
         """The macros that `kernels.cu` asks for."""
@@ -146,8 +146,7 @@ def sample_rows(
     drop = 0.0 if top_p in (0.0, 1.0) else 1.0 - top_p
     options = ctypes.c_uint32(scale), ctypes.c_int32(top_k if top_k < V else 0), ctypes.c_double(drop)
     pointers = logits_BLV.address, streams.address, tokens.address, status.address
-    block = KernelConfig(V, 1, 1).block
-    return Launch("sample_rows", (B * L, 1, 1), (block, 1, 1), 0, (*pointers, ctypes.c_uint32(L), *options))
+    return Launch("sample_rows", (B * L, 1, 1), (_threads(V), 1, 1), 0, (*pointers, ctypes.c_uint32(L), *options))
 
 
 def next_inputs(
@@ -195,7 +194,7 @@ def to_uint8(
     _require(channels == 3 and pixels_BHWC.shape == (B, H, W, 3), "pixels", image_BCHW, pixels_BHWC)
     low, high = value_range
     gain = np.float32(255 / (high - low))
-    numbers = ctypes.c_uint32(H * W), ctypes.c_float(gain), ctypes.c_float(np.float32(low) * gain)
+    numbers = ctypes.c_uint32(H * W), ctypes.c_float(float(gain)), ctypes.c_float(float(np.float32(low) * gain))
     args = image_BCHW.address, pixels_BHWC.address, status.address, *numbers
     return Launch("to_uint8", (-(-H * W // 1024), B, 1), (256, 1, 1), 0, args)
 
@@ -206,6 +205,10 @@ def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
     _require(streams.shape == (stream_words(B),), "streams", streams, out_BL)
     args = streams.address, out_BL.address, ctypes.c_uint32(B * L), ctypes.c_uint32(L), ctypes.c_uint32(scale)
     return Launch("draws", (-(-B * L // 256), 1, 1), (256, 1, 1), 0, args)
+
+
+def _threads(vocabulary: int) -> int:
+    return min(-(-vocabulary // 32) * 32, MOST_THREADS)
 
 
 def _require(fits: bool, what: str, *arrays: DeviceArray) -> None:
@@ -241,8 +244,9 @@ def compile_source(source: str, target: str, config: KernelConfig) -> tuple[byte
         )
         code = core.Program(source, "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # of Python, the loader or NVRTC: nothing in common
+        message = str(error).replace("\0", "").strip()
         raise BackendUnavailable(
-            f"no kernels for {target} ({type(error).__name__}: {error})",
+            f"no kernels for {target} ({type(error).__name__}: {message})",
             expected="cuda.core and an NVRTC that knows this GPU",
             fix="pip install --upgrade 'flexvar-deploy[gpu]'",
         ) from error

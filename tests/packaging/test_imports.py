@@ -24,7 +24,7 @@ class Layer:
     name: str
     may_import: frozenset[str]  # of ours
     third_party: frozenset[str] | None = None  # None: anything that is installed
-    backends: frozenset[str] = frozenset()  # third party, in backends/ only
+    backends: frozenset[str] = frozenset()  # third party, in backends/ and cuda/ only
 
 
 LAYERS = {
@@ -61,7 +61,7 @@ def absolute_imports(source: str) -> Iterator[tuple[int, str]]:
 def violations(folder: str, path: Path, source: str) -> Iterator[str]:
     layer = LAYERS[folder]
     third_party = layer.third_party
-    if third_party is not None and "backends" in path.parts:
+    if third_party is not None and {"backends", "cuda"} & set(path.parts):
         third_party |= layer.backends
     for line, module in absolute_imports(source):
         top = module.partition(".")[0]

@@ -21,7 +21,7 @@ FOLDERS = {
     "export": "flexvar_export",
     "benchmarks": "flexvar_bench",
 }
-DATA: set[str] = set()  # files other than modules that the packages read, as named in the wheel
+DATA = {"flexvar_runtime/cuda/kernels.cu"}  # files other than modules that the packages read, as named in the wheel
 SOURCE_ONLY = {"py.typed", "ruff.toml"}  # py.typed is checked on its own
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 DEPENDENCIES = {
@@ -122,6 +122,7 @@ def test_the_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> Non
     probe = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import flexvar_runtime, flexvar_runtime.backends, flexvar_runtime.cli\n"
+        "import flexvar_runtime.cuda.kernels as kernels; assert 'sample_rows' in kernels.kernel_source()\n"
         "print(flexvar_runtime.__version__, flexvar_runtime.__file__, sep='\\n')"
     )
     run = subprocess.run([sys.executable, "-I", "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -14,11 +14,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory
-from flexvar_runtime.backends import create, probe
+from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory, backends
+from flexvar_runtime.backends import BACKENDS, create, probe
+from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.ort import OrtGraph
 from flexvar_runtime.backends.ort_cpu import OrtCpu, default_threads
 from flexvar_runtime.manifest import GraphSpec, TensorSpec
+
+BUNDLE: Any = object()  # what only the fakes of this file look at
 
 # Choosing ------------------------------------------------------------------------------------------------------------
 
@@ -36,6 +39,62 @@ def test_auto_takes_the_first_that_works_and_says_so(
     with caplog.at_level(logging.INFO, "flexvar_runtime"):
         assert create().name == "ort-cpu"
     assert "backend ort-cpu chosen" in caplog.text
+
+
+def module(available: bool, ready: bool = True) -> Any:
+    """A backend's file as `auto` sees it."""
+    return SimpleNamespace(
+        probe=lambda name: Availability(available, f"{name} detail", f"{name} fix"),
+        ready=lambda name, bundle, **_: Availability(ready, f"no engines for {name}", "flexvar build"),
+        create=lambda name, **options: SimpleNamespace(name=name, options=options),
+    )
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The files behind the names, none of which works unless a test says so."""
+    files = {name: module(False) for name in BACKENDS}
+    monkeypatch.setattr(backends, "_module", files.__getitem__)
+    monkeypatch.setattr(logging.getLogger("flexvar_runtime"), "propagate", True)
+    return files
+
+
+def test_auto_passes_over_what_cannot_run_the_bundle_and_says_why(
+    modules: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    modules |= {"tensorrt": module(True, ready=False), "ort-cuda": module(True), "ort-cpu": module(True)}
+    with caplog.at_level(logging.INFO, "flexvar_runtime"):
+        assert create("auto", BUNDLE, engines=Path("e")).name == "ort-cuda"
+    warning, chosen = (record.message for record in caplog.records)
+    assert "tensorrt works here but is passed over: no engines for tensorrt; fix: flexvar build" in warning
+    assert chosen == "backend ort-cuda chosen"
+
+
+def test_engines_go_only_to_those_that_run_them(modules: dict[str, Any]) -> None:
+    modules |= {"tensorrt-rtx": module(True), "ort-cpu": module(True)}
+    created: Any = create("auto", BUNDLE, engines=Path("e"))
+    assert (created.name, created.options["engines"]) == ("tensorrt-rtx", Path("e"))
+    modules["tensorrt-rtx"] = module(False)
+    created = create("auto", BUNDLE, engines=Path("e"))
+    assert (created.name, created.options["engines"]) == ("ort-cpu", None)
+
+
+@pytest.mark.parametrize(("device", "name"), [(None, "ort-cuda"), ("cuda:1", "ort-cuda"), ("cpu", "ort-cpu")])
+def test_auto_stays_on_the_device_that_was_asked_for(modules: dict[str, Any], device: str | None, name: str) -> None:
+    modules |= {"ort-cuda": module(True), "ort-cpu": module(True)}
+    assert create("auto", BUNDLE, device=device).name == name
+
+
+def test_a_gpu_that_was_asked_for_is_not_replaced_by_the_processor(modules: dict[str, Any]) -> None:
+    modules["ort-cpu"] = module(True)
+    with pytest.raises(BackendUnavailable, match="got no backend for device cuda:0; expected"):
+        create("auto", BUNDLE, device="cuda:0")
+
+
+def test_by_name_nothing_is_passed_over(modules: dict[str, Any]) -> None:
+    modules |= {"ort-cuda": module(False), "ort-cpu": module(True)}
+    with pytest.raises(BackendUnavailable, match=r"got backend ort-cuda: ort-cuda detail; .*; fix: ort-cuda fix"):
+        create("ort-cuda", BUNDLE)
 
 
 def test_backends_of_other_versions_are_known_but_never_replaced() -> None:
@@ -231,7 +290,11 @@ F4, I4 = np.zeros(4, np.float32), np.zeros(4, np.int32)
         ({"x": F4}, {"y": F4[:3]}, r"got y of shape \(3,\); expected axes \('n',\) with {'n': 4}"),
         ({"x": F4[None]}, {"y": F4}, r"got x of shape \(1, 4\)"),
         ({"x": I4}, {"y": F4}, r"got x of int32; expected float32"),
-        ({"x": F4}, {"y": np.zeros(8, np.float32)[::2]}, r"got an array that is not contiguous; expected a C-contiguous array"),
+        (
+            {"x": F4},
+            {"y": np.zeros(8, np.float32)[::2]},
+            r"got an array that is not contiguous; expected a C-contiguous array",
+        ),
     ],
     ids=["input name", "output name", "no input", "axes of one name", "rank", "type", "strides"],
 )
@@ -325,7 +388,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_weights_beside_the_graph_are_read(backend: OrtCpu, folder: Path) -> None:
     """The control of the refusals below."""
-    graph: OrtGraph = backend.open(bundle_of(write_add(folder / "add.onnx", external("w.bin")), spec("add.onnx")), "add")
+    graph: OrtGraph = backend.open(
+        bundle_of(write_add(folder / "add.onnx", external("w.bin")), spec("add.onnx")), "add"
+    )
     x, y = np.zeros(4, np.float32), np.zeros(4, np.float32)
     graph.run({"x": x}, {"y": y})
     np.testing.assert_array_equal(y, [1, 2, 3, 4])

@@ -27,7 +27,7 @@ from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.engine import CONDITIONS_KEPT
 from flexvar_runtime.graphs import TABLES_FILE, graph_specs, new_names, past_names
 from flexvar_runtime.manifest import GraphSpec, Manifest, ModelFacts
-from flexvar_runtime.memory import decode_bytes, loop_bytes
+from flexvar_runtime.planner import IMAGES_PER_RUN, MemoryPlan, image_bytes, plan
 from flexvar_runtime.tables import Tables
 
 Array = NDArray[Any]
@@ -473,17 +473,20 @@ def test_close_frees_everything(open_pipeline: Open) -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would(open_pipeline: Open) -> None:
     pipeline, backend = open_pipeline()
-    schedule = ScaleSchedule.parse(SCHEDULE)
-    one = loop_bytes(MODEL, schedule, 1, True, 4)
-    backend.available = 3 * one + one // 2
+
+    def planned(images: int, guided: bool = True) -> MemoryPlan:
+        manifest = pipeline.bundle.manifest
+        return plan(manifest, ScaleSchedule.parse(SCHEDULE), images, guided, decoded_at_once=1)
+
+    backend.available = planned(4).needed() - 1
     with pytest.raises(OutOfMemory) as refusal:
         list(pipeline.iter_scales([1] * 8, SCHEDULE))
-    assert f"got a batch of 8 at schedule {SCHEDULE} that needs 0.0 GiB; expected at most 0.0" in str(refusal.value)
+    assert f"got a batch of 8 at schedule {SCHEDULE} that needs " in str(refusal.value)
     assert refusal.value.fix == "use a batch of at most 3"
-    assert not caches(backend)
+    assert not backend.graphs and not caches(backend)  # nothing was opened for it
     assert len(list(pipeline.iter_scales([1] * 3, SCHEDULE))) == 5
-    assert len(list(pipeline.iter_scales([1] * 6, SCHEDULE, Guidance(0)))) == 5  # half the sequences
-    backend.available = one - 1
+    assert len(list(pipeline.iter_scales([1] * 4, SCHEDULE, Guidance(0)))) == 5  # half the sequences
+    backend.available = planned(1).needed({"step"}) - 1
     with pytest.raises(OutOfMemory, match="fix: use a smaller schedule, or a machine with more memory"):
         list(pipeline.iter_scales([1] * 2, SCHEDULE))
 
@@ -496,7 +499,10 @@ def test_what_does_not_fit_is_refused_with_what_would(open_pipeline: Open) -> No
 )
 def test_the_decoder_runs_in_batches_that_fit(open_pipeline: Open, fit: float | None, batches: list[int]) -> None:
     pipeline, backend = open_pipeline()
-    backend.available = None if fit is None else int(fit * decode_bytes(MODEL, (2, 3)))
+    assert len(pipeline.decode(np.zeros((1, 1, 1), int))) == 1  # opened: its weights are held
+    backend.runs.clear()
+    one = image_bytes(pipeline.bundle.manifest, (2, 3))
+    backend.available = None if fit is None else int(fit * one)
     tokens = (np.arange(19)[:, None, None] % VOCABULARY).repeat(2, axis=1).repeat(3, axis=2)
     images = pipeline.decode(tokens)
     assert [len(run.inputs["tokens"]) for run in backend.runs_of("decode")] == batches
@@ -509,7 +515,7 @@ def test_the_decoder_runs_in_batches_that_fit(open_pipeline: Open, fit: float | 
 
 def test_an_image_that_does_not_fit(open_pipeline: Open) -> None:
     pipeline, backend = open_pipeline()
-    backend.available = decode_bytes(MODEL, (2, 3)) - 1
+    backend.available = image_bytes(pipeline.bundle.manifest, (2, 3))
     with pytest.raises(OutOfMemory, match=r"got decoding an image of 2x3 tokens that needs .*; fix: use a sm"):
         pipeline.decode(np.zeros((1, 2, 3), int))
     with pytest.raises(OutOfMemory, match=r"got encoding an image of 2x3 tokens that needs .*; fix: use a sm"):

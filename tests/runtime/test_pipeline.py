@@ -27,7 +27,7 @@ from flexvar_runtime import (
 from flexvar_runtime.backends.ort_cpu import OrtCpu
 from flexvar_runtime.images import from_uint8, to_uint8
 from flexvar_runtime.loop import ScaleLoop
-from flexvar_runtime.memory import decode_bytes
+from flexvar_runtime.planner import image_bytes
 
 SCHEDULE = "1_2_3x4_6_8x10"
 NULL = 10
@@ -403,7 +403,7 @@ def test_tokens_of_any_whole_type(pipe: FlexVARPipeline, output: GenerationOutpu
 def test_pixels_do_not_depend_on_the_decoders_batch(
     pipe: FlexVARPipeline, output: GenerationOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    little = 2 * decode_bytes(pipe.model, (8, 10))
+    little = 3 * image_bytes(pipe.bundle.manifest, (8, 10))
     monkeypatch.setattr(OrtCpu, "available_bytes", lambda self: little)
     np.testing.assert_array_equal(pipe.decode(output.tokens[-1]), output.images)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
+from decimal import Decimal, localcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,68 @@ def test_real_sizes_equal_the_oracle() -> None:
         weights = oracle_weights(row.tolist(), 900, 0.95)
         assert kept(row, 900, 0.95) == [i for i, weight in enumerate(weights) if weight]
         assert token == oracle_token(weights, draw)
+
+
+# --- the exponential
+
+
+def plain_scaled_exp(x: float) -> float:
+    """2**40 * exp(x), rule by rule with Python's floats, which are IEEE doubles and never fused."""
+    x = max(x, -28.0)
+    k = (x * 1.4426950408889634 + 6755399441055744.0) - 6755399441055744.0
+    r = (x - k * 0.6931471803691238) - k * 1.9082149292705877e-10
+    p = 1.0 / 6227020800.0
+    for n in range(12, 1, -1):
+        p = p * r + 1.0 / math.factorial(n)
+    return (((p * r) * r + r) + 1.0) * 2.0 ** (k + 40)
+
+
+def differences(count: int) -> NDArray[np.float32]:
+    """Numbers from -28 to 0: even, of every exponent, and on both sides of where the reduction changes its step."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0x80000000, 0xC1E00000, count, dtype=np.uint32).view(np.float32)
+    steps = ((np.arange(41) - 0.5) * -math.log(2)).astype(np.float32)[1:]
+    around = [np.nextafter(steps, np.float32(bound)) for bound in (-99, 0)]
+    return np.concatenate([-rng.random(count, np.float32) * 28, bits, steps, *around])
+
+
+def test_exp_has_the_bits_of_the_rule() -> None:
+    x = differences(5000)
+    assert sampling._scaled_exp(x).tolist() == [plain_scaled_exp(value) for value in x.tolist()]
+
+
+def test_exp_is_within_one_ulp() -> None:
+    x = differences(5000)
+    with localcontext(prec=40):
+        for value, got in zip(x.tolist(), sampling._scaled_exp(x).tolist(), strict=True):
+            exact = Decimal(value).exp() * 2**40
+            assert abs(Decimal(got) - exact) < Decimal(math.ulp(float(exact)))
+
+
+def test_exp_keeps_the_order() -> None:
+    x = differences(50_000)
+    assert (sampling._scaled_exp(np.nextafter(x, np.float32(-99))) <= sampling._scaled_exp(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        *((0.0, 2**40), (-0.0, 2**40), (-1e-45, 2**40), (-1.0, 404487723187), (-10.0, 49917750), (-27.5, 1)),
+        *((-27.725885391235352, 1), (-27.725887298583984, 0), (-28.5, 0), (-3e38, 0), (-math.inf, 0)),
+    ],
+)
+def test_known_weights(x: float, weight: int) -> None:
+    assert int(sampling._scaled_exp(np.array([x], np.float32))[0]) == weight
+
+
+def test_exp_of_any_shape_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = differences(400)[:900].reshape(30, 30)
+    whole = sampling._scaled_exp(x)
+    assert np.array_equal(sampling._scaled_exp(x.T), whole.T)
+    assert sampling._scaled_exp(x[:0]).shape == (0, 30)
+    for block in (1, 7, 64):
+        monkeypatch.setattr(sampling, "_EXP_BLOCK", block)
+        assert np.array_equal(sampling._scaled_exp(x), whole)
 
 
 # --- laws

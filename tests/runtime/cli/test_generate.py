@@ -17,7 +17,7 @@ from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory
 from flexvar_runtime.backends.ort_cpu import OrtCpu
 from flexvar_runtime.cli.generate import _check_targets, _labels
 from flexvar_runtime.images import read_metadata, save_png, to_uint8
-from flexvar_runtime.memory import decode_bytes, loop_bytes
+from flexvar_runtime.planner import plan
 
 SCHEDULE = "1_2_3x4_6_7_8x10"
 BIG_SEED = 2**63 + 12345
@@ -338,10 +338,9 @@ def test_out_of_memory_says_which_batch_fits(
     flexvar: Any, tiny_bundle: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FlexVARPipeline.from_bundle(tiny_bundle) as pipeline:
-        model = pipeline.model
-    one = loop_bytes(model, ScaleSchedule.parse(SCHEDULE), 1, True, 4)
-    left = 3 * one + 1
-    assert left > 2 * decode_bytes(model, (8, 10))
+        manifest = pipeline.bundle.manifest
+    schedule = ScaleSchedule.parse(SCHEDULE)
+    left = plan(manifest, schedule, 4, True, decoded_at_once=1).needed() - 1
     monkeypatch.setattr(OrtCpu, "available_bytes", lambda self: left)
     arguments = ("generate", tiny_bundle, "-o", out, "--classes", "1,2,3,4,5", "--schedule", SCHEDULE, "--seed", 1)
     ended = flexvar(*arguments, "--json")

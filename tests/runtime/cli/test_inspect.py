@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flexvar_runtime import Bundle
+import pytest
+
+from flexvar_runtime import Bundle, ScaleSchedule
+from flexvar_runtime.planner import plan, size_text
 
 
 def test_json_is_the_manifest(flexvar: Any, tiny_bundle: Path) -> None:
@@ -50,3 +53,29 @@ def test_a_bundle_that_is_refused(flexvar: Any, bundle_copy: Path, tmp_path: Pat
     assert ended.json["error"]["got"] == "extra: a file that the manifest does not list"
     assert "  fix: remove it" in ended.err
     assert flexvar("inspect", tmp_path / "nothing").code == 5
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_generation(flexvar: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, scales = Bundle.open(tiny_bundle).manifest, ScaleSchedule.parse("1_2_8x10")
+    left = plan(manifest, scales, 6, True, decoded_at_once=1).total - 1
+    monkeypatch.setattr("flexvar_runtime.cli.inspect.available_bytes", lambda: left)
+    arguments = ("inspect", tiny_bundle, "--schedule", "1_2_8x10", "--batch-size", 3)
+    memory = flexvar(*arguments, "--json").json["memory"]
+    expected = plan(manifest, scales, 3, True)
+    assert memory == {**expected.to_json(), "available": left, "largest_batch": 5}
+    ended = flexvar(*arguments)
+    assert ended.code == 0 and "3 at once, guided" in ended.out and "keys and values" in ended.out
+    assert size_text(expected.total) in ended.out and "largest batch that fits" in ended.out
+
+
+def test_memory_is_planned_when_asked_for(flexvar: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "memory" not in flexvar("inspect", tiny_bundle, "--json").json
+    monkeypatch.setattr("flexvar_runtime.cli.inspect.available_bytes", lambda: None)
+    memory = flexvar("inspect", tiny_bundle, "--cfg", 0, "--json").json["memory"]
+    assert not memory["guided"] and memory["images"] == 1 and memory["schedule"] == "1_2_3_4_5_6_8_10_13_16"
+    assert memory["available"] is None and memory["largest_batch"] is None
+    assert "left on this machine" not in flexvar("inspect", tiny_bundle, "--batch-size", 2).out
+    assert flexvar("inspect", tiny_bundle, "--schedule", "2_4").code == 2

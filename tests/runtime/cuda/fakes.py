@@ -1,7 +1,7 @@
 """A device and a TensorRT that compute on the host: what is enqueued runs later, as it would on a GPU.
 
-Memory is the host's, kernels are `kernels.cu` compiled by the C compiler, engines are ONNX Runtime sessions. Nothing runs
-before `synchronize`: who reads a result, or changes what a copy still needs, without waiting, is found out.
+Memory is the host's, kernels are `kernels.cu` compiled by the C compiler, engines are ONNX Runtime sessions. Nothing
+runs before `synchronize`: who reads a result, or changes what a copy still needs, without waiting, is found out.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class FakeEngine:
         _fill(memory[0], memory[1])
         sizes: dict[str, int] = {}
         for name, tensor in self.inputs.items():
-            sizes |= {axis: size for axis, size in zip(tensor.axes, shapes[name], strict=True)}  # noqa: C416
+            sizes |= dict(zip(tensor.axes, shapes[name], strict=True))
         for axis in [str(axis) for axis in sizes if "_x" in str(axis)]:
             base, _, factor = axis.partition("_x")
             sizes[base] = sizes[axis] // int(factor)

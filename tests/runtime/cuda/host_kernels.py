@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from numpy.typing import NDArray
 
 from flexvar_runtime.cuda.array import DeviceArray
@@ -21,8 +22,9 @@ from flexvar_runtime.cuda.kernels import KernelConfig, Launch, kernel_source
 HERE = Path(__file__).parent
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 # Fortified longjmp refuses to leave a fiber's stack
-FLAGS = "-std=gnu11 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wextra -Werror"
-LENIENT = "-Wno-unused-function -Wno-unused-parameter -Wno-clobbered"
+FLAGS = (
+    "-std=gnu11 -O1 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wno-unused-function"
+)
 _SIGNATURE = re.compile(r"^KERNEL\(\w+\)\s+(\w+)\(([^)]*)\)\s*\{", re.MULTILINE)
 _TYPES = {
     "u32": ctypes.c_uint32,
@@ -48,11 +50,19 @@ class HostKernels:
     """The kernels for one configuration, compiled in `directory`.
 
     block: threads of a block of `sample_rows`, instead of the configuration's. source: in the place of `kernels.cu`.
+    Skips the test where there is no C compiler.
     """
 
     def __init__(
-        self, config: KernelConfig, directory: Path, *, block: int | None = None, source: str | None = None
+        self,
+        config: KernelConfig,
+        directory: Path,
+        *,
+        block: int | None = None,
+        source: str | None = None,
     ) -> None:
+        if COMPILER is None:
+            pytest.skip("no C compiler here")
         self.config, self.block = config, config.block if block is None else block
         source = kernel_source() if source is None else source
         self._parameters = parameters(source)
@@ -60,7 +70,7 @@ class HostKernels:
         (directory / "kernels.c").write_text(f'#include "host_shim.h"\n#line 1 "kernels.cu"\n{source}\n{self._table()}')
         library = directory / "kernels.so"
         defines = [f"-D{name}={value}" for name, value in config.defines(self.block).items()]
-        command = [str(COMPILER), *FLAGS.split(), *LENIENT.split(), f"-I{HERE}", *defines]
+        command = [COMPILER, *FLAGS.split(), f"-I{HERE}", *defines]
         built = subprocess.run(
             [*command, "-o", str(library), str(directory / "kernels.c"), "-lm"],
             capture_output=True,
@@ -68,7 +78,7 @@ class HostKernels:
             check=False,
         )
         assert built.returncode == 0, built.stderr
-        self._run = ctypes.CDLL(str(library)).shim_run
+        self._run = ctypes.PyDLL(str(library)).shim_run
         self._run.restype = ctypes.c_char_p
         triple, pointers = ctypes.c_uint * 3, ctypes.POINTER(ctypes.c_void_p)
         self._run.argtypes = [ctypes.c_char_p, triple, triple, pointers, ctypes.c_uint64]

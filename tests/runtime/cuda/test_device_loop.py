@@ -1,9 +1,12 @@
-"""A whole generation on a device that computes on the host: the same tokens as ort-cpu, captured once, never waiting."""
+"""A whole generation on a device that computes on the host: the tokens of ort-cpu, captured once, never waiting."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +16,28 @@ from fakes import FakeDevice, fake_trt
 from host_kernels import HostKernels
 
 from flexvar_export.engine_profiles import profiles
-from flexvar_runtime import ArtifactRefused, Bundle, FlexVARPipeline, Guidance, OutOfMemory, Sampling, ScaleSchedule
+from flexvar_runtime import (
+    ArtifactRefused,
+    Bundle,
+    FlexVARPipeline,
+    Guidance,
+    InvalidInput,
+    OutOfMemory,
+    Sampling,
+    ScaleSchedule,
+)
 from flexvar_runtime.backends.tensorrt import TensorRT
 from flexvar_runtime.backends.trt_library import TrtLibrary
+from flexvar_runtime.cuda.buffers import Shape
 from flexvar_runtime.cuda.generation import REPLAYS_KEPT, WARM_UPS
 from flexvar_runtime.cuda.generator import SHAPES_KEPT
-from flexvar_runtime.cuda.kernels import KernelConfig
 from flexvar_runtime.engine_writer import lock_engine, write_engine
 from flexvar_runtime.engines import RECIPE, EngineId, PrecisionReport, graph_sha256
 from flexvar_runtime.graphs import GRAPHS
-from flexvar_runtime.noise import draws
 
 SCHEDULE = "1_2_3_4"
 OTHER = "1_2x3_4x3_3x5"
 REPORT = PrecisionReport(claimed="fp32", layers={}, fused_attention=0, share=1.0)
-
-
-@pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelConfig], HostKernels]:
-    """Compiled once for each model."""
-    compiled: dict[KernelConfig, HostKernels] = {}
-
-    def kernels(config: KernelConfig) -> HostKernels:
-        if config not in compiled:
-            compiled[config] = HostKernels(config, tmp_path_factory.mktemp("kernels"), block=64)
-        return compiled[config]
-
-    return kernels
 
 
 @dataclass
@@ -58,19 +56,19 @@ class Machine:
 @pytest.fixture
 def machine(
     tiny_bundle: Path,
-    host_kernels: Callable[[KernelConfig], HostKernels],
+    host_kernels: Callable[..., HostKernels],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Machine:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     bundle = Bundle.open(tiny_bundle)
-    device = FakeDevice(host_kernels)
+    device = FakeDevice(partial(host_kernels, block=64))
     device.engines = {}  # type: ignore[attr-defined]
     described: dict[bytes, tuple[Any, Any]] = {}
     library = TrtLibrary("tensorrt", fake_trt(device, described.__getitem__), "11.4.0")
     folder, receipts = tmp_path / "engines", tmp_path / "state" / "flexvar" / "receipts"
     for graph in GRAPHS:
-        ranges = profiles(graph, [ScaleSchedule.parse(SCHEDULE), ScaleSchedule.parse(OTHER)], 12)
+        ranges = profiles(graph, [ScaleSchedule.parse(SCHEDULE), ScaleSchedule.parse(OTHER)], 12, bundle.manifest.model)
         wanted = EngineId(
             graph=graph,
             graph_sha256=graph_sha256(bundle, graph),
@@ -221,16 +219,16 @@ def test_teacher_forced_logits(machine: Machine, reference: FlexVARPipeline) -> 
     """The loop the proof uses, next inputs computed by the kernel."""
     rng = np.random.default_rng(0)
     schedule = ScaleSchedule.parse(OTHER)
-    with machine.open() as pipeline:
-        with (
-            pipeline.engine.loop([0, 3], schedule, Guidance(2.0)) as loop,
-            reference.engine.loop([0, 3], schedule, Guidance(2.0)) as other,
-        ):
-            previous = None
-            for i, (h, w) in enumerate(schedule):
-                got, expected = (one.logits(i, previous) for one in (loop, other))
-                np.testing.assert_allclose(got, expected, atol=2e-4)
-                previous = rng.integers(0, pipeline.model.vocabulary, (2, h, w)).astype(np.int32)
+    with (
+        machine.open() as pipeline,
+        pipeline.engine.loop([0, 3], schedule, Guidance(2.0)) as loop,
+        reference.engine.loop([0, 3], schedule, Guidance(2.0)) as other,
+    ):
+        previous = None
+        for i, (h, w) in enumerate(schedule):
+            got, expected = (one.logits(i, previous) for one in (loop, other))
+            np.testing.assert_allclose(got, expected, atol=2e-4)
+            previous = rng.integers(0, pipeline.model.vocabulary, (2, h, w)).astype(np.int32)
 
 
 def test_logits_that_are_not_finite_are_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +240,7 @@ def test_logits_that_are_not_finite_are_refused(machine: Machine, monkeypatch: p
         def spoiled(addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], memory: tuple[int, int]) -> None:
             run(addresses, shapes, memory)
             if shapes["past_k_0"][0] == 5:  # the third scale
-                rows = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * (18 * 512)).from_address(addresses["logits"]))
-                rows[512 * 11] = np.nan
+                ctypes.c_float.from_address(addresses["logits"] + 4 * 512 * 11).value = np.nan
 
         monkeypatch.setattr(engine, "run", spoiled)
         with pytest.raises(ArtifactRefused, match=r"got scale 3 \(3x3\): row 11 of the logits"):
@@ -257,8 +254,6 @@ def test_logits_that_are_not_finite_are_refused(machine: Machine, monkeypatch: p
 def test_what_does_not_fit_is_refused_before_it_is_allocated(machine: Machine) -> None:
     with machine.open() as pipeline:
         generator: Any = pipeline.engine._generator
-        from flexvar_runtime.cuda.buffers import Shape
-
         schedule = ScaleSchedule.parse(SCHEDULE)
         machine.device.free = generator.bytes_of(Shape(schedule, 3, True))
         pipeline([0] * 3, SCHEDULE, seed=1)
@@ -272,12 +267,10 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(machine: Machine) -
 
 
 def test_buffers_are_counted_exactly(machine: Machine) -> None:
-    from flexvar_runtime.cuda.buffers import Shape
-
     with machine.open() as pipeline:
         generator: Any = pipeline.engine._generator
         shape = Shape(ScaleSchedule.parse(OTHER), 10, True)
-        generator._open("step"), generator._open("decode")
+        generator._open("step")
         before = len(machine.device.memories)
         generation = generator._allocate(shape)
         arenas = machine.device.memories[before : before + 3]
@@ -286,8 +279,6 @@ def test_buffers_are_counted_exactly(machine: Machine) -> None:
 
 def test_a_shape_without_profile(machine: Machine) -> None:
     with machine.open() as pipeline:
-        from flexvar_runtime import InvalidInput
-
         with pytest.raises(InvalidInput, match="for which no profile was built") as refusal:
             pipeline([0] * 13, SCHEDULE, seed=1)
         assert "--max-batch" in refusal.value.fix and str(machine.bundle.path) in refusal.value.fix
@@ -298,16 +289,12 @@ def test_an_engine_that_cannot_be_loaded(machine: Machine, monkeypatch: pytest.M
         machine.library.logger.log(1, "magic tag does not match")
 
     monkeypatch.setattr(machine.library.module.Runtime, "deserialize_cuda_engine", refuse)
-    with machine.open() as pipeline:
-        with pytest.raises(ArtifactRefused, match="tensorrt cannot load it .*magic tag does not match"):
-            pipeline([0], SCHEDULE, seed=1)
+    text = r"tensorrt cannot load it \(.*magic tag does not match\)"
+    with machine.open() as pipeline, pytest.raises(ArtifactRefused, match=text):
+        pipeline([0], SCHEDULE, seed=1)
 
 
 def test_two_threads_do_not_share_a_pipeline(machine: Machine) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from flexvar_runtime import InvalidInput
-
     with machine.open() as pipeline, ThreadPoolExecutor(1) as pool:
 
         def other(_: object) -> None:

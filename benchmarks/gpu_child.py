@@ -1,0 +1,154 @@
+"""One phase in a process of its own: what it finds goes to a file, again and again, so that a crash loses little.
+
+    python -m flexvar_bench.gpu_child JOB --work DIR --result FILE --options JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PARENT_POLL_SECONDS = 1.0
+
+Save = Callable[[dict[str, Any]], None]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", choices=sorted(JOBS))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--options", type=json.loads, required=True)
+    arguments = parser.parse_args()
+    _die_with_parent()
+    try:
+        JOBS[arguments.job](arguments.work, _saver(arguments.result), **arguments.options)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _saver(path: Path) -> Save:
+    partial = path.with_suffix(".partial")
+
+    def save(result: dict[str, Any]) -> None:
+        partial.write_text(json.dumps(result))
+        partial.replace(path)
+
+    return save
+
+
+def _die_with_parent() -> None:
+    """A phase whose orchestrator was killed would go on using the device."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+# A job imports what it needs, and no more: a library that crashes when it is loaded takes only its own phases along.
+
+
+def _machine(work: Path, save: Save, *, tiny: bool) -> None:
+    from .gpu_machine import machine
+
+    machine(save, tiny)
+
+
+def _export(work: Path, save: Save, *, model: str, precision: str, processes: int) -> None:
+    import torch
+
+    from .gpu_models import export_model
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    export_model(model, work, precision, save)
+
+
+def _tiny(work: Path, save: Save, *, backend: str) -> None:
+    from .gpu_runs import tiny
+
+    tiny(work, backend, save)
+
+
+def _kernels(work: Path, save: Save, *, model: str, batches: list[int]) -> None:
+    from flexvar_ref import TransformerConfig
+
+    from .gpu_device import device_kernels
+    from .gpu_models import TINY, schedule_of, tiny_transformer
+
+    config = tiny_transformer() if model == TINY else TransformerConfig.published(int(model.removeprefix("d")))
+    device_kernels(config.vocabulary, schedule_of(model), batches, save)
+
+
+def _build(work: Path, save: Save, *, model: str, backend: str, max_batch: int) -> None:
+    from .gpu_runs import build
+
+    build(work, model, backend, max_batch, save)
+
+
+def _run(
+    work: Path, save: Save, *, model: str, backend: str, batches: list[int], budget: dict[str, Any]
+) -> None:
+    from .gpu_runs import run
+    from .timing import Budget
+
+    run(work, model, backend, batches, Budget(**budget), save)
+
+
+def _profile(work: Path, save: Save, *, model: str, backend: str, batches: list[int]) -> None:
+    from .gpu_profile import profile_runtime
+
+    profile_runtime(work, model, backend, batches, save)
+
+
+def _growth(work: Path, save: Save, *, model: str, backend: str, generations: int) -> None:
+    from .gpu_runs import growth
+
+    growth(work, model, backend, generations, save)
+
+
+def _reference(work: Path, save: Save, *, model: str, batches: list[int], budget: dict[str, Any]) -> None:
+    from .timing import Budget
+    from .torch_peers import reference
+
+    reference(model, batches, Budget(**budget), save)
+
+
+def _compiled(
+    work: Path, save: Save, *, model: str, batches: list[int], static_batches: list[int], budget: dict[str, Any]
+) -> None:
+    from .timing import Budget
+    from .torch_peers import compiled
+
+    compiled(work, model, batches, Budget(**budget), static_batches, save)
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    "machine": _machine,
+    "export": _export,
+    "tiny": _tiny,
+    "kernels": _kernels,
+    "build": _build,
+    "run": _run,
+    "profile": _profile,
+    "growth": _growth,
+    "reference": _reference,
+    "compiled": _compiled,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

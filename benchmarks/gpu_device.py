@@ -1,0 +1,137 @@
+"""Our kernels on the GPU, without any graph: the host's draws, the host's tokens, and how long sampling takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexvar_runtime import Sampling, ScaleSchedule
+from flexvar_runtime.backends.base import Backend
+from flexvar_runtime.cuda import kernels
+from flexvar_runtime.cuda.array import DeviceArray
+from flexvar_runtime.cuda.backend import DeviceArrays
+from flexvar_runtime.cuda.gpu import CudaDevice, find_gpu
+from flexvar_runtime.cuda.kernels import KernelConfig
+from flexvar_runtime.loop import Draws
+from flexvar_runtime.sampling import sample
+
+from .gpu_models import Save
+from .timing import quantiles
+
+SEEDS = (0, 1, 2**63, 2**64 - 1)
+INDICES = (0, 5, 2**32, 2**64 - 1)
+ROWS = 512
+LAUNCHES = 20  # captured and timed together: one alone is shorter than the launch of the next
+WARM_UPS, REPEATS = 2, 10
+
+
+def device_kernels(vocabulary: int, schedule: ScaleSchedule, batches: Sequence[int], save: Save) -> None:
+    """Compile and run them on the first GPU."""
+    device = CudaDevice(find_gpu())
+    device.activate()
+    arrays = DeviceArrays("kernels", device)
+    device.load(KernelConfig(vocabulary, 32, 64))
+    result: dict[str, Any] = {"device": device.name, "capability": device.capability, "vocabulary": vocabulary}
+    result["draws_equal_host"] = draws_equal(arrays, schedule)
+    save(result)
+    result["tokens_equal_host"] = tokens_equal(arrays, vocabulary)
+    save(result)
+    result["sampling"] = []
+    for batch in batches:
+        result["sampling"].append({"batch": batch, "scale_s": sampling_seconds(arrays, vocabulary, schedule, batch)})
+        save(result)
+    device.synchronize()
+    device.close()
+
+
+def draws_equal(arrays: Any, schedule: ScaleSchedule) -> dict[str, Any]:
+    """24-bit draws of every scale, for seeds and image indices up to the largest, against `noise.draws`."""
+    checked = different = 0
+    for seed in SEEDS:
+        draws = Draws(Sampling(), seed, INDICES)
+        streams = arrays.upload(kernels.stream_block(seed, INDICES))
+        for i, (h, w) in enumerate(schedule):
+            out = arrays.empty((len(INDICES), h * w), "uint32")
+            arrays.device.launch(kernels.draws(streams, out, scale=i))
+            host = draws.noise(i, h * w)
+            checked += host.size
+            different += int((arrays.download(out).reshape(-1) != host).sum())
+    return {"holds": different == 0, "draws": checked, "different": different}
+
+
+def tokens_equal(arrays: Any, vocabulary: int) -> list[dict[str, Any]]:
+    """Tokens of random logits against `sampling.sample`, for several options."""
+    logits = (4 * np.random.default_rng(0).standard_normal((1, ROWS, vocabulary))).astype(np.float32)
+    rows = []
+    for top_k, top_p in ((900, 0.95), (0, 0.0), (1, 0.95), (50, 0.0), (0, 0.9)):
+        draws = Draws(Sampling(top_k, top_p), 7, (3,))
+        got = sample_on_device(arrays, logits, draws, 2, top_k)
+        host = sample(logits[0], draws.noise(2, ROWS), top_k=top_k, top_p=top_p)
+        different = int((got != host).sum())
+        rows.append({"top_k": top_k, "top_p": top_p, "rows": ROWS, "different": different, "holds": different == 0})
+    return rows
+
+
+def sample_on_device(
+    backend: Backend | DeviceArrays, logits_BLV: NDArray[np.float32], draws: Draws, scale: int, top_k: int
+) -> NDArray[np.int32]:
+    """Tokens (B · L,) that our kernel draws from host logits."""
+    device = backend.device
+    assert device is not None
+    B, L, _ = logits_BLV.shape
+    tokens, status = backend.empty((B, L, 1), "int32"), backend.empty((kernels.STATUS_WORDS,), "uint32")
+    logits = backend.upload(np.ascontiguousarray(logits_BLV))
+    streams = backend.upload(kernels.stream_block(draws.seed, draws.indices))
+    device.zero(status)
+    device.launch(
+        kernels.sample_rows(logits, streams, tokens, status, scale=scale, top_k=top_k, top_p=draws.sampling.top_p)
+    )
+    found: NDArray[np.int32] = backend.download(tokens).reshape(-1)
+    refused = kernels.read_status(backend.download(status))
+    if refused is not None:
+        raise ValueError(f"the kernel refused row {refused.row} of the logits")
+    return found
+
+
+def sampling_seconds(
+    arrays: Any, vocabulary: int, schedule: ScaleSchedule, batch: int
+) -> list[dict[str, float]]:
+    """Of the sampling kernel alone, by scale, published options, logits as peaked as a model's."""
+    device = arrays.device
+    draws = Draws(Sampling(), 0, tuple(range(batch)))
+    streams = arrays.upload(kernels.stream_block(0, draws.indices))
+    rng = np.random.default_rng(1)
+    one = (4 * rng.standard_normal((schedule.largest, vocabulary))).astype(np.float32)
+    whole = arrays.empty((batch, schedule.largest, vocabulary), "float32")
+    piece: DeviceArray = arrays.upload(one)
+    for i in range(batch):
+        device.copy(whole[i], piece)
+    status = arrays.empty((kernels.STATUS_WORDS,), "uint32")
+    device.zero(status)
+    times = []
+    for i, (h, w) in enumerate(schedule):
+        L = h * w
+        logits = whole.reshape(batch * schedule.largest * vocabulary)[: batch * L * vocabulary]
+        tokens = arrays.empty((batch, h, w), "int32")
+        launch = kernels.sample_rows(
+            logits.reshape(batch, L, vocabulary),
+            streams,
+            tokens,
+            status,
+            scale=i,
+            top_k=draws.sampling.top_k_at(h, w),
+            top_p=draws.sampling.top_p,
+        )
+        many = device.capture(lambda launch=launch: [device.launch(launch) for _ in range(LAUNCHES)])
+        samples = []
+        for turn in range(WARM_UPS + REPEATS):
+            seconds = device.elapsed(many.launch)
+            device.synchronize()
+            if turn >= WARM_UPS:
+                samples.append(seconds() / LAUNCHES)
+        many.close()
+        times.append(quantiles(samples))
+    return times

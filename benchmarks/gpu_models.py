@@ -1,0 +1,123 @@
+"""Models to measure: random weights of the published sizes, their bundles and their proofs.
+
+Times depend on sizes, not on values; parity does depend on values, hence the recipe of `flexvar_ref.synthetic`, whose
+activations and logits are those of a trained model in size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexvar_export.bundle import TORCH_PRECISIONS, UNPROVEN
+from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts, tables
+from flexvar_export.modules import graph_module
+from flexvar_export.onnx_graphs import export_graph
+from flexvar_export.proof import PROOF_FILE, Proof, make_proof
+from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
+from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
+from flexvar_runtime import Guidance, ScaleSchedule
+from flexvar_runtime.bundle_writer import seal, write_bundle
+from flexvar_runtime.graphs import TABLES_FILE, graph_specs
+from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, Provenance
+
+TINY = "tiny"
+SEED = 0
+
+Save = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the bundle of a model and its proof, every row of logits kept, lie in the folder of a run."""
+
+    bundle: Path
+    proof: Path
+
+    @classmethod
+    def of(cls, work: Path, model: str) -> ModelFiles:
+        return cls(work / f"{model}.bundle", work / f"{model}.{PROOF_FILE}")
+
+
+def schedule_of(model: str) -> ScaleSchedule:
+    """The published ten steps; for the tiny model five, the last as large as those of its proof."""
+    return ScaleSchedule.parse("1_2_3_4_10" if model == TINY else PUBLISHED_DEFAULTS.schedule)
+
+
+def load_proof(work: Path, model: str) -> Proof:
+    return Proof.load(ModelFiles.of(work, model).proof)
+
+
+def default_guidance() -> Guidance:
+    """Of the published evaluation."""
+    return Guidance(PUBLISHED_DEFAULTS.guidance_scale, PUBLISHED_DEFAULTS.guidance_rule, PUBLISHED_DEFAULTS.max_side)
+
+
+def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
+    """"tiny", or "d16" and the like: float32, on the CPU, in evaluation mode; equal in every process."""
+    tiny = name == TINY
+    transformer = tiny_transformer() if tiny else TransformerConfig.published(int(name.removeprefix("d")))
+    with torch.device("meta"):
+        tokenizer = Tokenizer(TINY_TOKENIZER if tiny else TokenizerConfig())
+    _fill(tokenizer)
+    with torch.device("meta"):
+        model = FlexVAR(transformer, tokenizer.codebook_VD.detach())
+    _fill(model)
+    return model.eval(), tokenizer.eval()
+
+
+def _fill(module: FlexVAR | Tokenizer) -> None:
+    """Every parameter from a stream of its own, several at a time: NumPy fills without holding the interpreter."""
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+    def one(name: str) -> dict[str, Tensor]:
+        return synthetic_state({name: shapes[name]}, SEED)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        state = {name: value for part in pool.map(one, shapes) for name, value in part.items()}
+    module.load_state_dict(state, assign=True)
+
+
+def export_model(name: str, work: Path, precision: str, save: Save) -> None:
+    """The bundle of a random model, unproven, and beside it what the reference computes in float32 on the CPU."""
+    files, seconds, start = ModelFiles.of(work, name), dict[str, float](), time.perf_counter()
+
+    def done(step: str) -> None:
+        nonlocal start
+        seconds[step], start = time.perf_counter() - start, time.perf_counter()
+        save({"model": name, "precision": precision, "weights": "random", "seconds": seconds})
+
+    model, tokenizer = random_model(name)
+    facts = model_facts(model, tokenizer)
+    specs = graph_specs(facts, precision)
+    done("weights")
+    with write_bundle(files.bundle) as directory:
+        for graph, spec in specs.items():
+            export_graph(graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision]), spec, directory)
+            done(graph)
+        tables(model, tokenizer).save(directory / TABLES_FILE)
+        recipe = hashlib.sha256(f"flexvar_ref.synthetic, seed {SEED}".encode()).hexdigest()
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            precision=precision,
+            model=facts,
+            graphs=specs,
+            defaults=PUBLISHED_DEFAULTS,
+            provenance=Provenance(transformer_sha256=recipe, tokenizer_sha256=recipe, tools={}),
+            parity=UNPROVEN,
+            largest_activation={},
+            files={},
+        )
+        seal(directory, manifest)
+    done("files")
+    make_proof(model, tokenizer, schedule_of(name), default_guidance()).save(files.proof)
+    done("proof")

@@ -1,0 +1,45 @@
+"""Where the time of one generation goes: the runtime under torch's profiler, which sees every kernel of the process."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .gpu_machine import uses_gpu
+from .gpu_models import Save, schedule_of
+from .gpu_runs import opened
+from .kernel_classes import kernels_of, summary
+
+WARM_UPS = 3
+
+
+def profile_runtime(work: Path, model: str, backend: str, batches: Sequence[int], save: Save) -> None:
+    """One generation by batch, kernel by kernel. The profiler slows it: shares count here, not seconds."""
+    if uses_gpu():
+        torch.zeros(1, device="cuda")  # the profiler looks at what torch has started
+    with opened(work, model, backend) as run:
+        result: dict[str, Any] = run.facts | {"warmup": WARM_UPS, "decoder_included": True, "rows": []}
+        for batch in batches:
+            labels = list(range(min(batch, run.pipeline.model.classes))) * batch
+            for _ in range(WARM_UPS):
+                run.generate(labels[:batch])
+            with profile(activities=[ProfilerActivity.CUDA if uses_gpu() else ProfilerActivity.CPU]) as seen:
+                output = run.generate(labels[:batch])
+            kernels = kernels_of(_trace(seen))
+            row = {"batch": batch, "mode": output.timings.mode, "device_s": output.timings.device}
+            result["rows"].append(row | summary(kernels, len(schedule_of(model))))
+            save(result)
+
+
+def _trace(seen: profile) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return loaded

@@ -1,0 +1,189 @@
+"""Phases as processes: started in order, stopped at their limit, and what they found kept whatever becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .gpu_plan import Phase
+
+CHILD = (sys.executable, "-m", "flexvar_bench.gpu_child")
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 2.0  # between asking a process to end and ending it
+TAIL = 2000  # letters of a failed phase's last words
+LEAST_SHARE = 0.5  # of what a phase should take must be left for it to be started
+
+DONE, FAILED, STOPPED, NOT_MEASURED = "done", "failed", "stopped", "not measured"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of a phase. result: what it last wrote, whole or in part; reason: why it is not done."""
+
+    status: str
+    reason: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+    result: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def not_measured(reason: str) -> Record:
+    return Record(NOT_MEASURED, f"not measured: {reason}")
+
+
+@dataclass
+class _Running:
+    phase: Phase
+    process: subprocess.Popen[bytes]
+    began: float
+    stop_at: float
+    started: str
+    folder: Path
+
+
+class Runner:
+    """Runs phases until all are through or the deadline comes. `report` is called with all records after each change.
+
+    command: how a phase is started, without its job and options.
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        work: Path,
+        deadline: float,
+        environment: Mapping[str, str],
+        report: Callable[[dict[str, Record]], None],
+        command: Sequence[str] = CHILD,
+    ) -> None:
+        """deadline: of the clock `time.monotonic`."""
+        self._work, self._deadline, self._environment = work, deadline, dict(environment)
+        self._report, self._command = report, tuple(command)
+        self._waiting = list(phases)
+        self._running: list[_Running] = []
+        self.records = {phase.name: not_measured("not reached") for phase in phases}
+
+    def run(self) -> dict[str, Record]:
+        """Records of all phases, in their order."""
+        try:
+            self._report(self.records)
+            while self._waiting or self._running:
+                self._start_what_can()
+                self._collect()
+                time.sleep(POLL_SECONDS if self._running else 0)
+        finally:
+            for running in self._running:
+                _end(running.process)
+                self._finish(running, Record(STOPPED, "the run was interrupted"))
+        return self.records
+
+    def _start_what_can(self) -> None:
+        """In order. A phase that is ready to run alone keeps those behind it from starting."""
+        for phase in list(self._waiting):
+            missing = self._why_never(phase)
+            if missing:
+                self._waiting.remove(phase)
+                self._record(phase, not_measured(missing))
+            elif any(need in self.records and self.records[need].status != DONE for need in phase.needs):
+                continue
+            elif phase.alone and self._running:
+                return
+            elif any(running.phase.alone for running in self._running):
+                return
+            else:
+                self._waiting.remove(phase)
+                self._start(phase)
+                if phase.alone:
+                    return
+
+    def _why_never(self, phase: Phase) -> str | None:
+        """Why a phase cannot be run any more: what it needs went wrong, or time is up."""
+        for need in phase.needs:
+            record, pending = self.records.get(need), {p.name for p in self._waiting} | self._active()
+            if need not in pending and (record is None or record.status != DONE):
+                return f"it needs {need!r} ({record.reason if record else 'which was left out'})"
+        left = self._deadline - time.monotonic()
+        if left < LEAST_SHARE * phase.seconds:
+            return f"{max(left, 0):.0f} s were left, it takes about {phase.seconds:.0f}"
+        return None
+
+    def _active(self) -> set[str]:
+        return {running.phase.name for running in self._running}
+
+    def _start(self, phase: Phase) -> None:
+        folder = self._work / "phases" / phase.name.replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        options = json.dumps(phase.options)
+        arguments = (phase.job, "--work", self._work, "--result", folder / "result.json", "--options", options)
+        with (folder / "stderr").open("wb") as errors, (folder / "stdout").open("wb") as output:
+            process = subprocess.Popen(
+                [*self._command, *map(str, arguments)],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,  # so that what it starts can be ended with it
+            )
+        began = time.monotonic()
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        stop_at = min(began + phase.limit, self._deadline)
+        self._running.append(_Running(phase, process, began, stop_at, started, folder))
+
+    def _collect(self) -> None:
+        for running in list(self._running):
+            code = running.process.poll()
+            late = time.monotonic() > running.stop_at
+            if code is None and not late:
+                continue
+            _end(running.process)  # what it started, too
+            self._running.remove(running)
+            if code == 0:
+                record = Record(DONE)
+            elif code is not None:
+                record = Record(FAILED, _why_failed(code, running.folder / "stderr"))
+            else:
+                which = "the run's deadline" if running.stop_at == self._deadline else "its limit"
+                record = Record(STOPPED, f"stopped after {time.monotonic() - running.began:.0f} s, {which}")
+            self._finish(running, record)
+
+    def _finish(self, running: _Running, record: Record) -> None:
+        result, seconds = None, time.monotonic() - running.began
+        with suppress(OSError, ValueError):
+            result = json.loads((running.folder / "result.json").read_text())
+        self._record(running.phase, Record(record.status, record.reason, running.started, round(seconds, 1), result))
+
+    def _record(self, phase: Phase, record: Record) -> None:
+        self.records[phase.name] = record
+        self._report(self.records)
+
+
+def _why_failed(code: int, stderr: Path) -> str:
+    """The last words of a process, and the signal where one ended it."""
+    text = stderr.read_text(errors="replace").strip()[-TAIL:]
+    if code < 0:
+        with suppress(ValueError):
+            return f"ended by {signal.Signals(-code).name}: {text or 'no last words'}"
+    last = text.splitlines()[-1] if text else "no last words"
+    return f"exit code {code}: {last}" + (f"\n{text}" if text != last else "")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started: politely, then not."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, kind)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS if kind == signal.SIGTERM else None)

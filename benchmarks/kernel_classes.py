@@ -1,0 +1,103 @@
+"""What a kernel is for, told by its name; and what that says of one generation: time per class and per scale."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+OTHER = "other"
+SAMPLER = "sample_rows"  # our kernel that ends every scale
+
+# Looked at in this order: an implicit GEMM is a convolution, a fused attention kernel is named after its products.
+_CLASSES = (
+    ("sampling", r"\bsample_rows\b|^draws$|topk|radix_?sort|bitonic|sort_?(?:kernel|pairs)|tensor_kernel_scan|DeviceScan"),
+    ("next_inputs", r"\bnext_inputs\b|upsample_bicubic"),
+    ("attention", r"fmha|flash|mha_|_mha|attention|attn|softmax"),
+    ("convolution", r"conv(?!ert)|fprop|implicit_gemm|winograd|im2col"),
+    ("copies", r"memcpy|memset|nchw_?to_?nhwc|nhwc_?to_?nchw|transpose|copy|concat|cat_?array|gather|permute|slice|split(?!_?k)"),
+    ("gemm", r"gemm|gemv|nvjet|cublas|matmul|tensorop|split_?k|triton_(?:tem|mm)"),
+    (
+        "normalisation+elementwise",
+        r"norm|element_?wise|pointwise|gelu|silu|reduce|triton_|__myl_|\bto_uint8\b|cast|expand|activation|welford",
+    ),
+)
+_PATTERNS = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _CLASSES)
+CLASSES = (*(name for name, _ in _CLASSES), OTHER)
+NAME_LENGTH = 160  # templates go on for thousands of letters
+
+
+def classify(kernel: str) -> str:
+    """One of CLASSES; what no pattern knows is "other", never guessed."""
+    return next((name for name, pattern in _PATTERNS if pattern.search(kernel)), OTHER)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, copy or fill on the device; microseconds."""
+
+    name: str
+    start: float
+    duration: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.duration
+
+
+def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
+    """Work on the device in a trace of torch's profiler (Chrome format), in order."""
+    device = {"kernel", "gpu_memcpy", "gpu_memset"}
+    events = (event for event in trace.get("traceEvents", []) if event.get("cat") in device)
+    return sorted((Kernel(e["name"], float(e["ts"]), float(e["dur"])) for e in events), key=lambda k: k.start)
+
+
+def summary(kernels: Sequence[Kernel], scales: int, top: int = 15) -> dict[str, Any]:
+    """Seconds and shares by class, the kernels that take longest, and seconds by scale.
+
+    A scale ends with its draws; what follows the last is the decoder. Unless there are as many draws as `scales`, the
+    scales are told to be unknown.
+    """
+    if not kernels:
+        return {"reason": "the profiler saw no kernel"}
+    busy: dict[str, float] = defaultdict(float)
+    names: dict[str, float] = defaultdict(float)
+    counts = Counter(kernel.name for kernel in kernels)
+    for kernel in kernels:
+        busy[classify(kernel.name)] += kernel.duration / 1e6
+        names[kernel.name] += kernel.duration / 1e6
+    total, first, last = sum(busy.values()), _begin(kernels), _end(kernels)
+    ends = [kernel.end for kernel in kernels if re.search(rf"\b{SAMPLER}\b", kernel.name)]
+    bounds = [first, *ends, last]
+    parts = [(b - a) / 1e6 for a, b in zip(bounds, bounds[1:], strict=False)] if len(ends) == scales else []
+    return {
+        "kernels": len(kernels),
+        "busy_s": total,
+        "span_s": (last - first) / 1e6,
+        "classes": {
+            name: {"seconds": busy[name], "share": busy[name] / total if total else 0.0} for name in CLASSES if name in busy
+        },
+        "top": [
+            {"name": name[:NAME_LENGTH], "class": classify(name), "seconds": seconds, "launches": counts[name]}
+            for name, seconds in sorted(names.items(), key=lambda item: -item[1])[:top]
+        ],
+        "scale_s": parts[:-1] or None,
+        "decoder_s": parts[-1] if parts else None,
+        "scale_how": f"from the end of one {SAMPLER} to the end of the next, in one profiled generation"
+        if parts
+        else f"not measured: {len(ends)} {SAMPLER} kernels for {scales} scales",
+    }
+
+
+def _begin(kernels: Sequence[Kernel]) -> float:
+    """Of the first scale: a request's rows are gathered before it, and the status is zeroed."""
+    gathered = max((i for i, kernel in enumerate(kernels) if "gather_rows" in kernel.name), default=-1)
+    rest = kernels[gathered + 1 :]
+    return next((kernel.start for kernel in rest if classify(kernel.name) != "copies"), kernels[0].start)
+
+
+def _end(kernels: Sequence[Kernel]) -> float:
+    """Of the decoder: its pixels; what follows is their way to the host."""
+    return max((kernel.end for kernel in kernels if "to_uint8" in kernel.name), default=max(k.end for k in kernels))

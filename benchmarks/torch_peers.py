@@ -1,0 +1,144 @@
+"""The peers in torch, timed as the runtime is: the eager reference as published and with resident weights, and compiled.
+
+Everything ends as bytes on the host, as the runtime's images do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flexvar_ref
+from flexvar_export.proof import reference_options
+from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_ref.sampling import draw, probabilities
+from flexvar_runtime import Sampling
+
+from .gpu_machine import device_seconds, used_bytes, uses_gpu
+from .gpu_models import Save, default_guidance, load_proof, random_model, schedule_of
+from .timing import Budget, memory_watch, quantiles, repeat, timed_row
+from .torch_compiled import CompiledPeer, Eager
+
+AUTOCAST, RESIDENT = "autocast-fp16", "resident-bf16"
+VARIANTS = {
+    AUTOCAST: "float32 weights, every operation under torch.autocast(float16), as the published evaluation",
+    RESIDENT: "weights and activations in bfloat16",
+}
+PART_REPEATS = 3
+SAMPLED_BATCH = 8  # beyond it sampling is not timed on its own: its sorts take gigabytes
+
+
+def to_pixels(image_BCHW: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8, as `flexvar_runtime.images.to_uint8`."""
+    return (image_BCHW.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def place() -> torch.device:
+    return torch.device("cuda" if uses_gpu() else "cpu")
+
+
+def reference(model_name: str, batches: Sequence[int], budget: Budget, save: Save) -> None:
+    """Both variants of the eager reference, batch by batch."""
+    model, tokenizer = (part.to(place()) for part in random_model(model_name))
+    resident = tuple(copy.deepcopy(part).to(torch.bfloat16) for part in (model, tokenizer))
+    pairs = {AUTOCAST: (model, tokenizer), RESIDENT: resident}
+    result = _facts(model_name) | {"variants": VARIANTS, "rows": []}
+    for batch in batches:
+        for variant, (transformer, vae) in pairs.items():
+            row = _eager_row(variant, transformer, vae, model_name, batch, budget)
+            result["rows"].append({"variant": variant, **row})
+            save(result)
+
+
+def _facts(model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "schedule": str(schedule_of(model)),
+        "guidance": default_guidance().to_json(),
+        "device": torch.cuda.get_device_name() if uses_gpu() else "cpu",
+        "torch": torch.__version__,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _autocast(variant: str) -> AbstractContextManager[object]:
+    return torch.autocast(place().type, torch.float16) if variant == AUTOCAST and uses_gpu() else nullcontext()
+
+
+def _eager_row(
+    variant: str, model: FlexVAR, tokenizer: Tokenizer, name: str, batch: int, budget: Budget
+) -> dict[str, Any]:
+    labels = [i % model.config.classes for i in range(batch)]
+    options, schedule = reference_options(default_guidance(), Sampling()), str(schedule_of(name))
+
+    def whole() -> Tensor:
+        with _autocast(variant):
+            _, image = flexvar_ref.generate(model, tokenizer, labels, schedule, options)
+        return to_pixels(image).cpu()
+
+    row = _row(whole, batch, budget)
+    with _autocast(variant):
+        scales = list(flexvar_ref.iter_scales(model, labels, schedule, options))
+        with torch.inference_mode():
+            row["decode_s"] = _part(lambda: tokenizer.decode(scales[-1].tokens))
+            if batch <= SAMPLED_BATCH:
+                row["sampling_s"] = sum(_part(lambda logits=s.logits: _sample(logits)) for s in scales)  # type: ignore[misc]
+    return row
+
+
+def _sample(logits: Tensor) -> Tensor:
+    uniforms = torch.rand(logits.shape[:2], dtype=torch.float64, device=logits.device)
+    return draw(probabilities(logits, Sampling().top_k, Sampling().top_p), uniforms)
+
+
+def _part(work: Callable[[], object]) -> float:
+    work()
+    return sorted(device_seconds(work) for _ in range(PART_REPEATS))[PART_REPEATS // 2]
+
+
+def _row(whole: Callable[[], object], batch: int, budget: Budget) -> dict[str, Any]:
+    """Times between events where there is a GPU, and the height of memory in a call that is not timed."""
+    walls, devices = repeat(lambda: device_seconds(whole) if uses_gpu() else _none(whole()), budget)
+    row = timed_row(batch, walls, devices, budget)
+    with memory_watch(used_bytes()) as memory:
+        whole()
+    row["device_memory_bytes"] = memory or None
+    return row
+
+
+def _none(_: object) -> None:
+    return None
+
+
+def compiled(
+    work: Path, model_name: str, batches: Sequence[int], budget: Budget, static_batches: Sequence[int], save: Save
+) -> None:
+    """Blocks and decoder compiled, the whole generation one CUDA graph; with dynamic shapes, then with exact ones.
+
+    Held against the proof first: a peer that computes something else would be no peer.
+    """
+    result = _facts(model_name) | {"precision": "float16" if uses_gpu() else "float32", "rows": []}
+    eager = Eager(*random_model(model_name), schedule_of(model_name), place())
+    proof = load_proof(work, model_name)
+    for dynamic, sizes in ((True, batches), (False, static_batches)):
+        peer = CompiledPeer(eager, dynamic=dynamic)
+        if dynamic:
+            result["relative_error"] = peer.relative_error(proof.cases[0])
+            save(result)
+        for batch in sizes:
+            labels = [i % eager.classes for i in range(batch)]
+            seconds = device_seconds(lambda: peer.prepare(labels))  # noqa: B023  # called at once
+            row = _row(peer.run, batch, budget)
+            row |= {"shapes": "dynamic" if dynamic else "exact", "mode": peer.mode, "prepare_s": seconds}
+            result["rows"].append(row)
+            save(result)
+            peer.release()
+
+
+__all__ = ["AUTOCAST", "RESIDENT", "VARIANTS", "compiled", "quantiles", "reference"]

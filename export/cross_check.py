@@ -1,0 +1,160 @@
+"""Two backends on the same inputs, graph by graph and output by output: where does one begin to differ?
+
+The proof says whether a backend is right; this says where it goes wrong, keys and values included. Polygraphy drives
+both and keeps what they gave; the first backend's outputs feed the next scale of both.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexvar_runtime import Bundle
+from flexvar_runtime.backends.base import Backend, Graph, host_dtype
+from flexvar_runtime.engine import Engine
+from flexvar_runtime.errors import BackendUnavailable, InvalidInput
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
+from flexvar_runtime.loop import ScaleLoop
+from flexvar_runtime.manifest import ParityRecord, ParityRow
+
+from .parity import GATES, holds, relative_error
+from .proof import Case, Proof
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -> ParityRecord:
+    """Every output of every graph on `second` against `first`, teacher-forced over the proof's first case.
+
+    Bounds are twice those of the proof: both differ from the reference. Raises InvalidInput for a bf16 bundle on a
+    backend whose arrays NumPy cannot hold, BackendUnavailable where Polygraphy is missing.
+    """
+    if first.device is not None:
+        raise InvalidInput(
+            f"{first.name} to compare against",
+            expected="ort-cpu, whose arrays lie on the host",
+            fix="--against ort-cpu",
+        )
+    if bundle.manifest.precision == "bf16":
+        raise InvalidInput(
+            "a bf16 bundle to compare between backends",
+            expected="fp32 or fp16, which arrays on the host can hold",
+            fix="flexvar verify without --against compares with the reference",
+        )
+    engine = Engine(bundle, first)
+    others: dict[str, Graph] = {}
+    try:
+        rows = []
+        bound = 2 * GATES[bundle.manifest.precision].relative
+        for graph, scale, feed in _feeds(engine, proof, second.labels_per_run):
+            if graph not in others:
+                others[graph] = second.open(bundle, graph)
+            got = _run_both([(first, engine.graph(graph)), (second, others[graph])], feed)
+            rows += [
+                ParityRow(
+                    graph=graph,
+                    scale=scale,
+                    output=name,
+                    metric="relative_error",
+                    value=relative_error(got[1][name].astype(np.float32), exact.astype(np.float32)),
+                    bound=bound,
+                )
+                for name, exact in got[0].items()
+            ]
+    finally:
+        for opened in others.values():
+            opened.close()
+        engine.close()
+        second.close()
+    return ParityRecord(
+        backend=f"{second.name} against {first.name}",
+        emulated=False,
+        passed=all(map(holds, rows)),
+        rows=tuple(rows),
+        free_running_agreement=None,
+    )
+
+
+def _feeds(engine: Engine, proof: Proof, labels: int) -> Iterator[tuple[str, str | None, Arrays]]:
+    """Inputs of every graph in the order of a generation, as the first backend's own run makes them."""
+    case: Case = proof.cases[0]
+    yield CONDITION, None, {"labels": np.resize(np.array(proof.labels, np.int32), labels)}
+    with engine.loop(case.labels, case.schedule, case.guidance) as loop:
+        assert isinstance(loop, ScaleLoop)  # the first backend's arrays lie on the host
+        previous = None
+        for i, (h, w) in enumerate(case.schedule):
+            inputs = loop.inputs(i, previous)
+            yield STEP, f"{i + 1}/{len(case.schedule)} ({h}x{w})", {name: np.array(a) for name, a in inputs.items()}
+            loop.logits(i, previous)
+            previous = case.tokens[i]
+    h, w = case.schedule[-1]
+    yield DECODE, f"{h}x{w}", {"tokens": case.tokens[-1]}
+    yield ENCODE, None, {"image": proof.image}
+
+
+def _run_both(pair: list[tuple[Backend, Graph]], feed: Arrays) -> list[Mapping[str, NDArray[Any]]]:
+    """The outputs of both, by name."""
+    comparator = _polygraphy("polygraphy.comparator").Comparator
+    runners = [_runner(backend, graph) for backend, graph in pair]
+    logger = _polygraphy("polygraphy.logger").G_LOGGER
+    with logger.verbosity(logger.CRITICAL):
+        results = comparator.run(runners, data_loader=[feed])
+    return [iterations[0] for _, iterations in results.items()]
+
+
+def _runner(backend: Backend, graph: Graph) -> Any:
+    """A graph of ours as a runner of Polygraphy."""
+    base: Any = _polygraphy("polygraphy.backend.base").BaseRunner
+    metadata = _polygraphy("polygraphy.common").TensorMetadata
+
+    class Runner(base):  # type: ignore[misc]
+        def get_input_metadata_impl(self) -> Any:
+            described = metadata()
+            for tensor in graph.spec.inputs:
+                described.add(
+                    tensor.name, host_dtype(tensor.dtype), [a if isinstance(a, int) else -1 for a in tensor.axes]
+                )
+            return described
+
+        def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            inputs = {name: backend.upload(array) for name, array in feed_dict.items()}
+            outputs = {
+                tensor.name: backend.empty(_shape(graph, tensor.axes, feed_dict), tensor.dtype)
+                for tensor in graph.spec.outputs
+            }
+            graph.run(inputs, outputs)
+            self.inference_time = 0.0  # not what is asked here
+            return {name: np.array(backend.download(array)) for name, array in outputs.items()}
+
+    return Runner(name=backend.name)
+
+
+def _shape(graph: Graph, axes: tuple[str | int, ...], feed: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
+    """The shape of an output, from the sizes of the inputs."""
+    sizes: dict[str, int] = {}
+    for tensor in graph.spec.inputs:
+        for axis, length in zip(tensor.axes, feed[tensor.name].shape, strict=True):
+            if isinstance(axis, str):
+                base, _, factor = axis.partition("_x")
+                sizes[base] = length // int(factor or 1)
+
+    def size(axis: str | int) -> int:
+        if isinstance(axis, int):
+            return axis
+        base, _, factor = axis.partition("_x")
+        return sizes[base] * int(factor or 1)
+
+    return tuple(map(size, axes))
+
+
+def _polygraphy(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"no module {error.name}", expected="Polygraphy", fix="pip install 'flexvar-deploy[export]'"
+        ) from error

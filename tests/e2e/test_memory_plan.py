@@ -1,0 +1,119 @@
+"""The plan against what a process really takes: never below its peak, and at most a quarter above it.
+
+Below it the system would kill what was let through; far above it requests that fit would be refused.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flexvar_runtime import Bundle, ScaleSchedule
+from flexvar_runtime.planner import PUBLISHED_DECODER, MemoryPlan, plan
+
+SIX = "1_2_4_6_10_16"
+TEN = "1_2_3_4_5_6_8_10_13_16"
+THIRTEEN = "1_2_3_4_5_6_7_8_9_10_12_14_16"
+TINY_DECODER = (32, 64)
+ABOVE = 0.25
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system keeps no record of the largest memory taken"
+)
+
+# Not ru_maxrss: that remembers the size of the process that started this one.
+GENERATE = """
+import sys
+from pathlib import Path
+from flexvar_runtime import FlexVARPipeline, Guidance
+
+bundle, schedule, images, guidance, times = sys.argv[1:]
+with FlexVARPipeline.from_bundle(bundle, backend="ort-cpu", threads=2) as pipe:
+    for i in range(int(times)):
+        labels = [(i * int(images) + k) % 10 for k in range(int(images))]
+        pipe(labels, schedule, Guidance(float(guidance)), seed=0)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+"""
+
+
+def peak(bundle: Path, schedule: str, images: int, guided: bool, times: int = 1) -> int:
+    """Largest resident memory of a fresh process that generates `times` batches, of other classes each."""
+    options = (str(bundle), schedule, str(images), "2.5" if guided else "0", str(times))
+    done = subprocess.run([sys.executable, "-c", GENERATE, *options], check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def planned(bundle: Path, schedule: str, images: int, guided: bool, channels: tuple[int, int]) -> MemoryPlan:
+    manifest = Bundle.open(bundle).manifest
+    return plan(manifest, ScaleSchedule.parse(schedule), images, guided, decoder_channels=channels)
+
+
+def assert_close_above(estimate: int, measured: int) -> None:
+    over = estimate / measured - 1
+    assert 0 <= over <= ABOVE, f"plan {estimate / 2**20:.0f} MiB, peak {measured / 2**20:.0f} MiB: {over:+.1%}"
+
+
+@pytest.mark.parametrize(
+    ("precision", "schedule", "images", "guided"),
+    [
+        ("fp32", TEN, 1, True),
+        ("fp32", SIX, 8, False),
+        ("fp32", TEN, 16, True),
+        ("fp32", "1_2_3x5_12x20", 4, True),
+        ("fp32", "512px", 1, True),
+        ("fp16", TEN, 1, False),
+        ("fp16", THIRTEEN, 8, True),
+    ],
+)
+def test_tiny(tiny_bundles: Callable[[str], Path], precision: str, schedule: str, images: int, guided: bool) -> None:
+    bundle = tiny_bundles(precision)
+    request = (bundle, schedule, images, guided)
+    assert_close_above(planned(*request, TINY_DECODER).total, peak(*request))
+
+
+def test_generations_after_the_first(tiny_bundle: Path) -> None:
+    """Other classes: the condition is opened again beside all the rest, and the decoder runs a second time."""
+    request = (tiny_bundle, TEN, 8, True)
+    assert_close_above(max(planned(*request, TINY_DECODER).phases.values()), peak(*request, times=3))
+
+
+def test_the_bound_notices_what_is_missing(tiny_bundle: Path) -> None:
+    request = (tiny_bundle, TEN, 16, True)
+    complete, measured = planned(*request, TINY_DECODER), peak(*request)
+    for part in ("runtime", "kv"):
+        with pytest.raises(AssertionError, match=r"plan .* MiB, peak .* MiB: -"):
+            assert_close_above(replace(complete, **{part: 0}).total, measured)
+    with pytest.raises(AssertionError, match=r"plan .* MiB, peak .* MiB: \+"):  # guided twice
+        assert_close_above(planned(tiny_bundle, TEN, 32, True, TINY_DECODER).total, measured)
+
+
+@pytest.fixture(scope="module")
+def d16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from flexvar_bench.against_reference import checkpoints, exported
+
+    work = tmp_path_factory.mktemp("d16")
+    return exported(work, 16, checkpoints(work, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("schedule", "images", "guided"),
+    [(SIX, 1, True), (TEN, 1, True), (TEN, 1, False), (THIRTEEN, 1, True), (TEN, 4, True), ("512px", 1, True)],
+)
+def test_d16(d16: Path, schedule: str, images: int, guided: bool) -> None:
+    request = (d16, schedule, images, guided)
+    assert_close_above(planned(*request, PUBLISHED_DECODER).total, peak(*request))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_d16_generations_after_the_first(d16: Path) -> None:
+    request = (d16, TEN, 1, True)
+    assert_close_above(max(planned(*request, PUBLISHED_DECODER).phases.values()), peak(*request, times=3))

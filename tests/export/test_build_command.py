@@ -1,0 +1,366 @@
+"""`flexvar build`: what it prints and writes, what it refuses, and that nothing half-built is ever left or loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexvar_export import build_command, engine_builder
+from flexvar_export.build_command import choose_target
+from flexvar_export.engine_builder import Plan
+from flexvar_runtime import BackendUnavailable, Bundle, InvalidInput
+from flexvar_runtime.backends import trt_library
+from flexvar_runtime.bundle_writer import seal
+from flexvar_runtime.engines import EngineId, PrecisionReport, find_engine, read_engine, receipts_folder
+from flexvar_runtime.graphs import GRAPHS
+
+RTX = ("--backend", "tensorrt-rtx")
+SMALL = (*RTX, "--schedule", "1_2x3", "--max-batch", "2")
+LONG = (*RTX, "--schedule", "1_2_3_4_5_6_7_8_9")
+FLEXVAR = Path(sys.executable).with_name("flexvar")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class FirstBuild:
+    folder: Path
+    bundle: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's folders are the test's, and there is no GPU."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build_command, "present_gpu", lambda: None)
+
+
+@pytest.fixture
+def half_bundle(tiny_bundles: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundles("fp16"), tmp_path / "half.bundle"))
+
+
+@pytest.fixture(scope="module")
+def first_build(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> FirstBuild:
+    """A process that built a bundle for a small schedule. Read-only: see `built_bundle`."""
+    folder = tmp_path_factory.mktemp("built")
+    bundle = Path(shutil.copytree(tiny_bundles("fp16"), folder / "half.bundle"))
+    environment = os.environ | {
+        "XDG_STATE_HOME": str(folder / "state"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [str(part) for part in (FLEXVAR, "build", bundle, *SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return FirstBuild(folder, bundle, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def built_bundle(first_build: FirstBuild, tmp_path: Path) -> Path:
+    """A copy of it, with the receipts of this test's user."""
+    shutil.copytree(first_build.folder / "state", tmp_path / "state")
+    return Path(shutil.copytree(first_build.bundle, tmp_path / "half.bundle"))
+
+
+def found(bundle: Path, graph: str = "step", target: str = "8.6", engines: Path | None = None) -> Any:
+    version = trt_library.load("tensorrt-rtx").version
+    return find_engine(
+        Bundle.open(bundle), graph, flavour="tensorrt-rtx", version=version, target=target, engines_dir=engines
+    )
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_build(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(first_build.folder / "state"))
+    *lines, last = first_build.out.splitlines()
+    assert last == f"tensorrt-rtx {trt_library.load('tensorrt-rtx').version}, target portable"
+    summaries = dict(zip(("condition", "decode", "encode", "step"), lines, strict=True))
+    for graph in GRAPHS:
+        engine = found(first_build.bundle, graph)
+        assert read_engine(engine) and summaries[graph].startswith(f"{engine.path}: ")
+    assert "3 profiles, " in summaries["step"] and "2 attention fused)" in summaries["step"]
+    assert "; 94% float16 (13 matmul float16, 1 matmul float32, 2 attention float16, " in summaries["step"]
+    assert "build 1/8: condition, 16 labels\n" in first_build.err and "build 8/8: step, wide\n" in first_build.err
+    assert len(files(first_build.bundle / "engines")) == 4
+    assert not (first_build.folder / "cache/flexvar").exists()
+    Bundle.open(first_build.bundle)  # engines are no part of it
+
+
+def test_built_before(run_cli: Run, built_bundle: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in (built_bundle / "engines").iterdir()}
+
+    def built(*options: str) -> tuple[dict[str, bool], str]:
+        code, out, err = run_cli("build", built_bundle, *SMALL, "--json", *options)
+        assert code == 0 and "build 8/8" in err
+        return {engine["graph"]: engine["built"] for engine in json.loads(out)["engines"]}, err
+
+    assert built()[0] == dict.fromkeys(GRAPHS, False)
+    assert {path.name: path.stat().st_mtime_ns for path in (built_bundle / "engines").iterdir()} == before
+    # What is spoilt is built again, and so is everything with --force.
+    condition = found(built_bundle, "condition").path
+    condition.write_bytes(condition.read_bytes()[:-1] + b"x")
+    again, err = built()
+    assert again == dict.fromkeys(GRAPHS, False) | {"condition": True} and f"{condition.name}: sha256 " in err
+    assert built("--force")[0] == dict.fromkeys(GRAPHS, True)
+    assert len(files(built_bundle / "engines")) == 4
+
+
+def test_json(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
+    engines = tmp_path / "my engines"
+    code, out, _ = run_cli(
+        "build", half_bundle, *SMALL, "--target", "89", "--target", "8.6", "--engines", engines, "--json"
+    )
+    data = json.loads(out)
+    assert code == 0
+    bundle = Bundle.open(half_bundle)
+    assert (data["bundle"], data["sha256"]) == (str(bundle.path), bundle.sha256)
+    assert (data["backend"], data["target"]) == ("tensorrt-rtx", "8.6,8.9")
+    step = data["engines"][3]
+    assert step["graph"] == "step" and Path(step["file"]).parent == engines
+    assert step["size_bytes"] == Path(step["file"]).stat().st_size
+    assert [profile["name"] for profile in step["profiles"]] == ["1 after 0", "6 after 1", "wide"]
+    assert step["profiles"][1]["axes"] == {
+        "sequences": [1, 2, 4],
+        "images": [1, 1, 2],
+        "new": [6, 6, 6],
+        "past": [1, 1, 1],
+    }
+    assert step["precision"]["claimed"] == "float16" and step["precision"]["fused_attention"] == 2
+    assert not (half_bundle / "engines").exists()
+    assert found(half_bundle, target="8.9", engines=engines).path == Path(step["file"])
+    with pytest.raises(Exception, match=r"an engine for GPU 8.6 and 8.9"):
+        found(half_bundle, target="9.0", engines=engines)
+
+
+def test_the_bundles_schedule_is_the_default(run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[EngineId] = []
+
+    def instead(library: Any, bundle: Any, wanted: EngineId, **_: Any) -> Plan:
+        plans.append(wanted)
+        return Plan(b"engine", PrecisionReport(claimed="float16", layers={}, fused_attention=0, share=1.0))
+
+    monkeypatch.setattr(engine_builder, "build_engine", instead)
+    code, _, _ = run_cli("build", half_bundle, *RTX)
+    assert code == 0 and [len(plan.profiles) for plan in plans] == [1, 2, 2, 11]
+    assert plans[3].profiles[-1].axes["sequences"] == (1, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--backend", "cuda"], 2, "backend 'cuda' | tensorrt or tensorrt-rtx | name one of them"),
+        ([*RTX, "--target", "90"], 2, "--target 90 | one of 80, 86, 89, 120, 121 (tensorrt-rtx "),
+        ([*RTX, "--target", "7.5"], 2, "--target 7.5 | one of 80, "),
+        ([*RTX, "--schedule", "2_4"], 2, "a schedule with first scale 2 | 1 as the first scale"),
+        ([*RTX, "--schedule", "1024px"], 2, "schedule '1024px' | "),
+        ([*RTX, "--max-batch", "0"], 2, "Invalid value for '--max-batch'"),
+        ([*RTX, "--max-batch", "1025"], 2, "Invalid value for '--max-batch'"),
+        (["--backend", "tensorrt"], 4, "tensorrt is not installed | the tensorrt libraries | pip install "),
+    ],
+)
+def test_refusals(run_cli: Run, half_bundle: Path, options: list[str], code: int, text: str, tmp_path: Path) -> None:
+    got, out, err = run_cli("build", half_bundle, *options, "--json")
+    error = json.loads(out)["error"]
+    assert got == code, err
+    assert text in f"{error['got']} | {error['expected']} | {error['fix']}"
+    assert not (half_bundle / "engines").exists() and not (tmp_path / "state").exists()
+
+
+def test_a_bundle_that_is_none(run_cli: Run, tmp_path: Path) -> None:
+    code, _, err = run_cli("build", tmp_path / "nothing", *SMALL)
+    assert code == 5 and "nothing at " in err
+
+
+def test_a_spoilt_bundle(run_cli: Run, half_bundle: Path) -> None:
+    data = bytearray((half_bundle / "step.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (half_bundle / "step.onnx").write_bytes(data)
+    code, _, err = run_cli("build", half_bundle, *SMALL)
+    assert code == 5 and "step.onnx: sha256 " in err and not (half_bundle / "engines").exists()
+
+
+def test_a_linked_folder(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (half_bundle / "engines").symlink_to(tmp_path / "elsewhere")
+    code, _, err = run_cli("build", half_bundle, *SMALL)
+    assert code == 5 and "engines: a link" in err and not files(tmp_path / "elsewhere")
+
+
+def test_receipts_of_somebody_else(run_cli: Run, half_bundle: Path) -> None:
+    receipts_folder().mkdir(parents=True)
+    receipts_folder().chmod(0o777)
+    code, _, err = run_cli("build", half_bundle, *SMALL)
+    assert code == 5 and f"{receipts_folder()}, writable by others (mode 777)" in err
+    assert not files(half_bundle / "engines")
+
+
+def test_a_full_disk(run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.write_bytes
+
+    def write_bytes(path: Path, data: Any) -> int:
+        if path.suffix == ".engine":
+            real(path, memoryview(data)[:100])
+            raise OSError(28, "No space left on device")
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    code, _, err = run_cli("build", half_bundle, *SMALL)
+    assert code == 4 and "No space left on device" in err and "--engines" in err
+    assert not files(half_bundle / "engines") and not files(receipts_folder())
+
+
+def test_the_engine_of_another_export(built_bundle: Path) -> None:
+    """A graph that changed has no engine any more; one that did not keeps its own."""
+    manifest = Bundle.open(built_bundle).manifest
+    graph = built_bundle / "decode.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"flexvar-deploy", b"flexvar-deplox"))
+    seal(built_bundle, manifest)
+    assert found(built_bundle, "step").path.exists()
+    with pytest.raises(Exception, match=r"decode: an engine of another export of the graph"):
+        found(built_bundle, "decode")
+
+
+# Targets
+
+
+def targets(*options: str, gpu: str | None = None) -> str:
+    return choose_target(trt_library.load("tensorrt-rtx"), list(options), lambda: gpu)
+
+
+def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert targets() == "portable"
+    assert targets(gpu="8.9") == "8.9"
+    assert targets("120", "8.6", "86", gpu="8.9") == "8.6,12.0"
+    assert capsys.readouterr().err == ""
+    assert targets(gpu="9.0") == "portable"
+    assert "compute capability 9.0 is not one that tensorrt-rtx 1.7" in capsys.readouterr().err
+
+
+def test_targets_of_tensorrt() -> None:
+    """It builds for the GPU it runs on, or not at all."""
+    fake: Any = type("Library", (), {"rtx": False, "flavour": "tensorrt", "version": "11.4"})()
+    assert choose_target(fake, [], lambda: "9.0") == "9.0"
+    with pytest.raises(BackendUnavailable, match="no GPU for tensorrt; expected the GPU the engines are for") as error:
+        choose_target(fake, [], lambda: None)
+    assert error.value.exit_code == 4
+    with pytest.raises(InvalidInput, match="--target 90 with tensorrt; expected none: TensorRT builds for the GPU it"):
+        choose_target(fake, ["90"], lambda: "9.0")
+
+
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert build_command.present_gpu() is None
+
+
+# Processes that are killed, interrupted, or two
+
+
+def start(bundle: Path, *options: str) -> subprocess.Popen[str]:
+    command = [FLEXVAR, "build", bundle, *LONG, *options]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError("".join(seen))
+
+
+def test_killed(run_cli: Run, half_bundle: Path) -> None:
+    """In the middle of the large one: the small ones are whole, of the large one nothing loads or stays."""
+    process = start(half_bundle)
+    wait_for(process, "step, 4 after 1")
+    process.kill()
+    process.communicate(timeout=60)
+    engines = half_bundle / "engines"
+    assert process.returncode == -signal.SIGKILL
+    assert [name.split("-")[0] for name in files(engines) if name.endswith(".engine")] == [
+        "condition",
+        "decode",
+        "encode",
+    ]
+    with pytest.raises(Exception, match=r"step: no engine in .* fix: flexvar build ") as refusal:
+        found(half_bundle)
+    for graph in GRAPHS[2:]:
+        assert read_engine(found(half_bundle, graph))
+    # The line in the refusal repairs it, and what is whole is kept.
+    words = shlex.split(refusal.value.fix)  # type: ignore[attr-defined]
+    assert words[:3] == ["flexvar", "build", str(half_bundle)]
+    code, out, _ = run_cli(*words[1:], *LONG[2:], "--json")
+    assert code == 0 and [one["built"] for one in json.loads(out)["engines"]] == [False, False, False, True]
+    assert len(files(engines)) == 4 and read_engine(found(half_bundle))
+
+
+def test_interrupted(half_bundle: Path) -> None:
+    process = start(half_bundle)
+    wait_for(process, "step, 4 after 1")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "") and err.endswith("interrupted\n")
+    assert "Traceback" not in err and "BuildCanceled" not in err
+    assert [name.split("-")[0] for name in files(half_bundle / "engines")] == ["condition", "decode", "encode"]
+
+
+def test_two_at_once(half_bundle: Path) -> None:
+    """One builds, the other waits and finds it built."""
+    processes = [start(half_bundle, "--json") for _ in range(2)]
+    results = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    one, other = ([engine["built"] for engine in json.loads(out)["engines"]] for out, _ in results)
+    assert all(a != b for a, b in zip(one, other, strict=True))
+    assert any("another flexvar build is at it, waiting" in err for _, err in results)
+    assert len(files(half_bundle / "engines")) == 4
+    same = [[engine["sha256"] for engine in json.loads(out)["engines"]] for out, _ in results]
+    assert same[0] == same[1]
+
+
+def test_without_torch_and_onnx(half_bundle: Path, tmp_path: Path) -> None:
+    """A build machine needs neither."""
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {{"torch", "onnx", "onnxscript", "safetensors", "onnxruntime"}}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+from flexvar_runtime.cli.main import main
+main(["build", {str(half_bundle)!r}, *{SMALL!r}])
+"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(files(half_bundle / "engines")) == 4
+
+
+def test_the_command_is_there(run_cli: Run) -> None:
+    assert "export" in {entry.name for entry in importlib.metadata.entry_points(group="flexvar.commands")}
+    code, out, _ = run_cli("build", "--help")
+    assert code == 0
+    for option in ("--backend", "--schedule", "--max-batch", "--target", "--engines", "--force", "--json"):
+        assert option in out

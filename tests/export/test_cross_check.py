@@ -1,0 +1,79 @@
+"""Backends against each other: all outputs are compared, and a difference is found where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexvar_export.cross_check import cross_check
+from flexvar_export.parity import holds
+from flexvar_export.proof import PROOF_FILE, Proof
+from flexvar_runtime import BackendUnavailable, Bundle, InvalidInput
+from flexvar_runtime.backends.ort import OrtGraph
+from flexvar_runtime.backends.ort_cpu import OrtCpu
+
+
+class Other(OrtCpu):
+    """A second backend; `spoil` changes one output of one graph."""
+
+    name = "other"
+
+    def __init__(self, graph: str = "", output: str = "") -> None:
+        super().__init__(1)
+        self._spoiled = graph, output
+
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
+        opened = super().open(bundle, graph)
+        run = opened.run
+
+        def spoiled(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+            run(inputs, outputs)
+            if graph == self._spoiled[0]:
+                outputs[self._spoiled[1]][:] *= np.float32(1.01)
+
+        opened.run = spoiled  # type: ignore[method-assign]
+        return opened
+
+
+def check(path: Path, *spoiled: str) -> Any:
+    bundle = Bundle.open(path)
+    return cross_check(bundle, Proof.load(bundle.file(PROOF_FILE)), OrtCpu(1), Other(*spoiled))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_backend_agrees_with_itself(tiny_bundles: Callable[[str], Path], precision: str) -> None:
+    record = check(tiny_bundles(precision))
+    assert record.passed and record.backend == "other against ort-cpu"
+    assert {row.graph for row in record.rows} == {"condition", "step", "decode", "encode"}
+    assert {row.output for row in record.rows} >= {"modulation", "logits", "new_k_0", "new_v_1", "image", "latent"}
+    assert len({row.scale for row in record.rows if row.graph == "step"}) == 10
+    assert all(row.value < 1e-6 for row in record.rows)
+
+
+@pytest.mark.parametrize(
+    ("graph", "output"),
+    [("condition", "head_modulation"), ("step", "new_v_1"), ("decode", "image"), ("encode", "latent")],
+)
+def test_a_difference_is_found_where_it_is(tiny_bundle: Path, graph: str, output: str) -> None:
+    record = check(tiny_bundle, graph, output)
+    assert not record.passed
+    assert {(row.graph, row.output) for row in record.rows if not holds(row)} == {(graph, output)}
+
+
+def test_what_cannot_be_compared(tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInput, match="got a bf16 bundle to compare between backends"):
+        check(tiny_bundles("bf16"))
+    monkeypatch.setitem(__import__("sys").modules, "polygraphy.comparator", None)
+    with pytest.raises(BackendUnavailable, match="expected Polygraphy; fix: pip install 'flexvar-deploy"):
+        check(tiny_bundles("fp32"))
+
+
+def test_the_command(tiny_bundle: Path, run_cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run_cli("verify", tiny_bundle, "--backend", "ort-cpu", "--against", "ort-cpu", "--threads", "1")
+    assert code == 0 and "parity on ort-cpu against ort-cpu" in out
+    code, _, err = run_cli("verify", tiny_bundle, "--against", "ort-cpu", "--checkpoint", "a", "--vae", "b")
+    assert code == 2 and "--against with --checkpoint" in err

@@ -1,0 +1,518 @@
+"""Engines: found only where they fit and were built by this user, read only whole, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexvar_runtime import engine_writer
+from flexvar_runtime.bundle import Bundle
+from flexvar_runtime.bundle_writer import seal
+from flexvar_runtime.engine_writer import built, lock_engine, private_folder, write_engine
+from flexvar_runtime.engines import (
+    PORTABLE,
+    RECIPE,
+    EngineId,
+    Found,
+    PrecisionReport,
+    Profile,
+    Receipt,
+    build_line,
+    find_engine,
+    graph_sha256,
+    read_engine,
+    read_receipts,
+    receipts_folder,
+    user_folder,
+)
+from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
+from flexvar_runtime.manifest import Manifest, TensorSpec
+
+PLAN = b"engine" * 1000
+REPORT = PrecisionReport(claimed="float16", layers={"matmul": {"float16": 7}}, fused_attention=2, share=1.0)
+PROFILES = (
+    Profile(name="4 after 1", axes={"new": (4, 4, 4), "past": (1, 1, 1), "sequences": (1, 2, 16)}),
+    Profile(name="wide", axes={"new": (1, 4, 9), "past": (0, 1, 14), "sequences": (1, 2, 16)}),
+)
+
+
+@pytest.fixture
+def bundle(bundle_dir: Path) -> Bundle:
+    return Bundle.open(bundle_dir)
+
+
+@pytest.fixture
+def receipts(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "receipts"
+
+
+@pytest.fixture
+def wanted(bundle: Bundle) -> EngineId:
+    return EngineId(
+        graph="step",
+        graph_sha256=graph_sha256(bundle, "step"),
+        recipe=RECIPE,
+        flavour="tensorrt-rtx",
+        version="1.7.1",
+        target=PORTABLE,
+        profiles=PROFILES,
+    )
+
+
+@pytest.fixture
+def write(bundle: Bundle, wanted: EngineId, receipts: Path) -> Callable[..., Found]:
+    """Write an engine of `wanted` with some fields changed."""
+
+    def make(plan: bytes = PLAN, folder: Path | None = None, **changes: Any) -> Found:
+        one = dataclasses.replace(wanted, **changes)
+        where = folder or bundle.path / "engines"
+        with lock_engine(where, one, receipts):
+            return write_engine(where, one, plan, REPORT, receipts)
+
+    return make
+
+
+@pytest.fixture
+def find(bundle: Bundle, receipts: Path) -> Callable[..., Found]:
+    def search(graph: str = "step", **changes: Any) -> Found:
+        options = {"flavour": "tensorrt-rtx", "version": "1.7.1", "target": "8.6", "receipts": receipts} | changes
+        return find_engine(bundle, graph, **options)
+
+    return search
+
+
+def refused(call: Callable[[], object]) -> str:
+    with pytest.raises(ArtifactRefused) as refusal:
+        call()
+    assert refusal.value.exit_code == 5
+    return f"{refusal.value.got} | {refusal.value.expected} | {refusal.value.fix}"
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+# Profiles and keys
+
+
+def test_profile() -> None:
+    exact, wide = PROFILES
+    assert exact.covers({"new": 4, "past": 1, "sequences": 16, "images": 99})
+    assert not exact.covers({"new": 4, "past": 1, "sequences": 17})
+    assert not exact.covers({"new": 5, "past": 1, "sequences": 1})
+    assert wide.covers({"new": 5, "past": 0, "sequences": 1})
+    tensor = TensorSpec(name="past_k_0", dtype="float16", axes=("past", "sequences", 2, 64))
+    assert wide.shapes(tensor) == ((0, 1, 2, 64), (1, 2, 2, 64), (14, 16, 2, 64))
+    image = Profile(name="image", axes={"images": (1, 1, 8), "height": (1, 6, 16)})
+    spec = TensorSpec(name="image", dtype="float32", axes=("images", 3, "height_x16"))
+    assert image.shapes(spec) == ((1, 3, 16), (1, 3, 96), (8, 3, 256))
+
+
+def test_exact_profiles_come_first(wanted: EngineId) -> None:
+    assert wanted.profile_for({"new": 4, "past": 1, "sequences": 2}) == 0
+    assert wanted.profile_for({"new": 4, "past": 5, "sequences": 2}) == 1
+    assert wanted.profile_for({"new": 10, "past": 5, "sequences": 2}) is None
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 3), (1, 4, 3), (-1, 1, 1), (0, 0, 2**31)])
+def test_impossible_profiles(sizes: tuple[int, int, int]) -> None:
+    assert "smallest ≤ best ≤ largest" in refused(lambda: Profile(name="x", axes={"new": sizes}))
+
+
+def test_the_key_holds_all_that_decides(wanted: EngineId) -> None:
+    renamed = tuple(dataclasses.replace(profile, name="other") for profile in PROFILES)
+    assert dataclasses.replace(wanted, profiles=renamed).key == wanted.key
+    changes: list[dict[str, Any]] = [
+        {"graph_sha256": "0" * 64},
+        {"recipe": "0"},
+        {"flavour": "tensorrt"},
+        {"version": "1.7.2"},
+        {"target": "8.6"},
+        {"profiles": PROFILES[::-1]},
+        {"profiles": PROFILES[:1]},
+    ]
+    keys = {dataclasses.replace(wanted, **change).key for change in changes}
+    assert len(keys | {wanted.key}) == len(changes) + 1
+
+
+def test_the_hash_of_a_graph_covers_its_weights(bundle_dir: Path, manifest: Manifest) -> None:
+    hashes = []
+    for content in (None, b"weights", b"weighty"):
+        if content is not None:
+            (bundle_dir / "step.onnx.data").write_bytes(content)
+            seal(bundle_dir, manifest)
+        hashes.append(graph_sha256(Bundle.open(bundle_dir), "step"))
+    assert len(set(hashes)) == 3
+    (bundle_dir / "tables.npz").write_bytes(b"other")
+    seal(bundle_dir, manifest)
+    assert graph_sha256(Bundle.open(bundle_dir), "step") == hashes[-1]
+
+
+# Finding and reading
+
+
+def test_found(write: Callable[..., Found], find: Callable[..., Found], receipts: Path) -> None:
+    found = write()
+    sha256 = hashlib.sha256(PLAN).hexdigest()
+    assert found.path.name == f"step-{found.receipt.key[:12]}-{sha256[:12]}.engine"
+    assert files(found.path.parent) == [found.path.name]
+    assert files(receipts) == [f"{found.path.stem}.json"]
+    assert find() == found and read_engine(find()) == PLAN
+    assert (found.receipt.engine_sha256, found.receipt.size, found.receipt.precision) == (sha256, 6000, REPORT)
+    assert receipts.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in receipts.iterdir())
+
+
+def test_the_newest(write: Callable[..., Found], find: Callable[..., Found]) -> None:
+    write()
+    newest = write(b"another", profiles=PROFILES[:1])
+    assert find() == newest
+    newest.path.unlink()
+    assert find().receipt.profiles == PROFILES
+
+
+def test_other_folders(
+    write: Callable[..., Found], find: Callable[..., Found], tmp_path: Path, bundle_dir: Path
+) -> None:
+    found = write(folder=tmp_path / "elsewhere")
+    assert find(engines_dir=tmp_path / "elsewhere") == found
+    assert "no engine in " in refused(find)
+    assert f"--engines '{tmp_path}/a b'" in refused(lambda: find(engines_dir=tmp_path / "a b"))
+    (bundle_dir / "engines").mkdir()
+    shutil.copy(found.path, bundle_dir / "engines")  # the receipt goes by content, not by place
+    assert read_engine(find()) == PLAN
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "got"),
+    [
+        ({"version": "1.7.0"}, {}, "step: an engine built with tensorrt-rtx 1.7.0"),
+        ({"flavour": "tensorrt", "version": "11.4"}, {}, "step: an engine built with tensorrt"),
+        ({"target": "8.9,12.0"}, {}, "step: an engine for GPU 8.9 and 12.0"),
+        ({"target": "8.6"}, {"target": None}, "step: an engine for GPU 8.6"),
+        ({"recipe": "0"}, {}, f"step: an engine built by another flexvar-deploy (recipe 0, this is {RECIPE})"),
+        ({"graph_sha256": "0" * 64}, {}, "step: an engine of another export of the graph"),
+    ],
+)
+def test_unfit(
+    write: Callable[..., Found],
+    find: Callable[..., Found],
+    bundle: Bundle,
+    changes: dict[str, Any],
+    asked: dict[str, Any],
+    got: str,
+) -> None:
+    write(**changes)
+    gpu = asked.get("target", "8.6") or "unknown"
+    expected = f"an engine of step that this user built with tensorrt-rtx 1.7.1 for GPU {gpu}"
+    text = refused(lambda: find(**asked))
+    assert text == f"{got} | {expected} | flexvar build {bundle.path} --backend tensorrt-rtx"
+
+
+def test_the_nearest_reason_is_given(write: Callable[..., Found], find: Callable[..., Found]) -> None:
+    write(target="8.9")
+    write(b"newer", version="1.6.0", target="8.6")
+    assert "an engine for GPU 8.9" in refused(find)
+
+
+@pytest.mark.parametrize("target", [PORTABLE, "8.6", "8.0,8.6,8.9"])
+def test_targets_that_fit(write: Callable[..., Found], find: Callable[..., Found], target: str) -> None:
+    assert find is not None and write(target=target) == find()
+
+
+def test_a_target_is_no_prefix(write: Callable[..., Found], find: Callable[..., Found]) -> None:
+    write(target="12.0")
+    assert "GPU 12.0" in refused(lambda: find(target="2.0"))
+
+
+def test_none(find: Callable[..., Found], bundle: Bundle, receipts: Path) -> None:
+    assert f"step: no engine in {bundle.path}/engines | " in refused(find)
+    assert not receipts.exists() and not (bundle.path / "engines").exists()  # looking leaves nothing
+    assert "decoder: no engine in " in refused(lambda: find("decoder"))
+
+
+def test_an_engine_of_somebody_else(write: Callable[..., Found], find: Callable[..., Found], receipts: Path) -> None:
+    """What came with a bundle, or lost its receipt, is never used."""
+    found = write()
+    shutil.rmtree(receipts)
+    assert f"step: {found.path.name} without a build receipt of this user | " in refused(find)
+
+
+def test_a_receipt_under_another_name(write: Callable[..., Found], find: Callable[..., Found], receipts: Path) -> None:
+    """An engine put beside a receipt of another is not vouched for by it."""
+    found = write()
+    false = f"step-{'0' * 12}-{'1' * 12}"
+    (receipts / f"{found.path.stem}.json").rename(receipts / f"{false}.json")
+    found.path.rename(found.path.with_name(f"{false}.engine"))
+    assert f"{false}.engine without a build receipt" in refused(find)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"{" * 9, b'{"schema_version": 2}', b"\xff" * 100, b'{"schema_version": 1, "schema_version": 1}'],
+)
+def test_a_broken_receipt_is_none(
+    write: Callable[..., Found], find: Callable[..., Found], receipts: Path, content: bytes
+) -> None:
+    found = write()
+    (receipts / f"{found.path.stem}.json").write_bytes(content)
+    (receipts / "notes.txt").write_text("x")
+    (receipts / "step.json").write_text("x")
+    assert "without a build receipt" in refused(find)
+
+
+def test_receipts_are_for_this_user_alone(
+    write: Callable[..., Found], find: Callable[..., Found], receipts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = write()
+    receipts.chmod(0o770)
+    text = refused(find)
+    assert f"{receipts}, writable by others (mode 770) | a folder in which only this user writes" in text
+    assert text.endswith(f"chmod 700 {receipts}")
+    receipts.chmod(0o755)
+    assert find() == found
+    (receipts / f"{found.path.stem}.json").chmod(0o666)
+    assert "without a build receipt" in refused(find)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert f"{receipts}, owned by user {user} | " in refused(find)
+    assert "owned by user" in refused(lambda: private_folder(receipts))
+
+
+def test_a_receipts_folder_behind_a_link(
+    write: Callable[..., Found], find: Callable[..., Found], receipts: Path
+) -> None:
+    write()
+    receipts.rename(receipts.with_name("real"))
+    receipts.symlink_to("real")
+    assert f"{receipts}, no directory | " in refused(find)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "got"),
+    [
+        (lambda path: path.write_bytes(PLAN[:-1] + b"E"), ": sha256 "),
+        (lambda path: path.write_bytes(PLAN[:-1]), ": another size than 6000 bytes"),
+        (lambda path: path.write_bytes(PLAN * 2), ": another size than 6000 bytes"),
+        (lambda path: path.write_bytes(b""), ": another size than 6000 bytes"),
+        (lambda path: path.unlink(), ": no such file"),
+        (lambda path: (path.unlink(), path.mkdir()), ": a file that cannot be read (Is a directory)"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), ": no regular file"),
+    ],
+)
+def test_other_bytes(write: Callable[..., Found], spoil: Callable[[Path], object], got: str) -> None:
+    found = write()
+    spoil(found.path)
+    text = refused(lambda: read_engine(found))
+    assert f"{found.path.name}{got}" in text and "remove the file and run flexvar build again" in text
+
+
+def test_a_link_in_place_of_an_engine(write: Callable[..., Found], find: Callable[..., Found], tmp_path: Path) -> None:
+    """Even to the very same bytes: whoever owns what is behind it could change it."""
+    found = write()
+    found.path.rename(tmp_path / "real.engine")
+    found.path.symlink_to(tmp_path / "real.engine")
+    assert f"step: {found.path.name} is a link" in refused(find)
+    assert f"{found.path.name}: a link" in refused(lambda: read_engine(found))
+
+
+def test_the_users_folders(tmp_path: Path) -> None:
+    home = {"HOME": "/base"}
+    assert receipts_folder({"XDG_STATE_HOME": str(tmp_path)}) == tmp_path / "flexvar/receipts"
+    assert receipts_folder({"XDG_STATE_HOME": "relative", **home}) == Path("/base/.local/state/flexvar/receipts")
+    assert user_folder("XDG_CACHE_HOME", ".cache", home) == Path("/base/.cache/flexvar")
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(EnvironmentFailed, match="no home directory; expected HOME or XDG_STATE_HOME"):
+        receipts_folder({})
+
+
+def test_the_line_that_builds(tmp_path: Path) -> None:
+    line = build_line(Path("my bundle"), "tensorrt", tmp_path)
+    assert line == f"flexvar build 'my bundle' --backend tensorrt --engines {tmp_path}"
+
+
+# Writing
+
+
+def test_built(write: Callable[..., Found], wanted: EngineId, receipts: Path) -> None:
+    found = write()
+    folder = found.path.parent
+    assert built(folder, wanted, receipts) == found
+    assert built(folder, dataclasses.replace(wanted, target="8.6"), receipts) is None
+    found.path.write_bytes(b"spoilt" * 1000)
+    assert built(folder, wanted, receipts) is None
+
+
+def test_a_new_engine_of_a_key_replaces_the_old(write: Callable[..., Found], find: Callable[..., Found]) -> None:
+    other = write(b"kept", target="8.9")
+    old = write()
+    new = write(PLAN[::-1])
+    assert old.path != new.path and find() == new
+    assert files(new.path.parent) == sorted([new.path.name, other.path.name])
+
+
+def test_leavings_of_dead_builders_go(
+    write: Callable[..., Found], wanted: EngineId, receipts: Path, tmp_path: Path
+) -> None:
+    """Half-written files and engines without a receipt, of the same key and of this user."""
+    found, other = write(), write(target="8.9")
+    folder = found.path.parent
+    orphan = folder / f"{wanted.prefix}{'0' * 12}.engine"
+    half = folder / f".{wanted.prefix}{'0' * 12}.engine.partial-1-{'a' * 12}.engine"
+    unrelated = folder / f".{other.receipt.prefix}{'0' * 12}.engine.partial-1-{'a' * 12}.engine"
+    for path in (orphan, half, unrelated):
+        path.write_bytes(b"x")
+    with lock_engine(folder, wanted, receipts):
+        lock = f".{wanted.prefix}lock"
+        assert files(folder) == sorted([found.path.name, other.path.name, unrelated.name, lock])
+    assert files(folder) == sorted([found.path.name, other.path.name, unrelated.name])
+
+
+def test_what_others_wrote_stays(
+    write: Callable[..., Found], wanted: EngineId, receipts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may be shared; their engines have no receipt here."""
+    folder = write().path.parent
+    theirs = folder / f"{wanted.prefix}{'0' * 12}.engine"
+    theirs.write_bytes(b"x")
+    monkeypatch.setattr(engine_writer, "_own_files", lambda folder, prefix: [])
+    with lock_engine(folder, wanted, receipts):
+        assert theirs.exists()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".json"])
+def test_a_full_disk(
+    write: Callable[..., Found], receipts: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    real = Path.write_bytes
+
+    def write_bytes(path: Path, data: Any) -> int:
+        if path.suffix == suffix:
+            real(path, data[:7])
+            raise FULL
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(EnvironmentFailed, match=r"No space left on device.*room for the engine.*--engines") as refusal:
+        write()
+    assert refusal.value.exit_code == 4
+    assert files(bundle.path / "engines") == [] and files(receipts) == []
+
+
+def test_a_limit_on_file_size(write: Callable[..., Found], bundle: Bundle, receipts: Path) -> None:
+    """The system itself refuses to write on."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(EnvironmentFailed, match="File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert files(bundle.path / "engines") == [] and files(receipts) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder(write: Callable[..., Found], bundle: Bundle) -> None:
+    bundle.path.chmod(0o500)
+    try:
+        with pytest.raises(EnvironmentFailed, match=r"Permission denied.*--engines"):
+            write()
+    finally:
+        bundle.path.chmod(0o700)
+
+
+def test_an_engines_folder_that_is_a_file(write: Callable[..., Found], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EnvironmentFailed, match="File exists"):
+        write(folder=tmp_path / "file")
+
+
+def test_two_builders_at_once(bundle: Bundle, wanted: EngineId, receipts: Path) -> None:
+    """The second waits, is told so, and finds the engine built."""
+    folder, builds, waits = bundle.path / "engines", [], []
+    inside = threading.Event()
+
+    def builder(number: int) -> Found:
+        with lock_engine(folder, wanted, receipts, lambda: waits.append(number)):
+            found = built(folder, wanted, receipts)
+            if found is None:
+                builds.append(number)
+                inside.set()
+                time.sleep(0.2)
+                found = write_engine(folder, wanted, PLAN + bytes([number]), REPORT, receipts)
+            return found
+
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(builder, 0)
+        inside.wait(5)
+        others = [pool.submit(builder, number) for number in (1, 2, 3)]
+        results = [first.result(10), *(other.result(10) for other in others)]
+    assert builds == [0] and sorted(waits) == [1, 2, 3]
+    assert results == [results[0]] * 4 and files(folder) == [results[0].path.name]
+
+
+@pytest.mark.parametrize("moment", ["half an engine", "an engine not yet named", "an engine without receipt"])
+def test_killed(
+    bundle: Bundle, wanted: EngineId, receipts: Path, find: Callable[..., Found], tmp_path: Path, moment: str
+) -> None:
+    """kill -9 leaves nothing that loads, and nothing that the next builder does not remove."""
+    code = f"""
+        import os, signal, sys, pickle
+        from pathlib import Path
+        from flexvar_runtime import atomic, engine_writer
+        wanted, report, folder, receipts = pickle.loads(bytes.fromhex(sys.argv[1]))
+        def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+        moment = {moment!r}
+        if moment == "half an engine":
+            real = Path.write_bytes
+            Path.write_bytes = lambda path, data: (real(path, data[:7]), die())
+        elif moment == "an engine not yet named":
+            os.replace = die
+        else:
+            real = os.replace
+            os.replace = lambda a, b: die() if str(b).endswith(".json") else real(a, b)
+        with engine_writer.lock_engine(folder, wanted, receipts):
+            engine_writer.write_engine(folder, wanted, {PLAN!r}, report, receipts)
+    """
+    folder = bundle.path / "engines"
+    given = pickle.dumps((wanted, REPORT, folder, receipts)).hex()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), given], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert len(files(folder)) == 2  # the engine in some state, and the lock
+    refused(find)
+    with lock_engine(folder, wanted, receipts):
+        assert built(folder, wanted, receipts) is None
+        found = write_engine(folder, wanted, PLAN, REPORT, receipts)
+    assert files(folder) == [found.path.name] and read_engine(find()) == PLAN
+
+
+def test_receipts_survive_json(write: Callable[..., Found], receipts: Path) -> None:
+    receipt = write().receipt
+    assert isinstance(receipt, Receipt)
+    assert list(read_receipts(receipts, "step")) == [receipt]
+    assert list(read_receipts(receipts, "decoder")) == []

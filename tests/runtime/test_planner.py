@@ -1,0 +1,263 @@
+"""The plan of a generation: exact where tensors are declared, monotone, and refusals that say what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexvar_runtime import FlexVARPipeline, Guidance, OutOfMemory, ScaleSchedule
+from flexvar_runtime.graphs import STEP, graph_specs
+from flexvar_runtime.loop import LoopBuffers, ScaleLoop
+from flexvar_runtime.manifest import FileRecord, Manifest, ModelFacts
+from flexvar_runtime.planner import (
+    IMAGES_PER_RUN,
+    MAX_BATCH,
+    batch_that_fits,
+    image_bytes,
+    largest_batch,
+    plan,
+    require_fits,
+    size_text,
+    tensor_bytes,
+)
+
+MIB, GIB = 2**20, 2**30
+TEN = ScaleSchedule.parse("1_2_3_4_5_6_8_10_13_16")
+D16 = ModelFacts(
+    depth=16,
+    width=1024,
+    heads=16,
+    head_size=64,
+    classes=1000,
+    class_names=None,
+    null_class=1000,
+    vocabulary=8912,
+    code_dim=32,
+    downsampling=16,
+    value_range=(-1.0, 1.0),
+    position_side=32,
+)
+
+
+def published(manifest: Manifest, precision: str = "fp32") -> Manifest:
+    """FlexVAR-d16, with files of its size."""
+    sizes = {"condition": 415, "step": 842, "decode": 171, "encode": 117}
+    half = precision != "fp32"
+    files = {f"{graph}.onnx.data": size * MIB >> half for graph, size in sizes.items()}
+    files |= {f"{graph}.onnx": MIB for graph in sizes} | {"tables.npz": 5 * MIB, "proof.npz": 10 * MIB}
+    return replace(
+        manifest,
+        precision=precision,
+        model=D16,
+        graphs=graph_specs(D16, precision),
+        largest_activation={},
+        files={name: FileRecord(size=size, sha256="0" * 64) for name, size in files.items()},
+    )
+
+
+@pytest.fixture
+def d16(manifest: Manifest) -> Manifest:
+    return published(manifest)
+
+
+# Exact ---------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_and_values_by_hand(d16: Manifest) -> None:
+    """d16 at 256 px: 2 · 680 tokens · 16 blocks · 1024 · 2 branches · 4 bytes."""
+    assert plan(d16, TEN, 1, True).kv == 2 * 680 * 16 * 1024 * 2 * 4
+    assert plan(d16, TEN, 8, False).kv == 4 * plan(d16, TEN, 1, True).kv
+    assert plan(published(d16, "fp16"), TEN, 3, True).kv * 2 == plan(d16, TEN, 3, True).kv
+
+
+def test_bindings_by_hand(d16: Manifest) -> None:
+    """Inputs of 256 new tokens, modulation of every block, logits: of one image with guidance."""
+    inputs = 2 * 256 * (32 + 1024) + 2 * 16 * 6 * 1024 + 2 * 2 * 1024 + 3
+    assert plan(d16, TEN, 1, True).bindings == (inputs + 256 * 8912) * 4
+
+
+def test_axes_that_are_multiples_of_others() -> None:
+    decode = graph_specs(D16, "bf16")["decode"]
+    assert tensor_bytes(decode, {"images": 2, "height": 3, "width": 5}) == {
+        "tokens": 2 * 3 * 5 * 4,
+        "image": 2 * 3 * 48 * 80 * 4,
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize(("schedule", "images"), [("1_2_3_4_5_6_8_10_13_16", 2), ("1_2_3x5_12x20", 3), ("1_5_2", 1)])
+def test_exactly_what_is_allocated_and_bound(
+    tiny_bundles: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    guided: bool,
+    schedule: str,
+    images: int,
+) -> None:
+    """The arrays of a real generation, counted."""
+    scales = ScaleSchedule.parse(schedule)
+    bound: list[dict[str, Any]] = []
+    with FlexVARPipeline.from_bundle(tiny_bundles(precision), backend="ort-cpu") as pipe:
+        planned = plan(pipe.bundle.manifest, scales, images, guided)
+        with pipe.engine.loop([0] * images, scales, Guidance(2.5 if guided else 0)) as loop:
+            assert isinstance(loop, ScaleLoop)
+            graph, buffers = loop._step, loop._buffers
+            assert isinstance(buffers, LoopBuffers)
+            run = graph.run
+
+            def recorded(inputs: Any, outputs: Any) -> None:
+                bound.append({**inputs, **outputs})
+                run(inputs, outputs)
+
+            monkeypatch.setattr(graph, "run", recorded)
+            tokens = None
+            for i, (h, w) in enumerate(scales):
+                loop.logits(i, tokens)
+                tokens = np.zeros((images, h, w), np.int32)
+            assert planned.kv == buffers.cache.nbytes
+            largest = max(bound, key=lambda arrays: arrays["logits"].nbytes)
+            rest = [array.nbytes for name, array in largest.items() if not name.startswith(("past_", "new_"))]
+            assert planned.bindings == sum(rest)
+            assert buffers.logits.nbytes == largest["logits"].nbytes
+            assert planned.tables >= sum(offset.nbytes for offset in buffers.offsets)
+
+
+# What follows --------------------------------------------------------------------------------------------------------
+
+
+def test_phases(d16: Manifest) -> None:
+    """The condition's weights are gone before the loop; the decoder comes on top of the loop."""
+    p = plan(d16, TEN, 1, True)
+    loop = p.runtime + p.tables + p.weights[STEP] + p.kv + p.bindings + p.scratch[STEP]
+    decode = loop + p.weights["decode"] + p.pixels + p.scratch["decode"]
+    condition = p.weights["condition"] + p.scratch["condition"]
+    assert p.phases == {
+        "condition": p.runtime + condition,
+        "loop": loop,
+        "decode": decode,
+        "next": decode + p.again + condition,
+    }
+    assert p.total == decode == p.runtime + sum(p.parts().values())
+    assert 1.4e9 < p.total < 1.9e9 and p.weights[STEP] == 843 * MIB
+
+
+def test_one_phase_can_be_higher_than_the_last(d16: Manifest) -> None:
+    p = plan(d16, ScaleSchedule.parse("1"), 1, False)
+    huge = replace(p, weights={**p.weights, "condition": 100 * GIB})
+    assert huge.total == p.runtime + 100 * GIB + p.scratch["condition"]
+
+
+def test_what_is_open_is_not_needed_again(d16: Manifest) -> None:
+    p = plan(d16, TEN, 1, True)
+    assert p.needed() == p.total - p.runtime
+    assert p.needed({"step"}) == p.needed() - p.weights["step"]
+    assert p.needed({"step", "decode"}) == p.needed() - p.weights["step"] - p.weights["decode"]
+
+
+def test_a_backend_that_knows_better(d16: Manifest) -> None:
+    p = plan(d16, TEN, 1, True)
+    known = replace(p, scratch={**p.scratch, STEP: 5 * MIB}, runtime=0)
+    assert p.total - known.total == p.runtime + p.scratch[STEP] - 5 * MIB
+
+
+def test_it_grows_with_every_part_of_a_request(d16: Manifest) -> None:
+    totals = [plan(d16, TEN, images, True).total for images in range(1, 40)]
+    assert totals == sorted(set(totals))
+    assert plan(d16, TEN, 4, False).total < plan(d16, TEN, 4, True).total
+    larger = [plan(d16, ScaleSchedule.parse(s), 1, True).total for s in ("1", "1_4", "1_4_16", "1_4_8_16", "512px")]
+    assert larger == sorted(set(larger))
+
+
+def test_half_precision_is_widened_on_a_cpu(manifest: Manifest) -> None:
+    half, full = plan(published(manifest, "fp16"), TEN, 1, True), plan(published(manifest), TEN, 1, True)
+    assert half.weights[STEP] == pytest.approx(full.weights[STEP], rel=0.01)
+    assert half.weights["decode"] > full.weights["decode"] and half.scratch["decode"] > full.scratch["decode"]
+
+
+def test_the_decoder_runs_in_parts(d16: Manifest) -> None:
+    """A part more takes no more than its pixels, but for the second run of a shape."""
+    for images, at_once, again in ((8, 8, False), (12, 8, False), (16, 8, True), (2, 1, True), (1, 1, False)):
+        p = plan(d16, TEN, images, True, decoded_at_once=at_once)
+        assert p.scratch["decode"] == at_once * image_bytes(d16, (16, 16))
+        assert p.parts()["working memory"] == p.scratch[STEP] + p.scratch["decode"] * (2 if again else 1)
+    assert plan(d16, TEN, 99, True).decoded_at_once == IMAGES_PER_RUN
+
+
+def test_a_smaller_decoder(d16: Manifest) -> None:
+    assert image_bytes(d16, (16, 16)) == image_bytes(d16, (8, 32)) == int(256 * 256 * 4 * 6.4 * 128)
+    small = plan(d16, TEN, 1, True, decoder_channels=(32, 64))
+    assert small.scratch["decode"] == int(256 * 256 * 4 * 4.3 * 64)
+
+
+def test_json(d16: Manifest) -> None:
+    p = plan(d16, TEN, 2, True)
+    data = p.to_json()
+    assert data["total"] == p.total and data["bytes"]["kv"] == p.kv and data["schedule"] == str(TEN)
+
+
+# What fits -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_batch_that_fits() -> None:
+    for available, fits in ((9, 0), (10, 1), (29, 2), (30, 3), (12345, 1234), (2**60, MAX_BATCH - 1)):
+        assert largest_batch(lambda n: 10 * n, available) == fits
+
+
+@pytest.mark.parametrize("opened", [(), ("step",), ("step", "decode")])
+@pytest.mark.parametrize("fits", [1, 2, 5, 40])
+def test_the_refusal_is_true(d16: Manifest, fits: int, opened: tuple[str, ...]) -> None:
+    """What it names does fit, one more does not."""
+    available = plan(d16, TEN, fits, True).needed(opened)
+    for left in (available, available + 1):
+        with pytest.raises(OutOfMemory) as refusal:
+            require_fits(lambda n: plan(d16, TEN, n, True), 64, left, opened)
+        assert refusal.value.fix == f"use a batch of at most {fits}" and refusal.value.exit_code == 6
+        require_fits(lambda n: plan(d16, TEN, n, True), fits, left, opened)
+        with pytest.raises(OutOfMemory):
+            require_fits(lambda n: plan(d16, TEN, n, True), fits + 1, left, opened)
+
+
+def test_the_text_of_a_refusal(d16: Manifest) -> None:
+    p = plan(d16, TEN, 8, True)
+    with pytest.raises(OutOfMemory) as refusal:
+        require_fits(lambda n: plan(d16, TEN, n, True), 8, 3 * GIB)
+    parts = p.parts()
+    assert str(refusal.value) == (
+        f"got a batch of 8 at schedule {TEN} that needs {p.needed() / GIB:.1f} GiB "
+        f"(weights {parts['weights'] / GIB:.1f} GiB, keys and values {1360 * MIB / GIB:.1f} GiB, "
+        f"inputs and outputs {parts['inputs and outputs'] / MIB:.1f} MiB, "
+        f"working memory {parts['working memory'] / GIB:.1f} GiB); "
+        "expected at most 3.0 GiB; fix: use a batch of at most 4"
+    )
+    assert sum(parts.values()) == p.needed()
+
+
+def test_not_even_one_image(d16: Manifest) -> None:
+    with pytest.raises(OutOfMemory, match=r"expected at most 100\.0 MiB; fix: use a smaller schedule, or a machine"):
+        require_fits(lambda n: plan(d16, TEN, n, True), 1, 100 * MIB)
+
+
+def test_nothing_is_refused_where_nothing_is_known(d16: Manifest) -> None:
+    require_fits(lambda n: plan(d16, TEN, n, True), 10**6, None)
+    assert batch_that_fits(d16, "decode", (16, 16), None) == IMAGES_PER_RUN
+
+
+@pytest.mark.parametrize("graph", ["decode", "encode"])
+def test_images_in_one_run(d16: Manifest, graph: str) -> None:
+    """In half of what is left beside the weights, one at least, and eight at the most."""
+    one = image_bytes(d16, (16, 16))
+    for left, batch in ((one, 1), (2 * one, 1), (6 * one, 3), (7 * one, 3), (100 * one, IMAGES_PER_RUN)):
+        assert batch_that_fits(d16, graph, (16, 16), left, {graph}) == batch
+    with pytest.raises(OutOfMemory, match=f"got {graph[:-1]}ing an image of 16x16 tokens that needs .*a smaller size"):
+        batch_that_fits(d16, graph, (16, 16), one, ())  # the weights have to be loaded first
+    assert batch_that_fits(d16, graph, (16, 16), one + 250 * MIB, ()) == 1
+
+
+def test_sizes_as_text() -> None:
+    assert [size_text(n) for n in (0, 3 * MIB, GIB, 3 * GIB // 2)] == ["0.0 MiB", "3.0 MiB", "1.0 GiB", "1.5 GiB"]
