@@ -1,11 +1,12 @@
 """One phase in a process of its own: what it finds goes to a file, again and again, so that a crash loses little.
 
-    python -m flexvar_bench.gpu_child JOB --work DIR --result FILE --options JSON
+python -m flexvar_bench.gpu_child JOB --work DIR --result FILE --options JSON
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--options", type=json.loads, required=True)
     arguments = parser.parse_args()
+    faulthandler.enable()  # a crash leaves the place it happened in
     _die_with_parent()
     try:
         JOBS[arguments.job](arguments.work, _saver(arguments.result), **arguments.options)
@@ -86,9 +88,11 @@ def _tiny(work: Path, save: Save, *, backend: str) -> None:
 
 def _kernels(work: Path, save: Save, *, model: str, batches: list[int]) -> None:
     from flexvar_ref import TransformerConfig
+    from flexvar_ref.synthetic import tiny_transformer
 
     from .gpu_device import device_kernels
-    from .gpu_models import TINY, schedule_of, tiny_transformer
+    from .gpu_models import schedule_of
+    from .gpu_plan import TINY
 
     config = tiny_transformer() if model == TINY else TransformerConfig.published(int(model.removeprefix("d")))
     device_kernels(config.vocabulary, schedule_of(model), batches, save)
@@ -100,9 +104,7 @@ def _build(work: Path, save: Save, *, model: str, backend: str, max_batch: int) 
     build(work, model, backend, max_batch, save)
 
 
-def _run(
-    work: Path, save: Save, *, model: str, backend: str, batches: list[int], budget: dict[str, Any]
-) -> None:
+def _run(work: Path, save: Save, *, model: str, backend: str, batches: list[int], budget: dict[str, Any]) -> None:
     from .gpu_runs import run
     from .timing import Budget
 

@@ -96,9 +96,7 @@ def sample_on_device(
     return found
 
 
-def sampling_seconds(
-    arrays: Any, vocabulary: int, schedule: ScaleSchedule, batch: int
-) -> list[dict[str, float]]:
+def sampling_seconds(arrays: Any, vocabulary: int, schedule: ScaleSchedule, batch: int) -> list[dict[str, float]]:
     """Of the sampling kernel alone, by scale, published options, logits as peaked as a model's."""
     device = arrays.device
     draws = Draws(Sampling(), 0, tuple(range(batch)))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from flexvar_runtime import __version__
 from flexvar_runtime.backends import probe
 
 DISTRIBUTIONS = (
@@ -64,7 +65,7 @@ def device_seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     work()
     end.record()
@@ -83,18 +84,19 @@ def machine(save: Callable[[dict[str, Any]], None], tiny: bool) -> None:
         "versions": versions(),
         "torch": {
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             "gpu": torch.cuda.get_device_name() if uses_gpu() else None,
             "capability": ".".join(map(str, torch.cuda.get_device_capability())) if uses_gpu() else None,
         },
     }
     save(result)
+    nbytes, side = (64 * 2**20, 1024) if tiny else (COPY_BYTES, GEMM_SIDE)
     if uses_gpu():
         result["rates"] = {
-            "copy_bytes_per_second": copy_rate(64 * 2**20 if tiny else COPY_BYTES),
-            "copy_how": f"torch copy of {COPY_BYTES} bytes, read and written counted, median of {REPEATS}",
-            "gemm_flops_per_second": gemm_rate(1024 if tiny else GEMM_SIDE),
-            "gemm_how": f"torch bf16 product of side {GEMM_SIDE} on random data, median of {REPEATS}",
+            "copy_bytes_per_second": copy_rate(nbytes),
+            "copy_how": f"torch copy of {nbytes} bytes, read and written counted, median of {REPEATS}",
+            "gemm_flops_per_second": gemm_rate(side),
+            "gemm_how": f"torch bf16 product of side {side} on random data, median of {REPEATS}",
         }
     else:
         result["rates"] = {"reason": "not measured: torch sees no GPU"}
@@ -114,8 +116,8 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Installed distributions, and what `import onnxruntime` really gives: two wheels share that name."""
-    found = {}
+    """Ours, and installed distributions. What `import onnxruntime` really gives is asked beside a backend's probe."""
+    found = {"flexvar-deploy": __version__}
     for name in DISTRIBUTIONS:
         try:
             found[name] = importlib.metadata.version(name)
@@ -131,7 +133,7 @@ def onnxruntime_facts() -> dict[str, Any]:
         return {
             "version": str(ort.__version__),
             "providers": list(ort.get_available_providers()),
-            "folder": Path(ort.__file__).parent.parent.name,
+            "folder": Path(str(ort.__file__)).parent.parent.name,
         }
     except Exception as error:  # a broken wheel fails in any way
         return {"reason": str(error) or type(error).__name__}

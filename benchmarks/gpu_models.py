@@ -24,13 +24,15 @@ from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_export.proof import PROOF_FILE, Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
+from flexvar_ref.checkpoint import published_name
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
 from flexvar_runtime import Guidance, ScaleSchedule
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.graphs import TABLES_FILE, graph_specs
 from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, Provenance
 
-TINY = "tiny"
+from .gpu_plan import TINY
+
 SEED = 0
 
 Save = Callable[[dict[str, Any]], None]
@@ -63,7 +65,7 @@ def default_guidance() -> Guidance:
 
 
 def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
-    """"tiny", or "d16" and the like: float32, on the CPU, in evaluation mode; equal in every process."""
+    """ "tiny", or "d16" and the like: float32, on the CPU, in evaluation mode; equal in every process."""
     tiny = name == TINY
     transformer = tiny_transformer() if tiny else TransformerConfig.published(int(name.removeprefix("d")))
     with torch.device("meta"):
@@ -77,19 +79,24 @@ def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
 
 def _fill(module: FlexVAR | Tokenizer) -> None:
     """Every parameter from a stream of its own, several at a time: NumPy fills without holding the interpreter."""
-    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
-    def one(name: str) -> dict[str, Tensor]:
-        return synthetic_state({name: shapes[name]}, SEED)
+    def one(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        published = published_name(item[0])
+        return item[0], synthetic_state({published: tuple(item[1].shape)}, SEED)[published]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        state = {name: value for part in pool.map(one, shapes) for name, value in part.items()}
-    module.load_state_dict(state, assign=True)
+        module.load_state_dict(dict(pool.map(one, module.state_dict().items())), assign=True)
 
 
 def export_model(name: str, work: Path, precision: str, save: Save) -> None:
-    """The bundle of a random model, unproven, and beside it what the reference computes in float32 on the CPU."""
+    """The bundle of a random model, unproven, and beside it what the reference computes in float32 on the CPU.
+
+    What lies in the folder already is used again.
+    """
     files, seconds, start = ModelFiles.of(work, name), dict[str, float](), time.perf_counter()
+    if files.bundle.exists() and files.proof.exists():
+        save({"model": name, "precision": precision, "weights": "random", "reason": "there from an earlier run"})
+        return
 
     def done(step: str) -> None:
         nonlocal start

@@ -7,8 +7,7 @@ from typing import Any
 
 from flexvar_runtime.backends import TENSORRT_BACKENDS
 
-from .gpu_models import TINY
-
+TINY = "tiny"  # the name of the tiny model
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
 CPU_BACKEND = "ort-cpu"
 MODELS = (16, 20, 24)
@@ -59,7 +58,7 @@ def phases(request: Request) -> list[Phase]:
     main, others = request.models[0], request.models[1:]
     small = () if request.tiny else (TINY,)
     found = [Phase("machine", "machine", {"tiny": request.tiny}, 20, 60)]
-    exported = (*small, *request.models)
+    exported: tuple[str, ...] = (*small, *request.models)
     found += [_export(model, request, share=len(exported)) for model in exported]
     found += [_tiny(backend) for backend in request.backends]
     found.append(Phase("kernels", "kernels", {"model": main, "batches": request.batches}, 12, 40))
@@ -87,8 +86,8 @@ def _tiny(backend: str) -> Phase:
 
 def _measure(model: str, backend: str, request: Request) -> list[Phase]:
     """Engines where the backend runs engines; parity and times; kernels."""
-    ready, options = (f"export {model}", f"tiny {backend}"), {"model": model, "backend": backend}
-    found = []
+    options, found = {"model": model, "backend": backend}, list[Phase]()
+    ready: tuple[str, ...] = (f"export {model}", f"tiny {backend}")
     if backend in TENSORRT_BACKENDS:
         build = Phase(
             f"build {backend} {model}",

@@ -28,13 +28,15 @@ DONE, FAILED, STOPPED, NOT_MEASURED = "done", "failed", "stopped", "not measured
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a phase. result: what it last wrote, whole or in part; reason: why it is not done."""
+    """What became of a phase. result: what it last wrote, whole or in part; reason: why it is not done, in one line;
+    stderr: its last words, where it is not done."""
 
     status: str
     reason: str | None = None
     started: str | None = None
     seconds: float | None = None
     result: dict[str, Any] | None = None
+    stderr: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,9 +101,7 @@ class Runner:
                 self._record(phase, not_measured(missing))
             elif any(need in self.records and self.records[need].status != DONE for need in phase.needs):
                 continue
-            elif phase.alone and self._running:
-                return
-            elif any(running.phase.alone for running in self._running):
+            elif self._running and (phase.alone or any(running.phase.alone for running in self._running)):
                 return
             else:
                 self._waiting.remove(phase)
@@ -114,7 +114,7 @@ class Runner:
         for need in phase.needs:
             record, pending = self.records.get(need), {p.name for p in self._waiting} | self._active()
             if need not in pending and (record is None or record.status != DONE):
-                return f"it needs {need!r} ({record.reason if record else 'which was left out'})"
+                return f"it needs {need!r}, which {f'is {record.status}' if record else 'was left out'}"
         left = self._deadline - time.monotonic()
         if left < LEAST_SHARE * phase.seconds:
             return f"{max(left, 0):.0f} s were left, it takes about {phase.seconds:.0f}"
@@ -153,31 +153,36 @@ class Runner:
             if code == 0:
                 record = Record(DONE)
             elif code is not None:
-                record = Record(FAILED, _why_failed(code, running.folder / "stderr"))
+                record = Record(FAILED, _why_failed(code, _tail(running.folder / "stderr")))
             else:
                 which = "the run's deadline" if running.stop_at == self._deadline else "its limit"
                 record = Record(STOPPED, f"stopped after {time.monotonic() - running.began:.0f} s, {which}")
             self._finish(running, record)
 
     def _finish(self, running: _Running, record: Record) -> None:
-        result, seconds = None, time.monotonic() - running.began
+        result, seconds = None, round(time.monotonic() - running.began, 1)
         with suppress(OSError, ValueError):
             result = json.loads((running.folder / "result.json").read_text())
-        self._record(running.phase, Record(record.status, record.reason, running.started, round(seconds, 1), result))
+        stderr = None if record.status == DONE else _tail(running.folder / "stderr")
+        self._record(running.phase, Record(record.status, record.reason, running.started, seconds, result, stderr))
 
     def _record(self, phase: Phase, record: Record) -> None:
         self.records[phase.name] = record
         self._report(self.records)
 
 
-def _why_failed(code: int, stderr: Path) -> str:
-    """The last words of a process, and the signal where one ended it."""
-    text = stderr.read_text(errors="replace").strip()[-TAIL:]
+def _tail(stderr: Path) -> str:
+    with suppress(OSError):
+        return stderr.read_text(errors="replace").strip()[-TAIL:]
+    return ""
+
+
+def _why_failed(code: int, stderr: str) -> str:
+    """The last line a process wrote, or the signal that ended it."""
     if code < 0:
         with suppress(ValueError):
-            return f"ended by {signal.Signals(-code).name}: {text or 'no last words'}"
-    last = text.splitlines()[-1] if text else "no last words"
-    return f"exit code {code}: {last}" + (f"\n{text}" if text != last else "")
+            return f"ended by {signal.Signals(-code).name}"
+    return (stderr.splitlines() or [f"exit code {code}, no last words"])[-1]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -186,4 +191,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, kind)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS if kind == signal.SIGTERM else None)
+            process.wait(GRACE_SECONDS)  # not for ever: one that hangs in the driver cannot be ended

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 OTHER = "other"
@@ -13,11 +14,17 @@ SAMPLER = "sample_rows"  # our kernel that ends every scale
 
 # Looked at in this order: an implicit GEMM is a convolution, a fused attention kernel is named after its products.
 _CLASSES = (
-    ("sampling", r"\bsample_rows\b|^draws$|topk|radix_?sort|bitonic|sort_?(?:kernel|pairs)|tensor_kernel_scan|DeviceScan"),
+    (
+        "sampling",
+        r"\bsample_rows\b|^draws$|topk|radix_?sort|bitonic|sort_?(?:kernel|pairs)|tensor_kernel_scan|DeviceScan",
+    ),
     ("next_inputs", r"\bnext_inputs\b|upsample_bicubic"),
     ("attention", r"fmha|flash|mha_|_mha|attention|attn|softmax"),
     ("convolution", r"conv(?!ert)|fprop|implicit_gemm|winograd|im2col"),
-    ("copies", r"memcpy|memset|nchw_?to_?nhwc|nhwc_?to_?nchw|transpose|copy|concat|cat_?array|gather|permute|slice|split(?!_?k)"),
+    (
+        "copies",
+        r"memcpy|memset|nchw_?to_?nhwc|nhwc_?to_?nchw|transpose|copy|concat|cat_?array|gather|permute|slice|split(?!_?k)",
+    ),
     ("gemm", r"gemm|gemv|nvjet|cublas|matmul|tensorop|split_?k|triton_(?:tem|mm)"),
     (
         "normalisation+elementwise",
@@ -71,13 +78,15 @@ def summary(kernels: Sequence[Kernel], scales: int, top: int = 15) -> dict[str, 
     total, first, last = sum(busy.values()), _begin(kernels), _end(kernels)
     ends = [kernel.end for kernel in kernels if re.search(rf"\b{SAMPLER}\b", kernel.name)]
     bounds = [first, *ends, last]
-    parts = [(b - a) / 1e6 for a, b in zip(bounds, bounds[1:], strict=False)] if len(ends) == scales else []
+    parts = [(b - a) / 1e6 for a, b in pairwise(bounds)] if len(ends) == scales else []
     return {
         "kernels": len(kernels),
         "busy_s": total,
         "span_s": (last - first) / 1e6,
         "classes": {
-            name: {"seconds": busy[name], "share": busy[name] / total if total else 0.0} for name in CLASSES if name in busy
+            name: {"seconds": busy[name], "share": busy[name] / total if total else 0.0}
+            for name in CLASSES
+            if name in busy
         },
         "top": [
             {"name": name[:NAME_LENGTH], "class": classify(name), "seconds": seconds, "launches": counts[name]}

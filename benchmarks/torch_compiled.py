@@ -24,6 +24,11 @@ RECOMPILES = 256  # torch gives up on a function after 8
 WARM_UPS = 3
 
 
+def to_pixels(image_BCHW: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8, as `flexvar_runtime.images.to_uint8`."""
+    return (image_BCHW.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 class PeerBlock(nn.Module):
     """A `StepBlock` over a cache (N, heads, all tokens, 64) that it fills from `past` on: no past is copied."""
 
@@ -45,7 +50,8 @@ class PeerBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, keys[:, :, : past + L], values[:, :, : past + L], scale=1.0)
         x = x + block.proj(out.transpose(1, 2).reshape(N, L, block.width)).float() * gamma1
         hidden = F.gelu(block.fc1(block._norm(x) * (1 + scale2) + shift2), approximate="tanh")
-        return x + block.fc2(hidden).float() * gamma2
+        result: Tensor = x + block.fc2(hidden).float() * gamma2
+        return result
 
 
 class Eager:
@@ -71,7 +77,8 @@ class Eager:
         scale, shift = modulation[:, :, None].unbind(1)
         z = F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
         cond, uncond = z.chunk(2)
-        return self.step.head(cond + t * (cond - uncond)).float()
+        logits: Tensor = self.step.head(cond + t * (cond - uncond)).float()
+        return logits
 
     def next_codes(self, tokens_Bhw: Tensor, size: tuple[int, int]) -> Tensor:
         codes = F.embedding(tokens_Bhw, self.codebook).permute(0, 3, 1, 2)
@@ -80,8 +87,7 @@ class Eager:
 
     def pixels(self, tokens_Bhw: Tensor) -> Tensor:
         codes = F.embedding(tokens_Bhw, self.codebook.to(self.dtype)).permute(0, 3, 1, 2)  # channels last already
-        image = self.decoder(codes).float()
-        return (image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return to_pixels(self.decoder(codes))
 
 
 def sample_sorted(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -122,7 +128,7 @@ class CompiledPeer:
             self.mode, self._replay = "eager", self._generate
             self._generate()
             return
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):

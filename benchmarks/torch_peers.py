@@ -1,4 +1,4 @@
-"""The peers in torch, timed as the runtime is: the eager reference as published and with resident weights, and compiled.
+"""The peers in torch, timed as the runtime is: the reference as published and with resident weights, and compiled.
 
 Everything ends as bytes on the host, as the runtime's images do.
 """
@@ -22,8 +22,8 @@ from flexvar_runtime import Sampling
 
 from .gpu_machine import device_seconds, used_bytes, uses_gpu
 from .gpu_models import Save, default_guidance, load_proof, random_model, schedule_of
-from .timing import Budget, memory_watch, quantiles, repeat, timed_row
-from .torch_compiled import CompiledPeer, Eager
+from .timing import Budget, memory_watch, repeat, timed_row
+from .torch_compiled import CompiledPeer, Eager, to_pixels
 
 AUTOCAST, RESIDENT = "autocast-fp16", "resident-bf16"
 VARIANTS = {
@@ -34,19 +34,15 @@ PART_REPEATS = 3
 SAMPLED_BATCH = 8  # beyond it sampling is not timed on its own: its sorts take gigabytes
 
 
-def to_pixels(image_BCHW: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8, as `flexvar_runtime.images.to_uint8`."""
-    return (image_BCHW.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 def place() -> torch.device:
     return torch.device("cuda" if uses_gpu() else "cpu")
 
 
 def reference(model_name: str, batches: Sequence[int], budget: Budget, save: Save) -> None:
     """Both variants of the eager reference, batch by batch."""
-    model, tokenizer = (part.to(place()) for part in random_model(model_name))
-    resident = tuple(copy.deepcopy(part).to(torch.bfloat16) for part in (model, tokenizer))
+    model, tokenizer = random_model(model_name)
+    model, tokenizer = model.to(place()), tokenizer.to(place())
+    resident = copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(tokenizer).to(torch.bfloat16)
     pairs = {AUTOCAST: (model, tokenizer), RESIDENT: resident}
     result = _facts(model_name) | {"variants": VARIANTS, "rows": []}
     for batch in batches:
@@ -124,6 +120,7 @@ def compiled(
     Held against the proof first: a peer that computes something else would be no peer.
     """
     result = _facts(model_name) | {"precision": "float16" if uses_gpu() else "float32", "rows": []}
+    torch.backends.cudnn.benchmark = True  # convolutions are chosen by timing them, in the warm-up
     eager = Eager(*random_model(model_name), schedule_of(model_name), place())
     proof = load_proof(work, model_name)
     for dynamic, sizes in ((True, batches), (False, static_batches)):
@@ -139,6 +136,3 @@ def compiled(
             result["rows"].append(row)
             save(result)
             peer.release()
-
-
-__all__ = ["AUTOCAST", "RESIDENT", "VARIANTS", "compiled", "quantiles", "reference"]

@@ -46,7 +46,8 @@ def build(
     """
     from flexvar_runtime.backends.trt_library import FLAVOURS, load
     from flexvar_runtime.bundle import Bundle
-    from flexvar_runtime.engines import receipts_folder, user_folder
+    from flexvar_runtime.engines import receipts_folder
+    from flexvar_runtime.user_folders import user_folder
 
     if backend not in FLAVOURS:
         raise InvalidInput(f"backend {backend!r:.100}", expected=" or ".join(FLAVOURS), fix="name one of them")

@@ -26,11 +26,11 @@ from .engines import (
     Found,
     PrecisionReport,
     Receipt,
-    check_private,
     read_engine,
     read_receipts,
 )
 from .errors import ArtifactRefused, EnvironmentFailed
+from .user_folders import check_private
 
 if sys.platform != "win32":
     import fcntl

@@ -15,15 +15,15 @@ import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader, FileIO
 from pathlib import Path
 
 from .bundle import Bundle
-from .errors import ArtifactRefused, EnvironmentFailed, FlexVARError
+from .errors import ArtifactRefused, FlexVARError
 from .manifest import ENGINES, GraphSpec, TensorSpec
 from .strict_json import decode, encode, loads
+from .user_folders import check_private, open_unlinked, read_private
+from .user_folders import user_folder as user_folder
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ MAX_RECEIPT_BYTES = 2**20
 _SHORT = 12
 _STEM = re.compile(r"(?P<graph>[A-Za-z0-9_.-]{1,100})-(?P<key>[0-9a-f]{12})-(?P<sha256>[0-9a-f]{12})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 Sizes = tuple[int, int, int]
 
@@ -202,7 +201,7 @@ def read_engine(found: Found) -> bytes:
     if not os.path.lexists(found.path):
         raise ArtifactRefused(f"{name}: no such file", expected="the engine of its receipt", fix=fix)
     try:
-        with _open(found.path) as (file, info):
+        with open_unlinked(found.path) as (file, info):
             if not stat.S_ISREG(info.st_mode):
                 raise ArtifactRefused(f"{name}: no regular file", expected="a regular file", fix=fix)
             data = file.read(receipt.size + 1)
@@ -246,34 +245,6 @@ def receipts_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return user_folder("XDG_STATE_HOME", ".local/state", environ) / "receipts"
 
 
-def user_folder(variable: str, default: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder `flexvar` in one of the user's base directories. Raises EnvironmentFailed without a home."""
-    base = environ.get(variable, "")
-    if os.path.isabs(base):  # the specification ignores relative ones
-        return Path(base, "flexvar")
-    home = environ.get("HOME") or os.path.expanduser("~")
-    if not os.path.isabs(home):
-        raise EnvironmentFailed("no home directory", expected=f"HOME or {variable}", fix=f"set {variable}")
-    return Path(home, default, "flexvar")
-
-
-def check_private(folder: Path) -> None:
-    """Refuse a folder in which somebody else could write. Raises ArtifactRefused; OSError where there is none."""
-    info = os.lstat(folder)
-    if not stat.S_ISDIR(info.st_mode):
-        got, fix = "no directory", "remove it"
-    elif hasattr(os, "geteuid") and info.st_uid != os.geteuid():
-        got, fix = f"owned by user {info.st_uid}", "set XDG_STATE_HOME and XDG_CACHE_HOME to folders of your own"
-    elif os.name != "nt" and info.st_mode & 0o022:
-        got, fix = (
-            f"writable by others (mode {stat.S_IMODE(info.st_mode):o})",
-            shlex.join(["chmod", "700", str(folder)]),
-        )
-    else:
-        return
-    raise ArtifactRefused(f"{folder}, {got}", expected="a folder in which only this user writes", fix=fix)
-
-
 def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
     """This user's receipts for engines of a graph of that name; what is no receipt of this version is passed over.
 
@@ -290,30 +261,12 @@ def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
         if stem == name or match is None or match["graph"] != graph:
             continue
         try:
-            receipt = decode(Receipt, loads(_read_private(folder / name), where=name), where=name)
+            receipt = decode(Receipt, loads(read_private(folder / name, MAX_RECEIPT_BYTES), where=name), where=name)
         except (OSError, FlexVARError) as error:
             log.debug("receipt passed over: %s", error)
             continue
         if receipt.stem == stem:
             yield receipt
-
-
-def _read_private(path: Path) -> bytes:
-    with _open(path) as (file, info):
-        foreign = hasattr(os, "geteuid") and info.st_uid != os.geteuid()
-        if not stat.S_ISREG(info.st_mode) or foreign or (os.name != "nt" and info.st_mode & 0o022):
-            raise ArtifactRefused(path.name, expected="a regular file of this user alone", fix="remove it")
-        return file.read(MAX_RECEIPT_BYTES)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[BufferedReader, os.stat_result]]:
-    """A file, no link followed, and what it is: of that very file, whatever bears its name by now."""
-    fd = os.open(path, _READ_FLAGS)
-    try:
-        yield BufferedReader(FileIO(fd, closefd=False)), os.fstat(fd)
-    finally:
-        os.close(fd)
 
 
 def _engine_files(folder: Path, graph: str) -> set[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from .backends import check_name, create
+from .backends import MAX_THREADS, check_name, create
 from .backends.base import Backend
 from .bundle import Bundle
 from .engine import Engine
@@ -81,6 +81,8 @@ class FlexVARPipeline:
         engines: where `flexvar build` put them, if not into the bundle.
         """
         check_name(backend)
+        if threads is not None:
+            check_whole("threads", threads, 1, MAX_THREADS)
         bundle = Bundle.open(path, workers=threads)
         folder = None if engines is None else Path(engines)
         return cls(bundle, create(backend, bundle, device=device, threads=threads, engines=folder))

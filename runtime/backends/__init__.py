@@ -22,6 +22,7 @@ BACKENDS: dict[str, str | None] = {
     "openvino": None,
     "ort-cpu": "ort_cpu",
 }
+MAX_THREADS = 1024
 TENSORRT_BACKENDS = frozenset({"tensorrt", "tensorrt-rtx"})  # run engines that flexvar build made
 CPU_BACKENDS = frozenset({"openvino", "ort-cpu"})
 

@@ -25,7 +25,8 @@ def probe(name: str) -> Availability:
     state = probe_onnxruntime("gpu")
     if not state.available:
         return state
-    if PROVIDER not in importlib.import_module("onnxruntime").get_available_providers():
+    ort = importlib.import_module("onnxruntime")
+    if PROVIDER not in getattr(ort, "get_available_providers", list)():
         return Availability(False, f"{state.detail} is built without CUDA", _EXTRA)
     gpu = probe_gpu()
     return Availability(gpu.available, f"{state.detail}, {gpu.detail}", gpu.fix)

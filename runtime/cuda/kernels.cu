@@ -1,8 +1,8 @@
 // Kernels of the sampling loop. The rules are those of sampling.py, noise.py, tables.py and images.py: same integers,
 // same tokens, same pixels.
 //
-// Configuration, by macros: VOCABULARY (V), CODE_DIM (D), WIDTH (C), and BLOCK, the threads of a block of sample_rows, a
-// multiple of 32 up to 1024. Apart from what CUDA adds to it this file is C, so that a C compiler with stand-ins for
+// Configuration, by macros: VOCABULARY (V), CODE_DIM (D), WIDTH (C), and BLOCK, the threads of a block of sample_rows,
+// a multiple of 32 up to 1024. Apart from what CUDA adds to it this file is C, so that a C compiler with stand-ins for
 // these additions can run it where there is no GPU. Floating point that decides anything is written in intrinsics that
 // no compiler fuses.
 
@@ -22,11 +22,11 @@ typedef unsigned long long u64;
 #define ALL_LANES 0xffffffffu
 #define INDEX_BITS 22
 #define WEIGHT_BITS 40
-#define BINS 1024        // 32 chunks of 32 bins
-#define LIMBS 3          // a weight is added to a histogram in three parts of 14 bits: 32-bit atomics are native, the sum
-#define LIMB_BITS 14     // of a part cannot overflow for V < 2**18
-#define CANDIDATES 256   // how many values of one bin are ranked against each other
-#define SLOTS 2048       // how many values that top-k left are moved together
+#define BINS 1024       // 32 chunks of 32 bins
+#define LIMBS 3         // a weight is added to a histogram in three parts of 14 bits: 32-bit atomics are native, and
+#define LIMB_BITS 14    // the sum of a part cannot overflow for V < 2**18
+#define CANDIDATES 256  // how many values of one bin are ranked against each other
+#define SLOTS 2048      // how many values that top-k left are moved together
 #define LOGITS_REFUSED 1ull
 #define PIXELS_REFUSED 2ull
 
@@ -153,8 +153,8 @@ typedef struct {
 #define PLACE(i) (((int)(threadIdx.x >> 5) * items + (i)) * 32 + (int)(threadIdx.x & 31))
 #define EACH_ITEM(i) for (int i = 0; i < ITEMS && i < items; i++)
 
-// Without weights `ranks` are keys of logits, and each counts 1; with weights they are the weights, and each counts itself.
-// (rank, place) in one integer orders them as the rules say.
+// Without weights `ranks` are keys of logits, and each counts 1; with weights they are the weights, and each counts
+// itself. (rank, place) in one integer orders them as the rules say.
 DEVICE u64 ordered(u64 rank, int place) { return rank << INDEX_BITS | (u64)place; }
 
 // ordered(rank, place) < bound, without 64-bit integers that a compiler would keep for every item.
@@ -269,8 +269,8 @@ DEVICE u64 boundary_of(Scratch *s, const u64 *ranks, int items, int weighted, fl
 
 // --- sampling
 
-// tokens (rows,) of logits (rows, V): one block a row; images have `positions` rows each. top_k 0 and drop 0 are off; drop
-// is 1 - top_p. A row without a finite maximum gets token 0 and is refused.
+// tokens (rows,) of logits (rows, V): one block a row; images have `positions` rows each. top_k 0 and drop 0 are off;
+// drop is 1 - top_p. A row without a finite maximum gets token 0 and is refused.
 KERNEL(BLOCK)
 sample_rows(const float *__restrict__ logits, const u32 *__restrict__ streams, int *__restrict__ tokens,
             u64 *__restrict__ status, u32 positions, u32 scale, int top_k, double drop) {
@@ -433,8 +433,8 @@ gather_rows(const float *__restrict__ source, const int *__restrict__ rows, floa
 
 // --- pixels
 
-// image (B, 3, plane) to pixels (B, plane, 3): x * gain - shift + 0.5, clamped to 0...255, truncated. Four pixels a thread;
-// blocks: (ceil(plane / 1024), B). NaN and infinities become 0 and are refused.
+// image (B, 3, plane) to pixels (B, plane, 3): x * gain - shift + 0.5, clamped to 0...255, truncated. Four pixels a
+// thread; blocks: (ceil(plane / 1024), B). NaN and infinities become 0 and are refused.
 KERNEL(256)
 to_uint8(const float *__restrict__ image, u8 *__restrict__ pixels, u64 *__restrict__ status, u32 plane, float gain,
          float shift) {

@@ -47,6 +47,7 @@ def test_no_other_extra_decides_between_cpu_and_gpu(extra: str) -> None:
 def test_the_test_environment_is_pinned() -> None:
     """Each of its requirements has one exact version, within the bounds declared for users."""
     pins = {canonicalize_name(name): Version(version) for name, version in PINS.items()}
-    declared = [*PROJECT["project"]["dependencies"], *EXTRAS["cpu"], *EXTRAS["export"], *EXTRAS["dev"]]
+    extras = ("cpu", "export", "tensorrt-rtx", "dev")
+    declared = [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
     for requirement in map(Requirement, declared):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement

@@ -40,10 +40,10 @@ from flexvar_runtime.engines import (
     read_engine,
     read_receipts,
     receipts_folder,
-    user_folder,
 )
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
 from flexvar_runtime.manifest import Manifest, TensorSpec
+from flexvar_runtime.user_folders import user_folder
 
 PLAN = b"engine" * 1000
 REPORT = PrecisionReport(claimed="float16", layers={"matmul": {"float16": 7}}, fused_attention=2, share=1.0)

@@ -10,7 +10,7 @@ from flexvar_runtime import __version__
 from flexvar_runtime.backends import BACKENDS
 from flexvar_runtime.backends.ort_cpu import default_threads
 
-OTHERS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "openvino")
+OTHERS = ("openvino",)
 
 
 def test_this_machine(flexvar: Any) -> None:

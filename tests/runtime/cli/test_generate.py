@@ -240,9 +240,9 @@ def test_a_png_of_another_bundle(flexvar: Any, bundle_copy: Path, batch: Path, o
 
 def test_a_file_that_is_no_png(flexvar: Any, tiny_bundle: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
-    for name in ("text.png", "missing.png"):
+    for name, expected in (("text.png", "a readable PNG"), ("missing.png", "a PNG of flexvar generate")):
         ended = flexvar("generate", tiny_bundle, "--from", tmp_path / name, "-o", out)
-        assert ended.code == 5 and "expected: a readable PNG" in ended.err
+        assert ended.code == 5 and f"expected: {expected}\n" in ended.err
 
 
 # What is there stays -------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_nothing_is_half_written(
             raise OutOfMemory("a buffer", expected="one that fits", fix="use a smaller batch")
         return real(*arguments, **options)
 
-    import flexvar_runtime.pipeline as module
+    import flexvar_runtime.loop as module
 
     real = module.sample
     monkeypatch.setattr(module, "sample", fail_later)

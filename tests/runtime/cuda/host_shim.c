@@ -103,7 +103,8 @@ static void shim_live(void) {
 static void shim_make(unsigned threads) {
   static ucontext_t context;
   if (!shim_stacks) {
-    shim_stacks = mmap(NULL, (size_t)SHIM_LIMIT * SHIM_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const size_t bytes = (size_t)SHIM_LIMIT * SHIM_STACK;
+    shim_stacks = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (shim_stacks == MAP_FAILED) abort();
   }
   for (; (unsigned)shim_made < threads; shim_made++) {

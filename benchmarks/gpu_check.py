@@ -1,0 +1,229 @@
+"""Everything a machine with a GPU can tell, in one command of at most nine minutes, under that machine's own Python:
+
+    python3 benchmarks/gpu_check.py --out "$OUT"
+
+needs torch, numpy, onnx, onnxscript, pillow, typer and rich there, no network, and nothing of ours installed. It says
+which of TensorRT, TensorRT-RTX and ONNX Runtime CUDA runs, and why the others do not; holds every graph and its tokens
+against the reference; and times d16, d20 and d24 with random weights at 256 px in 10 guided steps, decoder included,
+against the eager reference and torch.compile.
+
+Every phase is a process with a limit of its own; DIR/gpu_check.json is complete, up to there, after each of them. The
+plan, in the order of importance, in seconds, with one backend that works (a TensorRT adds its engines; the last phases
+then say that no time was left):
+
+    machine: rates that limit everything               20
+    export of the tiny model, d16, d20 and d24         90   together on the CPU, and beside it
+    every backend on the tiny model, parity            15     within these
+    our kernels: draws, tokens, time of sampling       12
+    d16: engines where needed                          70
+         parity, times, memory                         30
+         where the time goes, kernel by kernel         15
+         reference, eager, twice                       25
+         torch.compile with a CUDA graph               80
+         1,000 generations: memory                     20
+    d20: parity, times, kernels, reference             70
+    d24: parity, times, kernels, reference             70
+                                                      ---
+                                                      517 of 540
+
+    python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR    puts a run that is over among the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .gpu_plan import Phase, Request
+
+PACKAGES = {
+    "flexvar_ref": "flexvar_ref",
+    "flexvar_runtime": "runtime",
+    "flexvar_export": "export",
+    "flexvar_bench": "benchmarks",
+}
+RESULT = "gpu_check.json"
+RESERVE_SECONDS = 6.0  # for the last process to end and the table to be printed
+
+
+def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None) -> int:
+    """package_path: folder that children find our packages in, where they are not installed."""
+    started = time.monotonic()
+    arguments = _parse(argv)
+    from .gpu_report import merge
+
+    if arguments.merge is not None:
+        print(merge(arguments.out / RESULT, arguments.merge))
+        return 0
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    deadline = started + 60 * arguments.minutes - RESERVE_SECONDS
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
+    with _work(arguments.work) as work:
+        return _measure(arguments, work, deadline, started, package_path)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from .gpu_plan import BATCHES, GENERATIONS, GPU_BACKENDS, MODELS
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULT}")
+    parser.add_argument("--depths", type=_numbers, default=MODELS, help="comma-separated; the first is measured first")
+    parser.add_argument("--batches", type=_numbers, default=None, help=f"comma-separated, by default {BATCHES}")
+    parser.add_argument("--backends", type=lambda text: tuple(text.split(",")), default=GPU_BACKENDS)
+    parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="of the exported graphs")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
+    parser.add_argument("--generations", type=int, default=None, help=f"watched for growth, by default {GENERATIONS}")
+    parser.add_argument("--only", nargs="+", metavar="PHASE", help="phases or kinds of phases, with all they need")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the tiny model only; on a machine without a GPU, a rehearsal"
+    )
+    parser.add_argument("--work", type=Path, help="folder for bundles and engines, kept; by default a temporary one")
+    parser.add_argument("--merge", type=Path, metavar="DIR", help=f"measure nothing: put {RESULT} of --out into DIR")
+    return parser.parse_args(argv)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _measure(
+    arguments: argparse.Namespace, work: Path, deadline: float, started: float, package_path: Path | None
+) -> int:
+    from rich.console import Console
+
+    from flexvar_runtime import __version__
+    from flexvar_runtime.backends import check_name
+
+    from .gpu_plan import phases
+    from .gpu_report import document, headline, show, write
+    from .gpu_runner import Record, Runner
+
+    request, console = _request(arguments), Console(width=None if sys.stdout.isatty() else 140)
+    for backend in request.backends:
+        check_name(backend)
+    plan = select(phases(request), arguments.only)
+    options = {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "work", "merge")}
+    facts: dict[str, Any] = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": options,
+        "version": __version__,
+        "source_sha256": source_hash(),
+        "model": request.models[0],
+    }
+    seen: dict[str, str] = {}
+
+    def result(records: dict[str, Record]) -> dict[str, Any]:
+        minutes = round((time.monotonic() - started) / 60, 2)
+        as_json = {name: record.to_json() for name, record in records.items()}
+        return document(facts | {"minutes_taken": minutes}, as_json, request.models[0])
+
+    def report(records: dict[str, Record]) -> None:
+        write(arguments.out / RESULT, result(records))
+        for name, record in records.items():
+            if record.seconds is not None and name not in seen:
+                seen[name] = record.status
+                print(
+                    f"{time.monotonic() - started:6.1f} s  {name}: {record.status}, {record.seconds:.1f} s", flush=True
+                )
+
+    records = Runner(plan, work, deadline, _environment(work, package_path), report).run()
+    final = result(records)
+    write(arguments.out / RESULT, final)
+    show(final, console)
+    print(json.dumps(headline(final)), flush=True)
+    return 0
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    from .gpu_plan import BATCHES, GENERATIONS, Request
+
+    tiny = arguments.tiny
+    return Request(
+        depths=arguments.depths,
+        batches=arguments.batches or ((1, 2) if tiny else BATCHES),
+        backends=arguments.backends,
+        tiny=tiny,
+        precision=arguments.precision,
+        generations=arguments.generations or (20 if tiny else GENERATIONS),
+    )
+
+
+def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:
+    """Phases of these names or jobs, and all that they need. Raises ValueError for a name that is neither."""
+    if not only:
+        return list(plan)
+    known = {phase.name for phase in plan} | {phase.job for phase in plan}
+    strange = sorted(set(only) - known)
+    if strange:
+        raise ValueError(f"got phase {strange[0]!r}; expected one of {', '.join(sorted(known))}; fix: name one of them")
+    wanted = {phase.name for phase in plan if {phase.name, phase.job} & {*only, "machine"}}
+    for phase in reversed(plan):  # what is needed comes before
+        if phase.name in wanted:
+            wanted |= set(phase.needs)
+    return [phase for phase in plan if phase.name in wanted]
+
+
+def source_hash() -> str:
+    """One hash of all our source files: what was measured."""
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
+    for folder in sorted(PACKAGES.values()):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cu"):
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _environment(work: Path, package_path: Path | None) -> dict[str, str]:
+    """Of the phases: our packages first, and receipts and caches of their own, so that nobody else's are touched."""
+    path = [str(package_path)] if package_path else []
+    path += [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    own = {name: str(work / folder) for name, folder in (("XDG_STATE_HOME", "state"), ("XDG_CACHE_HOME", "cache"))}
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(path), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+
+
+@contextmanager
+def _work(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
+        return
+    temporary = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_packages(root: Path, folder: Path) -> None:
+    """Our folders under the names they are imported by."""
+    for name, source in PACKAGES.items():
+        (folder / name).symlink_to(root / source, target_is_directory=True)
+
+
+def run_from_checkout() -> int:
+    """Run as a script, with nothing of ours installed, or another version of it."""
+    root = Path(__file__).resolve().parent.parent
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != root / "benchmarks"]
+    with tempfile.TemporaryDirectory(prefix="gpu-check-packages-") as folder:
+        link_packages(root, Path(folder))
+        sys.path.insert(0, folder)
+        from flexvar_bench.gpu_check import main as run
+
+        return run(package_path=Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main() if __package__ else run_from_checkout())

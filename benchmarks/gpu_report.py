@@ -1,0 +1,274 @@
+"""What a run says: one row a measurement, the limit beside it, the goals held against it; and runs merged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flexvar_runtime import ScaleSchedule
+from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.manifest import ModelFacts
+
+from .gpu_plan import CPU_BACKEND
+from .gpu_runner import DONE, NOT_MEASURED
+from .limits import generation_limit
+
+SCHEMA = 1
+REFERENCE, COMPILED = "flexvar_ref", "torch.compile"
+AS_PUBLISHED = f"{REFERENCE} autocast-fp16"
+GOALS = {
+    "d16 B=1 wall ms": 8.0,
+    "times faster than the reference as published": 8.0,
+    "times faster than torch.compile": 1.0,
+    "B=64 images/s": 400.0,
+    "sampling share": 0.05,
+    "resident bytes grown in the second half": 4 * 2**20,
+    "device bytes grown": 2 * 2**20,  # what the driver hands out at a time
+}
+Records = Mapping[str, Mapping[str, Any]]
+
+
+def published(model: str) -> ModelFacts | None:
+    """Sizes of "d16" and the like; None for other models."""
+    match = re.fullmatch(r"d([0-9]+)", model)
+    if match is None:
+        return None
+    depth = int(match[1])
+    return ModelFacts(
+        depth=depth,
+        width=64 * depth,
+        heads=depth,
+        head_size=64,
+        classes=1000,
+        class_names=None,
+        null_class=1000,
+        vocabulary=8912,
+        code_dim=32,
+        downsampling=16,
+        value_range=(-1.0, 1.0),
+        position_side=32,
+    )
+
+
+def results(records: Records, job: str) -> Iterator[Mapping[str, Any]]:
+    """What phases of a job found, whole or in part."""
+    for name, record in records.items():
+        if name.split()[0] == job and record["result"]:
+            yield record["result"]
+
+
+def rows(records: Records) -> list[dict[str, Any]]:
+    """Every measured batch of every side; share: of the strict limit, where the machine's rates are known."""
+    found = []
+    for result in (*results(records, "run"), *results(records, "reference"), *results(records, "compiled")):
+        for row in result.get("rows", ()):
+            if "wall_s" not in row:
+                continue
+            side = result.get("backend") or (f"{REFERENCE} {row['variant']}" if "variant" in row else COMPILED)
+            measured = (row["device_s"] or row["wall_s"])["median"]
+            limit = _limit(records, result["model"], result["schedule"], row["batch"])
+            found.append(
+                {
+                    "side": side + (f" {row['shapes']}" if "shapes" in row else ""),
+                    "device": result["device"],
+                    "precision": result.get("precision") or row["variant"],
+                    "model": result["model"],
+                    "batch": row["batch"],
+                    "wall_ms": 1e3 * row["wall_s"]["median"],
+                    "device_ms": 1e3 * row["device_s"]["median"] if row["device_s"] else None,
+                    "images_per_second": row["images_per_second"],
+                    "mode": row.get("mode"),
+                    "decoder_included": row["decoder_included"],
+                    "warmup": row["warmup"],
+                    "samples": row["samples"],
+                    "peak_bytes": (row.get("device_memory_bytes") or {}).get("peak"),
+                    "limit": limit,
+                    "share_of_limit": limit["strict_s"] / measured if limit else None,
+                }
+            )
+    return found
+
+
+def _limit(records: Records, model: str, schedule: str, batch: int) -> dict[str, float] | None:
+    facts, rates = published(model), _rates(records)
+    if facts is None or rates is None:
+        return None
+    bandwidth, rate = rates
+    parsed = ScaleSchedule.parse(schedule)
+    limit = generation_limit(facts, parsed, batch, guided=True, bytes_per_second=bandwidth, flops_per_second=rate)
+    return limit.to_json()
+
+
+def _rates(records: Records) -> tuple[float, float] | None:
+    rates: Mapping[str, Any] = next((result.get("rates", {}) for result in results(records, "machine")), {})
+    if "copy_bytes_per_second" not in rates:
+        return None
+    return rates["copy_bytes_per_second"], rates["gemm_flops_per_second"]
+
+
+def goals(records: Records, model: str, flat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every acceptance line with what was measured; held is None where it was not."""
+    best = {batch: _best(flat, model, batch, ours=True) for batch in (1, 64)}
+    single = best[1]["wall_ms"] if best[1] else None
+    peers = {
+        "the reference as published": _least(flat, model, 1, AS_PUBLISHED),
+        "torch.compile": _least(flat, model, 1, COMPILED),
+    }
+    found = [_goal("d16 B=1 wall ms", single if model == "d16" else None, at_most=True)]
+    for name, theirs in peers.items():
+        found.append(_goal(f"times faster than {name}", theirs / single if theirs and single else None))
+    found.append(_goal("B=64 images/s", best[64]["images_per_second"] if best[64] else None))
+    shares = [
+        row["classes"].get("sampling", {"share": 0.0})["share"]
+        for result in results(records, "profile")
+        for row in result["rows"]
+        if "classes" in row
+    ]
+    found.append(_goal("sampling share", max(shares, default=None), at_most=True))
+    for name, key in (
+        ("resident bytes grown in the second half", "resident_grown_bytes_second_half"),
+        ("device bytes grown", "device_grown_bytes"),
+    ):
+        grown = [value for result in results(records, "growth") if (value := result.get(key)) is not None]
+        found.append(_goal(name, max(grown, default=None), at_most=True))
+    parities = [result["parity"] for job in ("tiny", "run") for result in results(records, job) if "parity" in result]
+    found.append(_yes("every graph within its gate", [parity["passed"] for parity in parities]))
+    forced = [parity["teacher_forced_tokens"]["holds"] for parity in parities]
+    found.append(_yes("teacher-forced tokens equal where the draw decides", forced))
+    kernels = list(results(records, "kernels"))
+    found.append(
+        _yes("draws equal the host's", [k["draws_equal_host"]["holds"] for k in kernels if "draws_equal_host" in k])
+    )
+    sampled = [row["holds"] for k in kernels for row in k.get("tokens_equal_host", ())]
+    found.append(_yes("tokens of equal logits equal the host's", sampled))
+    return found
+
+
+def _goal(name: str, value: float | None, *, at_most: bool = False) -> dict[str, Any]:
+    bound = GOALS[name]
+    held = None if value is None else (value <= bound if at_most else value >= bound)
+    return {"goal": name, "measured": value, "at_most" if at_most else "at_least": bound, "held": held}
+
+
+def _yes(name: str, holds: Sequence[bool]) -> dict[str, Any]:
+    return {"goal": name, "measured": f"{sum(holds)} of {len(holds)}", "held": all(holds) if holds else None}
+
+
+def _best(flat: Sequence[Mapping[str, Any]], model: str, batch: int, *, ours: bool) -> Mapping[str, Any] | None:
+    """The fastest of our backends on a GPU."""
+    peers = (REFERENCE, COMPILED)
+    rows = [row for row in flat if (row["model"], row["batch"]) == (model, batch) and row["side"] != CPU_BACKEND]
+    return min(
+        (row for row in rows if row["side"].startswith(peers) != ours), key=lambda row: row["wall_ms"], default=None
+    )
+
+
+def _least(flat: Sequence[Mapping[str, Any]], model: str, batch: int, side: str) -> float | None:
+    times = [r["wall_ms"] for r in flat if (r["model"], r["batch"]) == (model, batch) and r["side"].startswith(side)]
+    return min(times, default=None)
+
+
+def document(facts: Mapping[str, Any], records: Records, model: str) -> dict[str, Any]:
+    """The whole result. facts: when, with which options and source."""
+    flat = rows(records)
+    return {
+        "schema": SCHEMA,
+        **facts,
+        "gpu": _gpu(records),
+        "goals": goals(records, model, flat),
+        "rows": flat,
+        "phases": dict(records),
+    }
+
+
+def _gpu(records: Records) -> str | None:
+    return next((result["torch"]["gpu"] for result in results(records, "machine")), None)
+
+
+def headline(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers for one line."""
+    states: dict[str, list[str]] = {}
+    for name, record in result["phases"].items():
+        states.setdefault(record["status"], []).append(name)
+    return {
+        "gpu": result["gpu"],
+        "minutes": result["minutes_taken"],
+        **{status: len(names) for status, names in states.items()},
+        "goals": {goal["goal"]: {"measured": goal["measured"], "held": goal["held"]} for goal in result["goals"]},
+        "wall_ms": {
+            f"{row['side']} {row['model']} B={row['batch']}": round(row["wall_ms"], 3) for row in result["rows"]
+        },
+    }
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    table = Table("side", "model", "B", "wall ms", "device ms", "images/s", "of limit", "peak GB", "mode")
+    table.title = f"{result['gpu'] or 'no GPU: times of a CPU'}, medians, decoder included"
+    for row in result["rows"]:
+        share, device, peak = row["share_of_limit"], row["device_ms"], row["peak_bytes"]
+        mode = row["mode"]
+        table.add_row(
+            row["side"],
+            row["model"],
+            str(row["batch"]),
+            f"{row['wall_ms']:.2f}",
+            "–" if device is None else f"{device:.2f}",
+            f"{row['images_per_second']:.0f}",
+            "–" if share is None else f"{share:.0%}",
+            "–" if peak is None else f"{peak / 1e9:.1f}",
+            ", ".join(mode) if isinstance(mode, list) else mode or "eager",
+        )
+    console.print(table)
+    for goal in result["goals"]:
+        state = {True: "holds", False: "MISSED", None: "not measured"}[goal["held"]]
+        bound = next((f", {key.replace('_', ' ')} {goal[key]:g}" for key in ("at_most", "at_least") if key in goal), "")
+        console.print(f"{goal['goal']}: {goal['measured']} ({state}{bound})", highlight=False, markup=False)
+    for name, record in result["phases"].items():
+        if record["status"] != DONE:
+            state = "" if record["status"] == NOT_MEASURED else f"{record['status']}: "
+            console.print(f"{name}: {state}{record['reason']:.300}", highlight=False, markup=False, soft_wrap=True)
+
+
+def merge(run: Path, folder: Path) -> Path:
+    """Put a run's file under the results as `gpu_<gpu>_<date>.json`; of a phase that both know, the better state stays,
+    the newer where they are equal. Raises ArtifactRefused for a file that is no run."""
+    new = _read(run)
+    name = re.sub(r"[^a-z0-9]+", "-", (new["gpu"] or "none").lower()).strip("-")
+    target = folder / f"gpu_{name}_{new['created'][:10]}.json"
+    if target.exists():
+        old = _read(target)
+        phases = {**old["phases"], **{k: v for k, v in new["phases"].items() if _better(v, old["phases"].get(k))}}
+        facts = {key: new[key] for key in ("created", "minutes_taken", "options", "source_sha256", "version")}
+        earlier = [*old.get("earlier", []), {key: old[key] for key in facts}]
+        new = document(facts | {"earlier": earlier}, phases, new["model"]) | {"model": new["model"]}
+    write(target, new)
+    return target
+
+
+def _better(new: Mapping[str, Any], old: Mapping[str, Any] | None) -> bool:
+    order = (NOT_MEASURED, "failed", "stopped", DONE)
+    return old is None or order.index(new["status"]) >= order.index(old["status"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']}")
+        return data
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactRefused(
+            f"{path} ({error})", expected=f"the result of a run, schema {SCHEMA}", fix="name the folder given as --out"
+        ) from error
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    with atomic_write(path, force=True) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
