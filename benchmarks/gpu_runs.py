@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flexvar_export.build_command import Places, build_graph, choose_target, present_gpu, wanted_engines
-from flexvar_export.parity import GATES, compare, holds
-from flexvar_export.proof import SEED, Case, Proof
-from flexvar_runtime import Bundle, FlexVARPipeline, Sampling
+from flexvar_export import build_command
+from flexvar_runtime import FlexVARPipeline, Sampling
 from flexvar_runtime.backends import TENSORRT_BACKENDS
-from flexvar_runtime.backends.trt_library import load
-from flexvar_runtime.engines import receipts_folder, user_folder
 from flexvar_runtime.errors import BackendUnavailable, FlexVARError
-from flexvar_runtime.loop import Draws
-from flexvar_runtime.sampling import sample
-from flexvar_runtime.strict_json import encode
 
-from . import gpu_device
 from .gpu_machine import probe_backend, used_bytes
 from .gpu_models import ModelFiles, Save, default_guidance, load_proof, schedule_of
+from .gpu_parity import equal_share, parity
 from .gpu_plan import CPU_BACKEND, TINY
 from .timing import Budget, memory_watch, quantiles, repeat, resident_bytes, timed_row
-from .token_agreement import Agreement, agreement, compare_tokens
 
 NEW_CLASSES = Budget(warmup=1, least=3, most=50, seconds=1.0)
 GROWTH_WARM_UP = 20
@@ -70,33 +63,27 @@ def opened(work: Path, model: str, backend: str) -> Iterator[Opened]:
 
 
 def build(work: Path, model: str, backend: str, max_batch: int, save: Save) -> None:
-    """Engines of every graph, one after the other, for this machine's GPU, as `flexvar build` does."""
-    bundle, library = Bundle.open(ModelFiles.of(work, model).bundle), load(backend)
-    target = choose_target(library, [], present_gpu)
-    cache = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{library.version}-{target}.cache"
-    places = Places(bundle, None, receipts_folder(), cache)
-    engines: list[dict[str, Any]] = []
-    for wanted in wanted_engines(bundle, library, target, [schedule_of(model)], max_batch):
-        result = build_graph(library, wanted, places, force=False, advance=lambda _: None)
-        receipt = result.found.receipt
-        engines.append(
-            {
-                "graph": receipt.graph,
-                "seconds": result.seconds,
-                "bytes": receipt.size,
-                "profiles": len(receipt.profiles),
-                "precision": encode(receipt.precision),
-            }
+    """`flexvar build` for this machine's GPU: engines of every graph. How far it came stands on standard error."""
+    start, printed = time.perf_counter(), io.StringIO()
+    with redirect_stdout(printed):
+        build_command.build(
+            ModelFiles.of(work, model).bundle,
+            backend,
+            schedule=[str(schedule_of(model))],
+            max_batch=max_batch,
+            target=None,
+            engines=None,
+            force=False,
+            as_json=True,
         )
-        save(
-            {
-                "backend": backend,
-                "version": library.version,
-                "target": target,
-                "max_batch": max_batch,
-                "engines": engines,
-            }
-        )
+    built = json.loads(printed.getvalue())
+    engines = [
+        {key: engine[key] for key in ("graph", "seconds", "size_bytes", "precision")}
+        | {"profiles": len(engine["profiles"])}
+        for engine in built["engines"]
+    ]
+    facts = {key: built[key] for key in ("backend", "version", "target")}
+    save(facts | {"max_batch": max_batch, "seconds": time.perf_counter() - start, "engines": engines})
 
 
 def tiny(work: Path, backend: str, save: Save) -> None:
@@ -110,10 +97,11 @@ def tiny(work: Path, backend: str, save: Save) -> None:
             fix=result["probe"]["fix"] or "flexvar doctor",
         )
     if backend in TENSORRT_BACKENDS:
-        build(work, TINY, backend, 2, lambda built: save(result | {"build": built}))
+        build(work, TINY, backend, 2, lambda built: result.update(build=built))
+        save(result)
     batches = ([1], [1, 2])
     with opened(work, TINY, backend) as run:
-        result |= run.facts | {"parity": parity(run, load_proof(work, TINY))}
+        result |= run.facts | {"parity": parity(run.pipeline, load_proof(work, TINY))}
         save(result)
         outputs = [run.generate(labels) for labels in batches]
         result["mode"] = [output.timings.mode for output in outputs]
@@ -124,86 +112,12 @@ def tiny(work: Path, backend: str, save: Save) -> None:
     save(result)
 
 
-def parity(run: Opened, proof: Proof) -> dict[str, Any]:
-    """Every graph against the reference, then tokens under teacher forcing, then tokens running free."""
-    pipeline = run.pipeline
-    proof.require_fit(pipeline.model)
-    gate = GATES[pipeline.bundle.manifest.precision]
-    rows = list(compare(pipeline.engine, proof, gate))
-    worst = {
-        name: max((row for row in rows if row.graph == name), key=lambda row: row.value / row.bound * _sign(row.metric))
-        for name in dict.fromkeys(row.graph for row in rows)
-    }
-    case = proof.cases[0]
-    request = case.labels, case.schedule, case.guidance, Sampling(max_side=case.guidance.max_side), SEED
-    free, again = pipeline(*request).tokens, pipeline(*request).tokens
-    stepwise = [step.tokens for step in pipeline.iter_scales(*request)]
-    return {
-        "passed": all(map(holds, rows)),
-        "checks": len(rows),
-        "failed": [asdict(row) for row in rows if not holds(row)],
-        "worst": {name: asdict(row) for name, row in worst.items()},
-        "teacher_forced_tokens": forced_tokens(pipeline, case).to_json(),
-        "free_running_agreement": equal_share(free, case.tokens),
-        "again_equal": equal_share(free, again),
-        "scale_by_scale_equal": equal_share(free, stepwise),
-    }
-
-
-def _sign(metric: str) -> int:
-    """The worst is the largest error, but the smallest PSNR."""
-    return -1 if metric == "psnr_db" else 1
-
-
-def forced_tokens(pipeline: FlexVARPipeline, case: Case) -> Agreement:
-    """Tokens drawn where the backend draws, from its own logits, the reference's tokens fed at every scale."""
-    sampling = Sampling(max_side=case.guidance.max_side)
-    draws = Draws(sampling, SEED, tuple(range(len(case.labels))))
-    parts = []
-    with pipeline.engine.loop(case.labels, case.schedule, case.guidance) as loop:
-        previous = None
-        for i, (h, w) in enumerate(case.schedule):
-            got = np.array(loop.logits(i, previous))
-            reference, previous = case.logits[i], case.tokens[i]
-            if reference.shape != got.shape:
-                raise ValueError(f"logits of {reference.shape} in the proof; all rows, {got.shape}, are needed")
-            flat = got.reshape(-1, got.shape[-1])
-            top_k, noise = sampling.top_k_at(h, w), draws.noise(i, h * w)
-            tokens = _draw(pipeline, got, draws, i, top_k)
-            parts.append(
-                compare_tokens(
-                    reference.reshape(flat.shape),
-                    flat,
-                    case.tokens[i].reshape(-1),
-                    tokens,
-                    noise,
-                    top_k=top_k,
-                    top_p=sampling.top_p,
-                )
-            )
-    return agreement(parts)
-
-
-def _draw(
-    pipeline: FlexVARPipeline, logits_BLV: NDArray[np.float32], draws: Draws, scale: int, top_k: int
-) -> NDArray[np.int32]:
-    if pipeline.backend.device is not None:
-        return gpu_device.sample_on_device(pipeline.backend, logits_BLV, draws, scale, top_k)
-    B, L, V = logits_BLV.shape
-    return sample(logits_BLV.reshape(B * L, V), draws.noise(scale, L), top_k=top_k, top_p=draws.sampling.top_p)
-
-
-def equal_share(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
-    """Of the tokens of all scales."""
-    return sum(int((x == y).sum()) for x, y in zip(a, b, strict=True)) / sum(x.size for x in a)
-
-
 def run(work: Path, model: str, backend: str, batches: Sequence[int], budget: Budget, save: Save) -> None:
     """Parity first, in a fresh process, then times by batch, then times by scale."""
     proof = load_proof(work, model)
     used = used_bytes()
     with opened(work, model, backend) as run:
-        result: dict[str, Any] = run.facts | {"parity": parity(run, proof)}
+        result: dict[str, Any] = run.facts | {"parity": parity(run.pipeline, proof)}
         save(result)
         result["rows"] = []
         for batch in batches:

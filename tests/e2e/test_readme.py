@@ -6,6 +6,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+def commands(language: str = "bash") -> list[list[str]]:
+    return [shlex.split(line) for block in blocks(language) for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with checkpoints of the published names and layouts, 1000 classes, and tiny sizes."""
     from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 
@@ -30,7 +32,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformer, vae = write_checkpoints(folder, tiny_transformer(classes=1000), TINY_TOKENIZER)
     transformer.rename(folder / "FlexVARd16-epo179.pth")
     vae.rename(folder / "FlexVAE.pth")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))  # receipts of engines
+        yield folder
 
 
 def test_every_command_runs(desk: Path) -> None:
@@ -43,9 +47,20 @@ def test_every_command_runs(desk: Path) -> None:
         done = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         ran.append(arguments[0])
-    assert set(ran) == {"export", "generate", "doctor", "inspect", "verify"}
+    assert set(ran) == {"export", "build", "generate", "doctor", "inspect", "verify"}
     original, again = (desk / folder / "000001_class0980.png" for folder in ("images", "again"))
     assert original.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
+def test_what_needs_a_gpu_says_so(desk: Path) -> None:
+    """Without one: the right exit code and the fix, and no image from elsewhere."""
+    for program, *arguments in commands("console"):
+        again = ["--force"] if arguments[0] == "generate" else []
+        command = [str(Path(sys.executable).parent / program), *arguments, *again]
+        done = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            assert done.returncode == 4 and "no working NVIDIA driver" in done.stderr, done.stderr
 
 
 def test_every_python_block_runs(desk: Path) -> None:
@@ -60,5 +75,5 @@ def test_make_targets_and_links_exist() -> None:
     makefile = (README.parent / "Makefile").read_text()
     for target in re.findall(r"`make ([a-z-]+)`", README.read_text()):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for link in re.findall(r"\]\((?!https)([^)]+)\)", README.read_text()):
+    for link in re.findall(r"\]\((?!https|#)([^)]+)\)", README.read_text()):
         assert (README.parent / link).exists(), link

@@ -1,0 +1,92 @@
+"""A pipeline against the reference: every graph, tokens under teacher forcing, tokens running free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexvar_export.parity import GATES, compare, holds
+from flexvar_export.proof import SEED, Case, Proof
+from flexvar_runtime import FlexVARPipeline, Sampling
+from flexvar_runtime.loop import Draws
+from flexvar_runtime.sampling import sample
+
+from . import gpu_device
+from .token_agreement import Agreement, agreement, compare_tokens
+
+
+def parity(pipeline: FlexVARPipeline, proof: Proof) -> dict[str, Any]:
+    """Every graph against the reference, then tokens under teacher forcing, then tokens running free."""
+    proof.require_fit(pipeline.model)
+    gate = GATES[pipeline.bundle.manifest.precision]
+    rows = list(compare(pipeline.engine, proof, gate))
+    worst = {
+        name: max((row for row in rows if row.graph == name), key=lambda row: row.value / row.bound * _sign(row.metric))
+        for name in dict.fromkeys(row.graph for row in rows)
+    }
+    case = proof.cases[0]
+    request = case.labels, case.schedule, case.guidance, Sampling(max_side=case.guidance.max_side), SEED
+    free, again = pipeline(*request).tokens, pipeline(*request).tokens
+    stepwise = [step.tokens for step in pipeline.iter_scales(*request)]
+    return {
+        "passed": all(map(holds, rows)),
+        "checks": len(rows),
+        "failed": [asdict(row) for row in rows if not holds(row)],
+        "worst": {name: asdict(row) for name, row in worst.items()},
+        "teacher_forced_tokens": forced_tokens(pipeline, case).to_json(),
+        "free_running_agreement": equal_share(free, case.tokens),
+        "again_equal": equal_share(free, again),
+        "scale_by_scale_equal": equal_share(free, stepwise),
+    }
+
+
+def _sign(metric: str) -> int:
+    """The worst is the largest error, but the smallest PSNR."""
+    return -1 if metric == "psnr_db" else 1
+
+
+def forced_tokens(pipeline: FlexVARPipeline, case: Case) -> Agreement:
+    """Tokens drawn where the backend draws, from its own logits, the reference's tokens fed at every scale."""
+    sampling = Sampling(max_side=case.guidance.max_side)
+    draws = Draws(sampling, SEED, tuple(range(len(case.labels))))
+    parts = []
+    with pipeline.engine.loop(case.labels, case.schedule, case.guidance) as loop:
+        previous = None
+        for i, (h, w) in enumerate(case.schedule):
+            got = np.array(loop.logits(i, previous))
+            reference, previous = case.logits[i], case.tokens[i]
+            if reference.shape != got.shape:
+                raise ValueError(f"logits of {reference.shape} in the proof; all rows, {got.shape}, are needed")
+            flat = got.reshape(-1, got.shape[-1])
+            top_k, noise = sampling.top_k_at(h, w), draws.noise(i, h * w)
+            tokens = _draw(pipeline, got, draws, i, top_k)
+            parts.append(
+                compare_tokens(
+                    reference.reshape(flat.shape),
+                    flat,
+                    case.tokens[i].reshape(-1),
+                    tokens,
+                    noise,
+                    top_k=top_k,
+                    top_p=sampling.top_p,
+                )
+            )
+    return agreement(parts)
+
+
+def _draw(
+    pipeline: FlexVARPipeline, logits_BLV: NDArray[np.float32], draws: Draws, scale: int, top_k: int
+) -> NDArray[np.int32]:
+    if pipeline.backend.device is not None:
+        return gpu_device.sample_on_device(pipeline.backend, logits_BLV, draws, scale, top_k)
+    B, L, V = logits_BLV.shape
+    return sample(logits_BLV.reshape(B * L, V), draws.noise(scale, L), top_k=top_k, top_p=draws.sampling.top_p)
+
+
+def equal_share(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
+    """Of the tokens of all scales."""
+    return sum(int((x == y).sum()) for x, y in zip(a, b, strict=True)) / sum(x.size for x in a)

@@ -1,0 +1,189 @@
+"""What is measured on a GPU, rehearsed on a device that computes on the host; and the compiled peer against its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from fakes import FakeDevice
+from host_kernels import COMPILER, HostKernels
+
+import flexvar_ref
+from flexvar_bench import gpu_device
+from flexvar_bench.gpu_models import default_guidance, random_model, schedule_of
+from flexvar_bench.gpu_parity import parity
+from flexvar_bench.gpu_runs import Opened, latency
+from flexvar_bench.timing import Budget, memory_watch, repeat
+from flexvar_bench.torch_compiled import CompiledPeer, Eager, sample_sorted
+from flexvar_export.proof import Proof, make_proof
+from flexvar_ref.sampling import probabilities
+from flexvar_runtime import Bundle, FlexVARPipeline, ScaleSchedule
+from flexvar_runtime.backends.ort_cuda import PROVIDER, OrtCuda
+from flexvar_runtime.cuda.backend import DeviceArrays
+from flexvar_runtime.cuda.kernels import KernelConfig
+
+VOCABULARY = 512
+_session = onnxruntime.InferenceSession
+
+
+@pytest.fixture(scope="module")
+def proof() -> Proof:
+    return make_proof(*random_model("tiny"), schedule_of("tiny"), default_guidance())
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelConfig], HostKernels]:
+    if COMPILER is None:
+        pytest.skip("no C compiler here")
+    compiled: dict[KernelConfig, HostKernels] = {}
+
+    def of(config: KernelConfig) -> HostKernels:
+        if config not in compiled:
+            compiled[config] = HostKernels(config, tmp_path_factory.mktemp("kernels"), block=64)
+        return compiled[config]
+
+    return of
+
+
+@pytest.fixture
+def device(kernels: Callable[[KernelConfig], HostKernels]) -> FakeDevice:
+    device = FakeDevice(kernels)
+    device.activate()
+    return device
+
+
+def test_random_models_are_those_of_the_checkpoints(tiny_checkpoint: tuple[Path, Path]) -> None:
+    for ours, theirs in zip(random_model("tiny"), flexvar_ref.load(*tiny_checkpoint), strict=True):
+        assert (
+            ours.config == replace(theirs.config, drop_path=ours.config.drop_path)
+            if hasattr(theirs.config, "drop_path")
+            else ours.config == theirs.config
+        )
+        state = theirs.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+
+def test_kernels_against_the_host(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, schedule = DeviceArrays("kernels", device), ScaleSchedule.parse("1_2_3")
+    device.load(KernelConfig(VOCABULARY, 8, 64))
+    monkeypatch.setattr(gpu_device, "ROWS", 6)
+    found = gpu_device.draws_equal(arrays, schedule)
+    assert found == {"holds": True, "draws": 4 * 4 * 14, "different": 0}
+    assert all(row["holds"] for row in gpu_device.tokens_equal(arrays, VOCABULARY))
+    times = gpu_device.sampling_seconds(arrays, VOCABULARY, ScaleSchedule.parse("1_2"), 2)
+    assert [scale["median"] for scale in times] == [0.25 / gpu_device.LAUNCHES] * 2
+    monkeypatch.setattr(gpu_device, "sample", lambda *a, **k: -gpu_device.np.ones(6, "int32"))
+    assert not any(row["holds"] for row in gpu_device.tokens_equal(arrays, VOCABULARY))
+
+
+class OnDevice:
+    """A session of the processor in the clothes of CUDA; see tests/runtime/cuda/test_ort_cuda.py."""
+
+    def __init__(self, device: FakeDevice, path: str, options: Any) -> None:
+        self._device, self._session = device, _session(path, options, providers=["CPUExecutionProvider"])
+
+    def get_providers(self) -> list[str]:
+        return [PROVIDER]
+
+    def io_binding(self) -> Any:
+        real = self._session.io_binding()
+
+        def bind(there: Callable[..., None]) -> Callable[..., None]:
+            return lambda name, _place, number, *rest: there(name, "cpu", number, *rest)
+
+        return SimpleNamespace(real=real, bind_input=bind(real.bind_input), bind_output=bind(real.bind_output))
+
+    def run_with_iobinding(self, binding: Any, run_options: Any) -> None:
+        self._device.enqueue("run", lambda: self._session.run_with_iobinding(binding.real))
+
+
+def test_parity_and_times_on_a_device(
+    device: FakeDevice, tiny_bundle: Path, proof: Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda path, options, providers: OnDevice(device, path, options)
+    )
+    with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
+        found = parity(pipeline, proof)
+        assert found["passed"] and found["again_equal"] == found["scale_by_scale_equal"] == 1
+        tokens = found["teacher_forced_tokens"]
+        assert tokens["holds"] and tokens["rows"] == 2 * schedule_of("tiny").tokens
+        budget = Budget(warmup=1, least=2, most=2)
+        row = latency(Opened(pipeline, "tiny", 0.0), 2, budget, used=lambda: 7)
+    assert (row["mode"], row["device_s"]["median"], row["images_per_second_device"]) == (["cuda-graph"], 0.25, 8)
+    assert (row["samples"], row["warmup"], row["decoder_included"]) == (2, 1, True)
+    assert row["device_memory_bytes"] == {"before": 7, "peak": 7, "after": 7}
+
+
+def test_parity_notices_another_model(tiny_bundle: Path, proof: Proof) -> None:
+    case = proof.cases[0]
+    wrong = replace(case, logits=tuple(-logits for logits in case.logits))
+    with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipeline:
+        found = parity(pipeline, replace(proof, cases=(wrong,)))
+    assert not found["passed"]
+    assert {row["graph"] for row in found["failed"]} == {"step"}
+
+
+# The compiled peer ----------------------------------------------------------------------------------------------------
+
+
+def test_the_peer_computes_the_model(proof: Proof) -> None:
+    """In float32, uncompiled: what is compiled on a GPU is this."""
+    eager = Eager(*random_model("tiny"), schedule_of("tiny"), torch.device("cpu"))
+    peer = CompiledPeer(eager, dynamic=True)
+    assert peer.relative_error(proof.cases[0]) < 1e-5
+    peer.prepare([1, 2, 3])
+    pixels = peer.run()
+    assert pixels.shape == (3, 40, 40, 3) and pixels.dtype == torch.uint8
+    assert not torch.equal(pixels, peer.run()), "new draws every time"
+    eager.offsets[2] = eager.offsets[2].roll(1, 0)
+    assert peer.relative_error(proof.cases[0]) > 1e-3
+
+
+def test_the_peer_draws_from_the_same_distribution() -> None:
+    """Chi-square at four standard deviations, 20,000 draws."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(1, 1, 40)
+    expected = probabilities(logits, 20, 0.9)[0, 0]
+    draws, kept = 20_000, expected > 0
+    tokens = sample_sorted(logits.expand(1, draws, 40), 20, 0.9)
+    counts = torch.bincount(tokens.flatten(), minlength=40).double()
+    assert counts[~kept].sum() == 0
+    chi2 = ((counts - draws * expected)[kept] ** 2 / (draws * expected)[kept]).sum().item()
+    freedom = int(kept.sum()) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_repetition_keeps_to_its_budget() -> None:
+    calls: list[int] = []
+
+    def work() -> float:
+        calls.append(1)
+        return 0.5
+
+    walls, devices = repeat(work, Budget(warmup=2, least=3, most=7, seconds=0.0))
+    assert (len(calls), len(walls), devices) == (5, 3, [0.5] * 3), "at least so many"
+    walls, _ = repeat(work, Budget(warmup=0, least=1, most=7, seconds=60))
+    assert len(walls) == 7, "at most so many"
+
+
+def test_the_height_of_memory_is_seen() -> None:
+    used = [1]
+    with memory_watch(lambda: used[0]) as memory:
+        used[0] = 9
+        while memory["peak"] < 9:
+            pass
+        used[0] = 2
+    assert memory == {"before": 1, "peak": 9, "after": 2}
+    with memory_watch(None) as memory:
+        pass
+    assert memory == {}

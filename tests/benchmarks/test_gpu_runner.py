@@ -1,0 +1,172 @@
+"""Phases as processes: order, crashes, limits, the deadline; and the plan that they follow."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flexvar_bench import gpu_check
+from flexvar_bench.gpu_plan import Phase, Request, phases
+from flexvar_bench.gpu_runner import Record, Runner
+
+CHILD = """
+import argparse, json, os, signal, subprocess, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("job")
+for name in ("--work", "--result", "--options"):
+    parser.add_argument(name)
+given = parser.parse_args()
+log = Path(given.work) / "log"
+with log.open("a") as file:
+    file.write(f"{given.job} {time.monotonic()}\\n")
+Path(given.result).write_text(json.dumps({"job": given.job, **json.loads(given.options)}))
+if given.job == "crash":
+    print("last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+if given.job == "fail":
+    sys.exit("got nothing; expected something; fix: none")
+if given.job == "hang":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (Path(given.work) / "grandchild").write_text(str(grandchild.pid))
+    time.sleep(60)
+if given.job == "slow":
+    time.sleep(0.5)
+with log.open("a") as file:
+    file.write(f"/{given.job} {time.monotonic()}\\n")
+"""
+
+
+def run(work: Path, plan: list[Phase], seconds: float = 60) -> tuple[dict[str, Record], list[dict[str, str]]]:
+    """Records, and the states that were reported on the way."""
+    script = work / "child.py"
+    script.write_text(CHILD)
+    seen: list[dict[str, str]] = []
+    runner = Runner(
+        plan,
+        work,
+        time.monotonic() + seconds,
+        dict(os.environ),
+        lambda records: seen.append({name: record.status for name, record in records.items()}),
+        command=(sys.executable, "-S", str(script)),
+    )
+    return runner.run(), seen
+
+
+def test_one_that_crashes_takes_nothing_along(tmp_path: Path) -> None:
+    plan = [
+        Phase("a", "crash", {"n": 1}),
+        Phase("b", "fail"),
+        Phase("c", "quick", {"n": 3}),
+        Phase("d", "quick", needs=("a",)),
+        Phase("e", "quick", needs=("d",)),
+        Phase("f", "quick", needs=("nobody",)),
+    ]
+    records, seen = run(tmp_path, plan)
+    assert (records["a"].status, records["a"].reason) == ("failed", "ended by SIGSEGV")
+    assert records["a"].stderr is not None and "last words" in records["a"].stderr
+    assert records["a"].result == {"job": "crash", "n": 1}, "what it had found before is kept"
+    assert (records["b"].status, records["b"].reason) == ("failed", "got nothing; expected something; fix: none")
+    assert (records["c"].status, records["c"].reason, records["c"].result) == ("done", None, {"job": "quick", "n": 3})
+    assert records["d"].reason == "not measured: it needs 'a', which is failed"
+    assert records["e"].reason == "not measured: it needs 'd', which is not measured"
+    assert records["f"].reason == "not measured: it needs 'nobody', which was left out"
+    assert seen[0] == dict.fromkeys("abcdef", "not measured"), "reported before anything runs"
+    assert len(seen) == 1 + len(plan)
+
+
+def test_one_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    records, _ = run(tmp_path, [Phase("a", "hang", limit=1.0), Phase("b", "quick")])
+    assert records["a"].status == "stopped"
+    assert re.fullmatch("stopped after 1 s, its limit", records["a"].reason or "")
+    assert records["a"].result == {"job": "hang"}
+    assert records["b"].status == "done"
+    grandchild = int((tmp_path / "grandchild").read_text())
+    assert _is_gone(grandchild)
+
+
+def _is_gone(pid: int) -> bool:
+    """Or a zombie that waits for whoever adopted it."""
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_deadline_is_kept(tmp_path: Path) -> None:
+    plan = [
+        Phase("long", "quick", seconds=300, limit=400),
+        Phase("a", "hang", seconds=1, limit=100),
+        Phase("b", "quick", seconds=1),
+    ]
+    start = time.monotonic()
+    records, _ = run(tmp_path, plan, seconds=2)
+    assert time.monotonic() - start < 2 + 4, "the deadline, and the time to end what hangs"
+    assert records["long"].reason == "not measured: 2 s were left, it takes about 300"
+    assert records["a"].reason == "stopped after 2 s, the run's deadline"
+    assert (records["b"].status, records["b"].reason) == (
+        "not measured",
+        "not measured: 0 s were left, it takes about 1",
+    )
+
+
+def test_times_are_taken_alone_and_the_rest_runs_together(tmp_path: Path) -> None:
+    plan = [
+        Phase("first", "slow", alone=False),
+        Phase("second", "slow", alone=False),
+        Phase("timed", "quick", needs=("first",)),
+        Phase("behind", "other", alone=False),
+    ]
+    run(tmp_path, plan)
+    events = {}
+    for line in (tmp_path / "log").read_text().splitlines():
+        name, at = line.split()
+        events.setdefault(name, []).append(float(at))
+    assert max(events["slow"]) < min(events["/slow"]), "together"
+    assert events["quick"][0] > max(events["/slow"]), "not beside the second, which it does not need"
+    assert events["other"][0] > events["/quick"][0], "what is less important does not delay it"
+
+
+@pytest.mark.parametrize("request_", [Request(), Request(backends=("ort-cuda",)), Request(tiny=True)])
+def test_the_plan_is_in_order(request_: Request) -> None:
+    plan = phases(request_)
+    names = [phase.name for phase in plan]
+    assert len(set(names)) == len(names)
+    for i, phase in enumerate(plan):
+        assert set(phase.needs) <= set(names[:i]), phase.name
+        assert phase.seconds <= phase.limit
+
+
+def test_the_plan_fits_nine_minutes() -> None:
+    """With one backend, exports and tiny models side by side: the sum of the docstring, give or take its engines."""
+    plan = phases(Request(backends=("ort-cuda",)))
+    together = [phase.seconds for phase in plan if not phase.alone and phase.job == "export"]
+    total = max(together) + sum(phase.seconds for phase in plan if phase.alone)
+    assert total < 9 * 60 - gpu_check.RESERVE_SECONDS
+    text = gpu_check.__doc__ or ""
+    listed = [int(n) for n in re.findall(r"^ {4,}\S.{40,}?\s(\d+)(?:\s{3}\D.*)?$", text.split("---")[0], re.MULTILINE)]
+    promised = int(re.findall(r"(\d+) of 540", text)[0])
+    assert sum(listed) == promised < 540
+
+
+def test_parts_are_chosen_with_what_they_need() -> None:
+    plan = phases(Request(backends=("ort-cuda", "tensorrt")))
+    chosen = [phase.name for phase in gpu_check.select(plan, ["profile tensorrt d20"])]
+    assert chosen == ["machine", "export tiny", "export d20", "tiny tensorrt", "build tensorrt d20"] + [
+        "run tensorrt d20",
+        "profile tensorrt d20",
+    ]
+    assert {phase.job for phase in gpu_check.select(plan, ["reference"])} == {"machine", "reference"}
+    assert gpu_check.select(plan, None) == plan
+    with pytest.raises(ValueError, match="got phase 'profil'; expected one of build, build tensorrt d16"):
+        gpu_check.select(plan, ["profil"])
