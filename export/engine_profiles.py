@@ -11,7 +11,7 @@ from flexvar_runtime.planner import IMAGES_PER_RUN
 from flexvar_runtime.schedule import ScaleSchedule
 
 WIDE = "wide"
-FEW_HEADS = 4  # with fewer, TensorRT-RTX 1.7 has no kernel for attention of a single query at any batch: 1 or 2, it has
+FEW_HEADS = 4  # with fewer, TensorRT-RTX 1.7 has no attention kernel for exactly one query; for one or two it has
 
 
 def step_pairs(schedules: Sequence[ScaleSchedule]) -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ DEPENDENCIES = {
         "tensorrt-rtx-cu13-bindings",
     },
     "openvino": {"openvino"},
-    "export": {"onnx", "onnxscript", "safetensors", "torch"},
+    "export": {"onnx", "onnxscript", "polygraphy", "safetensors", "torch"},
     "train": {"accelerate", "safetensors", "tensorboard", "torch"},
     "bench": {"jinja2", "matplotlib", "psutil"},
     "dev": {"build", "hypothesis", "mypy", "pre-commit", "pytest", "pytest-timeout", "ruff", "setuptools"},
