@@ -16,6 +16,7 @@ from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 if TYPE_CHECKING:
     from flexvar_runtime.backends.trt_library import TrtLibrary
     from flexvar_runtime.bundle import Bundle
+    from flexvar_runtime.cuda.gpu import GpuFacts
     from flexvar_runtime.engines import EngineId, Found
     from flexvar_runtime.schedule import ScaleSchedule
 
@@ -46,6 +47,8 @@ def build(
     """
     from flexvar_runtime.backends.trt_library import FLAVOURS, load
     from flexvar_runtime.bundle import Bundle
+    from flexvar_runtime.cuda.buffers import Shape
+    from flexvar_runtime.cuda.device_plan import require_on_device
     from flexvar_runtime.engines import receipts_folder
     from flexvar_runtime.user_folders import user_folder
 
@@ -54,8 +57,12 @@ def build(
     library = load(backend)
     chosen = choose_target(library, target or [], present_gpu)
     cache = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{library.version}-{chosen}.cache"
-    opened = Bundle.open(bundle)
-    wanted = wanted_engines(opened, library, chosen, read_schedules(opened, schedule or []), max_batch)
+    opened, here = Bundle.open(bundle), None if target else gpu_facts()
+    schedules = read_schedules(opened, schedule or [])
+    if here is not None:
+        largest = max(schedules, key=lambda one: one.tokens)
+        require_on_device(opened, Shape(largest, max_batch, guided=True), here.total_bytes, here.name)
+    wanted = wanted_engines(opened, library, chosen, schedules, max_batch)
     places = Places(opened, engines, receipts_folder(), cache)
     with steps(sum(len(one.profiles) for one in wanted), "build") as advance:
         results = [build_graph(library, one, places, force=force, advance=advance) for one in wanted]
@@ -81,14 +88,20 @@ class Result:
     seconds: float
 
 
-def present_gpu() -> str | None:
-    """Compute capability ("8.6") of this machine's GPU; None without one."""
+def gpu_facts() -> GpuFacts | None:
+    """This machine's GPU; None without one."""
     from flexvar_runtime.cuda.gpu import find_gpu
 
     try:
-        return find_gpu().capability
+        return find_gpu()
     except BackendUnavailable:
         return None
+
+
+def present_gpu() -> str | None:
+    """Compute capability ("8.6") of this machine's GPU; None without one."""
+    facts = gpu_facts()
+    return None if facts is None else facts.capability
 
 
 def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], str | None]) -> str:

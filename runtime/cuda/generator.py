@@ -16,13 +16,14 @@ from ..graphs import DTYPE_OF_PRECISION
 from ..guidance import Guidance
 from ..loop import Draws, Loop
 from ..manifest import ModelFacts
-from ..planner import IMAGES_PER_RUN, largest_batch
+from ..planner import largest_batch
 from ..schedule import ScaleSchedule
 from ..tables import Tables
 from .array import ALIGNMENT, DeviceArray
-from .buffers import Shape, decode_parts, nbytes, request_fields, result_fields, work_fields
+from .buffers import Shape
 from .conditions import ConditionStore
 from .device import Device
+from .device_plan import generation_bytes
 from .generation import DeviceGeneration, Options
 from .kernels import KernelConfig
 from .loop import DeviceLoop
@@ -96,13 +97,7 @@ class DeviceGenerator:
 
     def bytes_of(self, shape: Shape) -> int:
         """Device memory of the buffers of a shape, exactly."""
-        parts = decode_parts(shape.images, IMAGES_PER_RUN)
-        fields = (
-            request_fields(shape),
-            result_fields(self._model, shape),
-            work_fields(self._model, shape, self._kv_dtype, parts),
-        )
-        return sum(map(nbytes, fields))
+        return generation_bytes(self._model, shape, self._kv_dtype)
 
     @contextmanager
     def _generation(self, schedule: ScaleSchedule, images: int, weights: Sequence[float]) -> Iterator[DeviceGeneration]:

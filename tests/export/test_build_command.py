@@ -364,3 +364,20 @@ def test_the_command_is_there(run_cli: Run) -> None:
     assert code == 0
     for option in ("--backend", "--schedule", "--max-batch", "--target", "--engines", "--force", "--json"):
         assert option in out
+
+
+def test_a_batch_that_will_not_fit_on_the_gpu_is_refused_before_the_build(
+    half_bundle: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexvar_runtime import Bundle, ScaleSchedule
+    from flexvar_runtime.cuda.buffers import Shape
+    from flexvar_runtime.cuda.device_plan import device_plan
+    from flexvar_runtime.cuda.gpu import GpuFacts
+
+    schedule = ScaleSchedule.parse("1_2x3")
+    needed = device_plan(Bundle.open(half_bundle), Shape(schedule, 5, True)).total
+    monkeypatch.setattr(build_command, "gpu_facts", lambda: GpuFacts(0, "A GPU", "8.6", needed))
+    code, out, err = run_cli("build", half_bundle, *RTX, "--schedule", "1_2x3", "--max-batch", "6")
+    assert code == 6 and not (half_bundle / "engines").exists()
+    assert "a batch of 6 at schedule 1_2x3 that needs" in err and "on A GPU (weights" in err
+    assert "fix: use a batch of at most 5" in err

@@ -29,6 +29,7 @@ from flexvar_runtime import (
 from flexvar_runtime.backends.tensorrt import TensorRT
 from flexvar_runtime.backends.trt_library import TrtLibrary
 from flexvar_runtime.cuda.buffers import Shape
+from flexvar_runtime.cuda.device_plan import device_plan
 from flexvar_runtime.cuda.generation import REPLAYS_KEPT, WARM_UPS
 from flexvar_runtime.cuda.generator import SHAPES_KEPT
 from flexvar_runtime.engine_writer import lock_engine, write_engine
@@ -275,6 +276,9 @@ def test_buffers_are_counted_exactly(machine: Machine) -> None:
         generation = generator._allocate(shape)
         arenas = machine.device.memories[before : before + 3]
         assert generator.bytes_of(shape) == generation.nbytes == sum(memory.nbytes for memory in arenas)
+        plan = device_plan(machine.bundle, shape)
+        assert plan.kv == generation._work["cache"].nbytes and plan.kv + plan.buffers == generation.nbytes
+        assert plan.weights == sum(r.size for name, r in machine.bundle.manifest.files.items() if ".onnx" in name)
 
 
 def test_a_shape_without_profile(machine: Machine) -> None:

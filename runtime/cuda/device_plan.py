@@ -1,0 +1,71 @@
+"""How much of a GPU a generation takes, known before an engine is built or loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bundle import Bundle
+from ..engines import graph_files
+from ..errors import OutOfMemory
+from ..graphs import DTYPE_OF_PRECISION, GRAPHS
+from ..manifest import ModelFacts
+from ..planner import IMAGES_PER_RUN, largest_batch
+from .array import DeviceArray
+from .buffers import Shape, decode_parts, nbytes, request_fields, result_fields, work_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePlan:
+    """Bytes on the device: weights of every graph, keys and values of all scales, every other buffer.
+
+    Working memory inside the graphs comes on top: an engine says how much when it is loaded.
+    """
+
+    weights: int
+    kv: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.buffers
+
+
+def generation_bytes(model: ModelFacts, shape: Shape, kv_dtype: str) -> int:
+    """Buffers of a generation, exactly as they are allocated."""
+    parts = decode_parts(shape.images, IMAGES_PER_RUN)
+    fields = request_fields(shape), result_fields(model, shape), work_fields(model, shape, kv_dtype, parts)
+    return sum(map(nbytes, fields))
+
+
+def device_plan(bundle: Bundle, shape: Shape) -> DevicePlan:
+    """What a generation of a bundle takes on a device."""
+    manifest = bundle.manifest
+    kv_dtype = DTYPE_OF_PRECISION[manifest.precision]
+    cache_shape, cache_dtype = work_fields(manifest.model, shape, kv_dtype, ())["cache"]
+    kv = DeviceArray(0, cache_shape, cache_dtype, None).nbytes
+    files = {name for graph in GRAPHS for name in graph_files(bundle, graph)}
+    return DevicePlan(
+        weights=sum(manifest.files[name].size for name in files),
+        kv=kv,
+        buffers=generation_bytes(manifest.model, shape, kv_dtype) - kv,
+    )
+
+
+def require_on_device(bundle: Bundle, shape: Shape, available: int, device: str) -> None:
+    """Raise OutOfMemory where a generation does not fit on a device; it names the parts and the batch that does."""
+    wanted = device_plan(bundle, shape)
+    if wanted.total <= available:
+        return
+    fits = largest_batch(
+        lambda images: device_plan(bundle, Shape(shape.schedule, images, shape.guided)).total, available
+    )
+    raise OutOfMemory(
+        f"a batch of {shape.images} at schedule {shape.schedule} that needs {_gib(wanted.total)} on {device} "
+        f"(weights {_gib(wanted.weights)}, keys and values {_gib(wanted.kv)}, buffers {_gib(wanted.buffers)})",
+        expected=f"at most {_gib(available)}",
+        fix=f"use a batch of at most {fits}" if fits else "use a smaller schedule, or a GPU with more memory",
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
