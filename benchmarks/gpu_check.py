@@ -8,23 +8,21 @@ against the reference; and times d16, d20 and d24 with random weights at 256 px 
 against the eager reference and torch.compile.
 
 Every phase is a process with a limit of its own; DIR/gpu_check.json is complete, up to there, after each of them. The
-plan, in the order of importance, in seconds, with one backend that works (a TensorRT adds its engines; the last phases
-then say that no time was left):
+plan, in the order of importance, in seconds, for one backend that works:
 
-    machine: rates that limit everything               20
-    export of the tiny model, d16, d20 and d24         90   together on the CPU, and beside it
-    every backend on the tiny model, parity            15     within these
-    our kernels: draws, tokens, time of sampling       12
-    d16: engines where needed                          70
-         parity, times, memory                         30
-         where the time goes, kernel by kernel         15
-         reference, eager, twice                       25
-         torch.compile with a CUDA graph               80
-         1,000 generations: memory                     20
-    d20: parity, times, kernels, reference             70
-    d24: parity, times, kernels, reference             70
-                                                      ---
-                                                      517 of 540
+    20  machine: what is installed, and the two rates that limit everything
+    90  export of the tiny model, d16, d20 and d24 side by side; meanwhile every backend tries the tiny model, or says
+        why it cannot
+    12  our kernels: draws, tokens, time of sampling
+    45  d16: parity, times, memory; where the time goes
+    25       the eager reference, twice
+    80       torch.compile with a CUDA graph
+    20       memory over 1,000 generations
+    70  d20: parity, times, where the time goes; reference
+    70  d24: the same
+    432 of 540; TensorRT builds engines first, 70 for each model
+
+What does not fit says that no time was left: fewer --depths, or one of the --backends, leaves more of it.
 
     python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR    puts a run that is over among the results
 """
@@ -33,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -63,16 +62,23 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
     """package_path: folder that children find our packages in, where they are not installed."""
     started = time.monotonic()
     arguments = _parse(argv)
+    from .gpu_plan import phases
     from .gpu_report import merge
 
     if arguments.merge is not None:
         print(merge(arguments.out / RESULT, arguments.merge))
         return 0
+    try:
+        request = _request(arguments)
+        plan = select(phases(request), arguments.only)
+    except ValueError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline = started + 60 * arguments.minutes - RESERVE_SECONDS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
     with _work(arguments.work) as work:
-        return _measure(arguments, work, deadline, started, package_path)
+        return _measure(arguments, request, plan, work, deadline, started, package_path)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,21 +106,22 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _measure(
-    arguments: argparse.Namespace, work: Path, deadline: float, started: float, package_path: Path | None
+    arguments: argparse.Namespace,
+    request: Request,
+    plan: Sequence[Phase],
+    work: Path,
+    deadline: float,
+    started: float,
+    package_path: Path | None,
 ) -> int:
     from rich.console import Console
 
     from flexvar_runtime import __version__
-    from flexvar_runtime.backends import check_name
 
-    from .gpu_plan import phases
     from .gpu_report import document, headline, show, write
     from .gpu_runner import Record, Runner
 
-    request, console = _request(arguments), Console(width=None if sys.stdout.isatty() else 140)
-    for backend in request.backends:
-        check_name(backend)
-    plan = select(phases(request), arguments.only)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     options = {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "work", "merge")}
     facts: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,9 +155,14 @@ def _measure(
 
 
 def _request(arguments: argparse.Namespace) -> Request:
+    """Raises InvalidInput for a backend that nobody knows."""
+    from flexvar_runtime.backends import check_name
+
     from .gpu_plan import BATCHES, GENERATIONS, Request
 
     tiny = arguments.tiny
+    for backend in arguments.backends:
+        check_name(backend)
     return Request(
         depths=arguments.depths,
         batches=arguments.batches or ((1, 2) if tiny else BATCHES),
@@ -190,8 +202,14 @@ def _environment(work: Path, package_path: Path | None) -> dict[str, str]:
     """Of the phases: our packages first, and receipts and caches of their own, so that nobody else's are touched."""
     path = [str(package_path)] if package_path else []
     path += [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    own = {name: str(work / folder) for name, folder in (("XDG_STATE_HOME", "state"), ("XDG_CACHE_HOME", "cache"))}
-    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(path), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+    folders = {
+        "XDG_STATE_HOME": "state",
+        "XDG_CACHE_HOME": "cache",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+    }
+    own = {name: str(work / folder) for name, folder in folders.items()}
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(path)}
 
 
 @contextmanager
@@ -220,9 +238,9 @@ def run_from_checkout() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-check-packages-") as folder:
         link_packages(root, Path(folder))
         sys.path.insert(0, folder)
-        from flexvar_bench.gpu_check import main as run
-
-        return run(package_path=Path(folder))
+        package = next(name for name, source in PACKAGES.items() if root / source == Path(__file__).resolve().parent)
+        again = importlib.import_module(f"{package}.{Path(__file__).stem}")  # this file, with its package around it
+        return int(again.main(package_path=Path(folder)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from flexvar_export.bundle import TORCH_PRECISIONS, UNPROVEN
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts, tables
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
+from flexvar_export.onnx_scan import scan
 from flexvar_export.proof import PROOF_FILE, Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_ref.checkpoint import published_name
@@ -65,7 +66,7 @@ def default_guidance() -> Guidance:
 
 
 def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
-    """ "tiny", or "d16" and the like: float32, on the CPU, in evaluation mode; equal in every process."""
+    """Of the name "tiny", or "d16" and the like: float32, on the CPU, frozen for evaluation, equal in every process."""
     tiny = name == TINY
     transformer = tiny_transformer() if tiny else TransformerConfig.published(int(name.removeprefix("d")))
     with torch.device("meta"):
@@ -74,7 +75,7 @@ def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
     with torch.device("meta"):
         model = FlexVAR(transformer, tokenizer.codebook_VD.detach())
     _fill(model)
-    return model.eval(), tokenizer.eval()
+    return model.eval().requires_grad_(False), tokenizer.eval().requires_grad_(False)
 
 
 def _fill(module: FlexVAR | Tokenizer) -> None:
@@ -94,6 +95,7 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     What lies in the folder already is used again.
     """
     files, seconds, start = ModelFiles.of(work, name), dict[str, float](), time.perf_counter()
+    attention: dict[str, int] = {}
     if files.bundle.exists() and files.proof.exists():
         save({"model": name, "precision": precision, "weights": "random", "reason": "there from an earlier run"})
         return
@@ -101,7 +103,8 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     def done(step: str) -> None:
         nonlocal start
         seconds[step], start = time.perf_counter() - start, time.perf_counter()
-        save({"model": name, "precision": precision, "weights": "random", "seconds": seconds})
+        facts = {"model": name, "precision": precision, "weights": "random", "attention_nodes": attention}
+        save(facts | {"seconds": seconds})
 
     model, tokenizer = random_model(name)
     facts = model_facts(model, tokenizer)
@@ -110,6 +113,7 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     with write_bundle(files.bundle) as directory:
         for graph, spec in specs.items():
             export_graph(graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision]), spec, directory)
+            attention[graph] = sum(node.operator == "Attention" for node in scan(directory / spec.file).nodes)
             done(graph)
         tables(model, tokenizer).save(directory / TABLES_FILE)
         recipe = hashlib.sha256(f"flexvar_ref.synthetic, seed {SEED}".encode()).hexdigest()

@@ -32,6 +32,7 @@ GOALS = {
     "resident bytes grown in the second half": 4 * 2**20,
     "device bytes grown": 2 * 2**20,  # what the driver hands out at a time
 }
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.@+-]+/)+")
 Records = Mapping[str, Mapping[str, Any]]
 
 
@@ -238,8 +239,14 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 def merge(run: Path, folder: Path) -> Path:
     """Put a run's file under the results as `gpu_<gpu>_<date>.json`; of a phase that both know, the better state stays,
-    the newer where they are equal. Raises ArtifactRefused for a file that is no run."""
+    the newer where they are equal. Last words and folders of the machine are left out.
+
+    Raises ArtifactRefused for a file that is no run.
+    """
     new = _read(run)
+    for record in new["phases"].values():
+        record["stderr"] = None
+        record["reason"] = record["reason"] and _FOLDERS.sub("", record["reason"])
     name = re.sub(r"[^a-z0-9]+", "-", (new["gpu"] or "none").lower()).strip("-")
     target = folder / f"gpu_{name}_{new['created'][:10]}.json"
     if target.exists():

@@ -148,6 +148,7 @@ class Runner:
             late = time.monotonic() > running.stop_at
             if code is None and not late:
                 continue
+            taken = time.monotonic() - running.began
             _end(running.process)  # what it started, too
             self._running.remove(running)
             if code == 0:
@@ -156,7 +157,7 @@ class Runner:
                 record = Record(FAILED, _why_failed(code, _tail(running.folder / "stderr")))
             else:
                 which = "the run's deadline" if running.stop_at == self._deadline else "its limit"
-                record = Record(STOPPED, f"stopped after {time.monotonic() - running.began:.0f} s, {which}")
+                record = Record(STOPPED, f"stopped after {taken:.0f} s, {which}")
             self._finish(running, record)
 
     def _finish(self, running: _Running, record: Record) -> None:

@@ -106,9 +106,12 @@ def tiny(work: Path, backend: str, save: Save) -> None:
         outputs = [run.generate(labels) for labels in batches]
         result["mode"] = [output.timings.mode for output in outputs]
     save(result)
-    with opened(work, TINY, CPU_BACKEND) as host:
-        pairs = zip(outputs, map(host.generate, batches), strict=True)
-        result["tokens_equal_to_ort_cpu"] = [equal_share(ours.tokens, theirs.tokens) for ours, theirs in pairs]
+    try:
+        with opened(work, TINY, CPU_BACKEND) as host:
+            pairs = zip(outputs, map(host.generate, batches), strict=True)
+            result["tokens_equal_to_ort_cpu"] = [equal_share(ours.tokens, theirs.tokens) for ours, theirs in pairs]
+    except FlexVARError as error:  # a processor that cannot be asked says nothing of this backend
+        result["tokens_equal_to_ort_cpu"] = f"not measured: {error}"
     save(result)
 
 

@@ -107,16 +107,19 @@ def sample_sorted(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 class CompiledPeer:
     """Generations of one batch at a time: `prepare` it, `run` it as often as wanted, `release` it."""
 
-    def __init__(self, eager: Eager, *, dynamic: bool) -> None:
+    def __init__(self, eager: Eager, *, compiler: str | None, dynamic: bool = True) -> None:
+        """compiler: a backend of torch.compile, None for none; dynamic: compile for all shapes at once."""
         self.eager, self.mode = eager, ""
         import torch._dynamo
 
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = RECOMPILES
-        backend = "inductor" if eager.device.type == "cuda" else "eager"
-        self._block: Callable[..., Tensor] = torch.compile(PeerBlock.forward, dynamic=dynamic, backend=backend)
-        self._head: Callable[..., Tensor] = torch.compile(Eager.head, dynamic=dynamic, backend=backend)
-        self._decode: Callable[..., Tensor] = torch.compile(Eager.pixels, dynamic=False, backend=backend)
+
+        def compiled(work: Callable[..., Tensor], dynamic: bool) -> Callable[..., Tensor]:
+            return work if compiler is None else torch.compile(work, dynamic=dynamic, backend=compiler)
+
+        self._block, self._head = compiled(PeerBlock.forward, dynamic), compiled(Eager.head, dynamic)
+        self._decode = compiled(Eager.pixels, False)
         self._replay: Callable[[], object] | None = None
         self._state: dict[str, Any] = {}
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntim
 
 def probe_onnxruntime(extra: str) -> Availability:
     """Whether one ONNX Runtime, new enough, can be loaded; `extra` is the one of ours that installs it."""
-    wheels = {name: version for name in _WHEELS if (version := _version(name))}
+    wheels = _wheels()
     if len(wheels) > 1:
         names = " and ".join(wheels)
         return Availability(
@@ -48,11 +51,17 @@ def probe_onnxruntime(extra: str) -> Availability:
     return Availability(True, f"{wheel or 'onnxruntime'} {version}")
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _wheels() -> list[str]:
+    """Wheels in the folder from which Python takes onnxruntime: others, in folders behind it, do no harm."""
+    folders: dict[str, list[str]] = {}
+    for name in _WHEELS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            folder = os.path.realpath(str(importlib.metadata.distribution(name).locate_file("")))
+            folders.setdefault(folder, []).append(name)
+    for folder in map(os.path.realpath, sys.path):
+        if folder in folders:
+            return folders[folder]
+    return [name for names in folders.values() for name in names]
 
 
 class OrtGraph:

@@ -16,6 +16,7 @@ import pytest
 from flexvar_bench import gpu_check, gpu_report
 from flexvar_bench.gpu_models import ModelFiles, default_guidance, random_model, schedule_of
 from flexvar_bench.gpu_report import AS_PUBLISHED, merge, rows
+from flexvar_bench.gpu_runs import growth
 from flexvar_export.proof import make_proof
 from flexvar_runtime import ArtifactRefused
 
@@ -92,24 +93,26 @@ def check_run(result: dict[str, Any]) -> None:
 
 def test_parts_of_a_run(checkout: Path, work: Path, tmp_path: Path) -> None:
     result, printed = run(
-        checkout, tmp_path, "--backends", "ort-cpu,tensorrt", "--work", str(work), "--minutes", "3", "--only", "growth"
+        checkout, tmp_path, "--backends", "ort-cpu,tensorrt", "--work", str(work), "--minutes", "3", "--only", "run"
     )
     check_facts(result, printed)
     check_run(result)
     phases = result["phases"]
     assert phases["export tiny"]["result"]["reason"] == "there from an earlier run"
-    growth = phases["growth ort-cpu tiny"]["result"]
-    assert growth["samples"][-1]["generations"] == growth["generations"] == 20
-    assert growth["resident_grown_bytes_second_half"] is not None and growth["device_grown_bytes"] is None
     tensorrt = phases["tiny tensorrt"]
     assert tensorrt["status"] == "failed" and "backend tensorrt: tensorrt is not installed" in tensorrt["reason"]
     assert tensorrt["result"]["probe"]["available"] is False
-    assert phases["growth tensorrt tiny"]["reason"].startswith("not measured: it needs 'run tensorrt tiny'")
-    assert set(phases) == {"machine", "export tiny"} | {
-        f"{job} {backend}{model}"
-        for backend in ("ort-cpu", "tensorrt")
-        for job, model in (("tiny", ""), ("run", " tiny"), ("growth", " tiny"))
-    } | {"build tensorrt tiny"}
+    assert phases["run tensorrt tiny"]["reason"].startswith("not measured: it needs 'build tensorrt tiny'")
+    jobs = {"tiny ort-cpu", "tiny tensorrt", "build tensorrt tiny", "run ort-cpu tiny", "run tensorrt tiny"}
+    assert set(phases) == {"machine", "export tiny"} | jobs
+
+
+def test_growth_of_memory(work: Path) -> None:
+    saved: list[dict[str, Any]] = []
+    growth(work, "tiny", "ort-cpu", 20, saved.append)
+    assert [sample["generations"] for sample in saved[-1]["samples"]] == list(range(0, 21, 2))
+    assert saved[-1]["resident_grown_bytes_second_half"] is not None and saved[-1]["device_grown_bytes"] is None
+    assert len(saved) > 5, "told on the way"
 
 
 def test_no_time_at_all(checkout: Path, work: Path, tmp_path: Path) -> None:
@@ -121,6 +124,19 @@ def test_no_time_at_all(checkout: Path, work: Path, tmp_path: Path) -> None:
     assert all(goal["held"] is None for goal in result["goals"]), "nothing is guessed"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "profil"], "gpu_check: got phase 'profil'; expected one of "),
+        (["--backends", "cuda"], "gpu_check: got backend 'cuda'; expected "),
+    ],
+)
+def test_refusals(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--out", str(tmp_path / "out"), *options]) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_whole_run(checkout: Path, tmp_path: Path) -> None:
     """Export included; every phase that needs no GPU."""
@@ -130,6 +146,7 @@ def test_a_whole_run(checkout: Path, tmp_path: Path) -> None:
     done = {name for name, record in result["phases"].items() if record["status"] == "done"}
     assert set(result["phases"]) - done == {"kernels"}
     assert "driver" in result["phases"]["kernels"]["reason"] or "cuda" in result["phases"]["kernels"]["reason"]
+    assert result["phases"]["export tiny"]["result"]["attention_nodes"]["step"] == 2, "one node a block"
     sides = {row["side"] for row in result["rows"]}
     variants = {AS_PUBLISHED, "flexvar_ref resident-bf16", "torch.compile dynamic", "torch.compile exact"}
     assert sides == {"ort-cpu"} | variants
@@ -141,7 +158,8 @@ def test_a_whole_run(checkout: Path, tmp_path: Path) -> None:
 
 
 def record(result: Mapping[str, Any] | None, status: str = "done") -> dict[str, Any]:
-    return {"status": status, "reason": None if status == "done" else "because", "seconds": 1, "result": result}
+    reason = None if status == "done" else "got /opt/a-b/c.1/file.so, 3/4 of it"
+    return {"status": status, "reason": reason, "stderr": "words", "seconds": 1, "result": result}
 
 
 def timed(batch: int, milliseconds: float, **more: Any) -> dict[str, Any]:
@@ -166,7 +184,8 @@ def on_gpu() -> dict[str, Any]:
         "growth ort-cuda d16": record(ours | {"resident_grown_bytes_second_half": 0, "device_grown_bytes": 2**30}),
         "reference d16": record(common | {"rows": [timed(1, 50, variant="autocast-fp16")]}),
         "compiled d16": record(
-            common | {"rows": [timed(1, 9, shapes="dynamic"), timed(1, 6, shapes="exact")]}, "stopped"
+            common | {"precision": "float16", "rows": [timed(1, 9, shapes="dynamic"), timed(1, 6, shapes="exact")]},
+            "stopped",
         ),
         "run ort-cuda d20": record(None, "not measured"),
     }
@@ -209,6 +228,8 @@ def test_runs_of_a_day_are_merged(on_gpu: dict[str, Any], tmp_path: Path) -> Non
     assert merged["phases"]["reference d16"]["status"] == "done", "not lost to a run that did not measure it"
     assert [run["created"] for run in merged["earlier"]] == ["2026-11-23T08:00:00+00:00"]
     assert len(merged["rows"]) == 4
+    assert merged["phases"]["compiled d16"]["reason"] == "got file.so, 3/4 of it"
+    assert {phase["stderr"] for phase in merged["phases"].values()} == {None}
     (tmp_path / "one" / "gpu_check.json").write_text("{}")
     with pytest.raises(ArtifactRefused, match="the result of a run, schema 1"):
         merge(tmp_path / "one" / "gpu_check.json", tmp_path)

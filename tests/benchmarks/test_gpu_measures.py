@@ -1,4 +1,4 @@
-"""What is measured on a GPU, rehearsed on a device that computes on the host; and the compiled peer against its proof."""
+"""What is measured on a GPU, rehearsed on a device that computes on the host; and the compiled peer."""
 
 from __future__ import annotations
 
@@ -60,12 +60,8 @@ def device(kernels: Callable[[KernelConfig], HostKernels]) -> FakeDevice:
 
 def test_random_models_are_those_of_the_checkpoints(tiny_checkpoint: tuple[Path, Path]) -> None:
     for ours, theirs in zip(random_model("tiny"), flexvar_ref.load(*tiny_checkpoint), strict=True):
-        assert (
-            ours.config == replace(theirs.config, drop_path=ours.config.drop_path)
-            if hasattr(theirs.config, "drop_path")
-            else ours.config == theirs.config
-        )
         state = theirs.state_dict()
+        assert ours.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
 
 
@@ -136,7 +132,7 @@ def test_parity_notices_another_model(tiny_bundle: Path, proof: Proof) -> None:
 def test_the_peer_computes_the_model(proof: Proof) -> None:
     """In float32, uncompiled: what is compiled on a GPU is this."""
     eager = Eager(*random_model("tiny"), schedule_of("tiny"), torch.device("cpu"))
-    peer = CompiledPeer(eager, dynamic=True)
+    peer = CompiledPeer(eager, compiler=None)
     assert peer.relative_error(proof.cases[0]) < 1e-5
     peer.prepare([1, 2, 3])
     pixels = peer.run()

@@ -23,7 +23,7 @@ NAMES = {
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x64_4x1x1": "attention",
     "void onnxruntime::cuda::SoftmaxWarpForward<float, float, float, 9, false>": "attention",
     "sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_kernel__5x_cudnn": "convolution",
-    "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_f16_s16816fprop_optimized_f16_128x64_32x6_nhwc_align8>": "convolution",
+    "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_f16_s16816fprop_optimized_f16_128x64_nhwc_align8>": "convolution",
     "void cudnn::winograd_nonfused::winogradForwardFilter4x4<float, float>": "convolution",
     "void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true, (cudnnKernelDataType_t)0>": "copies",
     "Memcpy DtoH (Device -> Pinned)": "copies",
@@ -37,7 +37,7 @@ NAMES = {
     "triton_per_fused_add_mul_native_layer_norm_3": "normalisation+elementwise",
     "void onnxruntime::cuda::cuApplyLayerNorm<float, float, float, false>": "normalisation+elementwise",
     "void onnxruntime::cuda::_UnaryElementWise<float, float, OP_Gelu<float>, 256, 4>": "normalisation+elementwise",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(...)>": "normalisation+elementwise",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>": "normalisation+elementwise",
     "a_kernel_nobody_knows": OTHER,
 }
 

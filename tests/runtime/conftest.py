@@ -107,13 +107,15 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Pretend that these wheels are installed, and that importing onnxruntime gives `module` or raises it."""
+    """Pretend that these wheels are installed (in `folders`), and that importing onnxruntime gives `module` or raises
+    it."""
 
-    def pretend(*wheels: str, module: str | Exception | None = "1.31.1") -> None:
-        def version(name: str) -> str:
+    def pretend(*wheels: str, module: str | Exception | None = "1.31.1", folders: tuple[str, ...] = ()) -> None:
+        def distribution(name: str) -> Any:
             if name not in wheels:
                 raise importlib.metadata.PackageNotFoundError(name)
-            return "1.31.1"
+            folder = folders[wheels.index(name)] if folders else "/site"
+            return types.SimpleNamespace(version="1.31.1", locate_file=lambda _: folder)
 
         def load(name: str, package: str | None = None) -> Any:
             if name != "onnxruntime":
@@ -125,7 +127,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
                 found.__version__ = module  # type: ignore[attr-defined]
             return found
 
-        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib.metadata, "distribution", distribution)
         monkeypatch.setattr(importlib, "import_module", load)
 
     real = importlib.import_module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,13 @@ def test_what_does_not_work(
         with pytest.raises(BackendUnavailable) as refusal:
             create(name)
         assert str(refusal.value) == f"got backend ort-cpu: {detail}; expected a backend that works here; fix: {fix}"
+
+
+def test_a_wheel_in_a_folder_behind_does_no_harm(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one environment is put in front of another."""
+    monkeypatch.setattr(sys, "path", ["", "/front", *sys.path, "/back"])
+    install("onnxruntime", "onnxruntime-gpu", folders=("/back", "/front"))
+    assert probe("ort-cpu").detail == f"onnxruntime-gpu 1.31.1, {default_threads()} threads"
 
 
 def test_no_library_is_loaded_where_two_wheels_are_mixed(install: Install) -> None:
