@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo/out
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -36,7 +37,7 @@ lint: venv ## ruff, its formatter and mypy
 
 test: lint ## lint, then every test that is not marked slow or engines
 	@echo "==> pytest"
-	@"$(BIN)/pytest" --quiet $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 "$(BIN)/pytest" --quiet -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: venv ## the tests marked slow
 	@"$(BIN)/pytest" --quiet -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none

@@ -132,10 +132,10 @@ def verify(
 
         from .cross_check import cross_check
 
-        second = create(backend, opened, device=device, threads=threads, engines=engines)
-        record = cross_check(opened, proof, create(against, opened), second)
+        first = create(against, opened, threads=threads)
+        record = cross_check(opened, proof, first, create(backend, opened, device=device, engines=engines))
     data = {"bundle": opened.sha256, "parity": _summary(record)}
-    if backend in TENSORRT_BACKENDS:
+    if record.passed and backend in TENSORRT_BACKENDS:
         data["engines"] = _inspected(opened, backend, device, engines)
     if record.passed or not as_json:
         emit(data, as_json, lambda: _show_record(record))

@@ -19,7 +19,7 @@ from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
 from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE, graph_specs
 from .guidance import Guidance
 from .loop import Condition, Draws, Loop, LoopBuffers, ScaleLoop
-from .planner import batch_that_fits, plan, require_fits
+from .planner import IMAGES_PER_RUN, batch_that_fits, plan, require_fits
 from .schedule import ScaleSchedule
 from .tables import Tables
 
@@ -184,11 +184,13 @@ class Engine:
         B, _, H, W = image_BCHW.shape
         h, w = H // self.model.downsampling, W // self.model.downsampling
         batch = min(B, self._batch_that_fits(ENCODE, (h, w)))
-        latent = self.backend.empty((B, self.model.code_dim, h, w), "float32")
+        latents = []
         for start in range(0, B, batch):
-            part = self.backend.upload(image_BCHW[start : start + batch])
-            self.graph(ENCODE).run({"image": part}, {"latent": latent[start : start + batch]})
-        return self.backend.download(latent)
+            part = image_BCHW[start : start + batch]
+            latent = self.backend.empty((len(part), self.model.code_dim, h, w), "float32")
+            self.graph(ENCODE).run({"image": self.backend.upload(part)}, {"latent": latent})
+            latents.append(self.backend.download(latent))
+        return np.concatenate(latents)
 
     def _require_fits(self, schedule: ScaleSchedule, images: int, guided: bool) -> None:
         """Refuse, before anything is opened, what would not fit with the decoder running one image at a time."""
@@ -202,6 +204,8 @@ class Engine:
         )
 
     def _batch_that_fits(self, graph: str, size: tuple[int, int]) -> int:
+        if self.backend.device is not None:
+            return min(IMAGES_PER_RUN, self.graph(graph).most_images or IMAGES_PER_RUN)
         return batch_that_fits(self.bundle.manifest, graph, size, self.backend.available_bytes(), self._graphs)
 
     def graph(self, name: str) -> Graph:

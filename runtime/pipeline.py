@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,14 +192,20 @@ class FlexVARPipeline:
         return self._iterate(self._request(labels, schedule, guidance, sampling, seed, first_index))
 
     def _iterate(self, request: tuple[Settings, ...]) -> Iterator[ScaleStep]:
-        with self.engine.loop([s.label for s in request], request[0].schedule, request[0].guidance) as loop:
-            scales = self._scales(request, loop)
+        resources = ExitStack()
+        with self._in_use():
+            opened = self.engine.loop([s.label for s in request], request[0].schedule, request[0].guidance)
+            scales = self._scales(request, resources.enter_context(opened))
+        try:
             while True:
                 with self._in_use():
                     step = next(scales, None)
                 if step is None:
                     return
                 yield step
+        finally:
+            with self._in_use():
+                resources.close()
 
     def _scales(self, request: tuple[Settings, ...], loop: Loop) -> Iterator[ScaleStep]:
         schedule, draws = request[0].schedule, _draws(request)
@@ -210,7 +216,8 @@ class FlexVARPipeline:
     def warmup(self, schedule: ScheduleLike | None = None, batch_sizes: Sequence[int] = (1,)) -> None:
         """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it.
 
-        A class asked for the first time still costs its condition: its weights do not stay in memory.
+        On a CPU a class asked for the first time still costs its condition: its weights do not stay in memory. On a
+        device this captures a generation with the default options; others are captured when first asked for.
         """
         for batch in batch_sizes:
             self([self.model.null_class] * check_whole("batch size", batch, 1), schedule=schedule, seed=0)

@@ -49,7 +49,12 @@ def create(
     """
     if name == "auto":
         name = _choose(bundle, device, engines)
-        engines = engines if name in TENSORRT_BACKENDS else None
+        if engines is not None and name not in TENSORRT_BACKENDS:
+            log.warning("engines in %s are not used: %s runs none", engines, name)
+            engines = None
+        if threads is not None and name not in CPU_BACKENDS:
+            log.warning("%d threads are not used: %s runs on a GPU", threads, name)
+            threads = None
     state = probe(name)
     module = _module(name)
     if module is None or not state.available:

@@ -45,6 +45,10 @@ class Graph(Protocol):
 
     spec: GraphSpec
 
+    @property
+    def most_images(self) -> int | None:
+        """Images it takes at once; None for any number."""
+
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
         """Every input, and the outputs that are wanted, bound in place. Raises FlexVARError."""
 
@@ -63,6 +67,8 @@ class Backend(Protocol):
     threads: int
     labels_per_run: int
     """Rows of the condition graph, always: a label's row must not depend on how many are asked for."""
+    captures: bool
+    """Whether its graphs can be part of a captured CUDA graph."""
     device: Device | None
     """Where arrays live in device memory; None where they are NumPy arrays and every call is done when it returns."""
 

@@ -83,7 +83,12 @@ class OrtGraph:
         self._run_options = run_options
         ort = importlib.import_module("onnxruntime")
         try:
-            self._session: Any = ort.InferenceSession(str(path), options, providers=[provider])
+            self._session: Any = ort.InferenceSession(
+                str(path),
+                options,
+                providers=[provider],
+                enable_fallback=0,  # else it tries the CPU, and says so on standard output
+            )
         except Exception as error:
             raise _translate(error, self._name) from error
         self.provider = str(self._session.get_providers()[0])
@@ -91,6 +96,8 @@ class OrtGraph:
             t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype)
             for t in (*spec.inputs, *spec.outputs)
         }
+
+    most_images = None  # any number
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OrtBound:
         session = self._open_session()

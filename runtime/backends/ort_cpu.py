@@ -53,6 +53,7 @@ class OrtCpu:
     name = "ort-cpu"
     precisions = frozenset({"fp32", "fp16"})
     labels_per_run = 2
+    captures = False
     device = None
 
     def __init__(self, threads: int) -> None:

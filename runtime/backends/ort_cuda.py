@@ -7,6 +7,9 @@ refused. Its own TensorRT provider is not used: it needs an older TensorRT.
 from __future__ import annotations
 
 import importlib
+import io
+import logging
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from ..bundle import Bundle
@@ -16,6 +19,8 @@ from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
 from ..errors import BackendUnavailable, InvalidInput
 from .base import Availability, runs_precision
 from .ort import OrtGraph, probe_onnxruntime
+
+log = logging.getLogger(__name__)
 
 PROVIDER = "CUDAExecutionProvider"
 _EXTRA = "pip uninstall -y onnxruntime && pip install 'flexvar-deploy[gpu]'"
@@ -44,14 +49,23 @@ def create(name: str, *, device: str | None, threads: int | None, engines: Path 
 
 
 class OrtCuda(DeviceArrays):
-    """Backend on a device."""
+    """Backend on a device.
+
+    Not captured: ONNX Runtime stages small copies in pinned memory that it uses again after the run, so replaying a
+    graph that somebody else captured reads what is there by then (its pull requests 32081 and 32121).
+    """
+
+    captures = False
 
     def __init__(self, device: Device) -> None:
         super().__init__("ort-cuda", device)
         ort = importlib.import_module("onnxruntime")
         preload = getattr(ort, "preload_dlls", None)
         if preload is not None:  # CUDA's libraries from their wheels, where they are not the system's
-            preload()
+            said = io.StringIO()
+            with redirect_stdout(said):
+                preload()
+            log.debug("%s", said.getvalue().strip())
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
         """Open a session that enqueues on the device's stream. `once` makes no difference: weights stay there."""

@@ -15,9 +15,9 @@ from typing import Any
 from ..bundle import Bundle
 from ..cuda.array import ALIGNMENT, DeviceArray
 from ..cuda.backend import DeviceArrays
-from ..cuda.device import Device
+from ..cuda.device import Device, going_on
 from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
-from ..engines import EngineId, build_line, find_engine, read_engine
+from ..engines import PORTABLE, EngineId, build_line, find_engine, read_engine
 from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 from ..graphs import GRAPHS
 from ..manifest import GraphSpec
@@ -26,6 +26,7 @@ from .trt_library import TENSORRT_RTX, TrtLibrary, load, probe_library
 
 log = logging.getLogger(__name__)
 
+WIDE = "wide"  # name of the profile for sizes that have none of their own
 CONTEXTS_KEPT = 8  # of `run`, by shapes; those bound for a generation are its own
 
 
@@ -43,7 +44,7 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
     try:
         library, gpu = load(name), find_gpu(device)
         for graph in GRAPHS:
-            find_engine(
+            found = find_engine(
                 bundle,
                 graph,
                 flavour=name,
@@ -51,9 +52,23 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
                 target=gpu.capability,
                 engines_dir=engines,
             )
+            known = found.receipt.target != PORTABLE or gpu.capability in known_targets(library)
+            if not known:
+                return Availability(
+                    False,
+                    f"{name} {library.version} does not name compute capability {gpu.capability} among its targets",
+                    f"--backend {name} tries its portable engines all the same; or use --backend ort-cuda",
+                )
     except FlexVARError as error:
         return Availability(False, error.got, error.fix)
     return Availability(True, "engines are built")
+
+
+def known_targets(library: TrtLibrary) -> tuple[str, ...]:
+    """Compute capabilities that TensorRT-RTX names ("8.6"); TensorRT names none."""
+    members = library.module.ComputeCapability.__members__ if library.rtx else {}
+    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
+    return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> TensorRT:
@@ -140,6 +155,8 @@ class TrtGraph:
         self.spec, self.library, self.device, self.scratch = spec, library, device, scratch
         self.engine: Any = engine
         self._receipt, self._build = receipt, build
+        self._runtime_config = _runtime_config(library, engine)
+        self._told: set[int] = set()
         self._contexts: OrderedDict[tuple[tuple[str, int], ...], TrtBound] = OrderedDict()
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         declared = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
@@ -180,15 +197,35 @@ class TrtGraph:
                 + "; ".join(profile.name for profile in self._receipt.profiles[-2:]),
                 fix=f"{self._build} --schedule SCHEDULE --max-batch IMAGES",
             )
+        profile = self._receipt.profiles[index]
+        if profile.name == WIDE and len(self._receipt.profiles) > 1 and index not in self._told:
+            self._told.add(index)
+            log.info(
+                "%s: sizes without a profile of their own run on the wide one, which may be slower; "
+                "flexvar build --schedule prepares for a schedule",
+                self._receipt.graph,
+            )
         return index
+
+    def new_context(self) -> Any:
+        """A context whose working memory is ours; None where there is no memory for it."""
+        if self._runtime_config is not None:
+            return self.engine.create_execution_context(self._runtime_config)
+        return self.engine.create_execution_context(self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def information(self) -> str:
         """The engine inspector's account of every kernel, as JSON."""
         layers = self.library.module.LayerInformationFormat.JSON
         return str(self.engine.create_engine_inspector().get_engine_information(layers))
 
+    @property
+    def most_images(self) -> int:
+        """Images that the largest profile takes."""
+        return max(profile.axes.get("images", (1, 1, 1))[2] for profile in self._receipt.profiles)
+
     def close(self) -> None:
-        self.device.synchronize()
+        with going_on("closing an engine"):
+            self.device.synchronize()
         for bound in self._contexts.values():
             bound.close()
         self._contexts.clear()
@@ -207,7 +244,7 @@ class TrtBound:
     ) -> None:
         self._graph, self._device, self._messages = graph, graph.device, graph.library.messages
         with self._messages.reading() as errors:
-            self._context: Any = _new_context(graph.library, graph.engine)
+            self._context: Any = graph.new_context()
             if self._context is None:
                 got = f"an execution context ({errors()})"
                 raise OutOfMemory(got, expected="one that fits", fix="free the GPU")
@@ -216,8 +253,11 @@ class TrtBound:
             for name, array in inputs.items():
                 ok = self._context.set_input_shape(name, array.shape)
                 self._require(ok, f"{name} of {array.shape}", errors())
-            missing = self._context.infer_shapes()
-            self._require(not missing, f"shapes of {missing}", errors())
+            try:
+                missing: Any = self._context.infer_shapes()
+            except RuntimeError as error:
+                missing = error
+            self._require(not missing, f"shapes ({missing})", errors())
             graph.scratch.reserve(int(self._context.update_device_memory_size_for_shapes()))
         self._block: DeviceArray | None = None
         self.rebind(inputs, outputs)
@@ -236,7 +276,7 @@ class TrtBound:
         self._arrays = (inputs, outputs)
 
     def run(self) -> None:
-        if self._block is None:  # all that will be captured together is bound by now, so the block is large enough
+        if self._block is None:  # kept from now on: what is captured goes on writing there
             self._block = self._graph.scratch.take()
             if self._block.nbytes:
                 self._context.set_device_memory(self._block.address, self._block.nbytes)
@@ -261,17 +301,16 @@ class TrtBound:
             )
 
 
-def _new_context(library: TrtLibrary, engine: Any) -> Any:
-    """A context whose working memory is ours.
+def _runtime_config(library: TrtLibrary, engine: Any) -> Any:
+    """How TensorRT-RTX makes contexts of an engine; None for TensorRT.
 
-    TensorRT-RTX finishes kernels for exact shapes at run time, by default beside the first runs: what is captured must
-    be the finished ones, so it is told to wait for them.
+    It finishes kernels for exact shapes at run time, by default beside the first runs: what is captured must be the
+    finished ones, so it is told to wait for them. The cache keeps what it compiled for the next context.
     """
-    trt = library.module
-    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     if not library.rtx:
-        return engine.create_execution_context(strategy)
-    config = engine.create_runtime_config()
-    config.set_execution_context_allocation_strategy(strategy)
+        return None
+    trt, config = library.module, engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    return engine.create_execution_context(config)
+    config.set_runtime_cache(config.create_runtime_cache())
+    return config

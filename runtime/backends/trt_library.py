@@ -36,11 +36,13 @@ class Messages:
     """The last errors a library logged. It logs from threads of its own."""
 
     def __init__(self, kept: int = 32) -> None:
-        self._errors: deque[str] = deque(maxlen=kept)
-        self._readers = 0
+        self._kept, self._lock = kept, threading.Lock()
+        self._readers: dict[int, deque[str]] = {}
 
     def add(self, message: str) -> None:
-        self._errors.append(" ".join(message.split()))
+        with self._lock:
+            for errors in self._readers.values():
+                errors.append(" ".join(message.split()))
         log.log(logging.DEBUG if self._readers else logging.ERROR, "%s", message)
 
     @contextmanager
@@ -49,12 +51,14 @@ class Messages:
 
         Whoever reads them raises them, so meanwhile they are logged for debugging only.
         """
-        self._errors.clear()
-        self._readers += 1
+        errors: deque[str] = deque(maxlen=self._kept)
+        with self._lock:
+            self._readers[id(errors)] = errors
         try:
-            yield lambda: " | ".join(dict.fromkeys(self._errors)) or "no reason given"
+            yield lambda: " | ".join(dict.fromkeys(errors)) or "no reason given"
         finally:
-            self._readers -= 1
+            with self._lock:
+                del self._readers[id(errors)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ class DeviceArrays:
     precisions = frozenset({"fp32", "fp16", "bf16"})
     threads = 1
     labels_per_run = CONDITION_LABELS
+    captures = True
 
     def __init__(self, name: str, device: Device) -> None:
         self.name = name

@@ -5,13 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from .array import DeviceArray
 from .kernels import KernelConfig, Launch
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """For closing: after a device has failed every call on it fails, and what is left must be freed all the same."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s: %s", what, error)
 
 
 class Replay(Protocol):

@@ -90,6 +90,8 @@ class DeviceGeneration:
             replay.close()
         for bound in (*self._steps, *self._decodes):
             bound.close()
+        self._replays.clear()  # what is enqueued refers back to this
+        self._steps, self._decodes = [], []
 
     def begin(self, conditions: ConditionStore, labels: Sequence[int], weights: Sequence[float]) -> None:
         """Enqueue what a request decides: condition rows of every sequence, guidance of every scale.
@@ -127,11 +129,14 @@ class DeviceGeneration:
         return ("stream" if isinstance(replay, _Enqueue) else "cuda-graph"), seconds()
 
     def _capture(self, options: Options) -> Replay | _Enqueue:
-        """Warm up, then capture. Where that is refused the work is enqueued anew each time, and a warning says so."""
+        """Warm up, then capture. Where that cannot be, the work is enqueued anew each time."""
         enqueue = partial(self._enqueue, options)
         for _ in range(WARM_UPS):
             enqueue()
             self._device.synchronize()
+        if not self._backend.captures:
+            log.info("%s: enqueued kernel by kernel, its library cannot be captured", self._backend.name)
+            return _Enqueue(enqueue)
         try:
             return self._device.capture(enqueue)
         except OutOfMemory:
@@ -238,8 +243,9 @@ class DeviceGeneration:
             for axis, old, new in zip("yx", before, size, strict=True):
                 taps = kernels.taps(bicubic_matrix(old, new))
                 constants[f"{axis}_index_{i}"], constants[f"{axis}_weight_{i}"] = taps
+        constants = {name: np.ascontiguousarray(value) for name, value in constants.items()}
         for name, value in constants.items():
-            self._device.write(self._work[name], np.ascontiguousarray(value))
+            self._device.write(self._work[name], value)
         self._device.synchronize()  # `constants` are dropped
 
     def _next_inputs(self, i: int) -> kernels.Launch:

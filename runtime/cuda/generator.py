@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, Graph, host_dtype
-from ..errors import OutOfMemory
-from ..graphs import DTYPE_OF_PRECISION
+from ..errors import InvalidInput, OutOfMemory
+from ..graphs import CONDITION, DECODE, DTYPE_OF_PRECISION, STEP
 from ..guidance import Guidance
 from ..loop import Draws, Loop
 from ..manifest import ModelFacts
@@ -22,11 +23,13 @@ from ..tables import Tables
 from .array import ALIGNMENT, DeviceArray
 from .buffers import Shape
 from .conditions import ConditionStore
-from .device import Device
+from .device import Device, going_on
 from .device_plan import generation_bytes
 from .generation import DeviceGeneration, Options
 from .kernels import KernelConfig
 from .loop import DeviceLoop
+
+log = logging.getLogger(__name__)
 
 SHAPES_KEPT = 4
 
@@ -62,21 +65,32 @@ class DeviceGenerator:
         self._codebook: DeviceArray = backend.upload(tables.codebook)
         self._conditions = ConditionStore(backend, device, model, open_graph)
         self._spare: OrderedDict[Shape, DeviceGeneration] = OrderedDict()
+        self._closed = False
 
     def close(self) -> None:
-        self._device.activate()
-        self._device.synchronize()
+        """Free everything, also after the device has failed."""
+        self._closed = True
+        with going_on("closing the generations"):
+            self._device.activate()
+            self._device.synchronize()
         for generation in self._spare.values():
-            generation.close()
+            with going_on("closing a generation"):
+                generation.close()
         self._spare.clear()
         self._conditions.clear()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise InvalidInput("a closed pipeline", expected="an open one", fix="open the bundle again")
 
     @contextmanager
     def loop(self, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance) -> Iterator[Loop]:
         """A loop over `schedule`, one image a label."""
         weights = guidance.weights(schedule)
         with self._generation(schedule, len(labels), weights) as generation:
-            yield DeviceLoop(generation, self._device, self._backend, self._conditions, labels, weights)
+            yield DeviceLoop(
+                generation, self._device, self._backend, self._conditions, labels, weights, self._require_open
+            )
 
     def replay(
         self,
@@ -108,15 +122,22 @@ class DeviceGenerator:
         try:
             yield generation
         finally:
-            self._spare[shape] = generation
-            self._drop(SHAPES_KEPT)
+            if self._closed:
+                generation.close()
+            else:
+                self._spare[shape] = generation
+                self._drop(SHAPES_KEPT)
 
     def _misaligned(self, images: int) -> bool:
         """Whether keys of one token would not end on an aligned address: a second branch, weighted 0, makes them."""
         row = images * self._model.heads * self._model.head_size * host_dtype(self._kv_dtype).itemsize
+        if row % ALIGNMENT:
+            log.debug("%d images without guidance run with a second branch, for the alignment of their keys", images)
         return row % ALIGNMENT != 0
 
     def _allocate(self, shape: Shape) -> DeviceGeneration:
+        for graph in (CONDITION, STEP, DECODE):  # their weights are counted by what is left
+            self._open(graph)
         needed = self.bytes_of(shape)
         while self._spare and needed > self._device.free_bytes():
             self._drop(len(self._spare) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
@@ -133,13 +134,14 @@ class CudaDevice:
     def __init__(self, facts: GpuFacts) -> None:
         self._core, self._driver = _libraries()
         self.ordinal, self.name, self.capability = facts.ordinal, facts.name, facts.capability
-        self._device = self._core.Device(facts.ordinal)
-        self._device.set_current()
-        self.core_stream: Any = self._device.create_stream()
-        self._home = self.core_stream
         self._pinned: Any = None
         self._kernels: dict[str, Any] = {}
-        self._events: list[Any] = [self._device.create_event({"timing_enabled": True}) for _ in range(2)]
+        with self.translating("starting work on the GPU"):
+            self._device = self._core.Device(facts.ordinal)
+            self._device.set_current()
+            self.core_stream: Any = self._device.create_stream()
+            self._events: list[Any] = [self._device.create_event({"timing_enabled": True}) for _ in range(2)]
+        self._home = self.core_stream
 
     @property
     def stream(self) -> int:
@@ -193,19 +195,22 @@ class CudaDevice:
             self._core.launch(self.core_stream, config, self._kernels[launch.name], *launch.args)
 
     def capture(self, enqueue: Callable[[], None]) -> CudaReplay:
-        builder = self._home.create_graph_builder().begin_building("relaxed")
-        self.core_stream = builder.stream
-        try:
-            enqueue()
-            return CudaReplay(self, builder.end_building().complete())
-        except BaseException:
-            if builder.is_building:
+        gc.collect()
+        with self.translating("capturing a generation"), _no_garbage_collection():
+            builder = self._home.create_graph_builder().begin_building("relaxed")
+            self.core_stream = builder.stream
+            try:
+                enqueue()
+                return CudaReplay(self, builder.end_building().complete())
+            except BaseException:
                 with suppress(Exception):  # the first error tells; this only leaves the stream usable
-                    builder.end_building()
-            raise
-        finally:
-            self.core_stream = self._home
-            builder.close()
+                    if builder.is_building:
+                        builder.end_building()
+                raise
+            finally:
+                self.core_stream = self._home
+                with suppress(Exception):
+                    builder.close()
 
     def synchronize(self) -> None:
         with self.translating("the work on the device"):
@@ -213,10 +218,16 @@ class CudaDevice:
 
     def elapsed(self, enqueue: Callable[[], None]) -> Callable[[], float]:
         start, end = self._events
-        self.core_stream.record(start)
-        enqueue()
-        self.core_stream.record(end)
-        return lambda: float(end - start) / 1e3
+        with self.translating("a time stamp"):
+            self.core_stream.record(start)
+            enqueue()
+            self.core_stream.record(end)
+
+        def seconds() -> float:
+            with self.translating("a time stamp"):
+                return float(end - start) / 1e3
+
+        return seconds
 
     def free_bytes(self) -> int:
         self.activate()
@@ -253,6 +264,18 @@ class CudaDevice:
                 expected=f"work that {self.name} can do",
                 fix="run it again; if it persists, compute-sanitizer finds the kernel",
             ) from error
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Memory freed by a collection in between would be freed on the stream that is being captured, and end that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _require_same_size(array: DeviceArray, host: NDArray[Any]) -> None:

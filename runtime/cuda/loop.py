@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,17 +28,19 @@ class DeviceLoop:
         conditions: ConditionStore,
         labels: Sequence[int],
         weights: Sequence[float],
+        require_open: Callable[[], None],
     ) -> None:
         self._generation, self._device, self._backend = generation, device, backend
         self._begin = partial(generation.begin, conditions, labels, weights)
         self._begun: Draws | bool | None = None
         self._next = 0
+        self._require_open = require_open
 
     def logits(self, index: int, previous_Bhw: NDArray[np.int32] | None) -> NDArray[np.float32]:
         self._start(True)
         if previous_Bhw is not None:
-            tokens = self._generation.tokens_on_device(index - 1)
-            self._device.write(tokens, np.ascontiguousarray(previous_Bhw, np.int32))
+            given = np.ascontiguousarray(previous_Bhw, np.int32)  # kept until the download below has waited
+            self._device.write(self._generation.tokens_on_device(index - 1), given)
         self._generation.enqueue_scale(index)
         return self._backend.download(self._generation.logits(index))
 
@@ -54,10 +56,11 @@ class DeviceLoop:
 
     def _start(self, draws: Draws | bool) -> None:
         """Once a request, and again where its draws change."""
+        self._require_open()
         if draws == self._begun:
             return
+        self._device.synchronize()
         if isinstance(draws, Draws):
             self._generation.seed(draws)
-        self._device.synchronize()
         self._begin()
         self._begun = draws

@@ -134,7 +134,7 @@ def test_a_precision_without_kernels(refused: Callable[..., str], bundle_copy: P
 @pytest.mark.parametrize(
     ("code", "options", "text"),
     [
-        (2, ["--classes", "11"], "class 11 | a whole number from 0 to 10 (10 means no class) | flexvar inspect lists"),
+        (2, ["--classes", "11"], "class 11 | a whole number from 0 to 10 (10 means no class) | flexvar inspect says"),
         (2, ["--classes", "-1"], "class '-1' | numbers (this bundle has no class names) | join them by commas"),
         (2, ["--classes", "1,,2"], "class '' | numbers"),
         (2, ["--classes", "1.5"], "class '1.5' | "),
@@ -166,7 +166,7 @@ def test_a_precision_without_kernels(refused: Callable[..., str], bundle_copy: P
         (2, ["--batch-size", "0"], "Invalid value for '--batch-size'"),
         (2, ["--backend", "cuda"], "backend 'cuda' | auto, tensorrt, tensorrt-rtx, ort-cuda, openvino, ort-cpu"),
         (2, ["--colour"], "No such option: --colour"),
-        (4, ["--backend", "tensorrt"], "backend tensorrt: not part of flexvar-deploy "),
+        (4, ["--backend", "tensorrt"], "backend tensorrt: tensorrt is not installed | "),
         (4, ["--backend", "openvino"], " | a backend that works here | use --backend ort-cpu"),
     ],
 )

@@ -39,7 +39,7 @@ DEPENDENCIES = {
     "export": {"onnx", "onnxscript", "polygraphy", "safetensors", "torch"},
     "train": {"accelerate", "safetensors", "tensorboard", "torch"},
     "bench": {"jinja2", "matplotlib", "psutil"},
-    "dev": {"build", "hypothesis", "mypy", "pre-commit", "pytest", "pytest-timeout", "ruff", "setuptools"},
+    "dev": {"build", "hypothesis", "mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools"},
 }
 
 

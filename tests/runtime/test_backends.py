@@ -66,9 +66,18 @@ def test_auto_passes_over_what_cannot_run_the_bundle_and_says_why(
     modules |= {"tensorrt": module(True, ready=False), "ort-cuda": module(True), "ort-cpu": module(True)}
     with caplog.at_level(logging.INFO, "flexvar_runtime"):
         assert create("auto", BUNDLE, engines=Path("e")).name == "ort-cuda"
-    warning, chosen = (record.message for record in caplog.records)
+    warning, chosen, unused = (record.message for record in caplog.records)
     assert "tensorrt works here but is passed over: no engines for tensorrt; fix: flexvar build" in warning
-    assert chosen == "backend ort-cuda chosen"
+    assert chosen == "backend ort-cuda chosen" and unused == "engines in e are not used: ort-cuda runs none"
+
+
+def test_threads_are_for_processors(modules: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    modules |= {"ort-cuda": module(True), "ort-cpu": module(True)}
+    created: Any = create("auto", BUNDLE, threads=2)
+    assert created.name == "ort-cuda" and created.options["threads"] is None
+    assert "2 threads are not used" in caplog.text
+    created = create("auto", BUNDLE, threads=2, device="cpu")
+    assert created.options["threads"] == 2
 
 
 def test_engines_go_only_to_those_that_run_them(modules: dict[str, Any]) -> None:

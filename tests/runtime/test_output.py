@@ -83,6 +83,8 @@ def test_timings() -> None:
         "decode": 2.0,
         "total": 5.0,
         "sampling": 0.75,
+        "mode": "steps",
+        "device": None,
     }
 
 

@@ -7,6 +7,7 @@ runs before `synchronize`: who reads a result, or changes what a copy still need
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,7 +107,13 @@ class FakeDevice:
 
     def write(self, array: DeviceArray, host: NDArray[Any]) -> None:
         assert host.nbytes == array.nbytes and host.flags.c_contiguous
-        self.enqueue("write", lambda: _move(array.address, host.ctypes.data, array.nbytes))
+        kept, source = weakref.ref(host), host.ctypes.data
+
+        def move() -> None:
+            assert kept() is not None, "the host's array was dropped before it was copied"
+            _move(array.address, source, array.nbytes)
+
+        self.enqueue("write", move)
 
     def read(self, host: NDArray[Any], array: DeviceArray) -> None:
         assert host.nbytes == array.nbytes and host.flags.c_contiguous

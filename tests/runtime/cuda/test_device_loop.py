@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from flexvar_runtime import (
     Sampling,
     ScaleSchedule,
 )
-from flexvar_runtime.backends.tensorrt import TensorRT
+from flexvar_runtime.backends.tensorrt import TensorRT, TrtGraph
 from flexvar_runtime.backends.trt_library import TrtLibrary
 from flexvar_runtime.cuda.buffers import Shape
 from flexvar_runtime.cuda.device_plan import device_plan
@@ -34,6 +36,7 @@ from flexvar_runtime.cuda.generation import REPLAYS_KEPT, WARM_UPS
 from flexvar_runtime.cuda.generator import SHAPES_KEPT
 from flexvar_runtime.engine_writer import lock_engine, write_engine
 from flexvar_runtime.engines import RECIPE, EngineId, PrecisionReport, graph_sha256
+from flexvar_runtime.errors import DeviceFailed
 from flexvar_runtime.graphs import GRAPHS
 
 SCHEDULE = "1_2_3_4"
@@ -307,3 +310,63 @@ def test_two_threads_do_not_share_a_pipeline(machine: Machine) -> None:
         with pytest.raises(InvalidInput, match="another thread is using"):
             pipeline([0], SCHEDULE, on_scale=other)
         pool.submit(pipeline, [1], SCHEDULE, seed=1).result()  # taking turns is fine
+
+
+def test_another_thread_does_not_begin_in_the_middle(machine: Machine) -> None:
+    """Not even with what a generator does before its first scale."""
+    with machine.open() as pipeline, ThreadPoolExecutor(1) as pool:
+
+        def other(_: object) -> None:
+            with machine.device.recorded() as events, pytest.raises(InvalidInput, match="another thread is using"):
+                pool.submit(next, pipeline.iter_scales([1], OTHER)).result()
+            assert not events
+
+        pipeline([0], SCHEDULE, on_scale=other)
+
+
+def test_a_pipeline_closed_between_scales(machine: Machine) -> None:
+    pipeline = machine.open()
+    scales = pipeline.iter_scales([0], SCHEDULE, seed=1)
+    next(scales)
+    pipeline.close()
+    machine.device.closed = False  # to see what is tried
+    with machine.device.recorded() as events, pytest.raises(InvalidInput, match="a closed pipeline"):
+        next(scales)
+    assert not [event for event in events if event.startswith("execute")]
+
+
+def test_closing_goes_on_after_the_device_has_failed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = machine.open()
+    pipeline([0], SCHEDULE, seed=1)
+
+    def fail() -> None:
+        raise DeviceFailed("an illegal address", expected="a legal one", fix="none")
+
+    monkeypatch.setattr(machine.device, "synchronize", fail)
+    pipeline.close()
+    assert machine.device.closed
+
+
+def test_images_that_no_engine_takes_at_once_are_decoded_and_encoded_in_parts(
+    machine: Machine, reference: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrtGraph, "most_images", property(lambda _: 2))
+    tokens = np.random.default_rng(0).integers(0, 512, (5, 3, 5)).astype(np.int32)
+    with machine.open() as pipeline:
+        pixels = pipeline.decode(tokens)
+        np.testing.assert_array_equal(pixels, reference.decode(tokens))
+        np.testing.assert_array_equal(pipeline.encode(pixels), reference.encode(pixels))
+
+
+def test_generations_that_are_not_captured_are_freed(machine: Machine) -> None:
+    machine.device.refuse_capture = "not permitted"
+    with machine.open() as pipeline:
+        pipeline([0], SCHEDULE, seed=1)
+        generator: Any = pipeline.engine._generator
+        generation = weakref.ref(next(iter(generator._spare.values())))
+        gc.disable()
+        try:
+            generator._drop(0)
+            assert generation() is None
+        finally:
+            gc.enable()

@@ -214,6 +214,17 @@ def test_a_capture_that_fails_leaves_the_stream_usable(device: CudaDevice, log: 
     assert device.stream == 77 and log[-2:] == ["GraphBuilder.end_building", "GraphBuilder.close"]
 
 
+def test_a_capture_that_the_driver_ends_is_an_error_of_ours(device: CudaDevice, log: list[str]) -> None:
+    """What an unfit library does to a capture shows at its end, as an exception of cuda.core's own."""
+    builder = device.core_stream.create_graph_builder()
+    builder._answers["end_building"] = lambda: (_ for _ in ()).throw(
+        RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+    )
+    with pytest.raises(DeviceFailed, match="capturing a generation: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"):
+        device.capture(lambda: None)
+    assert device.stream == 77 and gc.isenabled()
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "text"),
     [(2, OutOfMemory, "does not fit on A GPU"), (700, DeviceFailed, "cuMemsetD8Async: CUDA_ERROR_ILLEGAL_ADDRESS")],
