@@ -39,7 +39,17 @@ DEPENDENCIES = {
     "export": {"onnx", "onnxscript", "polygraphy", "safetensors", "torch"},
     "train": {"accelerate", "safetensors", "tensorboard", "torch"},
     "bench": {"jinja2", "matplotlib", "psutil"},
-    "dev": {"build", "hypothesis", "mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools"},
+    "dev": {
+        "build",
+        "hypothesis",
+        "mypy",
+        "pre-commit",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "setuptools",
+    },
 }
 
 
