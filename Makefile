@@ -37,7 +37,7 @@ lint: venv ## ruff, its formatter and mypy
 
 test: lint ## lint, then every test that is not marked slow or engines
 	@echo "==> pytest"
-	@OMP_NUM_THREADS=1 "$(BIN)/pytest" --quiet -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 "$(BIN)/pytest" --quiet -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: venv ## the tests marked slow
 	@"$(BIN)/pytest" --quiet -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
