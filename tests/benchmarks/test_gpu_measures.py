@@ -103,7 +103,7 @@ def test_parity_and_times_on_a_device(
     device: FakeDevice, tiny_bundle: Path, proof: Proof, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, options, providers: OnDevice(device, path, options)
+        onnxruntime, "InferenceSession", lambda path, options, providers, enable_fallback: OnDevice(device, path, options)
     )
     with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
         found = parity(pipeline, proof)
