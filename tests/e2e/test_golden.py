@@ -47,7 +47,7 @@ def flexvar(*arguments: object) -> dict[str, Any]:
     return report
 
 
-@pytest.fixture(scope="module", params=["d2_10step_var", "d3_7step_llamagen"])
+@pytest.fixture(scope="module", params=["d2_10step_var", pytest.param("d3_7step_llamagen", marks=pytest.mark.slow)])
 def generated(
     request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Generated]:
