@@ -28,7 +28,12 @@ class Layer:
 
 
 LAYERS = {
-    "flexvar_ref": Layer("flexvar_ref", frozenset(), frozenset({"torch", "numpy", "safetensors"})),
+    "flexvar_ref": Layer(
+        "flexvar_ref",
+        frozenset(),
+        frozenset({"torch", "numpy", "safetensors"}),
+        frozenset({"PIL", "accelerate", "rich", "tensorboard", "typer"}),  # in training/
+    ),
     "runtime": Layer(
         "flexvar_runtime",
         frozenset(),
@@ -61,7 +66,7 @@ def absolute_imports(source: str) -> Iterator[tuple[int, str]]:
 def violations(folder: str, path: Path, source: str) -> Iterator[str]:
     layer = LAYERS[folder]
     third_party = layer.third_party
-    if third_party is not None and {"backends", "cuda"} & set(path.parts):
+    if third_party is not None and {"backends", "cuda", "training"} & set(path.parts):
         third_party |= layer.backends
     for line, module in absolute_imports(source):
         top = module.partition(".")[0]

@@ -1,0 +1,153 @@
+"""What a run tells: a line or a bar of progress, metrics.jsonl, a TensorBoard log, curves and samples as pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from . import plots
+
+METRICS, CURVES, SAMPLES, TENSORBOARD = "metrics.jsonl", "curves.png", "samples", "tensorboard"
+PER_SCALE = "/"  # "loss/16x16": a curve of every scale, in one panel
+
+
+class Report:
+    """Writes into a run's folder and on standard error. Used as a context; `first` is the step a resume starts from."""
+
+    def __init__(
+        self, folder: Path, steps: int, first: int, unit: str, *, console: Console | None = None, quiet: bool = False
+    ) -> None:
+        self._folder, self._steps, self._first, self._unit = folder, steps, first, unit
+        self._console = console or Console(stderr=True, quiet=quiet)
+        self._path = folder / METRICS
+        self.rows = keep_until(self._path, first)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._start, self._last, self._paused = time.perf_counter(), time.perf_counter(), 0.0
+        self._units = 0
+        self._board: Any = None
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("training", total=steps, completed=first)
+
+    def __enter__(self) -> Report:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=self._first)
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+    def stepped(self, units: int) -> None:
+        """A step is done that saw so many images or tokens."""
+        self._units += units
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def trained(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Means since the last call, after `step` steps."""
+        now = time.perf_counter()
+        speed = self._units / max(now - self._last - self._paused, 1e-9)
+        self._last, self._units, self._paused = now, 0, 0.0
+        left = (now - self._start) / max(step - self._first, 1) * (self._steps - step)
+        self._write("train", step, {**metrics, f"{self._unit}_per_s": speed})
+        text = f"loss {metrics['loss']:.4f}  {speed:,.1f} {self._unit}/s  ETA {_clock(left)}"
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self._say(f"step {step}/{self._steps}  {text}")
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Measures on the held-out samples after `step` steps."""
+        self._write("held out", step, metrics)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if PER_SCALE not in name)
+        self._say(f"step {step}/{self._steps}  held out: {shown}")
+        self._save(plots.curves(panels(self.rows)), self._folder / CURVES)
+
+    def pictured(self, step: int, image: Image.Image) -> None:
+        """A sheet of samples after `step` steps."""
+        folder = self._folder / SAMPLES
+        folder.mkdir(exist_ok=True)
+        self._save(image, folder / f"step_{step:08d}.png")
+
+    def pause(self, seconds: float) -> None:
+        """So long nothing was trained: it does not count against the speed."""
+        self._paused += seconds
+
+    def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        row = {"step": step, "kind": kind, "time": time.time(), **metrics}
+        self.rows.append(row)
+        self._file.write(json.dumps({k: v if _finite(v) else None for k, v in row.items()}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(f"{kind}/{name}".replace(" ", "_"), value, step)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @staticmethod
+    def _save(image: Image.Image, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        image.save(partial, "PNG")
+        partial.replace(path)
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows up to `step`; later ones, and one that a kill cut short, leave the file."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+            rows.append(row)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return rows
+
+
+def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """What the curves show: the loss, every measure of the evaluation, and those of the scales together."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in ("step", "kind", "time") or not isinstance(value, int | float):
+                continue
+            title, _, line = name.partition(PER_SCALE)
+            title = f"{title} per scale, {row['kind']}" if line else title
+            found.setdefault(title, {}).setdefault(line or row["kind"], []).append((row["step"], value))
+    return found
+
+
+def _finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,186 @@
+"""Scenes: the same everywhere, composed anew at every size, varied, and told apart by their class."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from flexvar_ref.training import scenes
+from flexvar_ref.training.scenes.canvas import Canvas
+from flexvar_ref.training.scenes.colour import Palettes, gradient, rgb
+from flexvar_ref.training.scenes.stream import Stream
+
+N = len(scenes.CLASSES)
+RECORDED = {
+    "sunset over the sea": [109, 116, 101, 123],
+    "mountain peaks": [183, 201, 169, 187],
+    "moonlit night": [88, 59, 63, 52],
+    "misty forest": [203, 190, 97, 99],
+    "desert dunes": [215, 203, 172, 178],
+    "city skyline": [73, 73, 109, 120],
+    "snowfield": [211, 219, 219, 207],
+    "flower meadow": [203, 188, 144, 143],
+    "rainbow over hills": [165, 177, 160, 161],
+    "hot-air balloons": [195, 198, 170, 175],
+    "northern lights": [51, 36, 85, 91],
+    "cherry blossom": [208, 208, 203, 181],
+}
+STREAM = [0.06344102965932141, 0.707504754819708, 0.27756060377104574]
+
+
+def small(image: NDArray[np.uint8], side: int = 8) -> NDArray[np.float64]:
+    """Block means, (side, side, 3)."""
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX), np.float64)
+
+
+def draws(size: tuple[int, int], count: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.stack([scenes.render(seed, index, size)[0] for index in range(count)])
+
+
+def test_classes() -> None:
+    assert N >= 10 and len(set(scenes.CLASSES)) == N
+
+
+@pytest.mark.parametrize("label", range(N), ids=scenes.CLASSES)
+def test_a_scene_is_a_function_of_seed_and_index(label: int) -> None:
+    image, found = scenes.render(3, 7, (48, 64), label)
+    assert found == label and image.shape == (48, 64, 3) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image, scenes.render(3, 7, (48, 64), label)[0])
+    others = [scenes.render(4, 7, (48, 64), label), scenes.render(3, 8, (48, 64), label)]
+    others.append(scenes.render(3, 7, (48, 64), (label + 1) % N))
+    assert all(np.abs(image.astype(int) - other).mean() > 3 for other, _ in others)
+
+
+@pytest.mark.parametrize("label", range(N), ids=scenes.CLASSES)
+def test_scenes_of_the_recording(label: int) -> None:
+    """Brightness of the four quarters: within a level, as the last bits of a power may differ between machines."""
+    image, _ = scenes.render(0, 1, (64, 64), label)
+    np.testing.assert_allclose(small(image, 2).mean(-1).ravel(), RECORDED[scenes.CLASSES[label]], atol=1)
+
+
+def test_labels_come_in_turn() -> None:
+    labels = [scenes.render(0, index, (8, 8))[1] for index in range(3 * N)]
+    assert labels == 3 * list(range(N))
+
+
+@pytest.mark.parametrize("label", range(N), ids=scenes.CLASSES)
+def test_a_larger_picture_shows_the_same_scene(label: int) -> None:
+    """Reduced to the size of the smaller they differ by edges and by what is thinner than a pixel; another scene does
+    not come near."""
+    large, same = scenes.render(1, 5, (192, 192), label)[0], scenes.render(1, 5, (96, 96), label)[0]
+    other = scenes.render(1, 6, (96, 96), label)[0]
+    assert np.abs(small(large, 24) - small(same, 24)).mean() < 2.5
+    assert np.abs(small(large, 24) - small(other, 24)).mean() > 5
+
+
+@pytest.mark.parametrize("label", range(N), ids=scenes.CLASSES)
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 128)])
+def test_another_aspect_ratio_is_composed_anew(size: tuple[int, int], label: int) -> None:
+    square, wide = scenes.render(1, 5, (64, 64), label)[0], scenes.render(1, 5, size, label)[0]
+    assert wide.shape == (*size, 3)
+    assert np.abs(small(square, 1) - small(wide, 1)).max() < 24  # the palette stays
+    stretched = np.asarray(Image.fromarray(square).resize(size[::-1], Image.Resampling.BICUBIC), float)
+    assert np.abs(stretched - wide).mean() > 1  # the pixels do not
+
+
+@pytest.mark.parametrize("size", [(40, 40), (40, 80), (80, 40), (256, 256)])
+def test_discs_are_round_and_exact(size: tuple[int, int]) -> None:
+    """Covered area π r² to a pixel of the edge, as wide as high, at any aspect ratio."""
+    canvas = Canvas(size)
+    mask = canvas.disc(0.07, 0.5, 0.3).mask
+    assert mask.sum() / canvas.unit**2 == pytest.approx(np.pi * 0.09, rel=0.01)
+    assert abs(int((mask.sum(0) > 0).sum()) - int((mask.sum(1) > 0).sum())) <= 1
+
+
+def test_what_lies_below_a_line_is_exact() -> None:
+    canvas = Canvas((20, 30))
+    slope = 0.31 + 0.4 * canvas.xs
+    share = (1 - slope.mean()) / 1
+    assert canvas.below(slope).mask.sum() / (20 * 30) == pytest.approx(share, abs=1e-5)
+    band = canvas.between(slope, slope + 0.013)  # thinner than a pixel
+    assert band.mask.sum() / (20 * 30) == pytest.approx(0.013, abs=1e-5)
+
+
+def test_small_dots_keep_their_light() -> None:
+    """A dot of a third of a pixel leaves about as much light as its area on four grids of different fineness."""
+    for side in (32, 48, 64, 96):
+        canvas = Canvas((side, side))
+        canvas.dots(np.array([0.01]), np.array([0.52]), np.array([0.02]), np.ones((3, 1), np.float32), np.ones(1))
+        assert canvas.rgb[0].sum() / side**2 == pytest.approx(np.pi * 0.02**2, rel=0.4)
+
+
+@pytest.mark.parametrize("label", range(N), ids=scenes.CLASSES)
+def test_a_class_varies(label: int) -> None:
+    """Any two scenes of a class differ, most of them a lot, and none is flat, black or white."""
+    found = np.stack([scenes.render(2, index, (32, 32), label)[0] for index in range(12)]).astype(float)
+    assert (found.std(axis=(1, 2, 3)) > 10).all() and (found.mean(axis=(1, 2, 3)) < 245).all()
+    coarse = np.stack([small(image.astype(np.uint8)) for image in found])
+    apart = np.abs(coarse[:, None] - coarse[None]).mean(axis=(2, 3, 4))[np.triu_indices(12, 1)]
+    assert apart.min() > 3 and np.median(apart) > 10
+
+
+def test_classes_are_told_apart() -> None:
+    """A linear probe on 8 × 8 colours of held-out scenes; with the labels in disorder it must fail."""
+
+    def features(seed: int, count: int) -> NDArray[np.float64]:
+        flat = np.stack([small(image).ravel() for image in draws((24, 24), count, seed)]) / 128 - 1
+        return np.concatenate([flat, flat**2, np.ones((count, 1))], 1)
+
+    train, held_out = features(0, 60 * N), features(1, 15 * N)
+    targets = np.eye(N)[np.arange(60 * N) % N]
+
+    def accuracy(targets: NDArray[np.float64]) -> float:
+        probe = np.linalg.solve(train.T @ train + 3 * np.eye(train.shape[1]), train.T @ targets)
+        return float(((held_out @ probe).argmax(1) == np.arange(15 * N) % N).mean())
+
+    assert accuracy(targets) > 0.85
+    assert accuracy(np.random.default_rng(0).permutation(targets)) < 0.3
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 60), (60, 8), (33, 57)])
+def test_any_size(size: tuple[int, int]) -> None:
+    assert draws(size, N).shape == (N, *size, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 0, (7, 64)), "got size (7, 64); expected (height, width) from 8 to 4096 pixels"),
+        ((0, 0, (64, 5000)), "got size (64, 5000)"),
+        ((-1, 0, (64, 64)), "got seed -1, index 0; expected 0 to"),
+        ((0, 2**64, (64, 64)), "expected 0 to"),
+        ((0, 0, (64, 64), N), f"got label {N}; expected 0 to {N - 1}"),
+    ],
+)
+def test_refusals(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scenes.render(*arguments)  # type: ignore[arg-type]
+
+
+def test_the_stream_is_philox() -> None:
+    """Raw words of Philox 4×64-10, the upper 53 bits: recorded, so that no other generator slips in."""
+    stream = Stream(1, 2, 3)
+    np.testing.assert_array_equal(stream.uniform(2, 2).ravel(), Stream(1, 2, 3).uniform(4))
+    np.testing.assert_allclose(Stream(1, 2, 3).uniform(3), STREAM, atol=1e-15)
+    many = Stream(0, 0, 0).uniform(20_000)
+    assert many.min() >= 0 and many.max() < 1 and many.mean() == pytest.approx(0.5, abs=0.01)
+    assert {stream.whole(-1, 1) for _ in range(100)} == {-1, 0, 1}
+
+
+def test_palettes_keep_their_roles() -> None:
+    """Colours move together: the dark one stays dark, the light one light, and all stay inside 0..1."""
+    palettes = Palettes("101020 f0e0c0", "201010 c0e0f0")
+    for index in range(50):
+        dark, light = palettes.draw(Stream(0, index, 0))
+        assert dark.max() < 0.25 < 0.6 < light.max() <= 1 and min(dark.min(), light.min()) >= 0
+
+
+def test_a_gradient_ends_in_its_colours() -> None:
+    first, last = rgb("204060"), rgb("e0c0a0")
+    found = gradient(np.array([-3.0, 0.5, 3.0]), [first, last])
+    np.testing.assert_allclose(found[:, 1], (first + last)[:, 0] / 2, atol=1e-6)
+    assert np.abs(found[:, 0] - first[:, 0]).max() < 0.08 and np.abs(found[:, 2] - last[:, 0]).max() < 0.08

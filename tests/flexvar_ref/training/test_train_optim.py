@@ -1,0 +1,130 @@
+"""Optimiser groups, learning rate, averaged weights, order of the data."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer
+from flexvar_ref.training import ema
+from flexvar_ref.training.config import Optimisation
+from flexvar_ref.training.errors import ConfigError
+from flexvar_ref.training.feed import Drawn, Kept, Plan, batches, signed
+from flexvar_ref.training.optim import adamw, forget, learning_rate
+
+
+def test_what_decays_and_what_does_not() -> None:
+    model = FlexVAR(tiny_transformer(), torch.randn(512, 8))
+    optimizer = adamw(model, Optimisation(weight_decay=0.05))
+    decayed, free = optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    assert decayed["betas"] == (0.9, 0.95)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept = {names[id(p)] for p in decayed["params"]}
+    dropped = {names[id(p)] for p in free["params"]}
+    assert kept | dropped == set(names.values()) and not kept & dropped
+    assert {"word_embed.weight", "head.weight", "blocks.0.attn.mat_qkv.weight", "blocks.1.ada_lin.1.weight"} <= kept
+    assert {
+        "pos_1LC",
+        "pos_start",
+        "class_emb.weight",
+        "blocks.0.attn.scale_mul_1H11",
+        "blocks.0.attn.q_bias",
+    } <= dropped
+    assert all(name.endswith("weight") for name in kept)
+    tokenizer = Tokenizer(TINY_TOKENIZER)
+    groups = adamw(tokenizer, Optimisation()).param_groups
+    assert any(p is tokenizer.quantizer.embedding.weight for p in groups[1]["params"])
+    assert all(p.ndim > 1 for p in groups[0]["params"])
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    config = Optimisation(lr=1e-3, warmup=10, decay="cosine", final_lr=0.1)
+    rates = [learning_rate(config, step, 110, batch=64) for step in range(111)]
+    peak = 1e-3 * 64 / 256
+    assert rates[0] == pytest.approx(peak / 10) and rates[9] == rates[10] == pytest.approx(peak)
+    assert rates[60] == pytest.approx(peak * 0.55) and rates[110] == pytest.approx(peak * 0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    linear = Optimisation(lr=1e-3, warmup=0, decay="linear", final_lr=0.0)
+    assert learning_rate(linear, 50, 100, 256) == pytest.approx(5e-4)
+    constant = Optimisation(lr=1e-3, warmup=0, decay="constant")
+    assert learning_rate(constant, 99, 100, 256) == pytest.approx(1e-3)
+
+
+def test_rows_are_forgotten() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    forget(optimizer, weight, torch.tensor([0]))  # nothing remembered yet
+    weight.sum().backward()
+    optimizer.step()
+    forget(optimizer, weight, torch.tensor([1]))
+    state = optimizer.state[weight]
+    assert state["exp_avg"].any(1).tolist() == state["exp_avg_sq"].any(1).tolist() == [True, False, True]
+
+
+def test_the_average_of_the_weights() -> None:
+    layer = torch.nn.Linear(2, 1)
+    average = ema.start(layer)
+    before = copy.deepcopy(average)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    ema.update(average, layer, 0.9)
+    torch.testing.assert_close(average["weight"], before["weight"] + 0.1)
+    torch.testing.assert_close(average["bias"], before["bias"])
+    twin = ema.averaged(layer, average)
+    assert torch.equal(twin.weight, average["weight"]) and not twin.training and layer.training
+    assert not torch.equal(twin.weight, layer.weight)
+    assert ema.decay_at(0, 0.999) == pytest.approx(0.1) and ema.decay_at(10**6, 0.999) == 0.999
+    ema.update(average, layer, ema.decay_at(0, 0.0))  # off: the weights themselves
+    assert torch.equal(average["weight"], layer.weight)
+
+
+class Counting:
+    """Sample i shows i."""
+
+    classes = ("even", "odd")
+    length = None
+
+    def sample(self, index: int) -> tuple[np.ndarray, int]:
+        return np.full((3, 2, 2), index, np.float32), index % 2
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_any_division_of_a_step_sees_the_same_samples(processes: int, accumulation: int) -> None:
+    plans = [Plan(8, processes, rank, accumulation) for rank in range(processes)]
+    seen = {plan.chunk(turn): plan.indices(3, turn).tolist() for plan in plans for turn in range(accumulation)}
+    assert [i for chunk in sorted(seen) for i in seen[chunk]] == list(range(24, 32))
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a multiple of 3"):
+        Plan(8, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_drawing_goes_on_at_any_step(workers: int) -> None:
+    plan = Plan(4, accumulation=2)
+    stream = batches(Drawn(Counting()), plan, 5, workers)
+    drawn = [next(stream) for _ in range(3)]
+    assert [values[:, 0, 0, 0].tolist() for values, _ in drawn] == [[20, 21], [22, 23], [24, 25]]
+    assert [labels.tolist() for _, labels in drawn] == [[0, 1]] * 3
+    del stream
+
+
+def test_kept_samples_come_in_a_new_order_every_epoch() -> None:
+    kept = Kept(np.arange(10), np.arange(10) % 2, seed=0)
+    epochs = [kept.take(np.arange(start, start + 10))[0].tolist() for start in (0, 10)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1] != list(range(10))
+    across = kept.take(np.arange(8, 12))[0].tolist()
+    assert across == epochs[0][8:] + epochs[1][:2]
+
+
+def test_pixels_become_signed_images() -> None:
+    pixels = torch.tensor([[[[0, 127, 255]]]], dtype=torch.uint8)
+    assert signed(pixels)[0, :, 0, 0].tolist() == pytest.approx([-1, -1 / 255, 1])
+    assert signed(torch.zeros(1, 3, 4, 4)).shape == (1, 3, 4, 4)
