@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexvar_runtime.atomic import atomic_write
-from flexvar_runtime.backends.trt_library import TrtLibrary
+from flexvar_runtime.backends.trt_library import TrtLibrary, known_targets
 from flexvar_runtime.bundle import Bundle
 from flexvar_runtime.engine_writer import private_folder
 from flexvar_runtime.engines import PORTABLE, EngineId, PrecisionReport, graph_files
@@ -89,9 +89,7 @@ def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timi
 
 def supported_targets(library: TrtLibrary) -> tuple[str, ...]:
     """Compute capabilities ("8.6") that the library can build our graphs for by name; none for TensorRT."""
-    members = library.module.ComputeCapability.__members__ if library.rtx else {}
-    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
-    return tuple(name for name in (f"{number[:-1]}.{number[-1]}" for number in numbers) if name not in UNFIT_TARGETS)
+    return tuple(name for name in known_targets(library) if name not in UNFIT_TARGETS)
 
 
 def _check_content(name: str, content: Scan, files: tuple[str, ...]) -> None:

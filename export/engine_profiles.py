@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexvar_runtime.engines import CONDITION_LABELS, Profile
+from flexvar_runtime.engines import CONDITION_LABELS, WIDE, Profile
 from flexvar_runtime.graphs import CONDITION, STEP
 from flexvar_runtime.manifest import ModelFacts
 from flexvar_runtime.planner import IMAGES_PER_RUN
 from flexvar_runtime.schedule import ScaleSchedule
 
-WIDE = "wide"
 FEW_HEADS = 4  # with fewer, TensorRT-RTX 1.7 has no attention kernel for exactly one query; for one or two it has
 
 

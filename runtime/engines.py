@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 CONDITION_LABELS = 16  # of the condition graph a run, always: a label's row must not depend on its neighbours
 RECIPE = "1"  # counts changes to how engines are built that show nowhere else in their key
+WIDE = "wide"  # the profile for sizes that have none of their own
 PORTABLE = "portable"  # the target of an engine for whatever GPUs its builder chose
 RECEIPT_SCHEMA = 1
 MAX_RECEIPT_BYTES = 2**20

@@ -17,16 +17,15 @@ from ..cuda.array import ALIGNMENT, DeviceArray
 from ..cuda.backend import DeviceArrays
 from ..cuda.device import Device, going_on
 from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
-from ..engines import PORTABLE, EngineId, build_line, find_engine, read_engine
+from ..engines import PORTABLE, WIDE, EngineId, build_line, find_engine, read_engine
 from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 from ..graphs import GRAPHS
 from ..manifest import GraphSpec
 from .base import Availability, check_bindings
-from .trt_library import TENSORRT_RTX, TrtLibrary, load, probe_library
+from .trt_library import TENSORRT_RTX, TrtLibrary, known_targets, load, probe_library
 
 log = logging.getLogger(__name__)
 
-WIDE = "wide"  # name of the profile for sizes that have none of their own
 CONTEXTS_KEPT = 8  # of `run`, by shapes; those bound for a generation are its own
 
 
@@ -62,13 +61,6 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
     except FlexVARError as error:
         return Availability(False, error.got, error.fix)
     return Availability(True, "engines are built")
-
-
-def known_targets(library: TrtLibrary) -> tuple[str, ...]:
-    """Compute capabilities that TensorRT-RTX names ("8.6"); TensorRT names none."""
-    members = library.module.ComputeCapability.__members__ if library.rtx else {}
-    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
-    return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> TensorRT:

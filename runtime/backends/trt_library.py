@@ -101,6 +101,13 @@ def probe_library(flavour: str, importer: Importer = importlib.import_module) ->
     return Availability(True, f"{flavour} {library.version}")
 
 
+def known_targets(library: TrtLibrary) -> tuple[str, ...]:
+    """Compute capabilities that TensorRT-RTX names ("8.6"); TensorRT names none."""
+    members = library.module.ComputeCapability.__members__ if library.rtx else {}
+    numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
+    return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
+
+
 _loaded: dict[tuple[str, Importer], TrtLibrary] = {}
 _loading = threading.Lock()
 
