@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexvar_ref import FlexVAR, Options, Tokenizer, iter_scales
-from flexvar_ref.generate import Uniforms
+from flexvar_ref.generation import Uniforms
 from flexvar_runtime import Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.manifest import ModelFacts

@@ -1,12 +1,21 @@
-"""FlexVAR in PyTorch: readable, trainable, equal to the published model. The definition of correct."""
+"""FlexVAR in PyTorch: readable, trainable, equal to the published model. The definition of correct.
 
-from .checkpoint import load, load_tokenizer, load_transformer, save
-from .config import TokenizerConfig, TransformerConfig
-from .errors import CheckpointError
-from .generate import Options, ScaleOutput, generate, iter_scales
-from .scales import as_scales, token_count
-from .tokenizer import Tokenizer
-from .transformer import FlexVAR, KVCache, block_causal_mask
+Names are looked up when they are first used: the command line registers `flexvar train` without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load, load_tokenizer, load_transformer, save
+    from .config import TokenizerConfig, TransformerConfig
+    from .errors import CheckpointError
+    from .generation import Options, ScaleOutput, generate, iter_scales
+    from .scales import as_scales, token_count
+    from .tokenizer import Tokenizer
+    from .transformer import FlexVAR, KVCache, block_causal_mask
 
 __all__ = [
     "CheckpointError",
@@ -27,3 +36,26 @@ __all__ = [
     "save",
     "token_count",
 ]
+
+_MODULES = {
+    "checkpoint": ("load", "load_tokenizer", "load_transformer", "save"),
+    "config": ("TokenizerConfig", "TransformerConfig"),
+    "errors": ("CheckpointError",),
+    "generation": ("Options", "ScaleOutput", "generate", "iter_scales"),
+    "scales": ("as_scales", "token_count"),
+    "tokenizer": ("Tokenizer",),
+    "transformer": ("FlexVAR", "KVCache", "block_causal_mask"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

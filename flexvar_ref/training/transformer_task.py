@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import TransformerConfig
-from ..generate import Options, generate
+from ..generation import Options, generate
 from ..scales import Scales, token_count
 from ..tokenizer import Tokenizer
 from ..transformer import FlexVAR

@@ -113,6 +113,7 @@ def test_entry_points(wheel: Path) -> None:
         "flexvar.commands": {
             "runtime": "flexvar_runtime.cli.commands:register",
             "export": "flexvar_export.commands:register",
+            "ref": "flexvar_ref.training.commands:register",
         },
     }
 

@@ -1,0 +1,131 @@
+"""A small classifier of scenes that has nothing to do with the model it judges: another network, other scenes.
+
+Its share of recognised classes and the Fréchet distance between its features say how good generated scenes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flexvar_ref.training import scenes
+
+SIDE = 64  # pixels of the shorter side the classifier looks at
+WIDTHS = (32, 64, 128, 128)
+TRAIN_SEED, HELD_OUT_SEED, REFERENCE_SEED, FLOOR_SEED = 7001, 7002, 7003, 7004
+"""Seeds of scenes; the model's training and held-out scenes have 0 and 1."""
+SIZES = ((64, 64), (64, 64), (64, 96), (96, 64))  # it must know every aspect ratio that it judges
+BATCH = 48
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the classifier says of images: the recognised share, and features (N, D) float64."""
+
+    accuracy: float
+    features: NDArray[np.float64]
+
+
+class SceneClassifier(nn.Module):
+    """Images (B, 3, H, W) in −1…1 of any size to features (B, 128) and logits (B, classes)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = 3
+        for outputs in WIDTHS:
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+            inputs = outputs
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(image).mean((2, 3))
+        return features, self.head(features)
+
+    @torch.inference_mode()
+    def judge(self, images: Pixels, labels: NDArray[np.int64]) -> Judged:
+        """Images uint8 (N, H, W, 3) of one size; the shorter side is brought to 64 pixels by averaging."""
+        self.eval()
+        parts = [self(_seen(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
+        features, logits = (torch.cat(values) for values in zip(*parts, strict=True))
+        right = (logits.argmax(1).numpy() == labels).mean()
+        return Judged(float(right), features.double().numpy())
+
+
+def real(seed: int, count: int, size: tuple[int, int], start: int = 0) -> tuple[Pixels, NDArray[np.int64]]:
+    """Scenes drawn by the data set: uint8 (N, H, W, 3) and their labels."""
+    drawn = [scenes.render(seed, start + index, size) for index in range(count)]
+    return np.stack([image for image, _ in drawn]), np.array([label for _, label in drawn], np.int64)
+
+
+def trained(
+    path: Path, count: int = 9600, epochs: int = 4, say: Callable[[str], None] = lambda _: None
+) -> SceneClassifier:
+    """The classifier in `path`, trained first where there is none."""
+    torch.manual_seed(TRAIN_SEED)
+    model = SceneClassifier(len(scenes.CLASSES))
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    groups, share = [], count // len(SIZES)
+    for i, size in enumerate(SIZES):
+        say(f"drawing {share} scenes of {size[0]}x{size[1]}")
+        groups.append(real(TRAIN_SEED, share, size, start=i * share))
+    steps = epochs * len(SIZES) * (share // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    model.train()
+    for epoch in range(epochs):
+        order = torch.randperm(share)[: share // BATCH * BATCH].view(-1, BATCH).numpy()
+        for rows in order:
+            for images, labels in groups:
+                logits = model(_varied(_seen(images[rows])))[1]
+                loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]), label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+        say(f"classifier: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path)
+    return model.eval()
+
+
+def _seen(images: Pixels) -> Tensor:
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    scale = SIDE / min(x.shape[2:])
+    size = [round(side * scale) for side in x.shape[2:]]
+    return x if size == list(x.shape[2:]) else F.interpolate(x, size=size, mode="area")
+
+
+def _varied(x: Tensor) -> Tensor:
+    """Blurred, brightened and mirrored at random, so that what is recognised is the scene, not its finest pixels."""
+    if torch.rand(()) < 0.3:
+        small = F.interpolate(x, scale_factor=0.5, mode="area")
+        x = F.interpolate(small, size=x.shape[2:], mode="bilinear")
+    if torch.rand(()) < 0.5:
+        x = x.flip(3)
+    return x * (0.9 + 0.2 * torch.rand(len(x), 1, 1, 1)) + 0.1 * torch.randn(len(x), 3, 1, 1) * 0.5
+
+
+def frechet(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Fréchet distance between the Gaussians of two sets of features (N, D): |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 √(Σ₁Σ₂)).
+
+    Source: Heusel et al., 2017. Both sets should be of the same size: the estimate is biased by it.
+    """
+    means = [values.mean(0) for values in (first, second)]
+    one, two = (np.cov(values, rowvar=False) for values in (first, second))
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
+    return float(((means[0] - means[1]) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * cross)
