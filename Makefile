@@ -45,7 +45,7 @@ test-slow: venv ## the tests marked slow
 test-engines: venv ## the tests marked engines: d16 for every published schedule, with TensorRT-RTX, no GPU needed
 	@"$(BIN)/pytest" --quiet -m engines $(PYTEST_ARGS)
 
-demo: venv ## the whole way with tiny models, into DEMO_OUT (demo/out)
+demo: venv ## the whole way with the demo model, into DEMO_OUT (demo/out)
 	@"$(BIN)/python" demo/run.py --out "$(DEMO_OUT)"
 
 clean: ## remove what was generated, except the virtual environment

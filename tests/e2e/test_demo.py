@@ -21,10 +21,10 @@ def test_demo_leaves_pictures_and_a_parity_table(tmp_path: Path) -> None:
     assert parity["passed"]
     assert {row["graph"] for row in parity["rows"]} == {"condition", "step", "decode", "encode"}
     images = sorted(out.glob("images/*/*.png"))
-    assert len(images) == 4 * 5  # classes, schedules
+    assert len(images) == 3 * 12 + 8 + 6  # three schedules of all classes, eight images of 3:2, six of twice the size
     sizes = {Image.open(path).size for path in images}
     assert any(width != height for width, height in sizes), "one schedule is not square"
     sheet = Image.open(out / "contact_sheet.png")
-    assert sheet.width > 4 * 64
+    assert sheet.width > 12 * 64
     for word in ("relative_err", "s per image", "contact_sheet.png"):
         assert word in done.stdout
