@@ -10,6 +10,7 @@ that was never trained, for 4 to 10 steps, other sizes and precisions. What is i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,8 @@ from flexvar_export.bundle import export_bundle
 from flexvar_export.emulate import emulate_bf16
 from flexvar_ref.training import scenes
 from flexvar_runtime import Bundle, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
-from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.atomic import atomic_write, require_parent
+from flexvar_runtime.bundle_writer import write_bundle
 
 from .scene_classifier import FLOOR_SEED, HELD_OUT_SEED, REFERENCE_SEED, Judged, SceneClassifier, frechet, real, trained
 
@@ -97,58 +99,71 @@ def generated(bundle: Path, schedule: str, labels: Labels, options: Options) -> 
     return np.concatenate(parts)
 
 
+def labels_of(images: int) -> Labels:
+    """All classes in turn."""
+    return np.arange(images, dtype=np.int64) % len(scenes.CLASSES)
+
+
 class Evaluation:
     """Judges sets of images against real scenes of the same size and number."""
 
-    def __init__(self, classifier: SceneClassifier, images: int) -> None:
-        self.classifier, self.images = classifier, images
-        self.labels: Labels = np.arange(images, dtype=np.int64) % len(scenes.CLASSES)
-        self.references: dict[tuple[int, int], Judged] = {}
+    def __init__(self, classifier: SceneClassifier) -> None:
+        self.classifier = classifier
+        self.references: dict[tuple[int, int, int], Judged] = {}
         self.rows: list[Row] = []
 
-    def reference(self, size: tuple[int, int]) -> Judged:
-        if size not in self.references:
-            self.references[size] = self.classifier.judge(*real(REFERENCE_SEED, self.images, size))
-        return self.references[size]
+    def reference(self, count: int, height: int, width: int) -> Judged:
+        key = count, height, width
+        if key not in self.references:
+            self.references[key] = self.classifier.judge(*real(REFERENCE_SEED, count, (height, width)))
+        return self.references[key]
 
     def add(self, name: str, schedule: str, images: NDArray[np.uint8]) -> Row:
-        size = images.shape[1], images.shape[2]
-        judged = self.classifier.judge(images, self.labels[: len(images)])
-        distance = frechet(judged.features, self.reference(size).features)
-        row = Row(name, schedule, *size, len(images), judged.accuracy, distance)
+        count, height, width = images.shape[:3]
+        judged = self.classifier.judge(images, labels_of(count))
+        distance = frechet(judged.features, self.reference(count, height, width).features)
+        row = Row(name, schedule, height, width, count, judged.accuracy, distance)
         self.rows.append(row)
         console.print(f"{name}: {judged.accuracy:.1%} recognised, Fréchet {distance:.2f}", highlight=False)
         return row
 
 
+def checkpoint_of(model: Path) -> tuple[Path, Path]:
+    """Transformer and tokenizer."""
+    return model / "transformer.safetensors", model / "vae.safetensors"
+
+
+def digests(model: Path) -> dict[str, str]:
+    """sha256 of both weight files."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint_of(model)}
+
+
 def exported(model: Path, work: Path, precision: str) -> Path:
-    out = work / f"{precision}.bundle"
+    """The bundle of the model in `work`, kept under a name that tells its weights."""
+    transformer, tokenizer = checkpoint_of(model)
+    key = hashlib.sha256("".join(digests(model).values()).encode()).hexdigest()[:12]
+    out = work / f"{key}-{precision}.bundle"
     if not out.exists():
-        export_bundle(
-            model / "transformer.safetensors",
-            model / "vae.safetensors",
-            out,
-            precision=precision,
-            class_names=scenes.CLASSES,
-        )
+        export_bundle(transformer, tokenizer, out, precision=precision, class_names=scenes.CLASSES)
     if precision == "bf16":  # no such kernels on a CPU: float32 that rounds as bfloat16 does
-        emulated = work / "bf16-emulated.bundle"
+        emulated = work / f"{key}-bf16-emulated.bundle"
         if not emulated.exists():
-            emulated.mkdir()
-            emulate_bf16(Bundle.open(out), emulated)
+            with write_bundle(emulated) as directory:
+                emulate_bf16(Bundle.open(out), directory)
         return emulated
     return out
 
 
 def untrained(model: Path, work: Path) -> Path:
     """A bundle of the same sizes whose transformer was never trained, with the trained tokenizer."""
-    out = work / "untrained.bundle"
-    if not out.exists():
-        transformer, tokenizer = flexvar_ref.load(model / "transformer.safetensors", model / "vae.safetensors")
-        torch.manual_seed(0)
-        flexvar_ref.save(flexvar_ref.FlexVAR(transformer.config, tokenizer.codebook_VD), work / "untrained.safetensors")
-        export_bundle(work / "untrained.safetensors", model / "vae.safetensors", out)
-    return out
+    control = work / "untrained"
+    control.mkdir(exist_ok=True)
+    transformer, tokenizer = flexvar_ref.load(*checkpoint_of(model))
+    torch.manual_seed(0)
+    first, second = checkpoint_of(control)
+    flexvar_ref.save(flexvar_ref.FlexVAR(transformer.config, tokenizer.codebook_VD), first)
+    flexvar_ref.save(tokenizer, second)
+    return exported(control, work, "fp32")
 
 
 @dataclass(frozen=True)
@@ -174,8 +189,11 @@ def reconstructed(bundle: Path, images: NDArray[np.uint8]) -> Reconstruction:
     return Reconstruction(len(images), 10 * math.log10(4 / error.mean()), len(used) / vocabulary, decoded)
 
 
-def evaluate(model: Path, work: Path, images: int, options: Options) -> dict[str, Any]:
-    """All rows, as JSON values. Writes the classifier and the bundles into `work`."""
+def evaluate(model: Path, work: Path, images: int, others: int, options: Options) -> dict[str, Any]:
+    """All rows, as JSON values: `images` a row of the default steps, `others` where steps or size are not the default.
+
+    Writes the classifier and the bundles into `work`.
+    """
     classifier = trained(work / "classifier.safetensors", say=console.print)
     held_out, labels = real(HELD_OUT_SEED, 1200, (64, 64))
     known = classifier.judge(held_out, labels).accuracy
@@ -183,22 +201,28 @@ def evaluate(model: Path, work: Path, images: int, options: Options) -> dict[str
     fp32 = exported(model, work, "fp32")
     facts = Bundle.open(fp32).manifest.model
     side = ScaleSchedule.parse(DEFAULT)[-1][0] * facts.downsampling
-    judge = Evaluation(classifier, images)
+    judge, classes = Evaluation(classifier), labels_of(images)
     floor, _ = real(FLOOR_SEED, images, (side, side))
     judge.add("real scenes", "", floor)
     reconstruction = reconstructed(fp32, floor)
     judge.add("real scenes through the tokenizer", "16", reconstruction.pixels)
-    judge.add("untrained control", DEFAULT, generated(untrained(model, work), DEFAULT, judge.labels, options))
-    for steps, schedule in STEPS.items():
-        judge.add(f"{steps} steps", schedule, generated(fp32, schedule, judge.labels, options))
-    judge.add("10 steps, no guidance", DEFAULT, generated(fp32, DEFAULT, judge.labels, replace(options, cfg=0.0)))
+    judge.add("untrained control", DEFAULT, generated(untrained(model, work), DEFAULT, classes, options))
+    judge.add("10 steps", DEFAULT, generated(fp32, DEFAULT, classes, options))
     for precision in ("fp16", "bf16"):
         bundle = exported(model, work, precision)
-        judge.add(f"10 steps, {precision}", DEFAULT, generated(bundle, DEFAULT, judge.labels, options))
+        judge.add(f"10 steps, {precision}", DEFAULT, generated(bundle, DEFAULT, classes, options))
+    judge.add("10 steps, no guidance", DEFAULT, generated(fp32, DEFAULT, classes, replace(options, cfg=0.0)))
+    judge.add(f"real scenes, {others}", "", floor[:others])
+    for steps, schedule in sorted(STEPS.items(), reverse=True):
+        if schedule != DEFAULT:
+            judge.add(f"{steps} steps", schedule, generated(fp32, schedule, labels_of(others), options))
     for name, schedule in SIZES.items():
-        judge.add(name, schedule, generated(fp32, schedule, judge.labels, options))
+        h, w = (tokens * facts.downsampling for tokens in ScaleSchedule.parse(schedule)[-1])
+        judge.add(f"real scenes, {name}", "", real(FLOOR_SEED, others, (h, w))[0])
+        judge.add(name, schedule, generated(fp32, schedule, labels_of(others), options))
     _show(judge.rows)
     return {
+        "weights": digests(model),
         "classifier_held_out_accuracy": known,
         "classifier_held_out_scenes": len(labels),
         "tokenizer": {name: value for name, value in vars(reconstruction).items() if name != "pixels"},
@@ -220,16 +244,19 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with transformer and vae safetensors")
     parser.add_argument("--work", type=Path, required=True, help="where classifier and bundles are kept")
     parser.add_argument("--images", type=int, default=500, help="a row (default 500)")
+    parser.add_argument("--others", type=int, default=120, help="a row of other steps or another size (default 120)")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--cfg", type=float, default=2.5)
     parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--top-p", type=float, default=0.8)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.json:
+        require_parent(arguments.json.absolute())
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     options = Options(arguments.cfg, arguments.top_k, arguments.top_p)
-    result = evaluate(arguments.model, arguments.work, arguments.images, options)
+    result = evaluate(arguments.model, arguments.work, arguments.images, arguments.others, options)
     if arguments.json:
         with atomic_write(arguments.json, force=True) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexvar_ref.training import scenes
+from flexvar_runtime.atomic import atomic_write
 
 SIDE = 64  # pixels of the shorter side the classifier looks at
 WIDTHS = (32, 64, 128, 128)
@@ -97,7 +98,8 @@ def trained(
                 schedule.step()
         say(f"classifier: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path)
+    with atomic_write(path) as partial:
+        save_file(model.state_dict(), partial)
     return model.eval()
 
 

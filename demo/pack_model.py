@@ -26,12 +26,20 @@ def pack(run: Path, name: str, out: Path) -> None:
     shutil.copy(run / "curves.png", out / f"{name}_curves.png")
 
 
+def trained_together(tokenizer: Path, transformer: Path) -> tuple[Path, Path]:
+    """The tokenizer, and the copy of it that the transformer's run keeps."""
+    return tokenizer / "model.safetensors", transformer / "tokenizer.safetensors"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", type=Path, help="run of flexvar train tokenizer")
     parser.add_argument("transformer", type=Path, help="run of flexvar train transformer")
     parser.add_argument("--out", type=Path, default=MODEL)
     arguments = parser.parse_args()
+    ours, theirs = (load_file(path) for path in trained_together(arguments.tokenizer, arguments.transformer))
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        raise SystemExit("got two runs apart; expected the tokenizer that the transformer was trained on; fix: pass it")
     arguments.out.mkdir(parents=True, exist_ok=True)
     pack(arguments.tokenizer, "vae", arguments.out)
     pack(arguments.transformer, "transformer", arguments.out)

@@ -99,6 +99,8 @@ def main() -> None:
                 "1",
                 "--top-k",
                 "0",
+                "--top-p",
+                "0.8",
                 "--greedy-scales",
                 "none",
                 "--force",

@@ -138,6 +138,21 @@ def test_condition_equals_the_reference(tiny_pair: Pair) -> None:
     assert error(first, model.first_input(torch.tensor(labels))) < NOISE
 
 
+def test_what_all_classes_share_costs_no_precision(tiny_pair: Pair) -> None:
+    """A trained model's modulations have a large common part; rounding it to bfloat16 would drown the differences."""
+    model = copy.deepcopy(tiny_pair[0])
+    model.class_emb.weight.add_(2.0)
+    linear = model.head_nm.ada_lin.linear
+    linear.weight[: model.config.width].add_(0.2)
+    labels = torch.arange(model.config.classes + 1, dtype=torch.int32)
+    expected = model.head_nm.ada_lin(model.condition(labels.long())).unflatten(1, (2, -1))
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    got = Condition(model, torch.bfloat16)(labels)[1]
+    assert float((got - expected).norm() / spread) < 0.005
+    plain = copy.deepcopy(linear).bfloat16()(torch.nn.functional.silu(model.condition(labels.long())).bfloat16())
+    assert float((plain.float().view_as(expected) - expected).norm() / spread) > 0.015  # the gate
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
 def test_decode_and_encode_equal_the_reference(tiny_pair: Pair, size: tuple[int, int]) -> None:
     tokenizer = tiny_pair[1]

@@ -1,0 +1,117 @@
+"""The demo model that ships: as small, as good and as documented as its card says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import flexvar_ref
+from flexvar_bench import demo_quality
+from flexvar_bench.scene_classifier import HELD_OUT_SEED, real, trained
+from flexvar_ref.training import scenes
+from flexvar_ref.training.feed import signed
+from flexvar_ref.training.schedules import default_sides
+from flexvar_ref.training.transformer_loss import TokenObjective
+
+MODEL = Path(__file__).parents[2] / "demo" / "model"
+MEGABYTES = 25
+LOSS = 4.0  # untrained: ln 1024 = 6.93
+RECOGNISED = 0.9
+HALF_PRECISION = 0.01
+
+
+@pytest.fixture(scope="module")
+def quality() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((MODEL / "quality.json").read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer]:
+    return flexvar_ref.load(MODEL / "transformer.safetensors", MODEL / "vae.safetensors")
+
+
+def test_it_is_small_and_has_what_an_export_needs() -> None:
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < MEGABYTES * 1e6
+    assert json.loads((MODEL / "classes.json").read_text()) == list(scenes.CLASSES)
+    weights = (MODEL / "transformer.safetensors").read_bytes()
+    assert b'"F16"' in weights[:100_000] and b'"F32"' not in weights[:100_000]
+
+
+@torch.inference_mode()
+def test_the_tokenizer_keeps_24_db_and_uses_its_codes(
+    networks: tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer],
+) -> None:
+    tokenizer = networks[1]
+    images = signed(torch.from_numpy(real(HELD_OUT_SEED, 96, (64, 64))[0]))
+    [tokens] = tokenizer.quantize(tokenizer.encode(images), "16")
+    error = (tokenizer.decode(tokens).clamp(-1, 1) - images).square().mean().item()
+    assert 10 * math.log10(4 / error) >= 24
+    assert len(tokens.unique()) >= 0.8 * tokenizer.config.vocabulary
+
+
+@torch.inference_mode()
+def test_the_transformer_predicts_held_out_scenes(
+    networks: tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer],
+) -> None:
+    """With the right labels; wrong ones cost."""
+    model, tokenizer = networks
+    images, labels = real(HELD_OUT_SEED, 48, (64, 64))
+    scales = tuple((side, side) for side in default_sides(16))
+    tokens = tokenizer.quantize(tokenizer.encode(signed(torch.from_numpy(images))), scales)
+    objective = TokenObjective(model).eval()
+    right = objective(torch.from_numpy(labels), tokens, scales).mean().item()
+    wrong = objective(torch.from_numpy((labels + 5) % 12), tokens, scales).mean().item()
+    assert right < LOSS and right + 0.1 < wrong
+
+
+def test_the_evaluation_is_of_these_weights_and_complete(quality: dict[str, Any]) -> None:
+    assert quality["weights"] == demo_quality.digests(MODEL)
+    rows = {row["name"]: row for row in quality["rows"]}
+    sizes = [name for size in demo_quality.SIZES for name in (size, f"real scenes, {size}")]
+    assert set(rows) == {
+        "real scenes",
+        "real scenes through the tokenizer",
+        "untrained control",
+        *(f"{steps} steps" for steps in demo_quality.STEPS),
+        "10 steps, fp16",
+        "10 steps, bf16",
+        "10 steps, no guidance",
+        "real scenes, 120",
+        *sizes,
+    }
+    assert quality["classifier_held_out_accuracy"] >= 0.98
+    default = rows["10 steps"]
+    assert default["images"] == 500 and default["accuracy"] >= RECOGNISED
+    assert rows["real scenes"]["frechet"] < default["frechet"] < rows["untrained control"]["frechet"]
+    for precision in ("fp16", "bf16"):
+        assert abs(rows[f"10 steps, {precision}"]["accuracy"] - default["accuracy"]) <= HALF_PRECISION
+
+
+def test_the_card_has_the_figures_of_the_evaluation(quality: dict[str, Any]) -> None:
+    card = (MODEL / "README.md").read_text(encoding="utf-8")
+    for row in quality["rows"]:
+        cells = row["name"], f"{100 * row['accuracy']:.1f} %", f"{row['frechet']:.2f}", str(row["images"])
+        assert f"| {' | '.join(cells)} |" in card
+    tokenizer = quality["tokenizer"]
+    assert f"{tokenizer['psnr']:.1f} dB" in card and f"{100 * tokenizer['usage']:.0f} %" in card
+    assert f"{100 * quality['classifier_held_out_accuracy']:.1f} %" in card
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_its_images_are_recognised(tmp_path: Path, quality: dict[str, Any]) -> None:
+    """120 images of the default steps by a classifier trained anew, within what so few images can tell."""
+    classifier = trained(tmp_path / "classifier.safetensors")
+    labels = demo_quality.labels_of(120)
+    options = {name: quality["options"][name] for name in ("cfg", "top_k", "top_p")}
+    bundle = demo_quality.exported(MODEL, tmp_path, "fp32")
+    images = demo_quality.generated(bundle, demo_quality.DEFAULT, labels, demo_quality.Options(**options))
+    [recorded] = [row["accuracy"] for row in quality["rows"] if row["name"] == "10 steps"]
+    assert images.dtype == np.uint8 and classifier.judge(images, labels).accuracy > recorded - 0.07
