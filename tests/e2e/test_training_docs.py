@@ -22,6 +22,8 @@ def commands() -> list[list[str]]:
     return [words for words in lines if words[0] == "flexvar"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_documented_way_from_nothing_to_a_bundle(tmp_path: Path) -> None:
     ran = []
     for _, *arguments in commands():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flexvar_ref
@@ -93,13 +94,11 @@ def test_nothing_is_left_on_the_module() -> None:
 def test_it_is_found_where_it_was_planted(pair: Pair, tiny_proof: Proof) -> None:
     model, tokenizer = pair
     with torch.no_grad():
-        model.get_parameter("blocks.1.ada_lin.1.bias")[5] = -9000
         model.get_parameter("blocks.1.ffn.fc1.bias")[3] = 30000
         tokenizer.get_parameter("decoder.mid.0.conv2.bias")[0] = 10000
         tokenizer.get_parameter("encoder.mid.2.conv2.bias")[0] = -20000
     found = largest_activations(model, tokenizer, tiny_proof)
     planted = {
-        "condition": (9000, "blocks.1"),
         "step": (30000, "blocks.1"),
         "decode": (10000, "decoder"),
         "encode": (20000, "encoder.mid.2"),
@@ -107,6 +106,22 @@ def test_it_is_found_where_it_was_planted(pair: Pair, tiny_proof: Proof) -> None
     for graph, (value, where) in planted.items():
         assert found[graph].value == pytest.approx(value, rel=0.01)  # a bias, and what it was added to
         assert where in found[graph].where
+
+
+def test_the_conditions_products_are_watched_and_not_what_stays_float32(pair: Pair, tiny_proof: Proof) -> None:
+    """A bias is added in float32 and cannot overflow; a product of 9000 can."""
+    model = pair[0]
+    h_MC = F.silu(model.class_emb.weight.detach())
+    with torch.no_grad():
+        model.get_parameter("blocks.1.ada_lin.1.bias")[5] = -50000
+        assert largest_activations(*pair, tiny_proof)["condition"].value < 100
+        model.get_parameter("blocks.1.ada_lin.1.bias")[5] = 0
+        row = model.get_parameter("blocks.1.ada_lin.1.weight")[5]
+        row.zero_()
+        row[0] = 9000 / (h_MC - h_MC.mean(0))[:, 0].abs().max()
+    found = largest_activations(*pair, tiny_proof)["condition"]
+    assert found.value == pytest.approx(9000, rel=0.01)
+    assert "blocks.1" in found.where
 
 
 def test_scores_of_the_decoders_attention_are_found(pair: Pair, tiny_proof: Proof) -> None:
