@@ -49,7 +49,8 @@ def test_the_hook_blocks(python: Python) -> None:
     """Negative control."""
     for name in ("torch", "onnx", "safetensors"):
         assert f"No module named '{name}'" in python(f"import {name}").stderr
-    assert python("import flexvar_ref").returncode == 1 and python("import numpy").returncode == 0
+    assert "No module named 'torch'" in python("import flexvar_ref; flexvar_ref.FlexVAR").stderr
+    assert python("import numpy").returncode == 0
 
 
 def test_generate(python: Python, tiny_bundle: Path, tmp_path: Path) -> None:

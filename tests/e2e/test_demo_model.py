@@ -22,7 +22,7 @@ from flexvar_ref.training.transformer_loss import TokenObjective
 MODEL = Path(__file__).parents[2] / "demo" / "model"
 MEGABYTES = 25
 LOSS = 4.0  # untrained: ln 1024 = 6.93
-RECOGNISED = 0.75  # what is reached; the goal is 0.9, and the card says that it is missed
+RECOGNISED, GOAL = 0.75, 0.9  # what is reached, and what it should be
 HALF_PRECISION = 0.01
 
 
@@ -82,6 +82,12 @@ def test_the_evaluation_is_of_these_weights(quality: dict[str, Any]) -> None:
     for row in quality["rows"]:
         if row["name"] in ("10 steps, fp16", "10 steps, bf16"):
             assert abs(row["accuracy"] - default["accuracy"]) <= HALF_PRECISION
+
+
+@pytest.mark.xfail(strict=True, reason="the demo model misses its goal; the card gives the figure")
+def test_the_goal_is_reached(quality: dict[str, Any]) -> None:
+    [recorded] = [row["accuracy"] for row in quality["rows"] if row["name"] == "10 steps"]
+    assert recorded >= GOAL
 
 
 def test_the_card_has_the_figures_of_the_evaluation(quality: dict[str, Any]) -> None:

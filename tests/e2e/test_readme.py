@@ -37,7 +37,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_every_command_runs(desk: Path) -> None:
+@pytest.fixture(scope="module")
+def ran(desk: Path) -> list[str]:
+    """The subcommands of the README, all run in its order: what the other tests find on the desk."""
     ran = []
     for program, *arguments in commands():
         if program == "pip":
@@ -47,13 +49,17 @@ def test_every_command_runs(desk: Path) -> None:
         done = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         ran.append(arguments[0])
+    return ran
+
+
+def test_every_command_runs(desk: Path, ran: list[str]) -> None:
     assert set(ran) == {"export", "build", "generate", "doctor", "inspect", "verify"}
     original, again = (desk / folder / "000001_class0980.png" for folder in ("images", "again"))
     assert original.read_bytes() == again.read_bytes()
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
-def test_what_needs_a_gpu_says_so(desk: Path) -> None:
+def test_what_needs_a_gpu_says_so(desk: Path, ran: list[str]) -> None:
     """Without one: the right exit code and the fix, and no image from elsewhere."""
     for program, *arguments in commands("console"):
         again = ["--force"] if arguments[0] == "generate" else []
@@ -63,8 +69,7 @@ def test_what_needs_a_gpu_says_so(desk: Path) -> None:
             assert done.returncode == 4 and "no working NVIDIA driver" in done.stderr, done.stderr
 
 
-def test_every_python_block_runs(desk: Path) -> None:
-    assert (desk / "d16.bundle").is_dir(), "the commands come first"
+def test_every_python_block_runs(desk: Path, ran: list[str]) -> None:
     for block in blocks("python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=desk, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stderr}"

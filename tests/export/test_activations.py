@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,39 @@ def test_attention_scores_are_seen() -> None:
     rounding = 2.0**-8
     assert watched(lambda x: attend(x, x, x * 0), x=q).value == pytest.approx(100 * 100 * 64 / 8, rel=rounding)
     assert watched(lambda x: attend(x, x, x * 0, scale=1.0), x=q).value == pytest.approx(100 * 100 * 64, rel=rounding)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x: F.conv2d(x, torch.full((4, 4, 3, 3), 0.37, dtype=x.dtype), padding=1),
+        lambda x: x @ torch.full((8, 8), 0.37, dtype=x.dtype),
+        lambda x: F.linear(x, torch.full((8, 8), 0.37, dtype=x.dtype), torch.full((8,), 0.11, dtype=x.dtype)),
+    ],
+)
+def test_products_are_summed_in_float32_and_rounded_once(product: Callable[[Tensor], Tensor]) -> None:
+    """The same bits as float32 rounded; the half-precision result is what is looked at. Float32 stays as it is."""
+    x = torch.randn(2, 4, 8, 8).bfloat16()
+    module = Sequence(product)
+    watch = LargestActivation(module)
+    with torch.inference_mode(), watch:
+        got, wide = module(x), module(x.float())
+    expected = _of_rounded_constants(product, x)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+    assert wide.dtype == torch.float32
+    assert watch.release().value == pytest.approx(expected.float().abs().max().item())
+
+
+def _of_rounded_constants(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The product with constants as bfloat16 has them, in float32, then rounded."""
+    full = torch.full
+
+    def rounded(*arguments: Any, **options: Any) -> Tensor:
+        return full(*arguments, **{**options, "dtype": torch.bfloat16}).float()
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(torch, "full", rounded)
+        return product(x.float()).bfloat16()
 
 
 def test_nothing_is_left_on_the_module() -> None:
