@@ -29,7 +29,7 @@ from flexvar_ref.checkpoint import published_name
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
 from flexvar_runtime import Guidance, ScaleSchedule
 from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.graphs import TABLES_FILE, graph_specs
+from flexvar_runtime.graphs import TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, Provenance
 
 from .gpu_plan import TINY
@@ -112,7 +112,8 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     done("weights")
     with write_bundle(files.bundle) as directory:
         for graph, spec in specs.items():
-            export_graph(graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision]), spec, directory)
+            module = graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision])
+            export_graph(module, spec, directory, specs.get(WEIGHTS_OF.get(graph, "")))
             attention[graph] = sum(node.operator == "Attention" for node in scan(directory / spec.file).nodes)
             done(graph)
         tables(model, tokenizer).save(directory / TABLES_FILE)

@@ -37,6 +37,9 @@ def build(
     engines: Annotated[
         Path | None, typer.Option(help="Directory for the engines; the bundle's own if left out.")
     ] = None,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Also for given scales of edits in one pass: the weights once more.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build again what is built.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,8 +64,8 @@ def build(
     schedules = read_schedules(opened, schedule or [])
     if here is not None:
         largest = max(schedules, key=lambda one: one.tokens)
-        require_on_device(opened, Shape(largest, max_batch, guided=True), here.total_bytes, here.name)
-    wanted = wanted_engines(opened, library, chosen, schedules, max_batch)
+        require_on_device(opened, Shape(largest, max_batch, guided=True), here.total_bytes, here.name, prefill)
+    wanted = wanted_engines(opened, library, chosen, schedules, max_batch, prefill)
     places = Places(opened, engines, receipts_folder(), cache)
     with steps(sum(len(one.profiles) for one in wanted), "build") as advance:
         results = [build_graph(library, one, places, force=force, advance=advance) for one in wanted]
@@ -159,11 +162,16 @@ def read_schedules(bundle: Bundle, texts: list[str]) -> list[ScaleSchedule]:
 
 
 def wanted_engines(
-    bundle: Bundle, library: TrtLibrary, target: str, schedules: list[ScaleSchedule], max_batch: int
+    bundle: Bundle,
+    library: TrtLibrary,
+    target: str,
+    schedules: list[ScaleSchedule],
+    max_batch: int,
+    prefill: bool = False,
 ) -> list[EngineId]:
-    """One for each graph, the large one last."""
+    """One for each graph, the large one last. Raises ArtifactRefused where the bundle has none to prefill with."""
     from flexvar_runtime.engines import RECIPE, EngineId, graph_sha256
-    from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
+    from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, PREFILL, STEP
 
     from .engine_profiles import profiles
 
@@ -177,7 +185,7 @@ def wanted_engines(
             target=target,
             profiles=profiles(graph, schedules, max_batch, bundle.manifest.model),
         )
-        for graph in (CONDITION, DECODE, ENCODE, STEP)
+        for graph in (CONDITION, DECODE, ENCODE, *([PREFILL] if prefill else []), STEP)
     ]
 
 

@@ -17,7 +17,7 @@ from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.graphs import TABLES_FILE, graph_specs
+from flexvar_runtime.graphs import TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import PRECISIONS, SCHEMA_VERSION, Manifest, ParityRecord, Provenance
 
 from .activations import largest_activations, refuse_overflow
@@ -68,7 +68,8 @@ def export_bundle(
         specs = graph_specs(facts, precision)
         for name, spec in specs.items():
             progress(f"exporting {name}")
-            export_graph(graph_module(name, model, vae, TORCH_PRECISIONS[precision]), spec, directory)
+            module = graph_module(name, model, vae, TORCH_PRECISIONS[precision])
+            export_graph(module, spec, directory, specs.get(WEIGHTS_OF.get(name, "")))
         tables(model, vae).save(directory / TABLES_FILE)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

@@ -9,7 +9,7 @@ from flexvar_runtime import Bundle
 from flexvar_runtime.backends.tensorrt import create
 from flexvar_runtime.engines import PrecisionReport
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import DTYPE_OF_PRECISION, GRAPHS
+from flexvar_runtime.graphs import DTYPE_OF_PRECISION, PREFILL, REQUIRED
 
 from .engine_precision import FLOAT32_ISLANDS, inspect_precision
 
@@ -22,7 +22,7 @@ def inspect_engines(
     """Of a TensorRT backend's engines, by graph. Raises ArtifactRefused where one computes in another precision."""
     claimed, reports = DTYPE_OF_PRECISION[bundle.manifest.precision], {}
     with closing(create(name, device=device, threads=None, engines=engines)) as backend:
-        for graph in GRAPHS:
+        for graph in [*REQUIRED, *([PREFILL] if backend.prepared(bundle, PREFILL) else [])]:
             with closing(backend.open(bundle, graph)) as opened:
                 reports[graph] = inspect_precision(opened.information(), claimed)
     for graph, report in reports.items():

@@ -16,11 +16,15 @@ from typing import Any
 from flexvar_runtime.backends.trt_library import TrtLibrary
 from flexvar_runtime.engines import PrecisionReport
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import DTYPE_OF_PRECISION, ENCODE, STEP
+from flexvar_runtime.graphs import DTYPE_OF_PRECISION, ENCODE, PREFILL, STEP
 from flexvar_runtime.strict_json import loads
 
 MATMUL, CONVOLUTION, ATTENTION = KINDS = ("matmul", "convolution", "attention")
-FLOAT32_ISLANDS = {STEP: {(MATMUL, "codes")}, ENCODE: {(CONVOLUTION, "image"), (CONVOLUTION, "latent")}}
+FLOAT32_ISLANDS = {
+    STEP: {(MATMUL, "codes")},
+    PREFILL: {(MATMUL, "codes")},
+    ENCODE: {(CONVOLUTION, "image"), (CONVOLUTION, "latent")},
+}
 """Layers that stay float32 in half precision: kind, and the graph's input they read or output they give."""
 FUSED_HEAD_SIZE = 256  # the largest for which attention in half precision has a kernel of its own
 _KINDS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexvar_runtime.engines import CONDITION_LABELS, WIDE, Profile
-from flexvar_runtime.graphs import CONDITION, STEP
+from flexvar_runtime.graphs import CONDITION, PREFILL, STEP
 from flexvar_runtime.manifest import ModelFacts
 from flexvar_runtime.planner import IMAGES_PER_RUN
 from flexvar_runtime.schedule import ScaleSchedule
@@ -33,6 +33,8 @@ def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int, mod
         return (Profile(name=f"{CONDITION_LABELS} labels", axes={"labels": (CONDITION_LABELS,) * 3}),)
     if graph == STEP:
         return _step(schedules, max_batch, model.heads)
+    if graph == PREFILL:
+        return (_prefill(schedules, max_batch),)
     return _images(schedules, min(max_batch, IMAGES_PER_RUN))
 
 
@@ -45,6 +47,14 @@ def _step(schedules: Sequence[ScaleSchedule], max_batch: int, heads: int) -> tup
     new, past = max(step_pairs(schedules))
     tokens = max(schedule.tokens for schedule in schedules)
     return *exact, Profile(name=WIDE, axes={**rows, "new": (1, new, new), "past": (0, past, tokens)})
+
+
+def _prefill(schedules: Sequence[ScaleSchedule], max_batch: int) -> Profile:
+    """How many scales are given differs from edit to edit: one wide profile, best at all but the last."""
+    best = max(schedule.tokens - schedule[-1][0] * schedule[-1][1] for schedule in schedules)
+    most = max(schedule.tokens for schedule in schedules)
+    axes = {"sequences": (1, 2, 2 * max_batch), "new": (1, max(1, best), most)}
+    return Profile(name=WIDE, axes=axes)
 
 
 def _new(new: int, heads: int) -> tuple[int, int, int]:

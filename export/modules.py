@@ -1,4 +1,4 @@
-"""The four graphs as torch modules: the reference's weights, laid out and typed for deployment.
+"""The graphs of a bundle as torch modules: the reference's weights, laid out and typed for deployment.
 
 Shapes: N sequences, B images, L new and P past tokens, H heads, C width, D code dimension, V vocabulary, M labels.
 Precision is a property of the graph: matrix products, convolutions and attention run in `dtype`; normalisations, q/k
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, PREFILL, STEP
 
 L2_EPS = 1e-12
 
@@ -113,17 +114,24 @@ class StepBlock(nn.Module):
         temperature = attn.scale_mul_1H11.detach().clamp_max(LOGIT_SCALE_LIMIT).exp()
         self.register_buffer("temperature", _vector(temperature.view(attn.heads, 1), torch.float32))
 
-    def forward(self, x: Tensor, modulation: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, L, C), modulation (N, 6, C), past (P, N, H, 64) -> x, new keys and new values (L, N, H, 64)."""
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        past: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, L, C), modulation (N, 6, C), past keys and values (P, N, H, 64) -> x, new keys and new values
+        (L, N, H, 64). mask (L, L): which of the tokens a token attends to, where there is no past."""
         N, L, _ = x.shape
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
         hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.dtype)
         q, k, v = (dense(hidden).view(N, L, self.heads, self.head_size) for dense in (self.q, self.k, self.v))
         q = self._unit(q) * self.temperature
         k, v = self._unit(k).to(self.dtype).transpose(0, 1), v.transpose(0, 1)
-        keys = torch.cat((past_k, k)).permute(1, 2, 0, 3)
-        values = torch.cat((past_v, v)).permute(1, 2, 0, 3)
-        out = F.scaled_dot_product_attention(q.to(self.dtype).transpose(1, 2), keys, values, scale=1.0)
+        keys, values = (k, v) if past is None else (torch.cat((past[0], k)), torch.cat((past[1], v)))
+        keys, values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+        out = F.scaled_dot_product_attention(q.to(self.dtype).transpose(1, 2), keys, values, mask, scale=1.0)
         x = x + self.proj(out.transpose(1, 2).reshape(N, L, self.width)).float() * gamma1
         hidden = F.gelu(self.fc1(self._norm(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + self.fc2(hidden).float() * gamma2, k, v
@@ -168,7 +176,7 @@ class Step(nn.Module):
         x = codes @ self.embed + offset
         keys, values = [], []
         for i, block in enumerate(self.blocks):
-            x, k, v = block(x, modulation[:, i], past_k[i], past_v[i])
+            x, k, v = block(x, modulation[:, i], (past_k[i], past_v[i]))
             keys.append(k)
             values.append(v)
         scale, shift = head_modulation[:, :, None].unbind(1)
@@ -176,6 +184,31 @@ class Step(nn.Module):
         cond, uncond = z.index_select(0, cond_rows), z.index_select(0, uncond_rows)
         guided = cond + t[:, None, None] * (cond - uncond)  # the head is linear: guiding before it is exact
         return self.head(guided).float(), keys, values
+
+
+class Prefill(nn.Module):
+    """Keys and values of given scales in one pass, block-causal: what `Step` leaves scale by scale. No logits.
+
+    Its buffers are those of `Step` by name, so that both graphs can take them from one file.
+    """
+
+    embed: Tensor
+
+    def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("embed", _matrix(model.word_embed, torch.float32))
+        self.blocks = nn.ModuleList(StepBlock(block, dtype) for block in model.blocks)
+
+    def forward(
+        self, codes: Tensor, offset: Tensor, modulation: Tensor, scale: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        x, mask = codes @ self.embed + offset, scale[:, None] >= scale[None, :]
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            x, k, v = block(x, modulation[:, i], mask=mask)
+            keys.append(k)
+            values.append(v)
+        return keys, values
 
 
 class Float32GroupNorm(nn.Module):
@@ -261,6 +294,6 @@ class Encode(nn.Module):
 
 def graph_module(graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype) -> nn.Module:
     """The module behind a graph of the bundle."""
-    if graph in ("condition", "step"):
-        return {"condition": Condition, "step": Step}[graph](model, dtype).eval()
-    return {"decode": Decode, "encode": Encode}[graph](tokenizer, dtype).eval()
+    if graph in (CONDITION, STEP, PREFILL):
+        return {CONDITION: Condition, STEP: Step, PREFILL: Prefill}[graph](model, dtype).eval()
+    return {DECODE: Decode, ENCODE: Encode}[graph](tokenizer, dtype).eval()

@@ -26,12 +26,16 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "int32": torch.int32,
 }
+EXTERNAL = onnx.TensorProto.EXTERNAL
 T = TypeVar("T")
 
 
-def export_graph(module: nn.Module, spec: GraphSpec, directory: Path) -> None:
+def export_graph(module: nn.Module, spec: GraphSpec, directory: Path, weights_of: GraphSpec | None = None) -> None:
     """Write `directory / spec.file` (and `<file>.data` for large weights). Raises ArtifactRefused where the exported
-    graph is not what `spec` declares."""
+    graph is not what `spec` declares.
+
+    weights_of: a graph written before whose file of weights is used in place of one of its own.
+    """
     axes = {name: Dim(name, min=0 if name == "past" else 1) for name in EXAMPLE_SIZES}
     grouped = _grouped(spec)
     with warnings.catch_warnings(), _quiet_exporter():
@@ -50,7 +54,44 @@ def export_graph(module: nn.Module, spec: GraphSpec, directory: Path) -> None:
     path = directory / spec.file
     weights = sum(value.nbytes for value in module.state_dict().values())
     program.save(str(path), external_data=weights > INLINE_BYTES)
+    if weights_of is not None and weights > INLINE_BYTES:
+        _share_weights(path, directory / weights_of.file)
     _finish(path, spec)
+
+
+def _share_weights(path: Path, owner: Path) -> None:
+    """Point the weights of a graph at the same ones in the owner's file; what the exporter made up goes into the graph.
+
+    Raises ArtifactRefused where anything large differs.
+    """
+    model, other = (onnx.load(str(file), load_external_data=False) for file in (path, owner))
+    there = {tensor.name: tensor for tensor in other.graph.initializer if tensor.data_location == EXTERNAL}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != EXTERNAL:
+            continue
+        twin, stored = there.get(tensor.name), _stored(tensor, path)
+        same = twin is not None and stored == _stored(twin, owner)
+        del tensor.external_data[:]
+        if twin is not None and same:
+            tensor.external_data.extend(twin.external_data)
+        elif len(stored[1]) <= INLINE_BYTES // 16:
+            tensor.data_location, tensor.raw_data = onnx.TensorProto.DEFAULT, stored[1]
+        else:
+            raise ArtifactRefused(
+                f"{path.name}: weights {tensor.name} that {owner.name} does not have",
+                expected="the same weights in both graphs",
+                fix="use the tested torch and onnx versions",
+            )
+    onnx.save_model(model, str(path))
+    path.with_name(f"{path.name}.data").unlink()
+
+
+def _stored(tensor: onnx.TensorProto, path: Path) -> tuple[int, bytes]:
+    """Type and bytes of weights beside a graph."""
+    entry = {item.key: item.value for item in tensor.external_data}
+    with (path.parent / entry["location"]).open("rb") as file:
+        file.seek(int(entry["offset"]))
+        return tensor.data_type, file.read(int(entry["length"]))
 
 
 def _grouped(spec: GraphSpec) -> list[TensorSpec | list[TensorSpec]]:

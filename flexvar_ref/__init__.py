@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load, load_tokenizer, load_transformer, save
     from .config import TokenizerConfig, TransformerConfig
+    from .editing import inpaint, refine
     from .errors import CheckpointError
-    from .generation import Options, ScaleOutput, generate, iter_scales
+    from .generation import Given, Options, ScaleOutput, generate, iter_scales
     from .scales import as_scales, token_count
     from .tokenizer import Tokenizer
     from .transformer import FlexVAR, KVCache, block_causal_mask
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "FlexVAR",
+    "Given",
     "KVCache",
     "Options",
     "ScaleOutput",
@@ -29,10 +31,12 @@ __all__ = [
     "as_scales",
     "block_causal_mask",
     "generate",
+    "inpaint",
     "iter_scales",
     "load",
     "load_tokenizer",
     "load_transformer",
+    "refine",
     "save",
     "token_count",
 ]
@@ -40,8 +44,9 @@ __all__ = [
 _MODULES = {
     "checkpoint": ("load", "load_tokenizer", "load_transformer", "save"),
     "config": ("TokenizerConfig", "TransformerConfig"),
+    "editing": ("inpaint", "refine"),
     "errors": ("CheckpointError",),
-    "generation": ("Options", "ScaleOutput", "generate", "iter_scales"),
+    "generation": ("Given", "Options", "ScaleOutput", "generate", "iter_scales"),
     "scales": ("as_scales", "token_count"),
     "tokenizer": ("Tokenizer",),
     "transformer": ("FlexVAR", "KVCache", "block_causal_mask"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .sampling import RULES, TRAINED_SIDE, draw, guidance_weight, is_greedy, probabilities
-from .scales import ScalesLike, as_schedule
+from .scales import Scales, ScalesLike, as_schedule
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR, KVCache
 
@@ -48,8 +48,24 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What an edit keeps: the image's own tokens (B, h, w) of every scale, and where they stay, (B, h, w) bool."""
+
+    tokens: tuple[Tensor, ...]
+    keep: tuple[Tensor, ...]
+
+    @property
+    def forced(self) -> int:
+        """Leading scales that are kept whole: nothing is drawn for them."""
+        return next((i for i, keep in enumerate(self.keep) if not keep.all()), len(self.keep))
+
+
+@dataclass(frozen=True)
 class ScaleOutput:
-    """One scale: its (h, w), its tokens (B, h, w) and the guided logits (B, h·w, V) they were drawn from."""
+    """One scale: its (h, w), its tokens (B, h, w) and the guided logits (B, h·w, V) they were drawn from.
+
+    A scale that was prefilled has no logits: (B, 0, V).
+    """
 
     size: tuple[int, int]
     tokens: Tensor
@@ -77,15 +93,19 @@ def iter_scales(
     options: Options | None = None,
     uniforms: Uniforms | None = None,
     forced: Sequence[Tensor] | None = None,
+    given: Given | None = None,
+    prefill: bool = True,
 ) -> Iterator[ScaleOutput]:
     """Generate scale by scale.
 
     labels: B class labels (`config.null_class` for "no class"). uniforms: source of the draws (default: torch's
     generator). forced: tokens (B, h, w) of every scale to be fed on instead of the sampled ones (teacher forcing
-    through the cache; the last may be left out). Raises ValueError, when the first scale is asked for.
+    through the cache; the last may be left out). given: tokens put back after every draw where they are to be kept;
+    scales kept whole are computed in one pass, or one by one without `prefill`. Raises ValueError, when the first
+    scale is asked for.
     """
     options, scales = options or Options(), as_schedule(scales)
-    _check(model, labels, len(scales), forced)
+    _check(model, labels, scales, forced, given)
     weights = [
         guidance_weight(options.rule, options.cfg, i, len(scales), size, options.max_side)
         for i, size in enumerate(scales)
@@ -95,7 +115,14 @@ def iter_scales(
     labels_N = torch.tensor(rows, dtype=torch.long, device=model.head.weight.device)
     cache: KVCache | None = None
     tokens = torch.empty(0)
-    for i, (size, t) in enumerate(zip(scales, weights, strict=True)):
+    first = given.forced if given is not None and prefill else 0
+    if given is not None and first:
+        with torch.inference_mode():
+            repeated = [scale.repeat(len(rows) // B, 1, 1) for scale in given.tokens[:first]]
+            cache = model.prefill(labels_N, repeated, scales[:first])
+        for size, tokens in zip(scales[:first], given.tokens[:first], strict=True):
+            yield ScaleOutput(size, tokens, torch.empty(B, 0, model.config.vocabulary, device=labels_N.device))
+    for i, (size, t) in list(enumerate(zip(scales, weights, strict=True)))[first:]:
         with torch.inference_mode():
             cond = model.condition(labels_N)
             if i == 0:
@@ -107,17 +134,27 @@ def iter_scales(
             if guided:
                 logits = (1 + t) * logits[:B] - t * logits[B:]
             tokens = _sample(logits, i, size, options, uniforms)
+            if given is not None:
+                tokens = torch.where(given.keep[i], given.tokens[i].long(), tokens)
         yield ScaleOutput(size, tokens, logits)
         if forced is not None and i < len(forced):
             tokens = forced[i].long()
 
 
-def _check(model: FlexVAR, labels: Sequence[int], scales: int, forced: Sequence[Tensor] | None) -> None:
+def _check(
+    model: FlexVAR, labels: Sequence[int], scales: Scales, forced: Sequence[Tensor] | None, given: Given | None
+) -> None:
     null = model.config.null_class
     if len(labels) < 1 or not all(0 <= label <= null for label in labels):
         raise ValueError(f"got labels {list(labels)}; expected one or more from 0 to {null}; fix: {null} is no class")
-    if forced is not None and len(forced) not in (scales, scales - 1):
-        raise ValueError(f"got forced tokens of {len(forced)} scales; expected {scales}; fix: one map a scale")
+    if forced is not None and len(forced) not in (len(scales), len(scales) - 1):
+        raise ValueError(f"got forced tokens of {len(forced)} scales; expected {len(scales)}; fix: one map a scale")
+    if given is not None:
+        shapes = [(len(labels), *size) for size in scales]
+        for name in ("tokens", "keep"):
+            got = [tuple(one.shape) for one in getattr(given, name)]
+            if got != shapes:
+                raise ValueError(f"got given {name} of {got}; expected {shapes}; fix: one map an image and scale")
     if model.training:
         raise ValueError("got a model in training mode; expected evaluation mode; fix: call model.eval() first")
 

@@ -252,11 +252,29 @@ class FlexVAR(nn.Module):
         if self.training and self.config.label_dropout > 0:
             dropped = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_dropout
             labels_B = labels_B.masked_fill(dropped, self.config.null_class)
-        inputs = [self.first_input(labels_B)]
-        for tokens, size, next_size in zip(tokens_per_scale, scales, scales[1:], strict=False):
-            inputs.append(self.next_input(tokens.long(), size, next_size))
-        x, cond = torch.cat(inputs, dim=1), self.condition(labels_B)
+        x, cond = self._inputs(labels_B, tokens_per_scale, scales), self.condition(labels_B)
         mask = block_causal_mask(scales, x.device)
         for block in self.blocks:
             x = block(x, cond, mask=mask)[0]
         return self.logits(x, cond)
+
+    def prefill(self, labels_N: Tensor, tokens_per_scale: Sequence[Tensor], scales: ScalesLike) -> KVCache:
+        """Keys and values of given scales in one pass under the block-causal mask: what `step` leaves, scale by scale.
+
+        tokens_per_scale: (N, h, w) of every one of `scales` (the last may be left out: nothing is fed from it).
+        """
+        scales = as_schedule(scales)
+        x, cond = self._inputs(labels_N, tokens_per_scale, scales), self.condition(labels_N)
+        mask = block_causal_mask(scales, x.device)
+        keys, values = [], []
+        for block in self.blocks:
+            x, k, v = block(x, cond, mask=mask)
+            keys.append(k)
+            values.append(v)
+        return KVCache(tuple(keys), tuple(values))
+
+    def _inputs(self, labels_B: Tensor, tokens_per_scale: Sequence[Tensor], scales: Scales) -> Tensor:
+        inputs = [self.first_input(labels_B)]
+        for tokens, size, next_size in zip(tokens_per_scale, scales, scales[1:], strict=False):
+            inputs.append(self.next_input(tokens.long(), size, next_size))
+        return torch.cat(inputs, dim=1)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .backends.base import Backend, Graph
 from .bundle import Bundle
 from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
-from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE, graph_specs
+from .graphs import CONDITION, DECODE, ENCODE, PREFILL, REQUIRED, STEP, TABLES_FILE, graph_specs
 from .guidance import Guidance
 from .loop import Condition, Draws, Loop, LoopBuffers, ScaleLoop
 from .planner import IMAGES_PER_RUN, batch_that_fits, plan, require_fits
@@ -43,6 +43,8 @@ class Engine:
             )
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
         for name, spec in graph_specs(self.model, precision).items():
+            if name not in REQUIRED and name not in bundle.manifest.graphs:
+                continue
             if bundle.graph(name) != spec:
                 raise ArtifactRefused(
                     f"graph {name} with other tensors than a {precision} model of its size has",
@@ -63,7 +65,13 @@ class Engine:
         from .cuda.generator import DeviceGenerator  # only where there is a device
 
         return DeviceGenerator(
-            self.backend, device, self.model, self.bundle.manifest.precision, self.tables, self.graph
+            self.backend,
+            device,
+            self.model,
+            self.bundle.manifest.precision,
+            self.tables,
+            self.graph,
+            self._open_prefill,
         )
 
     def close(self) -> None:
@@ -146,7 +154,9 @@ class Engine:
                 self.backend, step.spec, self.model, self.tables, schedule, len(labels), guided
             )
         try:
-            yield ScaleLoop(self.backend, step, self.tables, self.model, buffers, condition, weights)
+            yield ScaleLoop(
+                self.backend, step, self.tables, self.model, buffers, condition, weights, self._open_prefill
+            )
         finally:
             self._spare = None if self._closed else buffers
 
@@ -214,6 +224,14 @@ class Engine:
         if name not in self._graphs:
             self._graphs[name] = self.backend.open(self.bundle, name)
         return self._graphs[name]
+
+    def _open_prefill(self) -> Graph | None:
+        """The graph for given scales; None where the bundle is of a version without it."""
+        if PREFILL not in self.bundle.manifest.graphs or not self.backend.prepared(self.bundle, PREFILL):
+            return None
+        if PREFILL not in self._graphs:
+            self._graphs[PREFILL] = self.backend.open(self.bundle, PREFILL, once=True)
+        return self._graphs[PREFILL]
 
     def _require_open(self) -> None:
         if self._closed:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .bundle import Bundle
 from .errors import ArtifactRefused, FlexVARError
+from .graphs import WEIGHTS_OF
 from .manifest import ENGINES, GraphSpec, TensorSpec
 from .strict_json import decode, encode, loads
 from .user_folders import check_private, open_unlinked, read_private
@@ -229,8 +230,8 @@ def engines_folder(bundle: Bundle, engines_dir: Path | None = None) -> Path:
 
 def graph_files(bundle: Bundle, graph: str) -> tuple[str, ...]:
     """Files of the manifest that a graph consists of: itself and its weights."""
-    file = bundle.graph(graph).file
-    return tuple(name for name in (file, f"{file}.data") if name in bundle.manifest.files)
+    file, weights = bundle.graph(graph).file, bundle.graph(WEIGHTS_OF.get(graph, graph)).file
+    return tuple(name for name in (file, f"{weights}.data") if name in bundle.manifest.files)
 
 
 def graph_sha256(bundle: Bundle, graph: str) -> str:

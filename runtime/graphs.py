@@ -1,14 +1,20 @@
 """The graphs of a bundle and their tensors, declared once: export, manifest, backends and checks derive from here.
 
 Axes: labels M, sequences N (2B under guidance), images B, new tokens L, past tokens P, height × width of a token map;
-`height_x16` is 16 times `height`: a side of the image.
+`height_x16` is 16 times `height`: a side of the image. `prefill` takes all given scales at once; `scale` says to which
+of them a token belongs, and it attends to those of its own and of smaller scales.
 """
 
 from __future__ import annotations
 
 from .manifest import GraphSpec, ModelFacts, TensorSpec
 
-CONDITION, STEP, DECODE, ENCODE = GRAPHS = ("condition", "step", "decode", "encode")
+CONDITION, STEP, DECODE, ENCODE = REQUIRED = ("condition", "step", "decode", "encode")
+PREFILL = "prefill"
+GRAPHS = (*REQUIRED, PREFILL)
+"""`prefill` only makes given scales faster: what lacks it runs `step` over them."""
+WEIGHTS_OF = {PREFILL: STEP}
+"""Graphs that take their weights from another's file."""
 TABLES_FILE = "tables.npz"
 DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -64,6 +70,16 @@ def graph_specs(model: ModelFacts, precision: str) -> dict[str, GraphSpec]:
                 *(cache(name, "past") for name in past_names(depth)),
             ),
             outputs=(f32("logits", "images", "new", V), *(cache(name, "new") for name in new_names(depth))),
+        ),
+        PREFILL: GraphSpec(
+            file="prefill.onnx",
+            inputs=(
+                f32("codes", "sequences", "new", D),
+                f32("offset", "sequences", "new", C),
+                f32("modulation", "sequences", depth, 6, C),
+                i32("scale", "new"),
+            ),
+            outputs=tuple(cache(name, "new") for name in new_names(depth)),
         ),
         DECODE: GraphSpec(
             file="decode.onnx",

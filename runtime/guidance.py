@@ -54,3 +54,6 @@ class Guidance:
 
     def to_json(self) -> dict[str, float | str | int]:
         return asdict(self)
+
+
+UNGUIDED = Guidance(scale=0.0, rule="ramp")

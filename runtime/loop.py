@@ -7,7 +7,7 @@ and the new keys are its tail, so nothing is copied between scales.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .backends.base import Array, Backend, Graph
 from .errors import ArtifactRefused, InvalidInput
+from .given import Given
 from .graphs import new_names, past_names
 from .manifest import GraphSpec, ModelFacts
 from .noise import draws
@@ -50,8 +51,15 @@ class Loop(Protocol):
         The result is a view: it holds until the next call.
         """
 
-    def advance(self, draws: Draws) -> tuple[Tokens, ScaleTime]:
-        """Run the next scale on the tokens drawn before it. Returns its tokens (B, h, w) and what it took.
+    def force(self, tokens: Sequence[Tokens]) -> tuple[ScaleTime, ...]:
+        """Run the first scales on given tokens (B, h, w), without logits: in one pass where there is a graph for it.
+
+        The time of one pass is shared out by tokens.
+        """
+
+    def advance(self, draws: Draws, given: Given | None = None) -> tuple[Tokens, ScaleTime]:
+        """Run the next scale on the tokens before it. Returns its tokens (B, h, w), the given ones put back, and what
+        it took.
 
         Raises ArtifactRefused where a row of the logits has no finite maximum.
         """
@@ -119,6 +127,17 @@ class LoopBuffers:
         )
 
 
+def scale_of_tokens(sizes: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
+    """Number of the scale that every token belongs to, (L,)."""
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), [h * w for h, w in sizes])
+
+
+def shared_time(sizes: Sequence[tuple[int, int]], seconds: float) -> tuple[ScaleTime, ...]:
+    """Seconds of one pass over several scales, shared out by their tokens."""
+    total = sum(h * w for h, w in sizes)
+    return tuple(ScaleTime((h, w), seconds * h * w / total, 0.0) for h, w in sizes)
+
+
 class ScaleLoop:
     """The loop on a backend whose arrays are NumPy arrays: draws and next inputs are computed on the host."""
 
@@ -131,7 +150,9 @@ class ScaleLoop:
         buffers: LoopBuffers,
         condition: Condition,
         weights: tuple[float, ...],
+        open_prefill: Callable[[], Graph | None] = lambda: None,
     ) -> None:
+        self._open_prefill = open_prefill
         self._backend, self._step, self._tables, self._model = backend, step, tables, model
         self._buffers, self._weights = buffers, weights
         self._first_input = condition.first_input
@@ -145,7 +166,33 @@ class ScaleLoop:
         self._past = self._next = 0
         self._tokens: Tokens | None = None
 
-    def advance(self, draws: Draws) -> tuple[Tokens, ScaleTime]:
+    def force(self, tokens: Sequence[Tokens]) -> tuple[ScaleTime, ...]:
+        started, sizes = time.perf_counter(), self._buffers.schedule.scales[: len(tokens)]
+        prefill = self._open_prefill() if len(tokens) > 1 else None
+        if prefill is not None:
+            self._prefill(prefill, tokens)
+        else:
+            for i in range(len(tokens)):
+                self.logits(i, tokens[i - 1] if i else None)
+        self._tokens, self._next = tokens[-1], len(tokens)
+        return shared_time(sizes, time.perf_counter() - started)
+
+    def _prefill(self, graph: Graph, tokens: Sequence[Tokens]) -> None:
+        inputs = [self._codes_and_offset(i, tokens[i - 1] if i else None) for i in range(len(tokens))]
+        codes, offset = (np.concatenate(parts, axis=1) for parts in zip(*inputs, strict=True))
+        L = codes.shape[1]
+        graph.run(
+            {
+                "codes": self._backend.upload(codes),
+                "offset": self._backend.upload(offset),
+                "modulation": self._constant["modulation"],
+                "scale": self._backend.upload(scale_of_tokens(self._buffers.schedule.scales[: len(tokens)])),
+            },
+            {name: self._buffers.cache[i][:L] for i, name in enumerate(new_names(self._model.depth))},
+        )
+        self._past = L
+
+    def advance(self, draws: Draws, given: Given | None = None) -> tuple[Tokens, ScaleTime]:
         i, B = self._next, self._buffers.images
         h, w = self._buffers.schedule[i]
         started = time.perf_counter()
@@ -156,7 +203,8 @@ class ScaleLoop:
             flat = sample(logits, draws.noise(i, h * w), top_k=sampling.top_k_at(h, w), top_p=sampling.top_p)
         except InvalidInput as error:
             raise refuse_logits(i, (h, w), error.got) from error
-        self._tokens, self._next = flat.reshape(B, h, w), i + 1
+        drawn = flat.reshape(B, h, w)
+        self._tokens, self._next = drawn if given is None else given.put_back(i, drawn), i + 1
         return self._tokens, ScaleTime((h, w), stepped - started, time.perf_counter() - stepped)
 
     def logits(self, index: int, previous_Bhw: Tokens | None) -> Float32:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ._version import __version__
+from .edit import Edit
 from .errors import ArtifactRefused, FlexVARError
 from .guidance import Guidance
 from .noise import check_index, check_seed, check_whole
@@ -54,8 +55,27 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class EditRecord:
+    """What was edited: the options, and sha256 of the pixels of picture and mask."""
+
+    edit: Edit
+    picture_sha256: str
+    mask_sha256: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.edit.to_json(), "picture_sha256": self.picture_sha256, "mask_sha256": self.mask_sha256}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> EditRecord:
+        """Raises InvalidInput, KeyError, TypeError."""
+        options = dict(data)
+        picture, mask = options.pop("picture_sha256"), options.pop("mask_sha256")
+        return cls(Edit.from_json(options), str(picture), None if mask is None else str(mask))
+
+
+@dataclass(frozen=True)
 class Settings:
-    """All that decides the tokens of one image, given its bundle."""
+    """All that decides the tokens of one image, given its bundle and, for an edit, its picture."""
 
     bundle: str
     label: int
@@ -65,10 +85,12 @@ class Settings:
     guidance: Guidance
     sampling: Sampling
     backend: str
+    edit: EditRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
         """64-bit integers as text: JSON readers lose them otherwise."""
-        return {
+        edit = {} if self.edit is None else {"edit": self.edit.to_json()}
+        return edit | {
             "version": SETTINGS_VERSION,
             "runtime": __version__,
             "bundle": self.bundle,
@@ -96,6 +118,7 @@ class Settings:
                 guidance=Guidance(**data["guidance"]),
                 sampling=Sampling.from_json(data["sampling"]),
                 backend=str(data["backend"]),
+                edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
             )
         except (KeyError, TypeError, ValueError, FlexVARError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)

@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,13 +20,17 @@ from PIL import Image
 from .backends import MAX_THREADS, check_name, create
 from .backends.base import Backend
 from .bundle import Bundle
+from .edit import Edit
+from .edit_plan import finish, plan_edit
 from .engine import Engine
 from .errors import ArtifactRefused, InvalidInput
-from .guidance import Guidance
+from .given import Given
+from .guidance import UNGUIDED, Guidance
 from .images import from_uint8, refuse_pixels, to_uint8
 from .loop import Draws, Loop
 from .noise import check_index, check_seed, check_whole, fresh_seed
 from .output import GenerationOutput, ScaleTime, Settings, Timings
+from .photo import PictureLike
 from .sampling import Sampling
 from .schedule import MAX_SIDE, ScaleSchedule, ScheduleLike
 
@@ -152,18 +156,75 @@ class FlexVARPipeline:
         timings = Timings(prepared - start, (), 0.0, time.perf_counter() - start, done.mode, done.seconds)
         return GenerationOutput(done.pixels, done.tokens, first.seed, timings, request, done.decoded)
 
+    def edit(
+        self,
+        image: PictureLike | Sequence[PictureLike],
+        task: str,
+        *,
+        mask: PictureLike | Sequence[PictureLike] | None = None,
+        labels: Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        fit: str = "resize",
+        strength: float | None = None,
+        sides: tuple[int, int, int, int] = (0, 0, 0, 0),
+        anchor: str = "centre",
+        paste: bool = False,
+        feather: int = 0,
+        steps: int | None = None,
+        schedule: ScheduleLike | None = None,
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        keep_decoded: bool = False,
+        on_scale: Callable[[ScaleStep], None] | None = None,
+    ) -> GenerationOutput:
+        """Refine, inpaint, outpaint or expand a picture: a file, a PIL image or an array; see `Edit` for the options.
+
+        A list of pictures of one size, with a mask each, is edited at once, and one picture in as many ways as there
+        are labels; labels None is no class, and then no guidance unless it is given. steps: scales derived for the
+        size by `ScaleSchedule.for_size`, as many as the default's if neither they nor a schedule are given.
+        Raises InvalidInput, OutOfMemory; whatever happens, the pipeline stays usable.
+        """
+        start = time.perf_counter()
+        options = Edit(
+            task=task,
+            size=size,
+            fit=fit,
+            strength=strength,
+            sides=sides,
+            anchor=anchor,
+            paste=paste,
+            feather=feather,
+        )
+        pictures = _listed(image)
+        masks = _listed(mask) if isinstance(mask, list | tuple) else [mask] * len(pictures)
+        plan = plan_edit(options, pictures, masks, self.model, self.schedule, schedule, steps)
+        classes = [self.model.null_class] * len(plan.canvases) if labels is None else list(labels)
+        if guidance is None and all(label == self.model.null_class for label in classes):
+            guidance = UNGUIDED
+        request = self._request(classes, plan.schedule, guidance, sampling, seed, first_index)
+        canvases = plan.for_images(len(request))
+        request = tuple(replace(one, edit=done) for one, done in zip(request, plan.records(len(request)), strict=True))
+        with self._in_use():
+            given = plan.given(self.engine, len(request))
+            output = self._step(request, keep_decoded, on_scale, start, given)
+        images = [finish(canvas, options, made) for canvas, made in zip(canvases, output.images, strict=True)]
+        return replace(output, images=np.stack(images))
+
     def _step(
         self,
         request: tuple[Settings, ...],
         keep_decoded: bool,
         on_scale: Callable[[ScaleStep], None] | None,
         start: float,
+        given: Given | None = None,
     ) -> GenerationOutput:
         """Scale by scale, then the decoder."""
         first, steps = request[0], []
         with self.engine.loop([s.label for s in request], first.schedule, first.guidance) as loop:
             looping = time.perf_counter()
-            for step in self._scales(request, loop):
+            for step in self._scales(request, loop, given):
                 steps.append(step)
                 if on_scale is not None:
                     on_scale(step)
@@ -207,11 +268,14 @@ class FlexVARPipeline:
             with self._in_use():
                 resources.close()
 
-    def _scales(self, request: tuple[Settings, ...], loop: Loop) -> Iterator[ScaleStep]:
+    def _scales(self, request: tuple[Settings, ...], loop: Loop, given: Given | None = None) -> Iterator[ScaleStep]:
         schedule, draws = request[0].schedule, _draws(request)
-        for i, size in enumerate(schedule):
-            tokens, spent = loop.advance(draws)
-            yield ScaleStep(i, len(schedule), size, tokens, spent, partial(self.decode, tokens))
+        forced = () if given is None else given.tokens[: given.forced]
+        for i, spent in enumerate(loop.force(forced) if forced else ()):
+            yield ScaleStep(i, len(schedule), schedule[i], forced[i], spent, partial(self.decode, forced[i]))
+        for i in range(len(forced), len(schedule)):
+            tokens, spent = loop.advance(draws, given)
+            yield ScaleStep(i, len(schedule), schedule[i], tokens, spent, partial(self.decode, tokens))
 
     def warmup(self, schedule: ScheduleLike | None = None, batch_sizes: Sequence[int] = (1,)) -> None:
         """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it.
@@ -315,6 +379,11 @@ class FlexVARPipeline:
                 fix="pass the tokens of one scale",
             )
         return np.ascontiguousarray(array, np.int32)
+
+
+def _listed(given: Any) -> list[Any]:
+    """One picture, or a list or tuple of several."""
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _draws(request: tuple[Settings, ...]) -> Draws:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from .errors import InvalidInput
+from .noise import check_whole
 
 MAX_SIDE = 128  # tokens; position tables are defined for any side, beyond this a request is surely a mistake
 MAX_SCALES = 64
@@ -79,6 +81,32 @@ class ScaleSchedule:
     def __getitem__(self, index: int) -> tuple[int, int]:
         return self.scales[index]
 
+    @classmethod
+    def for_size(cls, size: tuple[int, int], steps: int, trained_side: int = 16) -> ScaleSchedule:
+        """`steps` scales up to `size`, (h, w) in tokens.
+
+        The rule: a side is the square root of h · w. Up to `trained_side` the scales are those of the published
+        schedule of so many steps, or grow geometrically where there is none, in proportion to the target; beyond it
+        each is √2 times the one before, as many as are needed. So 15 steps to 32×32 are the published 512 px: its 13
+        steps to 16, then 23 and 32. Small targets have fewer scales, for all differ. Raises InvalidInput.
+        """
+        h, w = size
+        last = cls(((1, 1), (h, w)))[-1]
+        steps = check_whole("steps", steps, 1 if last == (1, 1) else 2, MAX_SCALES)
+        side = math.sqrt(h * w)
+        beyond = max(0, math.ceil(2 * math.log2(side / trained_side) - 1e-9))
+        if steps <= beyond:
+            raise InvalidInput(
+                f"{steps} steps to {h}x{w} tokens",
+                expected=f"at least {beyond + 1}",
+                fix="take more, or a smaller size",
+            )
+        reached = min(side, trained_side)
+        sides = [base * reached / 16 for base in _base(steps - beyond)]
+        sides += [reached * (side / reached) ** (i / beyond) for i in range(1, beyond + 1)]
+        scales = [(max(1, round(one * h / side)), max(1, round(one * w / side))) for one in sides]
+        return cls(tuple(dict.fromkeys([(1, 1), *(scale for scale in scales[1:] if scale != last), last])))
+
     @property
     def tokens(self) -> int:
         """Tokens of all scales together."""
@@ -88,6 +116,22 @@ class ScaleSchedule:
     def largest(self) -> int:
         """Tokens of the largest scale."""
         return max(h * w for h, w in self.scales)
+
+
+def _base(steps: int) -> list[int]:
+    """Sides of a square schedule to 16: the published one of so many steps, else a geometric one without repeats."""
+    published = PUBLISHED.get(str(steps))
+    if published is not None:
+        return [int(side) for side in published.split("_")]
+    if steps == 1:
+        return [16]
+    if steps > 16:
+        raise InvalidInput(f"{steps} steps up to the trained size", expected="at most 16", fix="take fewer steps")
+    sides = [1]
+    for i in range(1, steps):
+        left = steps - 1 - i  # each of them needs a side of its own
+        sides.append(min(16 - left, max(sides[-1] + 1, round(16 ** (i / (steps - 1))))))
+    return sides
 
 
 def _pairs(value: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -67,10 +67,20 @@ class Tables:
         resized = resize(codes, bicubic_matrix(h, size[0]), bicubic_matrix(w, size[1]))
         return resized.reshape(B, size[0] * size[1], -1)
 
-    def quantize(self, latent_BDhw: Float32, size: tuple[int, int]) -> Tokens:
-        """Tokens (B, *size) of a latent: area resize, then l2-normalise, then the nearest code."""
+    def quantize(self, latent_BDhw: Float32, size: tuple[int, int], kept_Bhw: Float32 | None = None) -> Tokens:
+        """Tokens (B, *size) of a latent: area resize, then l2-normalise, then the nearest code.
+
+        kept_Bhw: weights 0 … 1 of the latent's cells; the mean is then over what is kept, and plain where nothing is.
+        """
         maps = np.ascontiguousarray(latent_BDhw.transpose(0, 2, 3, 1))
-        maps = resize(maps, area_matrix(maps.shape[1], size[0]), area_matrix(maps.shape[2], size[1]))
+        rows, columns = area_matrix(maps.shape[1], size[0]), area_matrix(maps.shape[2], size[1])
+        plain = resize(maps, rows, columns)
+        if kept_Bhw is None:
+            maps = plain
+        else:
+            weight = resize(kept_Bhw[..., None], rows, columns)
+            mean = resize(maps * kept_Bhw[..., None], rows, columns) / np.where(weight > 0, weight, 1)
+            maps = np.where(weight > 0, mean, plain)
         maps /= np.maximum(np.linalg.norm(maps, axis=-1, keepdims=True), 1e-12)
         nearest = [np.argmax(image.reshape(-1, image.shape[-1]) @ self.codebook.T, axis=-1) for image in maps]
         return np.stack(nearest).astype(np.int32).reshape(len(maps), *size)

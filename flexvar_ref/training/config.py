@@ -18,6 +18,7 @@ from .errors import ConfigError
 T = TypeVar("T")
 PRECISIONS = ("fp32", "bf16")
 SMALLEST_JUDGED = 32  # pixels a side that the adversary's network needs
+ALGORITHMS = ("adamw", "muon")
 DECAYS = ("cosine", "linear", "constant")
 
 
@@ -51,9 +52,11 @@ class Data:
 class Optimisation:
     """lr: learning rate for 256 images a step, in proportion for others; warmup: steps it rises from 0; decay:
     "cosine", "linear" or "constant" to final_lr (a share of the peak); clip: largest gradient norm; ema: decay of the
-    averaged weights, which the result consists of; accumulation: chunks a process adds up before a step.
+    averaged weights, which the result consists of; accumulation: chunks a process adds up before a step; algorithm:
+    "adamw", or "muon" for the matrices of attention and MLP, with its momentum.
     """
 
+    algorithm: str = "adamw"
     lr: float = 1e-4
     warmup: int = 100
     decay: str = "cosine"
@@ -63,8 +66,11 @@ class Optimisation:
     clip: float = 2.0
     ema: float = 0.999
     accumulation: int = 1
+    momentum: float = 0.95
 
     def __post_init__(self) -> None:
+        _require(self.algorithm in ALGORITHMS, "optim.algorithm", self.algorithm, "one of " + ", ".join(ALGORITHMS))
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0, below 1")
         _require(self.lr > 0 and math.isfinite(self.lr), "optim.lr", self.lr, "a positive number")
         _require(self.warmup >= 0, "optim.warmup", self.warmup, "at least 0")
         _require(self.decay in DECAYS, "optim.decay", self.decay, "one of " + ", ".join(DECAYS))

@@ -19,7 +19,7 @@ from . import checkpoint, ema
 from .config import Loop, Optimisation
 from .errors import RunRefused, Unsupported
 from .feed import Plan, batches
-from .optim import adamw, learning_rate
+from .optim import learning_rate, optimizer_of
 from .randomness import seed_chunk
 from .report import Report
 from .task import Task
@@ -62,7 +62,7 @@ class Trainer:
         for name, part in self.task.parts.items():
             if self.loop.channels_last:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.parts[name], self.optimizers[name] = self.accelerator.prepare(part, adamw(part, self.optim))
+            self.parts[name], self.optimizers[name] = self.accelerator.prepare(part, optimizer_of(part, self.optim))
         self.task.place(self.accelerator)
         self.average = ema.start(self.task.network)
         self._sums: dict[str, Tensor] = {}

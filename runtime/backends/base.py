@@ -75,6 +75,9 @@ class Backend(Protocol):
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
         """Open a graph of a checked bundle. `once`: it will run a few times only, so no preparation pays."""
 
+    def prepared(self, bundle: Bundle, graph: str) -> bool:
+        """Whether an optional graph of the bundle can be opened: an engine has to have been built for it."""
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An uninitialised array of a manifest dtype."""
 

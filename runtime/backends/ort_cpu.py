@@ -59,6 +59,9 @@ class OrtCpu:
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
+    def prepared(self, bundle: Bundle, graph: str) -> bool:
+        return True
+
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
         """`once` skips the repacking of weights: they stay mapped from the file and are dropped by `close`."""
         ort = importlib.import_module("onnxruntime")

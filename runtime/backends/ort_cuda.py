@@ -67,6 +67,9 @@ class OrtCuda(DeviceArrays):
                 preload()
             log.debug("%s", said.getvalue().strip())
 
+    def prepared(self, bundle: Bundle, graph: str) -> bool:
+        return True
+
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
         """Open a session that enqueues on the device's stream. `once` makes no difference: weights stay there."""
         ort = importlib.import_module("onnxruntime")

@@ -17,9 +17,9 @@ from ..cuda.array import ALIGNMENT, DeviceArray
 from ..cuda.backend import DeviceArrays
 from ..cuda.device import Device, going_on
 from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
-from ..engines import PORTABLE, WIDE, EngineId, build_line, find_engine, read_engine
+from ..engines import PORTABLE, WIDE, EngineId, Found, build_line, find_engine, read_engine
 from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
-from ..graphs import GRAPHS
+from ..graphs import REQUIRED
 from ..manifest import GraphSpec
 from .base import Availability, check_bindings
 from .trt_library import TENSORRT_RTX, TrtLibrary, known_targets, load, probe_library
@@ -42,7 +42,7 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
     """Whether engines of every graph are there for this GPU and library."""
     try:
         library, gpu = load(name), find_gpu(device)
-        for graph in GRAPHS:
+        for graph in REQUIRED:
             found = find_engine(
                 bundle,
                 graph,
@@ -80,9 +80,16 @@ class TensorRT(DeviceArrays):
         self._runtime: Any = library.module.Runtime(library.logger)
         self.scratch = Scratch(device)
 
-    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> TrtGraph:
-        """Load a graph's engine. `once` makes no difference: an engine is prepared already."""
-        found = find_engine(
+    def prepared(self, bundle: Bundle, graph: str) -> bool:
+        try:
+            self._find(bundle, graph)
+        except ArtifactRefused as error:
+            log.info("%s: no engine (%s), so given scales run one by one", graph, error.got)
+            return False
+        return True
+
+    def _find(self, bundle: Bundle, graph: str) -> Found:
+        return find_engine(
             bundle,
             graph,
             flavour=self.name,
@@ -90,6 +97,10 @@ class TensorRT(DeviceArrays):
             target=self.device.capability,
             engines_dir=self._engines,
         )
+
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> TrtGraph:
+        """Load a graph's engine. `once` makes no difference: an engine is prepared already."""
+        found = self._find(bundle, graph)
         data = read_engine(found)
         with self._library.messages.reading() as errors:
             engine = self._runtime.deserialize_cuda_engine(data)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..bundle import Bundle
 from ..engines import graph_files
 from ..errors import OutOfMemory
-from ..graphs import DTYPE_OF_PRECISION, GRAPHS
+from ..graphs import DTYPE_OF_PRECISION, PREFILL, REQUIRED
 from ..manifest import ModelFacts
 from ..planner import IMAGES_PER_RUN, largest_batch
 from .array import DeviceArray
@@ -37,13 +37,15 @@ def generation_bytes(model: ModelFacts, shape: Shape, kv_dtype: str) -> int:
     return sum(map(nbytes, fields))
 
 
-def device_plan(bundle: Bundle, shape: Shape) -> DevicePlan:
-    """What a generation of a bundle takes on a device."""
+def device_plan(bundle: Bundle, shape: Shape, prefill: bool = False) -> DevicePlan:
+    """What a generation of a bundle takes on a device. prefill: with an engine of its own for given scales, which
+    holds the weights of the step once more."""
     manifest = bundle.manifest
     kv_dtype = DTYPE_OF_PRECISION[manifest.precision]
     cache_shape, cache_dtype = work_fields(manifest.model, shape, kv_dtype, ())["cache"]
     kv = DeviceArray(0, cache_shape, cache_dtype, None).nbytes
-    files = {name for graph in GRAPHS for name in graph_files(bundle, graph)}
+    graphs = [*REQUIRED, *([PREFILL] if prefill else [])]
+    files = [name for graph in graphs for name in graph_files(bundle, graph)]
     return DevicePlan(
         weights=sum(manifest.files[name].size for name in files),
         kv=kv,
@@ -51,13 +53,13 @@ def device_plan(bundle: Bundle, shape: Shape) -> DevicePlan:
     )
 
 
-def require_on_device(bundle: Bundle, shape: Shape, available: int, device: str) -> None:
+def require_on_device(bundle: Bundle, shape: Shape, available: int, device: str, prefill: bool = False) -> None:
     """Raise OutOfMemory where a generation does not fit on a device; it names the parts and the batch that does."""
-    wanted = device_plan(bundle, shape)
+    wanted = device_plan(bundle, shape, prefill)
     if wanted.total <= available:
         return
     fits = largest_batch(
-        lambda images: device_plan(bundle, Shape(shape.schedule, images, shape.guided)).total, available
+        lambda images: device_plan(bundle, Shape(shape.schedule, images, shape.guided), prefill).total, available
     )
     raise OutOfMemory(
         f"a batch of {shape.images} at schedule {shape.schedule} that needs {_gib(wanted.total)} on {device} "

@@ -22,7 +22,7 @@ from ..backends.base import Backend, Bound, Graph
 from ..errors import FlexVARError, OutOfMemory
 from ..graphs import DECODE, STEP, new_names, past_names
 from ..images import refuse_pixels
-from ..loop import Draws, refuse_logits
+from ..loop import Draws, refuse_logits, scale_of_tokens
 from ..manifest import ModelFacts
 from ..planner import IMAGES_PER_RUN
 from ..resize import bicubic_matrix
@@ -70,7 +70,7 @@ class DeviceGeneration:
     ) -> None:
         self.shape = shape
         self._backend, self._device, self._model, self._codebook = backend, device, model, codebook
-        self._open = open_graph
+        self._open, self._tables = open_graph, tables
         self._parts = decode_parts(shape.images, IMAGES_PER_RUN)
         self._request = Arena(device, request_fields(shape), pinned=True)
         self._result = Arena(device, result_fields(model, shape), pinned=True)
@@ -162,6 +162,29 @@ class DeviceGeneration:
         if i:
             self._device.launch(self._next_inputs(i))
         self._steps[i].run()
+
+    def prefill(self, graph: Graph, tokens: Sequence[Tokens]) -> None:
+        """Keys and values of the first scales from their tokens (B, h, w), in one pass; waits.
+
+        What no captured work needs is computed on the host: an edit is not replayed.
+        """
+        sizes, N = self.shape.schedule.scales[: len(tokens)], self.shape.sequences
+        repeats = N // self.shape.images
+        first = self._backend.download(self._work["first_input"])
+        codes, offsets = [np.zeros((N, 1, self._model.code_dim), np.float32)], [first]
+        for scale, size in zip(tokens, sizes[1:], strict=False):
+            codes.append(np.tile(self._tables.next_codes(scale, size), (repeats, 1, 1)))
+            offsets.append(np.broadcast_to(self._tables.offset(*size), (N, size[0] * size[1], first.shape[2])))
+        joined = np.concatenate(codes, axis=1)
+        L, cache = joined.shape[1], self._work["cache"]
+        inputs = {
+            "codes": self._backend.upload(joined),
+            "offset": self._backend.upload(np.concatenate(offsets, axis=1)),
+            "modulation": self._work["modulation"],
+            "scale": self._backend.upload(scale_of_tokens(sizes)),
+        }
+        graph.run(inputs, {name: cache[block][:L] for block, name in enumerate(new_names(self._model.depth))})
+        self._device.synchronize()  # `inputs` are dropped
 
     def enqueue_draws(self, i: int, options: Options) -> None:
         """From the logits of scale i to its tokens."""

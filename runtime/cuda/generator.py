@@ -57,7 +57,9 @@ class DeviceGenerator:
         precision: str,
         tables: Tables,
         open_graph: Callable[[str], Graph],
+        open_prefill: Callable[[], Graph | None],
     ) -> None:
+        self._open_prefill = open_prefill
         self._backend, self._device, self._model, self._tables = backend, device, model, tables
         self._kv_dtype, self._open = DTYPE_OF_PRECISION[precision], open_graph
         device.activate()
@@ -89,7 +91,14 @@ class DeviceGenerator:
         weights = guidance.weights(schedule)
         with self._generation(schedule, len(labels), weights) as generation:
             yield DeviceLoop(
-                generation, self._device, self._backend, self._conditions, labels, weights, self._require_open
+                generation,
+                self._device,
+                self._backend,
+                self._conditions,
+                labels,
+                weights,
+                self._require_open,
+                self._open_prefill,
             )
 
     def replay(

@@ -9,12 +9,15 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Backend
-from ..loop import Draws
+from ..backends.base import Backend, Graph
+from ..given import Given
+from ..loop import Draws, shared_time
 from ..output import ScaleTime
 from .conditions import ConditionStore
 from .device import Device
 from .generation import DeviceGeneration, Options
+
+Tokens = NDArray[np.int32]
 
 
 class DeviceLoop:
@@ -29,14 +32,15 @@ class DeviceLoop:
         labels: Sequence[int],
         weights: Sequence[float],
         require_open: Callable[[], None],
+        open_prefill: Callable[[], Graph | None],
     ) -> None:
         self._generation, self._device, self._backend = generation, device, backend
         self._begin = partial(generation.begin, conditions, labels, weights)
         self._begun: Draws | bool | None = None
         self._next = 0
-        self._require_open = require_open
+        self._require_open, self._open_prefill = require_open, open_prefill
 
-    def logits(self, index: int, previous_Bhw: NDArray[np.int32] | None) -> NDArray[np.float32]:
+    def logits(self, index: int, previous_Bhw: Tokens | None) -> NDArray[np.float32]:
         self._start(True)
         if previous_Bhw is not None:
             given = np.ascontiguousarray(previous_Bhw, np.int32)  # kept until the download below has waited
@@ -44,7 +48,23 @@ class DeviceLoop:
         self._generation.enqueue_scale(index)
         return self._backend.download(self._generation.logits(index))
 
-    def advance(self, draws: Draws) -> tuple[NDArray[np.int32], ScaleTime]:
+    def force(self, tokens: Sequence[Tokens]) -> tuple[ScaleTime, ...]:
+        started, generation = time.perf_counter(), self._generation
+        self._start(True)
+        prefill = self._open_prefill() if len(tokens) > 1 else None
+        given = [np.ascontiguousarray(scale, np.int32) for scale in tokens]  # kept until the wait below
+        for i, scale in enumerate(given):
+            self._device.write(generation.tokens_on_device(i), scale)
+        if prefill is not None:
+            generation.prefill(prefill, given)
+        else:
+            for i in range(len(given)):
+                generation.enqueue_scale(i)
+        self._device.synchronize()
+        self._next = len(given)
+        return shared_time(generation.shape.schedule.scales[: len(given)], time.perf_counter() - started)
+
+    def advance(self, draws: Draws, given: Given | None = None) -> tuple[Tokens, ScaleTime]:
         started = time.perf_counter()
         self._start(draws)
         i, self._next = self._next, self._next + 1
@@ -52,6 +72,10 @@ class DeviceLoop:
         self._generation.enqueue_scale(i)
         self._generation.enqueue_draws(i, Options.of(draws, schedule))
         tokens = self._generation.download_tokens(i)
+        if given is not None:
+            tokens = np.ascontiguousarray(given.put_back(i, tokens), np.int32)
+            self._device.write(self._generation.tokens_on_device(i), tokens)
+            self._device.synchronize()
         return tokens, ScaleTime(schedule[i], time.perf_counter() - started, 0.0)
 
     def _start(self, draws: Draws | bool) -> None:
