@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flexvar_runtime import Bundle, FlexVARPipeline, ParityFailed, Sampling
 from flexvar_runtime.backends import create
 from flexvar_runtime.engine import Engine
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, PREFILL, STEP
 from flexvar_runtime.manifest import ParityRecord, ParityRow
 
 from .emulate import emulate_bf16
@@ -67,6 +67,7 @@ def _compare_case(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]
             logits = loop.logits(i, previous)[:, case.rows[i]]
             yield _relative(STEP, f"{i + 1}/{len(case.schedule)} ({h}x{w})", "logits", logits, case.logits[i], gate)
             previous = case.tokens[i]
+    yield from _compare_prefill(engine, case, gate)
     decoded = np.concatenate([part.copy() for part in engine.decode(case.tokens[-1])])
     h, w = case.schedule[-1]
     yield ParityRow(
@@ -77,6 +78,18 @@ def _compare_case(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]
         value=psnr(decoded, case.decoded),
         bound=gate.psnr,
     )
+
+
+def _compare_prefill(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]:
+    """The last scale after all others were given in one pass; nothing where the backend runs them one by one."""
+    last = len(case.schedule) - 1
+    if last < 2 or not engine.prefills:
+        return
+    with engine.loop(case.labels, case.schedule, case.guidance) as loop:
+        loop.force(case.tokens[:last])
+        logits = loop.logits(last, case.tokens[last - 1])[:, case.rows[last]]
+        h, w = case.schedule[last]
+        yield _relative(PREFILL, f"{last + 1}/{last + 1} ({h}x{w})", "logits", logits, case.logits[last], gate)
 
 
 def _relative(

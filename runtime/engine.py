@@ -225,9 +225,14 @@ class Engine:
             self._graphs[name] = self.backend.open(self.bundle, name)
         return self._graphs[name]
 
+    @property
+    def prefills(self) -> bool:
+        """Whether given scales run in one pass: the bundle has the graph and the backend can open it."""
+        return PREFILL in self.bundle.manifest.graphs and self.backend.prepared(self.bundle, PREFILL)
+
     def _open_prefill(self) -> Graph | None:
-        """The graph for given scales; None where the bundle is of a version without it."""
-        if PREFILL not in self.bundle.manifest.graphs or not self.backend.prepared(self.bundle, PREFILL):
+        """The graph for given scales; None where they run one by one."""
+        if not self.prefills:
             return None
         if PREFILL not in self._graphs:
             self._graphs[PREFILL] = self.backend.open(self.bundle, PREFILL, once=True)

@@ -198,7 +198,7 @@ class FlexVARPipeline:
             feather=feather,
         )
         pictures = _listed(image)
-        masks = _listed(mask) if isinstance(mask, list | tuple) else [mask] * len(pictures)
+        masks: list[Any] = _listed(mask) if isinstance(mask, list | tuple) else [mask] * len(pictures)
         plan = plan_edit(options, pictures, masks, self.model, self.schedule, schedule, steps)
         classes = [self.model.null_class] * len(plan.canvases) if labels is None else list(labels)
         if guidance is None and all(label == self.model.null_class for label in classes):
