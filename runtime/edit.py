@@ -83,7 +83,8 @@ class Edit:
 
     def to_json(self) -> dict[str, Any]:
         """All that decides something for this task."""
-        return {name: value for name, value in asdict(self).items() if self.task in _OWN.get(name, TASKS)}
+        values = {name: value for name, value in asdict(self).items() if self.task in _OWN.get(name, TASKS)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Edit:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexvar_runtime
@@ -110,3 +112,38 @@ def test_text_and_back(sizes: list[tuple[int, int]]) -> None:
     assert schedule.largest == max(h * w for h, w in schedule)
     assert ScaleSchedule.parse(str(schedule)) == schedule == ScaleSchedule.parse(list(schedule))
     assert schedule.tokens == 1 + sum(h * w for h, w in sizes)
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"), [(int(steps), text) for steps, text in PUBLISHED.items() if "px" not in steps]
+)
+def test_derived_schedules_are_the_published_ones(steps: int, text: str) -> None:
+    assert str(ScaleSchedule.for_size((16, 16), steps)) == text
+    assert str(ScaleSchedule.for_size((32, 32), 15)) == PUBLISHED["512px"]
+
+
+@settings(deadline=None)
+@given(h=st.integers(1, 128), w=st.integers(1, 128), steps=st.integers(2, 16))
+def test_a_derived_schedule_grows_to_its_size(h: int, w: int, steps: int) -> None:
+    side = math.sqrt(h * w)
+    beyond = max(0, math.ceil(2 * math.log2(side / 16) - 1e-9))
+    if steps <= beyond:
+        with pytest.raises(InvalidInput, match=f"expected at least {beyond + 1}"):
+            ScaleSchedule.for_size((h, w), steps)
+        return
+    schedule = ScaleSchedule.for_size((h, w), steps)
+    assert schedule[0] == (1, 1) and schedule[-1] == (h, w) and len(schedule) <= steps
+    assert len(set(schedule.scales)) == len(schedule)
+    if min(h, w) >= 16:
+        assert len(schedule) == steps
+    for (a, b), (c, d) in pairwise(schedule.scales):
+        assert a <= c and b <= d
+    mirrored = ScaleSchedule.for_size((w, h), steps)
+    assert mirrored.scales == tuple((b, a) for a, b in schedule.scales)
+
+
+def test_what_cannot_be_derived() -> None:
+    assert str(ScaleSchedule.for_size((1, 1), 1)) == "1"
+    for size, steps, text in (((16, 16), 1, "steps 1"), ((16, 16), 17, "17 steps up to"), ((129, 4), 8, "129x4")):
+        with pytest.raises(InvalidInput, match=text):
+            ScaleSchedule.for_size(size, steps)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, Sampling, ScaleSchedule
 from flexvar_runtime.backends.ort_cpu import OrtCpu
-from flexvar_runtime.cli.generate import _check_targets, _labels
+from flexvar_runtime.cli.options import check_targets, parse_labels
 from flexvar_runtime.images import read_metadata, save_png, to_uint8
 from flexvar_runtime.planner import plan
 
@@ -44,17 +44,17 @@ def test_nothing_is_written_into_a_bundle(tmp_path: Path) -> None:
     """A file more would make the bundle one that is refused."""
     (tmp_path / "manifest.json").touch()
     with pytest.raises(InvalidInput, match="inside a bundle; expected a place outside"):
-        _check_targets([tmp_path / "images" / "0.png"], force=True)
+        check_targets([tmp_path / "images" / "0.png"], force=True)
     assert not (tmp_path / "images").exists()
 
 
 def test_a_class_name_that_two_classes_have_is_refused() -> None:
     names = ("tench", "crane", "shark", "crane")
-    assert _labels("tench, 2,shark", names) == [0, 2, 2]
+    assert parse_labels("tench, 2,shark", names) == [0, 2, 2]
     with pytest.raises(
         InvalidInput, match=r"got class 'crane'; expected a name of one class; fix: use a number: \[1, 3\]"
     ):
-        _labels("crane", names)
+        parse_labels("crane", names)
 
 
 def test_one_png_an_image(flexvar: Any, tiny_bundle: Path, out: Path) -> None:

@@ -281,7 +281,44 @@ def test_buffers_are_counted_exactly(machine: Machine) -> None:
         assert generator.bytes_of(shape) == generation.nbytes == sum(memory.nbytes for memory in arenas)
         plan = device_plan(machine.bundle, shape)
         assert plan.kv == generation._work["cache"].nbytes and plan.kv + plan.buffers == generation.nbytes
-        assert plan.weights == sum(r.size for name, r in machine.bundle.manifest.files.items() if ".onnx" in name)
+        files = machine.bundle.manifest.files
+        graphs = {name: record.size for name, record in files.items() if ".onnx" in name}
+        own = graphs.pop("prefill.onnx")
+        assert plan.weights == sum(graphs.values())
+        edits = device_plan(machine.bundle, shape, prefill=True)
+        assert edits.weights == plan.weights + own + files["step.onnx.data"].size  # the step's once more
+
+
+EDITS: list[tuple[str, dict[str, Any]]] = [
+    ("refine", {"strength": 0.5}),
+    ("inpaint", {"labels": [1]}),
+]
+
+
+@pytest.mark.parametrize("prefill", [True, False], ids=["one pass", "scale by scale"])
+@pytest.mark.parametrize(("task", "options"), EDITS)
+def test_edits_are_those_of_the_cpu(
+    machine: Machine, reference: FlexVARPipeline, task: str, options: dict[str, Any], prefill: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    factor = machine.bundle.manifest.model.downsampling
+    picture = rng.integers(0, 256, (3 * factor, 5 * factor, 3), np.uint8)
+    mask = np.zeros(picture.shape[:2], bool)
+    mask[2 * factor :, : 2 * factor] = True
+    options = {"size": picture.shape[:2], **options}
+    if task == "inpaint":
+        options = {**options, "mask": mask}
+    expected = reference.edit(picture, task, schedule=OTHER, seed=3, **options)
+    if not prefill:
+        for engine in machine.engines.glob("prefill-*"):
+            engine.unlink()
+    with machine.open() as pipeline:
+        assert pipeline.engine.prefills == prefill
+        got = pipeline.edit(picture, task, schedule=OTHER, seed=3, **options)
+        again = pipeline.edit(picture, task, schedule=OTHER, seed=3, **options)
+    for one, two, three in zip(expected.tokens, got.tokens, again.tokens, strict=True):
+        assert np.array_equal(one, two) and np.array_equal(two, three)
+    assert np.array_equal(expected.images, got.images)
 
 
 def test_a_shape_without_profile(machine: Machine) -> None:

@@ -1,0 +1,156 @@
+"""Where a picture lies on its canvas, what the mask covers, and which pixels are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexvar_runtime import InvalidInput
+from flexvar_runtime.canvas import Canvas, check_sides, make_canvas, natural_size
+from flexvar_runtime.edit import Edit
+from flexvar_runtime.photo import Photo
+
+FACTOR, AREA = 4, 256
+
+
+def photo(height: int, width: int) -> Photo:
+    return Photo(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def canvas(picture: Photo, mask: Any = None, **options: Any) -> Canvas:
+    return make_canvas(picture, mask, Edit(**options), FACTOR, AREA)
+
+
+@given(height=st.integers(1, 9000), width=st.integers(1, 9000))
+def test_a_natural_size_has_the_default_area_in_the_pictures_proportions(height: int, width: int) -> None:
+    h, w = natural_size((height, width), FACTOR, AREA)
+    assert h % FACTOR == w % FACTOR == 0 and FACTOR <= h <= 512 and FACTOR <= w <= 512
+    if 1 / 16 <= height / width <= 16:
+        assert 0.7 < h * w / (AREA * FACTOR**2) < 1.4
+        assert abs(np.log((h / w) / (height / width))) < 0.5
+    if height == width:
+        assert (h, w) == (64, 64)
+
+
+@pytest.mark.parametrize("size", [(63, 64), (64, 2), (64, 516)])
+def test_sides_that_no_schedule_reaches(size: tuple[int, int]) -> None:
+    with pytest.raises(InvalidInput, match="in multiples of 4, up to 512") as refusal:
+        check_sides(size, FACTOR)
+    assert refusal.value.fix.startswith("64x") and refusal.value.fix.endswith("is the nearest")
+
+
+def test_a_picture_that_fits_is_not_touched() -> None:
+    picture = photo(64, 64)
+    for fit in ("resize", "crop", "pad"):
+        made = canvas(picture, task="refine", fit=fit)
+        assert np.array_equal(made.pixels, picture.pixels) and made.cut == (0, 0, 64, 64) and made.mask is None
+
+
+def test_three_ways_to_fit() -> None:
+    wide = Photo(np.repeat(np.repeat(np.array([[10, 200]], np.uint8), 64, 0), 64, 1)[..., None].repeat(3, 2))
+    assert wide.size == (64, 128)
+    stretched = canvas(wide, task="refine", size=(64, 64)).pixels
+    assert stretched[:, :24].max() <= 12 and stretched[:, 40:].min() >= 198
+    cropped = canvas(wide, task="refine", size=(64, 64), fit="crop").pixels
+    assert np.array_equal(cropped, wide.pixels[:, 32:96])
+    padded = canvas(wide, task="refine", size=(64, 64), fit="pad")
+    assert padded.cut == (16, 0, 32, 64) and padded.size == (64, 64)
+    assert np.array_equal(padded.pixels[0], padded.pixels[16])  # the edge goes on
+    assert padded.returned(padded.pixels).shape == (32, 64, 3)
+
+
+def test_a_mask_goes_where_its_picture_goes() -> None:
+    mask = np.zeros((64, 128), np.uint8)
+    mask[:, 64:] = 255
+    for fit, expected in (("resize", 32), ("crop", 32), ("pad", 32)):
+        made = canvas(photo(64, 128), mask, task="inpaint", size=(64, 64), fit=fit)
+        assert made.mask is not None
+        inside = made.mask[made.cut[0] : made.cut[0] + made.cut[2]]
+        assert (inside[:, :expected] == 0).all() and (inside[:, expected:] == 255).all()
+        assert (made.mask[: made.cut[0]] == 0).all()  # padding is not painted: it is cut off
+
+
+def test_what_is_transparent_is_the_mask() -> None:
+    clear = np.full((64, 64), 255, np.uint8)
+    clear[:16] = 0
+    made = canvas(Photo(photo(64, 64).pixels, clear), task="inpaint")
+    assert made.mask is not None and (made.mask[:16] == 255).all() and (made.mask[16:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (None, "inpaint without a mask"),
+        (np.zeros((64, 64), np.uint8), "a mask without white"),
+        (np.full((64, 64), 100, np.uint8), "a mask without white"),
+        (np.full((64, 32), 255, np.uint8), "a mask of 64x32 pixels; expected 64x64"),
+    ],
+)
+def test_masks_that_are_refused(mask: Any, text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        canvas(photo(64, 64), mask, task="inpaint")
+    with pytest.raises(InvalidInput, match="a mask for refine"):
+        canvas(photo(64, 64), np.full((64, 64), 255, np.uint8), task="refine")
+
+
+def test_a_full_mask_is_allowed() -> None:
+    made = canvas(photo(64, 64), np.full((64, 64), 255, np.uint8), task="inpaint")
+    assert made.mask is not None and made.mask.min() == 255
+
+
+def test_sides_are_added_and_masked() -> None:
+    picture = photo(64, 64)
+    made = canvas(picture, task="outpaint", sides=(4, 8, 12, 16))
+    assert made.size == (80, 88) and made.cut == (0, 0, 80, 88) and made.mask is not None
+    assert np.array_equal(made.pixels[4:68, 16:80], picture.pixels)
+    assert not made.mask[4:68, 16:80].any() and (made.mask == 255).sum() == 80 * 88 - 64 * 64
+    with pytest.raises(InvalidInput, match="a size of 64x67 pixels"):
+        canvas(picture, task="outpaint", sides=(0, 3, 0, 0))
+    filled = canvas(photo(64, 128), task="outpaint", size=(64, 64), fit="pad", sides=(4, 0, 0, 0))
+    assert filled.mask is not None and (filled.mask == 0).sum() == 32 * 64  # its padding is made anew as well
+
+
+@pytest.mark.parametrize(("anchor", "left"), [("centre", 32), ("left", 0), ("right", 64), ("top", 32), ("bottom", 32)])
+def test_a_picture_lies_at_its_anchor(anchor: str, left: int) -> None:
+    picture = photo(64, 64)
+    made = canvas(picture, task="expand", size=(64, 128), anchor=anchor)
+    assert np.array_equal(made.pixels[:, left : left + 64], picture.pixels)
+    assert made.mask is not None and not made.mask[:, left : left + 64].any() and (made.mask == 255).sum() == 64 * 64
+    with pytest.raises(InvalidInput, match="expected a canvas of other proportions"):
+        canvas(picture, task="expand", size=(128, 128), anchor=anchor)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    feather=st.integers(0, 20),
+    top=st.integers(0, 40),
+    left=st.integers(0, 40),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+)
+def test_pasted_pixels_are_exact_beyond_the_feather(feather: int, top: int, left: int, height: int, width: int) -> None:
+    picture = photo(64, 64)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[top : top + height, left : left + width] = 255
+    made = np.full((64, 64, 3), 7, np.uint8)
+    result = canvas(picture, mask, task="inpaint", paste=True, feather=feather).blend(made, feather)
+    assert (result[mask == 255] == 7).all()
+    far = np.ones((64, 64), bool)
+    far[max(0, top - feather) : top + height + feather, max(0, left - feather) : left + width + feather] = False
+    assert np.array_equal(result[far], picture.pixels[far])
+
+
+def test_a_seam_is_blended() -> None:
+    white = Photo(np.full((64, 64, 3), 255, np.uint8))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    result = canvas(white, mask, task="inpaint").blend(np.zeros((64, 64, 3), np.uint8), 12)[30, :, 0].astype(int)
+    assert (np.diff(result) <= 0).all() and np.abs(np.diff(result)).max() < 64 and result[19] == 255 and result[32] == 0
+    soft = mask.copy()
+    soft[:, 31] = 128
+    result = canvas(white, soft, task="inpaint").blend(np.zeros((64, 64, 3), np.uint8), 0)[30, :, 0]
+    assert result[30:33].tolist() == [255, 127, 0]  # grey in the mask is half
