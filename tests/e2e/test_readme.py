@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -32,6 +34,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     transformer, vae = write_checkpoints(folder, tiny_transformer(classes=1000), TINY_TOKENIZER)
     transformer.rename(folder / "FlexVARd16-epo179.pth")
     vae.rename(folder / "FlexVAE.pth")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(folder / "photo.jpg")
+    mask = np.zeros((48, 64), np.uint8)
+    mask[16:32, 16:32] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))  # receipts of engines
         yield folder
@@ -53,9 +60,10 @@ def ran(desk: Path) -> list[str]:
 
 
 def test_every_command_runs(desk: Path, ran: list[str]) -> None:
-    assert set(ran) == {"export", "build", "generate", "doctor", "inspect", "verify"}
+    assert set(ran) == {"export", "build", "generate", "doctor", "inspect", "verify", "edit"}
     original, again = (desk / folder / "000001_class0980.png" for folder in ("images", "again"))
     assert original.read_bytes() == again.read_bytes()
+    assert (desk / "filled.png").read_bytes() == (desk / "filled_again.png").read_bytes()
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
