@@ -229,9 +229,10 @@ def engines_folder(bundle: Bundle, engines_dir: Path | None = None) -> Path:
 
 
 def graph_files(bundle: Bundle, graph: str) -> tuple[str, ...]:
-    """Files of the manifest that a graph consists of: itself and its weights."""
-    file, weights = bundle.graph(graph).file, bundle.graph(WEIGHTS_OF.get(graph, graph)).file
-    return tuple(name for name in (file, f"{weights}.data") if name in bundle.manifest.files)
+    """Files of the manifest that a graph consists of: itself and its weights, its own or those it shares."""
+    file, files = bundle.graph(graph).file, bundle.manifest.files
+    owner = graph if f"{file}.data" in files else WEIGHTS_OF.get(graph, graph)
+    return tuple(name for name in (file, f"{bundle.graph(owner).file}.data") if name in files)
 
 
 def graph_sha256(bundle: Bundle, graph: str) -> str:

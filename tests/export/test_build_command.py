@@ -27,7 +27,7 @@ from flexvar_runtime.engines import EngineId, PrecisionReport, find_engine, read
 from flexvar_runtime.graphs import GRAPHS
 
 RTX = ("--backend", "tensorrt-rtx")
-SMALL = (*RTX, "--schedule", "1_2x3", "--max-batch", "2")
+SMALL = (*RTX, "--schedule", "1_2x3", "--max-batch", "2", "--prefill")
 LONG = (*RTX, "--schedule", "1_2_3_4_5_6_7_8_9")
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 Run = Callable[..., tuple[int, str, str]]
@@ -92,14 +92,14 @@ def test_build(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("XDG_STATE_HOME", str(first_build.folder / "state"))
     *lines, last = first_build.out.splitlines()
     assert last == f"tensorrt-rtx {trt_library.load('tensorrt-rtx').version}, target portable"
-    summaries = dict(zip(("condition", "decode", "encode", "step"), lines, strict=True))
+    summaries = dict(zip(("condition", "decode", "encode", "prefill", "step"), lines, strict=True))
     for graph in GRAPHS:
         engine = found(first_build.bundle, graph)
         assert read_engine(engine) and summaries[graph].startswith(f"{engine.path}: ")
     assert "3 profiles, " in summaries["step"] and "2 attention fused)" in summaries["step"]
     assert "; 94% float16 (13 matmul float16, 1 matmul float32, 2 attention float16, " in summaries["step"]
-    assert "build 1/8: condition, 16 labels\n" in first_build.err and "build 8/8: step, wide\n" in first_build.err
-    assert len(files(first_build.bundle / "engines")) == 4
+    assert "build 1/9: condition, 16 labels\n" in first_build.err and "build 9/9: step, wide\n" in first_build.err
+    assert len(files(first_build.bundle / "engines")) == 5
     assert not (first_build.folder / "cache/flexvar").exists()
     Bundle.open(first_build.bundle)  # engines are no part of it
 
@@ -109,7 +109,7 @@ def test_built_before(run_cli: Run, built_bundle: Path) -> None:
 
     def built(*options: str) -> tuple[dict[str, bool], str]:
         code, out, err = run_cli("build", built_bundle, *SMALL, "--json", *options)
-        assert code == 0 and "build 8/8" in err
+        assert code == 0 and "build 9/9" in err
         return {engine["graph"]: engine["built"] for engine in json.loads(out)["engines"]}, err
 
     assert built()[0] == dict.fromkeys(GRAPHS, False)
@@ -120,7 +120,7 @@ def test_built_before(run_cli: Run, built_bundle: Path) -> None:
     again, err = built()
     assert again == dict.fromkeys(GRAPHS, False) | {"condition": True} and f"{condition.name}: sha256 " in err
     assert built("--force")[0] == dict.fromkeys(GRAPHS, True)
-    assert len(files(built_bundle / "engines")) == 4
+    assert len(files(built_bundle / "engines")) == 5
 
 
 def test_json(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_killed(run_cli: Run, half_bundle: Path) -> None:
     ]
     with pytest.raises(Exception, match=r"step: no engine in .* fix: flexvar build ") as refusal:
         found(half_bundle)
-    for graph in GRAPHS[2:]:
+    for graph in ("condition", "decode", "encode"):
         assert read_engine(found(half_bundle, graph))
     # The line in the refusal repairs it, and what is whole is kept.
     words = shlex.split(refusal.value.fix)  # type: ignore[attr-defined]

@@ -222,6 +222,7 @@ def wide_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bu
 LAYERS: dict[str, dict[str, dict[str, int]]] = {  # "half" is what the bundle claims
     "condition": {"matmul": {"half": 3}},
     "step": {"matmul": {"half": 13, "float32": 1}, "attention": {"half": 2}},
+    "prefill": {"matmul": {"half": 9, "float32": 1}, "attention": {"half": 1}},
     "decode": {"convolution": {"half": 21}, "attention": {"half": 2}},
     "encode": {"convolution": {"half": 19, "float32": 2}, "attention": {"half": 2}},
 }
@@ -237,7 +238,7 @@ def test_half_precision_at_full_width(
     wanted = engine_id(library, bundle, graph, TEN_STEPS, 8)
     ticks: list[int] = []
     plan = build_engine(library, bundle, wanted, tick=lambda: ticks.append(1))
-    assert len(ticks) == len(wanted.profiles) == {"condition": 1, "step": 11, "decode": 2, "encode": 2}[graph]
+    assert len(ticks) == len(wanted.profiles) == {"step": 11, "decode": 2, "encode": 2}.get(graph, 1)
     weights = sum(bundle.manifest.files[name].size for name in graph_files(bundle, graph))
     assert weights < plan.data.nbytes < weights + MB_A_PROFILE * 1e6 * len(wanted.profiles)
     report = plan.precision
@@ -246,8 +247,10 @@ def test_half_precision_at_full_width(
         for kind, counts in LAYERS[graph].items()
     }
     assert report.claimed == dtype and report.layers == expected
-    assert report.fused_attention == (2 if graph == "step" else 0)  # heads of 512 have no kernel
-    assert report.share == pytest.approx(1 - {"step": 1 / 16, "encode": 2 / 23}.get(graph, 0), abs=1e-4)
+    fused = {"step": 2, "prefill": 1}  # its last block leaves keys and values only; heads of 512 have no kernel
+    assert report.fused_attention == fused.get(graph, 0)
+    float32 = {"step": 1 / 16, "prefill": 1 / 11, "encode": 2 / 23}
+    assert report.share == pytest.approx(1 - float32.get(graph, 0), abs=1e-4)
 
 
 # The tiny model: other precisions, and what is refused

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flexvar_export.modules import Condition, Float32GroupNorm, Step, graph_module
+from flexvar_export.modules import Condition, Float32GroupNorm, Prefill, Step, graph_module
 from flexvar_ref import FlexVAR, Options, Tokenizer, as_scales, iter_scales
 from flexvar_ref.sampling import guidance_weight
 
@@ -96,6 +96,30 @@ def test_new_keys_and_values_are_the_references_cache(tiny_pair: Pair, forced: l
         _, cache = model.step(x, cond, cache)
         for got, expected in zip((*keys, *values), (*cache.keys, *cache.values), strict=True):
             assert error(got.permute(1, 2, 0, 3), expected) < NOISE  # token-major here
+
+
+def test_prefill_leaves_the_keys_and_values_of_all_steps(tiny_pair: Pair, forced: list[Tensor]) -> None:
+    """To float32 noise the reference's own cache, and what `Step` leaves scale by scale."""
+    model, depth = tiny_pair[0], tiny_pair[0].config.depth
+    labels = torch.tensor(LABELS)
+    expected = model.prefill(labels, forced, SCALES)
+    *_, (_, stepped_keys, stepped_values) = step_through(model, LABELS, LABELS, [0.0] * len(SCALES), forced)
+    cond = model.condition(labels)
+    modulation = torch.stack([block.ada_lin(cond) for block in model.blocks], 1).view(len(LABELS), depth, 6, -1)
+    codes, offset = [torch.zeros(len(LABELS), 1, model.config.code_dim)], [model.first_input(labels)]
+    for tokens, size, following in zip(forced, SCALES, SCALES[1:], strict=False):
+        codes.append(model.next_codes(tokens, size, following))
+        offset.append((model.positions(*following) + model.word_embed.bias).expand(len(LABELS), -1, -1))
+    scale = torch.cat([torch.full((h * w,), i, dtype=torch.int32) for i, (h, w) in enumerate(SCALES)])
+    keys, values = Prefill(model, torch.float32)(torch.cat(codes, 1), torch.cat(offset, 1), modulation, scale)
+    for got, reference, stepped in zip(
+        (*keys, *values),
+        (*expected.keys, *expected.values),
+        (*stepped_keys, *stepped_values),
+        strict=True,
+    ):
+        assert got.shape == stepped.shape
+        assert error(got.permute(1, 2, 0, 3), reference) < NOISE and error(got, stepped) < NOISE
 
 
 def test_guiding_before_the_head_equals_guiding_after_it(tiny_pair: Pair, forced: list[Tensor]) -> None:

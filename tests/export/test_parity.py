@@ -29,6 +29,7 @@ from flexvar_runtime.manifest import PRECISIONS, ParityRecord, ParityRow
 Spoil = Callable[..., Bundle]
 Run = Callable[..., tuple[int, str, str]]
 FIRST, SECOND, DECODED = "step 1/10 (1x1) logits", "step 2/10 (2x2) logits", "decode 16x16 image"
+PREFILLED = "prefill 10/10 (16x16) logits"
 
 
 def named(row: ParityRow) -> str:
@@ -109,8 +110,10 @@ def test_every_precision_holds_every_gate(tiny_bundles: Callable[[str], Path], p
         "condition head_modulation",
         "condition first_input",
         *(f"step {i + 1}/10 ({scale}) logits" for i, scale in enumerate(scales)),
+        PREFILLED,
         "decode 16x16 image",
         *(f"step {i + 1}/4 ({scale}) logits" for i, scale in enumerate(other)),
+        "prefill 4/4 (6x9) logits",
         "decode 6x9 image",
         "encode latent",
     ]
@@ -232,6 +235,17 @@ def swap_two_codes(tokens: NDArray[np.int32]) -> Callable[[onnx.ModelProto], Non
     return edit
 
 
+def see_all(model: onnx.ModelProto) -> None:
+    """Every token attends to every other: a row of the mask is one scale against itself."""
+    (node,) = [node for node in model.graph.node if node.op_type == "GreaterOrEqual"]
+    node.input[1] = node.input[0]
+
+
+def see_own(model: onnx.ModelProto) -> None:
+    (node,) = [node for node in model.graph.node if node.op_type == "GreaterOrEqual"]
+    node.op_type = "Equal"
+
+
 GRAPH_CONTROLS = {
     "first condition weight negated": ("condition", negate_weight(0), "condition modulation"),
     "last condition weight negated": ("condition", negate_weight(1), "condition head_modulation"),
@@ -239,6 +253,10 @@ GRAPH_CONTROLS = {
     "branches swapped": ("step", swap_branches, FIRST),
     "past ignored": ("step", forget_past, SECOND),
     "values of the past out of step": ("step", forget_one_value, "step 3/10 (3x3) logits"),
+    "all given scales see each other": ("prefill", see_all, PREFILLED),
+    "given scales see only themselves": ("prefill", see_own, PREFILLED),
+    "first prefill weight negated": ("prefill", negate_weight(0), PREFILLED),
+    "some prefill weight negated": ("prefill", negate_weight(0.6), PREFILLED),
     "logits a thousandth too large": ("step", multiply_output("logits", 1.001), FIRST),
     "NaN logits": ("step", multiply_output("logits", math.nan), FIRST),
     "NaN image": ("decode", multiply_output("image", math.nan), DECODED),
