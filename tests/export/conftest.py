@@ -142,10 +142,10 @@ def known_graphs(
     """
     known: dict[str, Path] = {}
 
-    def export(module: torch.nn.Module, spec: GraphSpec, directory: Path) -> None:
+    def export(module: torch.nn.Module, spec: GraphSpec, directory: Path, weights_of: GraphSpec | None = None) -> None:
         source = known.get(fingerprint(module))
         if source is None:
-            export_graph(module, spec, directory)
+            export_graph(module, spec, directory, weights_of)
             return
         for path in source.glob(f"{spec.file}*"):
             shutil.copy(path, directory)

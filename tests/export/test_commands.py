@@ -25,7 +25,7 @@ from flexvar_runtime.schedule import ScaleSchedule
 
 Checkpoint = tuple[Path, Path]
 Run = Callable[..., tuple[int, str, str]]
-STEPS = 8
+STEPS = 9
 
 
 def states(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -71,7 +71,7 @@ def test_export_prints_one_json_object_and_its_progress_elsewhere(exported: tupl
         data["size_bytes"]
         == sum(file.stat().st_size for file in path.iterdir()) - (path / "manifest.json").stat().st_size
     )
-    assert data["parity"]["passed"] is True and len(data["parity"]["rows"]) == 20
+    assert data["parity"]["passed"] is True and len(data["parity"]["rows"]) == 22
     lines = err.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"export {i + 1}/{STEPS}" for i in range(STEPS)]
     assert "Traceback" not in err and "Warning" not in err
@@ -114,7 +114,7 @@ def test_export_prints_a_table_for_people(
     assert code == 0
     first = out.splitlines()[0]
     assert first.startswith(f"{tmp_path / 'b.bundle'}: fp32, ") and Bundle.open(tmp_path / "b.bundle").sha256 in first
-    assert "parity on ort-cpu" in out and out.count(" ok") >= 20 and "FAILED" not in out
+    assert "parity on ort-cpu" in out and out.count(" ok") >= 22 and "FAILED" not in out
     assert "free-running tokens equal to the reference's: 100.00%" in out
     assert err.splitlines()[-1] == f"export {STEPS}/{STEPS}: proving parity"
 
@@ -222,7 +222,7 @@ def test_verify_proves_a_bundle_again(tiny_bundles: Callable[[str], Path], run_c
     assert data.keys() == {"bundle", "parity"} and data["bundle"] == Bundle.open(path).sha256
     parity = data["parity"]
     assert parity["passed"] is True and parity["emulated"] is (precision == "bf16")
-    assert (parity["backend"], len(parity["rows"])) == ("ort-cpu", 20)
+    assert (parity["backend"], len(parity["rows"])) == ("ort-cpu", 22)
     assert {"graph", "scale", "output", "metric", "value", "bound"} == parity["rows"][0].keys()
 
 
@@ -236,8 +236,9 @@ def test_verify_prints_a_table_for_people(tiny_bundles: Callable[[str], Path], r
         ["condition", "head_modulation", "rel.", "error", rows[1].split()[4], "0.015", "ok"],
         ["step", "1/10", "(1x1)", "logits", "rel.", "error", rows[3].split()[6], "0.015", "ok"],
     ]
-    assert len(rows) == 20 and max(map(len, out.splitlines())) <= 80  # one line a row, in any terminal
-    assert rows[13].split()[:5] == ["decode", "16x16", "image", "PSNR,", "dB"]
+    assert len(rows) == 22 and max(map(len, out.splitlines())) <= 80  # one line a row, in any terminal
+    assert rows[13].split()[:2] == ["prefill", "10/10"]
+    assert rows[14].split()[:5] == ["decode", "16x16", "image", "PSNR,", "dB"]
     assert last.startswith("free-running tokens equal to the reference's: ")
 
 

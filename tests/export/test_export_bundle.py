@@ -56,7 +56,7 @@ def sha256(path: Path) -> str:
 def test_contents(tiny_bundles: Callable[[str], Path], precision: str) -> None:
     path = tiny_bundles(precision)
     beside = ["decode.onnx.data", "encode.onnx.data", "step.onnx.data"] if precision == "fp32" else []  # over 1 MiB
-    graphs = ["condition.onnx", "decode.onnx", "encode.onnx", "step.onnx"]
+    graphs = ["condition.onnx", "decode.onnx", "encode.onnx", "prefill.onnx", "step.onnx"]
     assert listing(path) == sorted([*graphs, *beside, "manifest.json", "proof.npz", "tables.npz"])
     assert listing(path.parent) and not list(path.parent.glob(".*"))  # and nothing beside it
 
@@ -122,6 +122,7 @@ def test_progress_names_every_step(quick_export: None, tiny_checkpoint: Checkpoi
         "measuring activations",
         "exporting condition",
         "exporting step",
+        "exporting prefill",
         "exporting decode",
         "exporting encode",
         "proving parity",
@@ -348,7 +349,7 @@ HANG = """
 import sys, time
 from flexvar_export import bundle
 
-def export_graph(module, spec, directory):
+def export_graph(module, spec, directory, weights_of=None):
     (directory / spec.file).write_bytes(b"half a graph")
     print("exporting", flush=True)
     time.sleep(600)
