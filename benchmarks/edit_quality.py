@@ -119,7 +119,7 @@ def inpainting(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[s
     for name, classes in (("with class", labels), ("without class", None)):
         plain = edits.edited(pictures, classes, "inpaint", mask=mask)
         pasted = edits.edited(pictures, classes, "inpaint", mask=mask, paste=True, feather=FEATHER)
-        outside = _beyond(mask, FEATHER)
+        outside = beyond(mask, FEATHER)
         rows[name] = {
             "accuracy": judge.judge(plain, labels).accuracy,
             "accuracy, pasted": judge.judge(pasted, labels).accuracy,
@@ -188,7 +188,7 @@ def _reconstructed(pipe: FlexVARPipeline, pictures: Pixels) -> Pixels:
     return np.concatenate(parts)
 
 
-def _beyond(mask: NDArray[np.bool_], feather: int) -> NDArray[np.bool_]:
+def beyond(mask: NDArray[np.bool_], feather: int) -> NDArray[np.bool_]:
     """Pixels farther than `feather` from a rectangular mask."""
     far = np.ones_like(mask)
     ranges = []

@@ -125,7 +125,7 @@ def test_parity_notices_another_model(tiny_bundle: Path, proof: Proof) -> None:
     with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipeline:
         found = parity(pipeline, replace(proof, cases=(wrong,)))
     assert not found["passed"]
-    assert {row["graph"] for row in found["failed"]} == {"step"}
+    assert {row["graph"] for row in found["failed"]} == {"step", "prefill"}
 
 
 # The compiled peer ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def test_demo_leaves_pictures_and_a_parity_table(tmp_path: Path) -> None:
     out = tmp_path / "out"
     parity = json.loads((out / "parity.json").read_text())["parity"]
     assert parity["passed"]
-    assert {row["graph"] for row in parity["rows"]} == {"condition", "step", "decode", "encode"}
+    assert {row["graph"] for row in parity["rows"]} == {"condition", "step", "prefill", "decode", "encode"}
     images = sorted(out.glob("images/*/*.png"))
     assert len(images) == 3 * 12 + 8 + 6  # three schedules of all classes, eight images of 3:2, six of twice the size
     sizes = {Image.open(path).size for path in images}

@@ -23,7 +23,7 @@ from flexvar_export.proof import PROOF_FILE, Proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle
 from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.graphs import GRAPHS, WEIGHTS_OF
 from flexvar_runtime.manifest import GraphSpec, TensorSpec
 
 Pair = tuple[FlexVAR, Tokenizer]
@@ -64,7 +64,8 @@ def spoil(tiny_bundles: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
         file = path / manifest.graphs[graph].file
         model = onnx.load(str(file))
         edit(model)
-        file.with_name(f"{file.name}.data").unlink(missing_ok=True)
+        if graph not in WEIGHTS_OF.values():  # another graph has its weights there
+            file.with_name(f"{file.name}.data").unlink(missing_ok=True)
         onnx.save_model(model, str(file))
         return seal(path, manifest)
 

@@ -133,7 +133,7 @@ def test_json(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(half_bundle)
     assert (data["bundle"], data["sha256"]) == (str(bundle.path), bundle.sha256)
     assert (data["backend"], data["target"]) == ("tensorrt-rtx", "8.6,8.9")
-    step = data["engines"][3]
+    step = data["engines"][4]
     assert step["graph"] == "step" and Path(step["file"]).parent == engines
     assert step["size_bytes"] == Path(step["file"]).stat().st_size
     assert [profile["name"] for profile in step["profiles"]] == ["1 after 0", "6 after 1", "wide"]
@@ -355,7 +355,7 @@ main(["build", {str(half_bundle)!r}, *{SMALL!r}])
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(files(half_bundle / "engines")) == 4
+    assert len(files(half_bundle / "engines")) == 5
 
 
 def test_the_command_is_there(run_cli: Run) -> None:
