@@ -80,17 +80,24 @@ class Row:
 
 def generated(bundle: Path, schedule: str, labels: Labels, options: Options) -> NDArray[np.uint8]:
     with FlexVARPipeline.from_bundle(bundle, backend="ort-cpu") as pipe:
-        parts = [
-            pipe(
-                labels[i : i + BATCH].tolist(),
-                schedule=schedule,
-                guidance=options.guidance,
-                sampling=options.sampling,
-                seed=SEED,
-                first_index=i,
-            ).images
-            for i in range(0, len(labels), BATCH)
-        ]
+        return generated_by(pipe, schedule, labels, options)
+
+
+def generated_by(
+    pipe: FlexVARPipeline, schedule: str | ScaleSchedule, labels: Labels, options: Options
+) -> NDArray[np.uint8]:
+    """Images (N, H, W, 3), batch by batch."""
+    parts = [
+        pipe(
+            labels[i : i + BATCH].tolist(),
+            schedule=schedule,
+            guidance=options.guidance,
+            sampling=options.sampling,
+            seed=SEED,
+            first_index=i,
+        ).images
+        for i in range(0, len(labels), BATCH)
+    ]
     return np.concatenate(parts)
 
 
@@ -234,27 +241,42 @@ def _show(rows: list[Row]) -> None:
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What evaluations of the demo model have in common."""
     parser.add_argument("--model", type=Path, required=True, help="folder with transformer and vae safetensors")
     parser.add_argument("--work", type=Path, required=True, help="where classifier and bundles are kept")
-    parser.add_argument("--images", type=int, default=500, help="a row (default 500)")
-    parser.add_argument("--others", type=int, default=120, help="a row of other steps or another size (default 120)")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--cfg", type=float, default=2.5)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=0.8)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+
+
+def prepare(arguments: argparse.Namespace) -> Options:
+    """Refuse what could not be written in the end, make the folder, set the threads."""
     if arguments.json:
         require_parent(arguments.json.absolute())
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    options = Options(arguments.cfg, arguments.top_k, arguments.top_p)
-    result = evaluate(arguments.model, arguments.work, arguments.images, arguments.others, options)
-    if arguments.json:
-        with atomic_write(arguments.json, force=True) as partial:
+    return Options(arguments.cfg, arguments.top_k, arguments.top_p)
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """The result as JSON, where it is wanted."""
+    if path is not None:
+        with atomic_write(path, force=True) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_arguments(parser)
+    parser.add_argument("--images", type=int, default=500, help="a row (default 500)")
+    parser.add_argument("--others", type=int, default=120, help="a row of other steps or another size (default 120)")
+    arguments = parser.parse_args()
+    options = prepare(arguments)
+    result = evaluate(arguments.model, arguments.work, arguments.images, arguments.others, options)
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

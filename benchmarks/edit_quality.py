@@ -10,23 +10,33 @@ the recognised share of expansions and of other proportions. The classifier and 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
 from flexvar_ref.training import scenes
 from flexvar_runtime import FlexVARPipeline, GenerationOutput, ScaleSchedule
-from flexvar_runtime.atomic import atomic_write, require_parent
+from flexvar_runtime.atomic import atomic_write
 
-from .demo_quality import BATCH, DEFAULT, SEED, Options, digests, exported, labels_of
+from .demo_quality import (
+    BATCH,
+    DEFAULT,
+    SEED,
+    Options,
+    common_arguments,
+    digests,
+    exported,
+    generated_by,
+    labels_of,
+    prepare,
+    write_result,
+)
 from .scene_classifier import HELD_OUT_SEED, REFERENCE_SEED, SceneClassifier, frechet, real, trained
 
 Pixels = NDArray[np.uint8]
@@ -85,21 +95,11 @@ class Edits:
         return np.concatenate([batch(start).images for start in range(0, len(pictures), BATCH)])
 
     def generated(self, labels: NDArray[np.int64], size: tuple[int, int]) -> Pixels:
+        """With the default's steps, and at twice the size two more, as in the model's card."""
         factor, steps = self.pipe.model.downsampling, len(ScaleSchedule.parse(DEFAULT))
         beyond = size[0] * size[1] > 2 * SIDE * SIDE
         schedule = ScaleSchedule.for_size((size[0] // factor, size[1] // factor), steps + 2 * beyond)
-        parts = [
-            self.pipe(
-                labels[i : i + BATCH].tolist(),
-                schedule=schedule,
-                guidance=self.options.guidance,
-                sampling=self.options.sampling,
-                seed=SEED,
-                first_index=i,
-            ).images
-            for i in range(0, len(labels), BATCH)
-        ]
-        return np.concatenate(parts)
+        return generated_by(self.pipe, schedule, labels, self.options)
 
 
 def inpainting(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[str, Any], list[Pixels]]:
@@ -242,27 +242,15 @@ def evaluate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder with transformer and vae safetensors")
-    parser.add_argument("--work", type=Path, required=True, help="where classifier and bundle are kept")
+    common_arguments(parser)
     parser.add_argument("--counts", type=int, nargs=3, default=(100, 200, 120), help="scenes a part")
-    parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
-    parser.add_argument("--cfg", type=float, default=2.5)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=0.8)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.json:
-        require_parent(arguments.json.absolute())
+    options = prepare(arguments)
     if arguments.sheets:
         arguments.sheets.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(arguments.threads)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    options = Options(arguments.cfg, arguments.top_k, arguments.top_p)
     result = evaluate(arguments.model, arguments.work, options, tuple(arguments.counts), arguments.sheets)
-    if arguments.json:
-        with atomic_write(arguments.json, force=True) as partial:
-            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

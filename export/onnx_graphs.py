@@ -18,6 +18,7 @@ from flexvar_runtime.manifest import GraphSpec, TensorSpec
 
 OPSET = 23  # the first with Attention; every runtime in use takes it
 INLINE_BYTES = 2**20  # weights beyond this go to a file of their own, which runtimes map into memory
+MADE_UP_BYTES = 2**16  # constants of the exporter's own, such as the ones that a normalisation is scaled by
 # Distinct sizes, none of them 0 or 1: whatever the exporter would bake in then shows up as a failure.
 EXAMPLE_SIZES = {"labels": 3, "sequences": 4, "images": 2, "new": 9, "past": 5, "height": 6, "width": 7}
 TORCH_DTYPES = {
@@ -74,7 +75,7 @@ def _share_weights(path: Path, owner: Path) -> None:
         del tensor.external_data[:]
         if twin is not None and same:
             tensor.external_data.extend(twin.external_data)
-        elif len(stored[1]) <= INLINE_BYTES // 16:
+        elif len(stored[1]) <= MADE_UP_BYTES:
             tensor.data_location, tensor.raw_data = onnx.TensorProto.DEFAULT, stored[1]
         else:
             raise ArtifactRefused(

@@ -22,13 +22,13 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 @dataclass(frozen=True)
 class Canvas:
     """pixels (H, W, 3) uint8, sides in multiples of the downsampling; mask (H, W) uint8, 255 where all is made anew,
-    None where nothing is masked; cut: what of the result is returned; resolved: sides (h, w) in pixels of what the
-    picture itself shows, for refinement."""
+    None where nothing is masked; cut: what of the result is returned; resolved: sides (h, w) that the canvas would have
+    in the picture's own pixels, for refinement."""
 
     pixels: Pixels
     mask: Pixels | None
     cut: Box
-    resolved: Size
+    resolved: Size | None = None
 
     @property
     def size(self) -> Size:
@@ -56,13 +56,16 @@ def make_canvas(photo: Photo, mask: Pixels | None, edit: Edit, factor: int, area
     check_sides(size, factor)
     pixels, placed, cut = _fitted(photo.pixels, size, edit.fit)
     if edit.task == "outpaint":
-        return _outpainted(pixels, cut, edit, factor, photo.size)
+        return _outpainted(pixels, cut, edit, factor)
     masked = None if mask is None else _fitted_mask(mask, size, edit.fit, placed)
     if masked is not None and not (masked >= 128).any():
         raise InvalidInput(
             "a mask without white", expected="white where the picture is to be made anew", fix="check it, or invert it"
         )
-    return Canvas(pixels, masked, cut, photo.size)
+    resolved = tuple(
+        max(1, round(whole * source / shown)) for whole, source, shown in zip(size, placed[2:], cut[2:], strict=True)
+    )
+    return Canvas(pixels, masked, cut, (resolved[0], resolved[1]))
 
 
 def natural_size(size: Size, factor: int, area: int) -> Size:
@@ -148,7 +151,7 @@ def _fitted_mask(mask: Pixels, size: Size, fit: str, used: Box) -> Pixels:
     return placed
 
 
-def _outpainted(pixels: Pixels, cut: Box, edit: Edit, factor: int, resolved: Size) -> Canvas:
+def _outpainted(pixels: Pixels, cut: Box, edit: Edit, factor: int) -> Canvas:
     """`sides` more on every side of the picture; padding of its fit is made anew as well, and returned."""
     up, right, down, left = edit.sides
     top, beside, h, w = cut
@@ -157,7 +160,7 @@ def _outpainted(pixels: Pixels, cut: Box, edit: Edit, factor: int, resolved: Siz
     canvas = np.pad(pixels, ((up, down), (left, right), (0, 0)), mode="edge")
     mask = np.full(size, 255, np.uint8)
     mask[up + top : up + top + h, left + beside : left + beside + w] = 0
-    return Canvas(canvas, mask, (0, 0, *size), resolved)
+    return Canvas(canvas, mask, (0, 0, *size))
 
 
 def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
@@ -179,7 +182,7 @@ def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
     mask = np.full(edit.size, 255, np.uint8)
     mask[top : top + h, left : left + w] = 0
     canvas = np.pad(_resized(pixels, (h, w)), (*edges, (0, 0)), mode="edge")
-    return Canvas(canvas, mask, (0, 0, height, width), photo.size)
+    return Canvas(canvas, mask, (0, 0, height, width))
 
 
 def _feathered(mask: Pixels, feather: int) -> Pixels:

@@ -125,8 +125,9 @@ def _forced(edit: Edit, canvases: Sequence[Canvas], schedule: ScaleSchedule, fac
     count = len(schedule)
     if edit.strength is not None:
         return count - max(1, round(edit.strength * count))
-    resolved = [min(canvas.resolved[axis] for canvas in canvases) // factor for axis in (0, 1)]
-    kept = sum(h <= resolved[0] and w <= resolved[1] for h, w in schedule)
+    sizes = [canvas.resolved for canvas in canvases if canvas.resolved is not None]
+    height, width = min(h for h, _ in sizes) // factor, min(w for _, w in sizes) // factor
+    kept = sum(h <= height and w <= width for h, w in schedule)
     return min(max(1, kept), count - 1)
 
 

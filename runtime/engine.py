@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -218,25 +219,21 @@ class Engine:
             return min(IMAGES_PER_RUN, self.graph(graph).most_images or IMAGES_PER_RUN)
         return batch_that_fits(self.bundle.manifest, graph, size, self.backend.available_bytes(), self._graphs)
 
-    def graph(self, name: str) -> Graph:
-        """A graph of the bundle, opened when first asked for."""
+    def graph(self, name: str, *, once: bool = False) -> Graph:
+        """A graph of the bundle, opened when first asked for; `once` without what pays only over many runs."""
         self._require_open()
         if name not in self._graphs:
-            self._graphs[name] = self.backend.open(self.bundle, name)
+            self._graphs[name] = self.backend.open(self.bundle, name, once=once)
         return self._graphs[name]
 
-    @property
+    @cached_property
     def prefills(self) -> bool:
         """Whether given scales run in one pass: the bundle has the graph and the backend can open it."""
         return PREFILL in self.bundle.manifest.graphs and self.backend.prepared(self.bundle, PREFILL)
 
     def _open_prefill(self) -> Graph | None:
         """The graph for given scales; None where they run one by one."""
-        if not self.prefills:
-            return None
-        if PREFILL not in self._graphs:
-            self._graphs[PREFILL] = self.backend.open(self.bundle, PREFILL, once=True)
-        return self._graphs[PREFILL]
+        return self.graph(PREFILL, once=True) if self.prefills else None
 
     def _require_open(self) -> None:
         if self._closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,10 +72,16 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "betas": config.betas, "momentum": config.momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; `closure` computes the loss anew first. torch declares two overloads that differ in it alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             (self._orthogonal_step if group["muon"] else self._adam_step)(parameters, group)
+        return loss
 
     def _orthogonal_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

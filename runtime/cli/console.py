@@ -40,15 +40,17 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
 
 
 @contextmanager
-def steps(total: int, what: str) -> Iterator[Callable[[str], None]]:
-    """Progress over `total` steps: a bar on a terminal, plain lines otherwise. Call the yielded function at each."""
+def steps(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
+    """Progress over `total` steps (None: not known before): a bar on a terminal, plain lines otherwise. Call the
+    yielded function at each."""
     if not err.is_terminal:
         done = 0
 
         def plain(message: str) -> None:
             nonlocal done
             done += 1
-            err.print(f"{what} {done}/{total}: {message}", highlight=False, markup=False, soft_wrap=True)
+            place = what if total is None else f"{what} {done}/{total}"
+            err.print(f"{place}: {message}", highlight=False, markup=False, soft_wrap=True)
 
         yield plain
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +11,9 @@ import typer
 from ..edit import Edit
 from ..errors import ArtifactRefused, InvalidInput
 from ..guidance import Guidance
-from ..images import read_metadata, save_png
+from ..images import save_png
 from ..output import GenerationOutput, Settings
 from ..pipeline import FlexVARPipeline, ScaleStep
-from ..sampling import Sampling
 from ..schedule import ScaleSchedule
 from .console import JsonOption, emit, err, out, steps
 from .options import (
@@ -39,6 +38,7 @@ from .options import (
     parse_labels,
     parse_size,
     preview_name,
+    read_settings,
     replaced,
 )
 from .terminal import show_picture
@@ -99,151 +99,85 @@ def edit(
         "paste": paste,
         "feather": feather,
     }
-    moved = any(options[name] is not None for name in ("task", "size", "fit", "sides"))  # another canvas than --from's
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
-        start = _start(pipeline, source)
-        plan = _Plan(
-            edit=_options(start, options),
-            label=start.label if label is None else _one_label(label, pipeline),
-            schedule=schedule or (None if scales is not None or moved else start.schedule),
-            steps=scales,
-            guidance=_guidance(start, pipeline, {"scale": cfg, "rule": guidance, "max_side": max_side}),
-            sampling=replaced(start.sampling, top_k=top_k, top_p=top_p, greedy_scales=greedy_scales, max_side=max_side),
-            seed=start.seed if seed is None else seed,
-            first_index=start.first_index if first_index is None else first_index,
-        )
+        earlier = None if source is None else _earlier(pipeline, source)
+        changes = {"top_k": top_k, "top_p": top_p, "greedy_scales": greedy_scales, "max_side": max_side}
+        request = {
+            **vars(_edit(earlier, options)),
+            "mask": mask,
+            "labels": _labels(earlier, label, pipeline),
+            "schedule": schedule or _earlier_schedule(earlier, options, scales),
+            "steps": scales,
+            "guidance": _guidance(earlier, pipeline, {"scale": cfg, "rule": guidance, "max_side": max_side}),
+            "sampling": replaced(earlier.sampling if earlier else pipeline.sampling, **changes),
+            "seed": earlier.seed if earlier and seed is None else seed,
+            "first_index": (earlier.index if earlier else 0) if first_index is None else first_index,
+        }
         check_targets([output], force)
-        result = _run(pipeline, plan, image, mask, output, preview, show, force)
+        with steps(None, "edit") as advance:
+
+            def on_scale(step: ScaleStep) -> None:
+                advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
+                if not show and preview is None:
+                    return
+                pixels = step.preview()[0]
+                if show:
+                    show_picture(err, pixels, f"{output.name}, scale {step.index + 1}/{step.count}")
+                if preview is not None:
+                    path = preview / preview_name(output.stem, step.index, step.size)
+                    check_targets([path], force)
+                    save_png(path, pixels, {"preview_of": output.name, "scale": step.index + 1}, force=force)
+
+            result = pipeline.edit(image, on_scale=on_scale, **request)
     settings = result.settings[0]
-    if start.record is not None:
-        _warn_of_other_pictures(start.record, settings)
+    if earlier is not None:
+        _warn_of_other_pictures(earlier, settings)
     save_png(output, result.images[0], settings.to_json(), force=force)
     _report(output, result, as_json)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What is not said: nothing but the bundle's defaults, or an earlier edit."""
-
-    edit: Edit | None
-    label: int | None
-    schedule: ScaleSchedule | None
-    guidance: Guidance | None
-    sampling: Sampling
-    seed: int | None
-    first_index: int
-    record: Settings | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    edit: Edit
-    label: int | None
-    schedule: ScaleSchedule | str | None
-    steps: int | None
-    guidance: Guidance | None
-    sampling: Sampling
-    seed: int | None
-    first_index: int
-
-
-def _start(pipeline: FlexVARPipeline, source: Path | None) -> _Start:
-    if source is None:
-        return _Start(None, None, None, None, pipeline.sampling, None, 0, None)
-    found = Settings.from_json(read_metadata(source), str(source))
+def _earlier(pipeline: FlexVARPipeline, source: Path) -> Settings:
+    """Settings of an earlier edit with this bundle. Raises ArtifactRefused."""
+    found = read_settings(source, pipeline.bundle.sha256)
     if found.edit is None:
         raise ArtifactRefused(
             f"{source.name}, not an edited picture", expected="one of flexvar edit", fix="use flexvar generate --from"
         )
-    if found.bundle != pipeline.bundle.sha256:
-        raise ArtifactRefused(
-            f"{source.name} of bundle {found.bundle[:16]}…",
-            expected=f"a picture of this bundle, {pipeline.bundle.sha256[:16]}…",
-            fix="use the bundle it was made from",
-        )
-    return _Start(
-        found.edit.edit,
-        found.label,
-        found.schedule,
-        found.guidance,
-        found.sampling,
-        found.seed,
-        found.index,
-        found,
-    )
+    return found
 
 
-def _options(start: _Start, given: dict[str, Any]) -> Edit:
+def _edit(earlier: Settings | None, given: dict[str, Any]) -> Edit:
     """The edit that was said, over the earlier one. Raises InvalidInput."""
     said = {name: value for name, value in given.items() if value is not None}
-    if start.edit is not None:
-        return replace(start.edit, **said)
+    if earlier is not None and earlier.edit is not None:
+        return replace(earlier.edit.edit, **said)
     if "task" not in said:
         raise InvalidInput("no task", expected="refine, inpaint, outpaint or expand", fix="name one with --task")
     return Edit(**said)
 
 
-def _one_label(text: str, pipeline: FlexVARPipeline) -> int:
+def _labels(earlier: Settings | None, text: str | None, pipeline: FlexVARPipeline) -> list[int] | None:
+    """The one class that was said, or the earlier one; None for no class."""
+    if text is None:
+        return None if earlier is None else [earlier.label]
     labels = parse_labels(text, pipeline.model.class_names)
     if len(labels) != 1:
         raise InvalidInput(f"{len(labels)} classes", expected="one", fix="run the command once a class")
-    return labels[0]
+    return labels
 
 
-def _guidance(start: _Start, pipeline: FlexVARPipeline, given: dict[str, Any]) -> Guidance | None:
+def _earlier_schedule(earlier: Settings | None, given: dict[str, Any], scales: int | None) -> ScaleSchedule | None:
+    """That of the earlier edit, unless another canvas or number of scales was said: then one is derived."""
+    moved = scales is not None or any(given[name] is not None for name in ("task", "size", "fit", "sides"))
+    return None if earlier is None or moved else earlier.schedule
+
+
+def _guidance(earlier: Settings | None, pipeline: FlexVARPipeline, given: dict[str, Any]) -> Guidance | None:
     """None leaves it to the pipeline: the bundle's for a class, off without one."""
-    if start.guidance is None and all(value is None for value in given.values()):
+    if earlier is None and all(value is None for value in given.values()):
         return None
-    guidance: Guidance = replaced(start.guidance or pipeline.guidance, **given)
+    guidance: Guidance = replaced(earlier.guidance if earlier else pipeline.guidance, **given)
     return guidance
-
-
-def _run(
-    pipeline: FlexVARPipeline,
-    plan: _Plan,
-    image: Path,
-    mask: Path | None,
-    output: Path,
-    preview: Path | None,
-    show: bool,
-    force: bool,
-) -> GenerationOutput:
-    with steps(1, "edit") as advance:
-
-        def on_scale(step: ScaleStep) -> None:
-            if not show and preview is None:
-                return
-            pixels = step.preview()[0]
-            if show:
-                show_picture(err, pixels, f"{output.name}, scale {step.index + 1}/{step.count}")
-            if preview is not None:
-                path = preview / preview_name(output.stem, step.index, step.size)
-                check_targets([path], force)
-                save_png(path, pixels, {"preview_of": output.name, "scale": step.index + 1}, force=force)
-
-        edit = plan.edit
-        result = pipeline.edit(
-            image,
-            edit.task,
-            mask=mask,
-            labels=None if plan.label is None else [plan.label],
-            size=edit.size,
-            fit=edit.fit,
-            strength=edit.strength,
-            sides=edit.sides,
-            anchor=edit.anchor,
-            paste=edit.paste,
-            feather=edit.feather,
-            steps=plan.steps,
-            schedule=plan.schedule,
-            guidance=plan.guidance,
-            sampling=plan.sampling,
-            seed=plan.seed,
-            first_index=plan.first_index,
-            on_scale=on_scale,
-        )
-        advance(plan.edit.task)
-    return result
 
 
 def _warn_of_other_pictures(earlier: Settings, now: Settings) -> None:

@@ -13,9 +13,9 @@ from ..atomic import atomic_write
 from ..canvas import check_sides
 from ..errors import ArtifactRefused, InvalidInput
 from ..guidance import Guidance
-from ..images import read_metadata, save_png
+from ..images import save_png
 from ..noise import fresh_seed
-from ..output import GenerationOutput, Settings
+from ..output import GenerationOutput
 from ..pipeline import FlexVARPipeline, ScaleStep
 from ..sampling import Sampling
 from ..schedule import ScaleSchedule
@@ -42,6 +42,7 @@ from .options import (
     parse_labels,
     parse_size,
     preview_name,
+    read_settings,
     replaced,
 )
 from .terminal import show_picture
@@ -122,16 +123,10 @@ def _starting_point(pipeline: FlexVARPipeline, source: Path | None) -> _Plan:
     """The bundle's defaults, or the settings of an image made from the same bundle."""
     if source is None:
         return _Plan([], pipeline.schedule, pipeline.guidance, pipeline.sampling, fresh_seed(), 0)
-    found = Settings.from_json(read_metadata(source), str(source))
+    found = read_settings(source, pipeline.bundle.sha256)
     if found.edit is not None:
         raise ArtifactRefused(
             f"{source.name}, an edited picture", expected="one of flexvar generate", fix="use flexvar edit --from"
-        )
-    if found.bundle != pipeline.bundle.sha256:
-        raise ArtifactRefused(
-            f"{source.name} of bundle {found.bundle[:16]}…",
-            expected=f"an image of this bundle, {pipeline.bundle.sha256[:16]}…",
-            fix="use the bundle it was made from",
         )
     return _Plan([found.label], found.schedule, found.guidance, found.sampling, found.seed, found.index)
 
@@ -152,7 +147,7 @@ def _schedule(
     pixels = parse_size(size) if size is not None else (start[-1][0] * factor, start[-1][1] * factor)
     check_sides(pixels, factor)
     tokens = pixels[0] // factor, pixels[1] // factor
-    return ScaleSchedule.for_size(tokens, steps or len(start), max(pipeline.schedule[-1]))
+    return ScaleSchedule.for_size(tokens, len(start) if steps is None else steps, max(pipeline.schedule[-1]))
 
 
 def _run(

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ..atomic import existing
-from ..errors import InvalidInput
+from ..errors import ArtifactRefused, InvalidInput
+from ..images import read_metadata
 from ..manifest import MANIFEST
+from ..output import Settings
 
 ScheduleOption = Annotated[str | None, typer.Option(help="Scales: 1_2_4_8_16, 1_2_3x5_12x20, or 512px.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Number of scales, derived for the size.")]
@@ -68,6 +70,18 @@ def parse_labels(text: str, names: tuple[str, ...] | None) -> list[int]:
             )
             raise InvalidInput(f"class {part[:100]!r}", expected=known, fix="join them by commas: --classes 7,999")
     return labels
+
+
+def read_settings(source: Path, bundle_sha256: str) -> Settings:
+    """What an image of the same bundle was made with. Raises ArtifactRefused."""
+    found = Settings.from_json(read_metadata(source), str(source))
+    if found.bundle != bundle_sha256:
+        raise ArtifactRefused(
+            f"{source.name} of bundle {found.bundle[:16]}…",
+            expected=f"an image of this bundle, {bundle_sha256[:16]}…",
+            fix="use the bundle it was made from",
+        )
+    return found
 
 
 def check_targets(paths: list[Path], force: bool) -> None:

@@ -72,8 +72,9 @@ class DeviceLoop:
         self._generation.enqueue_scale(i)
         self._generation.enqueue_draws(i, Options.of(draws, schedule))
         tokens = self._generation.download_tokens(i)
-        if given is not None:
-            tokens = np.ascontiguousarray(given.put_back(i, tokens), np.int32)
+        kept = tokens if given is None else given.put_back(i, tokens)
+        if kept is not tokens:
+            tokens = np.ascontiguousarray(kept, np.int32)
             self._device.write(self._generation.tokens_on_device(i), tokens)
             self._device.synchronize()
         return tokens, ScaleTime(schedule[i], time.perf_counter() - started, 0.0)

@@ -116,6 +116,24 @@ def test_the_card_has_the_figures_of_the_evaluation(quality: dict[str, Any]) -> 
     assert f"{100 * quality['classifier_held_out_accuracy']:.1f} %" in card
 
 
+def test_the_recorded_edits_are_of_these_weights_and_within_their_bounds() -> None:
+    edits: dict[str, Any] = json.loads((MODEL / "edits.json").read_text(encoding="utf-8"))
+    assert edits["weights"] == demo_quality.digests(MODEL)
+    inpainted, refined = edits["inpaint"], edits["refine"]
+    assert inpainted["images"] == 100 and refined["images"] == 200
+    for name in ("with class", "without class"):
+        row = inpainted[name]
+        assert row["accuracy"] >= 0.9 and row["seam"] <= 1.5 and row["seam, pasted"] <= 1.5
+        assert row["psnr outside against the tokenizer"] >= 36  # measured once: 36.7; attention and norms are global
+        assert row["pixels beyond the feather that differ, pasted"] == 0
+    strengths = [row for name, row in refined.items() if name.startswith("strength")]
+    assert len(strengths) == 4 and all(row["frechet"] < refined["bicubic"]["frechet"] for row in strengths)
+    document = (MODEL.parents[1] / "docs" / "editing.md").read_text(encoding="utf-8")
+    for name, row in refined.items():
+        if name.startswith("strength") or name == "bicubic":
+            assert f"| {row['frechet']:.2f} | {100 * row['accuracy']:.1f} % | {row['psnr']:.1f} dB |" in document
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_its_images_are_recognised(tmp_path: Path, quality: dict[str, Any]) -> None:

@@ -301,7 +301,8 @@ def test_stated_types_are_the_inferred_ones(load: Load, precision: str, graph: s
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_a_float32_graph_passed_off_as_half_is_told(load: Load, graph: str) -> None:
     assert share_in(load("fp32", graph), FLOAT16) == 0
-    assert share_in(load("fp16", graph), FLOAT16) >= 0.9
+    share = share_in(load("fp16", graph), FLOAT16)
+    assert share > 0.9 or (graph == "prefill" and share == 0.9)  # nine of ten: the embedding of the codes is float32
 
     cheat = onnx.ModelProto()  # half at its border and in its weights, float32 where the work is done
     cheat.CopyFrom(load("fp16", graph))

@@ -63,6 +63,12 @@ def test_three_ways_to_fit() -> None:
     assert padded.returned(padded.pixels).shape == (32, 64, 3)
 
 
+@pytest.mark.parametrize(("fit", "resolved"), [("resize", (16, 32)), ("crop", (16, 16)), ("pad", (32, 32))])
+def test_what_a_picture_resolves_is_said_of_the_canvas(fit: str, resolved: tuple[int, int]) -> None:
+    """A canvas of 64x64 on which a pixel of the picture is four wide, two, or two."""
+    assert canvas(photo(16, 32), task="refine", size=(64, 64), fit=fit).resolved == resolved
+
+
 def test_a_mask_goes_where_its_picture_goes() -> None:
     mask = np.zeros((64, 128), np.uint8)
     mask[:, 64:] = 255

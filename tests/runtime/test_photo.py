@@ -80,7 +80,8 @@ def test_an_opaque_picture_has_no_opacity() -> None:
     assert read_photo(opaque).opacity is None
     keyed = Image.fromarray(RAMP)
     keyed.info["transparency"] = 20
-    assert read_photo(keyed).opacity[0, 1] == 0  # type: ignore[index]
+    opacity = read_photo(keyed).opacity
+    assert opacity is not None and opacity[0].tolist() == [255, 0, 255, 255]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff", "gif"])

@@ -37,6 +37,8 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
         ("[loop]\nsteps = true", "steps = True; expected a value of type int"),
         ("[loop]\ncompile = 1", "compile = 1; expected a value of type bool"),
         ("[optim]\nbetas = [0.9]", "betas = [0.9]"),
+        ("[optim]\nalgorithm = 'sgd'", "optim.algorithm = 'sgd'; expected one of adamw, muon"),
+        ("[optim]\nmomentum = 1.0", "optim.momentum = 1.0; expected from 0, below 1"),
         ("[optim]\nlr = -1", "optim.lr = -1.0; expected a positive number"),
         ('[loop]\nprecision = "fp16"', "loop.precision = 'fp16'; expected one of fp32, bf16"),
         ("[loop]\nbatch = 0", "loop.batch = 0; expected at least 1"),

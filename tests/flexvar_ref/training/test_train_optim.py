@@ -14,7 +14,15 @@ from flexvar_ref.training import ema
 from flexvar_ref.training.config import Optimisation
 from flexvar_ref.training.errors import ConfigError
 from flexvar_ref.training.feed import Drawn, Kept, Plan, batches, signed
-from flexvar_ref.training.optim import adamw, forget, learning_rate
+from flexvar_ref.training.optim import (
+    Muon,
+    adamw,
+    forget,
+    learning_rate,
+    optimizer_of,
+    orthogonalised,
+    parameter_groups,
+)
 
 
 def test_what_decays_and_what_does_not() -> None:
@@ -40,6 +48,113 @@ def test_what_decays_and_what_does_not() -> None:
     groups = adamw(tokenizer, Optimisation()).param_groups
     assert any(p is tokenizer.quantizer.embedding.weight for p in groups[1]["params"])
     assert all(p.ndim > 1 for p in groups[0]["params"])
+
+
+MUON = Optimisation(algorithm="muon", weight_decay=0.0)
+
+
+def muon_and_model() -> tuple[Muon, FlexVAR]:
+    torch.manual_seed(0)
+    model = FlexVAR(tiny_transformer(), torch.randn(512, 8))
+    optimizer = optimizer_of(model, MUON)
+    assert isinstance(optimizer, Muon)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    return optimizer, model
+
+
+def with_gradients(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24), (1, 16, 64), (3, 64, 16)])
+def test_orthogonalised_matrices_turn_and_do_not_stretch(shape: tuple[int, int, int]) -> None:
+    """Five times the quintic on every singular value; those that are not tiny come near 1."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = values / matrices.norm(dim=(1, 2))[:, None]
+    large = values > 0.02
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(orthogonalised(matrices), left @ (values[..., None] * right), rtol=0, atol=1e-4)
+    assert values[large].min() > 0.6 and values.max() < 1.25 and large.float().mean() > 0.9
+
+
+def test_muon_takes_the_matrices_of_attention_and_mlp_and_adamw_the_rest() -> None:
+    optimizer, model = muon_and_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(taken) == sorted(names.values())  # each once
+    hidden = {names[id(p)] for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    layers = ("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2")
+    assert hidden == {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
+    assert isinstance(optimizer_of(model, Optimisation()), torch.optim.AdamW)
+
+
+def test_a_muon_step_orthogonalises_q_k_and_v_apart_at_the_scale_of_adamw() -> None:
+    optimizer, model = muon_and_model()
+    weight = model.blocks[0].attn.mat_qkv.weight
+    before, width = weight.detach().clone(), model.config.width
+    with_gradients(model, 1)
+    gradient = weight.grad
+    assert gradient is not None
+    optimizer.step()
+    change = before - weight.detach()
+    momentum = gradient * (1 - MUON.momentum)
+    direction = gradient.lerp(momentum, MUON.momentum)
+    for part in range(3):
+        rows = slice(part * width, (part + 1) * width)
+        expected = 0.01 * 0.2 * width**0.5 * orthogonalised(direction[None, rows])[0]
+        torch.testing.assert_close(change[rows], expected, rtol=1e-3, atol=1e-7)
+    assert change.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+def test_what_muon_leaves_is_adamws() -> None:
+    (optimizer, model), (_, twin) = muon_and_model(), muon_and_model()
+    plain = torch.optim.AdamW(parameter_groups(twin, 0.0), lr=0.01, betas=MUON.betas)
+    for seed in range(3):
+        for one in (model, twin):
+            with_gradients(one, seed)
+        optimizer.step()
+        plain.step()
+    others = dict(twin.named_parameters())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = next(name for name, p in model.named_parameters() if p is parameter)
+            assert torch.equal(parameter, others[name]) != group["muon"], name
+
+
+def test_muon_goes_on_where_it_stopped_bit_for_bit() -> None:
+    (whole, model), (stopped, twin) = muon_and_model(), muon_and_model()
+    for seed in range(4):
+        with_gradients(model, seed)
+        whole.step()
+    for seed in range(2):
+        with_gradients(twin, seed)
+        stopped.step()
+    state = copy.deepcopy(stopped.state_dict())
+    resumed = optimizer_of(twin, MUON)
+    resumed.load_state_dict(state)
+    for seed in range(2, 4):
+        with_gradients(twin, seed)
+        resumed.step()
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_closure_computes_the_loss_anew() -> None:
+    optimizer, model = muon_and_model()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        with_gradients(model, 0)
+        return 3.0
+
+    assert optimizer.step(closure) == 3.0 and optimizer.step() is None
+    assert all(not torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -48,6 +48,22 @@ def test_nothing_is_written_into_a_bundle(tmp_path: Path) -> None:
     assert not (tmp_path / "images").exists()
 
 
+def test_no_steps_are_not_the_default(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
+    ended = flexvar("generate", tiny_bundle, "-o", out, "--classes", "1", "--steps", "0")
+    assert ended.code == 2 and "steps 0" in ended.err and not out.exists()
+
+
+def test_a_size_and_steps_derive_the_schedule(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
+    arguments = ("generate", tiny_bundle, "-o", out, "--classes", "1", "--size", "24x32")
+    ended = flexvar(*arguments, "--steps", "4", "--json")
+    assert ended.json["schedule"] == str(ScaleSchedule.for_size((6, 8), 4)) and pixels(
+        out / "000000_class0001.png"
+    ).shape == (24, 32, 3)
+    for extra, text in ((("--schedule", "1_2"), "a schedule with a size or steps"), (("--size", "25x32"), "25x32")):
+        ended = flexvar(*arguments, *extra, "--force")
+        assert ended.code == 2 and text in ended.err
+
+
 def test_a_class_name_that_two_classes_have_is_refused() -> None:
     names = ("tench", "crane", "shark", "crane")
     assert parse_labels("tench, 2,shark", names) == [0, 2, 2]
