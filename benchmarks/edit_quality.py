@@ -44,6 +44,7 @@ SIDE, SMALL = 64, 16  # pixels of a scene, and of one to be refined
 HELD_OUT_FROM = 5000  # past the scenes that the classifier is tested on
 FEATHER = 4
 STRENGTHS = (0.2, 0.4, 0.6, 0.8)
+# height : width
 PROPORTIONS = {"1:2": (64, 128), "2:3": (64, 96), "3:2": (96, 64), "2:1": (128, 64), "twice": (128, 128)}
 console = Console()
 
