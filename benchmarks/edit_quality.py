@@ -153,7 +153,7 @@ def refining(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[str
     shown = [pictures, bicubic]
     for strength in (None, *STRENGTHS):
         images = edits.edited(small, labels, "refine", size=(SIDE, SIDE), strength=strength)
-        name = "what the picture resolves" if strength is None else f"strength {strength:g}"
+        name = "the default" if strength is None else f"strength {strength:g}"
         rows[name] = row(images)
         shown.append(images)
         console.print(f"refine, {name}: {rows[name]}", highlight=False)

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_map_only
 
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP, new_names
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
 from flexvar_runtime.manifest import Range
 
-from .modules import graph_module
+from .modules import Step, graph_module
 from .proof import Proof
+from .teacher_forcing import teacher_forced
 
 FLOAT16_MAX = 65504.0
 FLOAT16_MARGIN = 8.0
@@ -39,7 +40,15 @@ _PRODUCTS = {
 }
 
 
-class LargestActivation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+class SummedInFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Products of bfloat16 are summed in float32 and rounded once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        return _summed_in_float32(func, args, kwargs) if func in _PRODUCTS else func(*args, **kwargs)
+
+
+class LargestActivation(SummedInFloat32):  # type: ignore[no-untyped-call]
     """Remembers the largest magnitude among bfloat16 results and attention scores, and the module that was running."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -58,7 +67,7 @@ class LargestActivation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        result = _summed_in_float32(func, args, kwargs) if func in _PRODUCTS else func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         results = list(result) if isinstance(result, tuple | list) else [result]
         if func is _aten.scaled_dot_product_attention.default:  # its scores are half precision in the graph
             q, k = args[:2]
@@ -115,35 +124,10 @@ def _run_condition(module: nn.Module, model: FlexVAR, proof: Proof, watch: Large
 
 
 def _run_step(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    depth, heads, size = model.config.depth, model.config.heads, model.config.head_size
+    assert isinstance(module, Step)
     for case in proof.cases:
-        B = len(case.labels)
-        labels = torch.tensor([*case.labels, *[model.config.null_class] * B])
-        modulation = torch.stack([block.ada_lin(model.condition(labels)) for block in model.blocks], 1)
-        head = model.head_nm.ada_lin(model.condition(labels))
-        rows = torch.arange(B, dtype=torch.int32)
-        cache = [torch.empty(0, 2 * B, heads, size, dtype=torch.bfloat16) for _ in new_names(depth)]
-        weights = case.guidance.weights(case.schedule)
-        for i, size_hw in enumerate(case.schedule):
-            if i == 0:
-                codes, offset = torch.zeros(2 * B, 1, model.config.code_dim), model.first_input(labels)
-            else:
-                previous = torch.from_numpy(case.tokens[i - 1]).long()
-                codes = model.next_codes(previous, case.schedule[i - 1], size_hw).repeat(2, 1, 1)
-                offset = (model.positions(*size_hw) + model.word_embed.bias).expand(2 * B, -1, -1)
-            with watch:
-                _, keys, values = module(
-                    codes,
-                    offset,
-                    modulation.view(2 * B, depth, 6, -1),
-                    head.view(2 * B, 2, -1),
-                    rows,
-                    rows + B,
-                    torch.full((B,), weights[i]),
-                    cache[:depth],
-                    cache[depth:],
-                )
-            cache = [torch.cat(pair) for pair in zip(cache, (*keys, *values), strict=True)]
+        for _ in teacher_forced(module, model, case, watch):
+            pass
 
 
 def _run_decode(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:

@@ -6,26 +6,36 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import flexvar_ref
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.graphs import TABLES_FILE, WEIGHTS_OF, graph_specs
-from flexvar_runtime.manifest import PRECISIONS, SCHEMA_VERSION, Manifest, ParityRecord, Provenance
+from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_specs
+from flexvar_runtime.manifest import (
+    PRECISIONS,
+    SCHEMA_VERSION,
+    GraphSpec,
+    Manifest,
+    ModelFacts,
+    ParityRecord,
+    Provenance,
+)
 
 from .activations import largest_activations, refuse_overflow
 from .facts import PUBLISHED_DEFAULTS, model_facts, tables
-from .modules import graph_module
+from .modules import block_parts, graph_module
 from .onnx_graphs import export_graph
 from .parity import prove, require_parity
 from .proof import PROOF_FILE, make_proof
+from .sensitivity import parts_to_keep, rounding_errors, step_excess
 
 TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -43,15 +53,21 @@ def export_bundle(
     class_names: tuple[str, ...] | None = None,
     force: bool = False,
     threads: int | None = None,
+    float32_parts: Sequence[str] | None = None,
     progress: Progress = lambda _: None,
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
+
+    float32_parts: what a half-precision step keeps in float32 (names of `modules.block_parts`); None: nothing, or where
+    that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
 
     Raises ArtifactRefused (checkpoint or fp16 range), ParityFailed, InvalidInput, BackendUnavailable. Whatever happens,
     nothing unproven is left under the name `out`.
     """
     if precision not in PRECISIONS:
         raise InvalidInput(f"precision {precision!r}", expected=" or ".join(PRECISIONS), fix="name one of them")
+    if float32_parts and precision == "fp32":
+        raise InvalidInput(f"{float32_parts[0]!r:.100} to keep in float32", expected="fp16 or bf16", fix="leave it out")
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
     with write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
@@ -65,15 +81,15 @@ def export_bundle(
         largest = largest_activations(model, vae, proof)
         if precision == "fp16":
             refuse_overflow(largest)
-        specs = graph_specs(facts, precision)
-        for name, spec in specs.items():
+        specs, kept = graph_specs(facts, precision), _known_parts(float32_parts or (), facts)
+        for name in specs:
             progress(f"exporting {name}")
-            module = graph_module(name, model, vae, TORCH_PRECISIONS[precision])
-            export_graph(module, spec, directory, specs.get(WEIGHTS_OF.get(name, "")))
+            _export(name, specs, graph_module(name, model, vae, TORCH_PRECISIONS[precision], kept), directory)
         tables(model, vae).save(directory / TABLES_FILE)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             precision=precision,
+            float32_parts=kept,
             model=facts,
             graphs=specs,
             defaults=defaults,
@@ -87,9 +103,35 @@ def export_bundle(
         del model, vae
         progress("proving parity")
         record = prove(seal(directory, manifest), proof, threads=threads)
+        if precision != "fp32" and float32_parts is None and (excess := step_excess(record)):
+            progress("finding what must stay float32")
+            model, vae = load_reference(transformer, tokenizer)
+            for kept in parts_to_keep(rounding_errors(model, proof), excess):
+                progress(f"keeping {', '.join(kept)} in float32")
+                for name in (STEP, PREFILL):
+                    _export(name, specs, graph_module(name, model, vae, TORCH_PRECISIONS[precision], kept), directory)
+                manifest = replace(manifest, float32_parts=kept)
+                record = prove(seal(directory, manifest), proof, threads=threads)
+                if record.passed:
+                    break
         require_parity(record)
         seal(directory, replace(manifest, parity=record))
     return Bundle.open(out)
+
+
+def _export(name: str, specs: Mapping[str, GraphSpec], module: nn.Module, directory: Path) -> None:
+    export_graph(module, specs[name], directory, specs.get(WEIGHTS_OF.get(name, "")))
+
+
+def _known_parts(names: Sequence[str], model: ModelFacts) -> tuple[str, ...]:
+    """The names, sorted. Raises InvalidInput for one that the model does not have."""
+    known = block_parts(model.depth)
+    for name in names:
+        if name not in known:
+            raise InvalidInput(
+                f"float32 part {name!r:.100}", expected=f"{known[0]} to {known[-1]}", fix="name parts of this model"
+            )
+    return tuple(sorted(set(names)))
 
 
 def load_reference(

@@ -45,6 +45,13 @@ def export(
     vae: Annotated[Path, typer.Option(help="Tokenizer: FlexVAE.pth, or .safetensors with its .json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    float32: Annotated[
+        str,
+        typer.Option(
+            help="What stays float32 in half precision: auto (the parts that rounding hurts most, where the gate asks "
+            "for it), none, or names as in blocks.0.mlp,blocks.1.attention."
+        ),
+    ] = "auto",
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
@@ -64,6 +71,7 @@ def export(
             class_names=names,
             force=force,
             threads=threads,
+            float32_parts=_float32_parts(float32),
             progress=progress,
         )
     size = sum(record.size for record in bundle.manifest.files.values())
@@ -72,6 +80,7 @@ def export(
         "bundle": str(output),
         "sha256": bundle.sha256,
         "precision": precision,
+        "float32_parts": list(bundle.manifest.float32_parts),
         "size_bytes": size,
         "parity": _summary(record),
     }
@@ -80,9 +89,17 @@ def export(
         out.print(
             f"{output}: {precision}, {size / 1e6:.1f} MB, sha256 {bundle.sha256}", highlight=False, soft_wrap=True
         )
+        if bundle.manifest.float32_parts:
+            out.print(f"kept in float32: {', '.join(bundle.manifest.float32_parts)}", highlight=False, soft_wrap=True)
         _show_record(record)
 
     emit(data, as_json, show)
+
+
+def _float32_parts(text: str) -> tuple[str, ...] | None:
+    if text == "auto":
+        return None
+    return () if text == "none" else tuple(text.split(","))
 
 
 def verify(

@@ -31,7 +31,7 @@ def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
         onnx.save_model(model, str(directory / spec.file), save_as_external_data=True, location=f"{spec.file}.data")
     (directory / TABLES_FILE).write_bytes(bundle.file(TABLES_FILE).read_bytes())
     graphs = graph_specs(manifest.model, "fp32")
-    return seal(directory, replace(manifest, precision="fp32", graphs=graphs, files={}))
+    return seal(directory, replace(manifest, precision="fp32", float32_parts=(), graphs=graphs, files={}))
 
 
 def widen(model: onnx.ModelProto) -> None:

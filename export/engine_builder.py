@@ -75,7 +75,13 @@ def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timi
     parser = _parse(library, network, path)  # owns the weights that the network refers to
     decompose_attention(library, network)
     attention = sum(node.operator == "Attention" for node in content.nodes)
-    precision = prove_precision(wanted.graph, bundle.manifest.precision, arithmetic(library, network), attention)
+    precision = prove_precision(
+        wanted.graph,
+        bundle.manifest.precision,
+        arithmetic(library, network),
+        attention,
+        bundle.manifest.float32_parts,
+    )
     _check_border(path.name, spec, network)
     config = _config(library, builder, spec, wanted)
     if timing is not None:

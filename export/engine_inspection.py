@@ -11,7 +11,7 @@ from flexvar_runtime.engines import PrecisionReport
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.graphs import DTYPE_OF_PRECISION, PREFILL, REQUIRED
 
-from .engine_precision import FLOAT32_ISLANDS, inspect_precision
+from .engine_precision import FLOAT32_ISLANDS, inspect_precision, kept_matmuls
 
 LEAST_SHARE = 0.95  # of matmul, convolution and attention kernels in the precision of the bundle
 
@@ -26,15 +26,15 @@ def inspect_engines(
             with closing(backend.open(bundle, graph)) as opened:
                 reports[graph] = inspect_precision(opened.information(), claimed)
     for graph, report in reports.items():
-        _require(graph, report)
+        _require(graph, report, kept_matmuls(graph, bundle.manifest.float32_parts))
     return reports
 
 
-def _require(graph: str, report: PrecisionReport) -> None:
-    """At least LEAST_SHARE, or all but the declared islands where a graph has few layers."""
+def _require(graph: str, report: PrecisionReport, kept: int) -> None:
+    """At least LEAST_SHARE, or all but the declared islands and the layers that are kept in float32."""
     total = sum(count for kinds in report.layers.values() for count in kinds.values())
-    islands = len(FLOAT32_ISLANDS.get(graph, ()))
-    if report.share < LEAST_SHARE and round(total * (1 - report.share)) > islands:
+    declared = len(FLOAT32_ISLANDS.get(graph, ())) + kept
+    if report.share < LEAST_SHARE and round(total * (1 - report.share)) > declared:
         raise ArtifactRefused(
             f"{graph}: an engine with {report.share:.0%} of its arithmetic in {report.claimed} ({report.layers})",
             expected=f"at least {LEAST_SHARE:.0%}",

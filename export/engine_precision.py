@@ -2,14 +2,15 @@
 
 TensorRT has no precision flags: what the ONNX graph's types say is what runs, and a float32 graph runs in float32
 without a word. So every matrix product, convolution and attention must be in the precision that the bundle claims, but
-for the islands that `flexvar_export.modules` keeps in float32. `inspect_precision` says the same of a finished engine.
+for the islands that `flexvar_export.modules` keeps in float32 and the parts that the manifest names.
+`inspect_precision` says the same of a finished engine.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ FLOAT32_ISLANDS = {
     ENCODE: {(CONVOLUTION, "image"), (CONVOLUTION, "latent")},
 }
 """Layers that stay float32 in half precision: kind, and the graph's input they read or output they give."""
+_PART_MATMULS = {"attention": 6, "mlp": 2}  # q, k, v, scores, values and projection; both products
 FUSED_HEAD_SIZE = 256  # the largest for which attention in half precision has a kernel of its own
 _KINDS = {
     "MATRIX_MULTIPLY": MATMUL,
@@ -91,22 +93,29 @@ def arithmetic(library: TrtLibrary, network: Any) -> list[Layer]:
     return found
 
 
-def prove_precision(graph: str, precision: str, layers: Iterable[Layer], attention_layers: int) -> PrecisionReport:
-    """Refuse a graph that computes in another precision than it claims, islands aside.
+def prove_precision(
+    graph: str, precision: str, layers: Iterable[Layer], attention_layers: int, kept: Collection[str] = ()
+) -> PrecisionReport:
+    """Refuse a graph that computes in another precision than it claims, islands and parts kept in float32 aside.
 
     attention_layers: how many the ONNX graph has. In half precision those of `step` must all be fused: decomposed, they
-    would write every score to memory. Raises ArtifactRefused.
+    would write every score to memory. kept: the manifest's `float32_parts`. Raises ArtifactRefused.
     """
     layers, claimed = list(layers), DTYPE_OF_PRECISION[precision]
     islands = FLOAT32_ISLANDS.get(graph, set()) if precision != "fp32" else set()
+    declared = kept_matmuls(graph, kept)
     wrong = [layer for layer in layers if layer.dtype != (_island_dtype(layer, islands) or claimed)]
+    if _as_declared(graph, wrong, declared):
+        wrong = []
     right = sum(layer.dtype == claimed for layer in layers)
     if wrong or not layers:
         names = ", ".join(f"{layer.kind} {layer.name} in {layer.dtype}" for layer in wrong[:3])
         raise ArtifactRefused(
             f"{graph}: {right} of {len(layers)} matmul, convolution and attention layers in {claimed}"
             + (f" ({names}{', …' if len(wrong) > 3 else ''})" if wrong else ""),
-            expected=f"all in {claimed}" + (f" but {_listed(islands)} in float32" if islands else ""),
+            expected=f"all in {claimed}"
+            + (f" but {_listed(islands)} in float32" if islands else "")
+            + (f", and {', '.join(kept)}" if declared else ""),
             fix=f"export the bundle again with --precision {precision}",
         )
     attention = [layer for layer in layers if layer.kind == ATTENTION]
@@ -119,6 +128,18 @@ def prove_precision(graph: str, precision: str, layers: Iterable[Layer], attenti
             fix="export the bundle again; heads are fused up to a size of 256",
         )
     return _report(claimed, Counter((layer.kind, layer.dtype) for layer in layers), fused)
+
+
+def kept_matmuls(graph: str, kept: Collection[str]) -> int:
+    """How many matrix products the parts that stay float32 come to: in `prefill` at most, whose last block ends with
+    keys and values."""
+    return sum(_PART_MATMULS[part.rpartition(".")[2]] for part in kept) if graph in (STEP, PREFILL) else 0
+
+
+def _as_declared(graph: str, others: list[Layer], declared: int) -> bool:
+    """Whether the layers in another type than claimed are what the parts kept in float32 come to, and nothing else."""
+    kept = all(layer.kind == MATMUL and layer.dtype == "float32" and not layer.border for layer in others)
+    return kept and (len(others) == declared if graph == STEP else len(others) <= declared)
 
 
 def _island_dtype(layer: Layer, islands: set[tuple[str, str]]) -> str | None:

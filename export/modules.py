@@ -3,12 +3,14 @@
 Shapes: N sequences, B images, L new and P past tokens, H heads, C width, D code dimension, V vocabulary, M labels.
 Precision is a property of the graph: matrix products, convolutions and attention run in `dtype`; normalisations, q/k
 normalisation, guidance and logits stay float32, and so does the residual stream of the transformer and the encoder. The
-decoder's is in `dtype`: it passes its gate, and float32 maps of full size would double its memory traffic.
+decoder's is in `dtype`: it passes its gate, and float32 maps of full size would double its memory traffic. What a
+trained model is too sensitive in can stay float32 by halves of a block: see `block_parts` and `sensitivity`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,14 @@ from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
 from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, PREFILL, STEP
 
 L2_EPS = 1e-12
+ATTENTION, MLP = "attention", "mlp"
+Kept = Collection[str]  # of `block_parts`: what stays float32
+
+
+def block_parts(depth: int) -> tuple[str, ...]:
+    """Names of what a half-precision step can keep in float32: `blocks.I.attention` (with its projections; keys and
+    values are cached in half precision all the same) and `blocks.I.mlp`."""
+    return tuple(f"blocks.{i}.{part}" for i in range(depth) for part in (ATTENTION, MLP))
 
 
 def _matrix(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -96,21 +106,26 @@ class Condition(nn.Module):
 
 
 class StepBlock(nn.Module):
-    """One transformer block over new tokens, with the past keys and values token-major."""
+    """One transformer block over new tokens, with the past keys and values token-major.
+
+    dtype: of keys and values; `attention` and `mlp`: of the arithmetic of these parts.
+    """
 
     temperature: Tensor
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, attention: torch.dtype, mlp: torch.dtype) -> None:
         super().__init__()
         attn = block.attn
-        self.width, self.heads, self.dtype = block.width, attn.heads, dtype
+        self.width, self.heads = block.width, attn.heads
+        self.dtype, self.attention_dtype = dtype, attention
         self.head_size = self.width // self.heads
-        weights = _matrix(attn.mat_qkv, dtype).chunk(3, dim=1)
+        weights = _matrix(attn.mat_qkv, attention).chunk(3, dim=1)
         biases = (attn.q_bias, attn.zero_k_bias, attn.v_bias)
         self.q, self.k, self.v = (
-            Dense(w.contiguous(), _vector(b, dtype)) for w, b in zip(weights, biases, strict=True)
+            Dense(w.contiguous(), _vector(b, attention)) for w, b in zip(weights, biases, strict=True)
         )
-        self.proj, self.fc1, self.fc2 = (Dense.of(x, dtype) for x in (attn.proj, block.ffn.fc1, block.ffn.fc2))
+        self.proj = Dense.of(attn.proj, attention)
+        self.fc1, self.fc2 = (Dense.of(layer, mlp) for layer in (block.ffn.fc1, block.ffn.fc2))
         temperature = attn.scale_mul_1H11.detach().clamp_max(LOGIT_SCALE_LIMIT).exp()
         self.register_buffer("temperature", _vector(temperature.view(attn.heads, 1), torch.float32))
 
@@ -125,16 +140,24 @@ class StepBlock(nn.Module):
         (L, N, H, 64). mask (L, L): which of the tokens a token attends to, where there is no past."""
         N, L, _ = x.shape
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
-        hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.dtype)
+        hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.attention_dtype)
         q, k, v = (dense(hidden).view(N, L, self.heads, self.head_size) for dense in (self.q, self.k, self.v))
         q = self._unit(q) * self.temperature
-        k, v = self._unit(k).to(self.dtype).transpose(0, 1), v.transpose(0, 1)
+        k, v = self._unit(k).to(self.dtype).transpose(0, 1), v.to(self.dtype).transpose(0, 1)
         keys, values = (k, v) if past is None else (torch.cat((past[0], k)), torch.cat((past[1], v)))
-        keys, values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
-        out = F.scaled_dot_product_attention(q.to(self.dtype).transpose(1, 2), keys, values, mask, scale=1.0)
+        keys, values = (cache.to(self.attention_dtype).permute(1, 2, 0, 3) for cache in (keys, values))
+        out = self._attend(q.to(self.attention_dtype).transpose(1, 2), keys, values, mask)
         x = x + self.proj(out.transpose(1, 2).reshape(N, L, self.width)).float() * gamma1
         hidden = F.gelu(self.fc1(self._norm(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + self.fc2(hidden).float() * gamma2, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.attention_dtype == self.dtype:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+        scores = q @ k.mT  # spelt out: TensorRT-RTX 1.7 dies of float32 attention over keys that were half
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1) @ v
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.width,), eps=NORM_EPS)
@@ -143,6 +166,13 @@ class StepBlock(nn.Module):
     def _unit(x: Tensor) -> Tensor:
         x = x.float()
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(L2_EPS)
+
+
+def _blocks(model: FlexVAR, dtype: torch.dtype, kept: Kept) -> nn.ModuleList:
+    def of(i: int, part: str) -> torch.dtype:
+        return torch.float32 if f"blocks.{i}.{part}" in kept else dtype
+
+    return nn.ModuleList(StepBlock(block, dtype, of(i, ATTENTION), of(i, MLP)) for i, block in enumerate(model.blocks))
 
 
 class Step(nn.Module):
@@ -154,11 +184,11 @@ class Step(nn.Module):
 
     embed: Tensor
 
-    def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
+    def __init__(self, model: FlexVAR, dtype: torch.dtype, kept: Kept = ()) -> None:
         super().__init__()
         self.width, self.dtype = model.config.width, dtype
         self.register_buffer("embed", _matrix(model.word_embed, torch.float32))
-        self.blocks = nn.ModuleList(StepBlock(block, dtype) for block in model.blocks)
+        self.blocks = _blocks(model, dtype, kept)
         self.head = Dense.of(model.head, dtype)
 
     def forward(
@@ -194,10 +224,10 @@ class Prefill(nn.Module):
 
     embed: Tensor
 
-    def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
+    def __init__(self, model: FlexVAR, dtype: torch.dtype, kept: Kept = ()) -> None:
         super().__init__()
         self.register_buffer("embed", _matrix(model.word_embed, torch.float32))
-        self.blocks = nn.ModuleList(StepBlock(block, dtype) for block in model.blocks)
+        self.blocks = _blocks(model, dtype, kept)
 
     def forward(
         self, codes: Tensor, offset: Tensor, modulation: Tensor, scale: Tensor
@@ -292,8 +322,10 @@ class Encode(nn.Module):
         return self.quant_conv(self.encoder(image))
 
 
-def graph_module(graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype) -> nn.Module:
-    """The module behind a graph of the bundle."""
-    if graph in (CONDITION, STEP, PREFILL):
-        return {CONDITION: Condition, STEP: Step, PREFILL: Prefill}[graph](model, dtype).eval()
+def graph_module(graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype, kept: Kept = ()) -> nn.Module:
+    """The module behind a graph of the bundle. kept: parts of the blocks that stay float32."""
+    if graph in (STEP, PREFILL):
+        return {STEP: Step, PREFILL: Prefill}[graph](model, dtype, kept).eval()
+    if graph == CONDITION:
+        return Condition(model, dtype).eval()
     return {DECODE: Decode, ENCODE: Encode}[graph](tokenizer, dtype).eval()

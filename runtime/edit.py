@@ -36,9 +36,10 @@ class Edit:
     size: (height, width) in pixels that the picture is brought to, of "expand" those of the canvas; None is the area
     of the bundle's default, in the picture's own proportions. fit: how proportions that differ are met: "resize"
     stretches, "crop" cuts from the middle, "pad" continues the edges and cuts the result again.
-    strength (refine): share of the scales that are generated, 0 … 1, at least one; None forces the scales that the
-    picture resolves. sides (outpaint): pixels to add above, right, below, left. anchor (expand): where the picture
-    lies. paste: the kept pixels themselves in the result, blended over `feather` pixels around what is new.
+    strength (refine): share of the scales that are generated, 0 … 1, at least one; None forces the scales up to
+    halfway, in octaves, from the picture's own size to the result's. sides (outpaint): pixels to add above, right,
+    below, left. anchor (expand): where the picture lies. paste: the kept pixels themselves in the result, blended over
+    `feather` pixels around what is new.
     Raises InvalidInput, also for an option that the task does not have.
     """
 

@@ -121,13 +121,16 @@ def _schedule(
 
 
 def _forced(edit: Edit, canvases: Sequence[Canvas], schedule: ScaleSchedule, factor: int) -> int:
-    """Scales that a refinement keeps: all but the share that is generated, or those that the picture resolves."""
+    """Scales that a refinement keeps: all but the share that is generated, or those up to halfway, in octaves, from the
+    sides that the picture itself would have in tokens to those of the result."""
     count = len(schedule)
     if edit.strength is not None:
         return count - max(1, round(edit.strength * count))
     sizes = [canvas.resolved for canvas in canvases if canvas.resolved is not None]
-    height, width = min(h for h, _ in sizes) // factor, min(w for _, w in sizes) // factor
-    kept = sum(h <= height and w <= width for h, w in schedule)
+    height, width = (
+        min(side) * whole / factor for side, whole in zip(zip(*sizes, strict=True), schedule[-1], strict=True)
+    )
+    kept = sum(h * h <= height and w * w <= width for h, w in schedule)
     return min(max(1, kept), count - 1)
 
 

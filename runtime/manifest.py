@@ -26,6 +26,7 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _GRAPH_NAME = re.compile(_PART)
 _FILE_NAME = re.compile(f"{_PART}(/{_PART})*")
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_BLOCK_PART = re.compile(r"blocks\.([0-9]{1,3})\.(attention|mlp)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCHEDULE = re.compile(r"[0-9]{1,4}(x[0-9]{1,4})?(_[0-9]{1,4}(x[0-9]{1,4})?)*")
 _GREEDY = re.compile(r"upstream|none|[0-9]{1,4}(x[0-9]{1,4})?(,[0-9]{1,4}(x[0-9]{1,4})?)*")
@@ -209,7 +210,11 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything `manifest.json` says. `files` is empty until the bundle is sealed."""
+    """Everything `manifest.json` says. `files` is empty until the bundle is sealed.
+
+    float32_parts: parts of the step that a half-precision bundle computes in float32 (`blocks.I.attention`,
+    `blocks.I.mlp`), because the gate asked for it; manifests without the key have none.
+    """
 
     schema_version: int
     precision: str
@@ -220,12 +225,20 @@ class Manifest:
     parity: ParityRecord
     largest_activation: dict[str, Range]
     files: dict[str, FileRecord]
+    float32_parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version, str(SCHEMA_VERSION))
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         for name in self.graphs:
             _require_match(_GRAPH_NAME, "graphs: name", name, "letters, digits, _ - .")
+        for name in self.float32_parts:
+            part = _BLOCK_PART.fullmatch(name)
+            known = part is not None and int(part[1]) < self.model.depth
+            _require(known, "float32_parts", name, f"blocks.I.attention or blocks.I.mlp, I < {self.model.depth}")
+        parts = self.float32_parts
+        _require(self.precision != "fp32" or not parts, "float32_parts", parts, "none in fp32")
+        _require(len(set(parts)) == len(parts), "float32_parts", parts, "every part once")
         for name in self.largest_activation:
             _require(name in self.graphs, "largest_activation: graph", name, f"one of {', '.join(self.graphs)}")
         for name in self.files:

@@ -1,7 +1,8 @@
 """A strict codec between JSON and frozen dataclasses: what is not exactly as declared is refused.
 
-`loads` refuses duplicate keys and NaN or Infinity; `decode` refuses unknown keys, missing keys and wrong types
-(`true` is no int, but `1` is a float), and names the place: `manifest.json: model.depth`.
+`loads` refuses duplicate keys and NaN or Infinity; `decode` refuses unknown keys, missing keys (unless
+they have a default) and wrong types (`true` is no int, but `1` is a float), and names the place:
+`manifest.json: model.depth`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 import reprlib
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -129,10 +130,10 @@ def _decode_dataclass(kind: Any, data: object, at: str) -> object:
     for key in data:
         if key not in hints:
             _refuse(f"{at}: unknown key {short(key)}", f"only the keys {', '.join(hints)}")
-    for key in hints:
-        if key not in data:
-            _refuse(f"{at}: no key {key!r}", f"the keys {', '.join(hints)}")
-    values = {key: _decode(hint, data[key], _join(at, key)) for key, hint in hints.items()}
+    for field in fields(kind):
+        if field.name not in data and field.default is MISSING:
+            _refuse(f"{at}: no key {field.name!r}", f"the keys {', '.join(hints)}")
+    values = {key: _decode(hint, data[key], _join(at, key)) for key, hint in hints.items() if key in data}
     try:
         return cast(object, kind(**values))
     except ArtifactRefused as error:  # the class's own checks know the field, not the place

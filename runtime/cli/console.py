@@ -41,15 +41,15 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
 
 @contextmanager
 def steps(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
-    """Progress over `total` steps (None: not known before): a bar on a terminal, plain lines otherwise. Call the
-    yielded function at each."""
+    """Progress over `total` steps (None: not known before; it grows where more come): a bar on a terminal, plain lines
+    otherwise. Call the yielded function at each."""
     if not err.is_terminal:
         done = 0
 
         def plain(message: str) -> None:
             nonlocal done
             done += 1
-            place = what if total is None else f"{what} {done}/{total}"
+            place = what if total is None else f"{what} {done}/{max(total, done)}"
             err.print(f"{place}: {message}", highlight=False, markup=False, soft_wrap=True)
 
         yield plain
@@ -60,5 +60,8 @@ def steps(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
 
         def advance(message: str) -> None:
             progress.update(task, advance=1, description=f"{what}: {message}")
+            known = progress.tasks[task]
+            if known.total is not None and known.completed > known.total:
+                progress.update(task, total=known.completed)
 
         yield advance

@@ -21,8 +21,8 @@ from flexvar_ref.training.transformer_loss import TokenObjective
 
 MODEL = Path(__file__).parents[2] / "demo" / "model"
 MEGABYTES = 25
-LOSS = 4.0  # untrained: ln 1024 = 6.93
-RECOGNISED, GOAL = 0.75, 0.9  # what is reached, and what it should be
+LOSS = 3.0  # untrained: ln 1024 = 6.93
+RECOGNISED = 0.9
 HALF_PRECISION = 5  # images of 500: 1 point
 
 
@@ -90,7 +90,7 @@ def test_the_evaluation_is_of_these_weights_and_complete(quality: dict[str, Any]
     default = rows["10 steps"]
     assert default["images"] == 500 and default["accuracy"] >= RECOGNISED
     assert rows["real scenes"]["frechet"] < default["frechet"] < rows["untrained control"]["frechet"]
-    for precision in ("fp16", "bf16"):  # within a point: five of 500 images, counted, because 0.778 − 0.768 > 0.01
+    for precision in ("fp16", "bf16"):  # within a point: five of 500 images, counted: shares are rounded
         row = rows[f"10 steps, {precision}"]
         assert row["images"] == 500 and abs(recognised(row) - recognised(default)) <= HALF_PRECISION
 
@@ -98,12 +98,6 @@ def test_the_evaluation_is_of_these_weights_and_complete(quality: dict[str, Any]
 def recognised(row: dict[str, Any]) -> int:
     """Images."""
     return round(row["accuracy"] * row["images"])
-
-
-@pytest.mark.xfail(strict=True, reason="the demo model misses its goal; the card gives the figure")
-def test_the_goal_is_reached(quality: dict[str, Any]) -> None:
-    [recorded] = [row["accuracy"] for row in quality["rows"] if row["name"] == "10 steps"]
-    assert recorded >= GOAL
 
 
 def test_the_card_has_the_figures_of_the_evaluation(quality: dict[str, Any]) -> None:

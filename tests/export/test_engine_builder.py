@@ -41,7 +41,7 @@ from flexvar_runtime import (
 )
 from flexvar_runtime.backends.trt_library import TrtLibrary, load
 from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.engines import PORTABLE, RECIPE, EngineId, graph_files, graph_sha256
+from flexvar_runtime.engines import PORTABLE, RECIPE, EngineId, PrecisionReport, graph_files, graph_sha256
 from flexvar_runtime.graphs import GRAPHS, graph_specs
 from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, ModelFacts, Provenance
 from flexvar_runtime.schedule import PUBLISHED
@@ -323,6 +323,43 @@ def test_one_layer_in_float32(
     bundle = seal(path, replace(manifest, graphs=graphs, largest_activation={}))
     with pytest.raises(ArtifactRefused, match=r"step: 14 of 16 matmul, .* in float16 \(matmul node_\S+ in float32\)"):
         build_engine(library, bundle, engine_id(library, bundle, "step"))
+
+
+@pytest.mark.parametrize(
+    ("graph", "matmuls", "fused"),
+    [("step", {"float16": 7, "float32": 9}, 1), ("prefill", {"float16": 2, "float32": 9}, 0)],
+)
+def test_parts_kept_in_float32(
+    tiny_pair: tuple[FlexVAR, Tokenizer],
+    tiny_bundles: Callable[[str], Path],
+    library: TrtLibrary,
+    tmp_path: Path,
+    graph: str,
+    matmuls: dict[str, int],
+    fused: int,
+) -> None:
+    """They build where the manifest names them: no more than it names, and in the step no less."""
+    kept = ("blocks.0.attention", "blocks.0.mlp")
+    path = tmp_path / "bundle"
+    path.mkdir()
+    manifest = Bundle.open(tiny_bundles("fp16")).manifest
+    graphs = {name: manifest.graphs[name] for name in ("step", "prefill")}
+    for name, spec in graphs.items():
+        module = graph_module(name, *tiny_pair, torch.float16, kept)
+        export_graph(module, spec, path, graphs["step"] if name == "prefill" else None)
+
+    def build(parts: tuple[str, ...]) -> PrecisionReport:
+        named = replace(manifest, graphs=graphs, largest_activation={}, float32_parts=parts)
+        bundle = seal(path, named)
+        return build_engine(library, bundle, engine_id(library, bundle, graph)).precision
+
+    report = build(kept)
+    assert report.layers["matmul"] == matmuls and report.fused_attention == fused
+    with pytest.raises(ArtifactRefused, match=rf"{graph}: \S+ of \S+ matmul.* float32, and blocks.0.attention;"):
+        build(kept[:1])
+    if graph == "step":
+        with pytest.raises(ArtifactRefused, match=r"and blocks\.0\.attention, blocks\.0\.mlp, blocks\.1\.mlp"):
+            build((*kept, "blocks.1.mlp"))
 
 
 def test_attention_must_stay_fused() -> None:

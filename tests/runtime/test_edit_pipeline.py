@@ -107,13 +107,13 @@ def test_strength_is_the_share_of_scales_generated(
     assert seen == ([forced] if forced else [])
 
 
-def test_a_small_picture_forces_the_scales_it_resolves(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_picture_forces_the_scales_halfway_to_the_result(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     force = ScaleLoop.force
     monkeypatch.setattr(ScaleLoop, "force", lambda self, tokens: seen.append(len(tokens)) or force(self, tokens))
-    pipe.edit(picture()[::3, ::3], "refine", size=(24, 32), schedule=SCHEDULE, seed=1)  # 8x10: 2x2 tokens
+    pipe.edit(picture()[::3, ::3], "refine", size=(24, 32), schedule=SCHEDULE, seed=1)  # 8x10: 2x2.5 of 6x8 tokens
     pipe.edit(picture()[:1, :1], "refine", size=(24, 32), schedule=SCHEDULE, seed=1)
-    assert seen == [2, 1]
+    assert seen == [3, 1]
 
 
 def test_a_strength_of_one_is_a_generation(pipe: FlexVARPipeline) -> None:

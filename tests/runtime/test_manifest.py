@@ -84,6 +84,9 @@ def test_a_list_has_no_schema_version() -> None:
         (("parity", "free_running_agreement"), 1.1, "manifest.json: parity.free_running_agreement = 1.1"),
         (("largest_activation", "step", "value"), -1.0, "manifest.json: largest_activation['step'].value = -1.0"),
         (("largest_activation", "ghost"), {"value": 1, "where": ""}, "manifest.json: largest_activation: graph = 'gho"),
+        (("float32_parts",), ["blocks.0.mlp"], "manifest.json: float32_parts = ('blocks.0.mlp',)"),  # in fp32
+        (("float32_parts",), ["blocks.2.mlp"], "manifest.json: float32_parts = 'blocks.2.mlp'"),
+        (("float32_parts",), ["blocks.0.head"], "manifest.json: float32_parts = 'blocks.0.head'"),
         (("files", "step.onnx", "size"), -1, "manifest.json: files['step.onnx'].size = -1"),
         (("files", "step.onnx", "sha256"), "beef", "manifest.json: files['step.onnx'].sha256 = 'beef'"),
         (("files", "STEP.onnx"), {"size": 1, "sha256": "a" * 64}, "manifest.json: files = ["),
@@ -96,6 +99,17 @@ def test_refusals_name_the_place(sealed: Manifest, place: tuple[str | int, ...],
         target = target[key]
     target[place[-1]] = value
     assert _refusal(document).got.startswith(got)
+
+
+def test_parts_kept_in_float32(sealed: Manifest) -> None:
+    """Bundles written before there were such parts have none."""
+    document = json.loads(sealed.to_bytes())
+    del document["float32_parts"]
+    assert Manifest.from_bytes(json.dumps(document).encode()) == sealed
+    kept = replace(sealed, precision="fp16", float32_parts=("blocks.0.mlp", "blocks.1.attention"))
+    assert Manifest.from_bytes(kept.to_bytes()) == kept
+    with pytest.raises(ArtifactRefused, match="every part once"):
+        replace(kept, float32_parts=("blocks.0.mlp",) * 2)
 
 
 @pytest.mark.parametrize(

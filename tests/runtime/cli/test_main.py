@@ -193,9 +193,10 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     with steps(2, "work") as advance:
         advance("[first] " + "very " * 40 + "long")
         advance("second")
+        advance("one more")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "work 1/2: [first] " + "very " * 40 + "long\nwork 2/2: second\n"
+    assert captured.err == "work 1/2: [first] " + "very " * 40 + "long\nwork 2/2: second\nwork 3/3: one more\n"
 
 
 def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +204,9 @@ def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], mon
     with steps(2, "work") as advance:
         advance("first")
         advance("second")
+        advance("one more")
     captured = capsys.readouterr()
-    assert captured.out == "" and "work: second" in captured.err and "2/2" in captured.err
+    assert captured.out == "" and "work: one more" in captured.err and "3/3" in captured.err
 
 
 def test_verbose_shows_debugging_messages(flexvar: Any, install_command: Any) -> None:

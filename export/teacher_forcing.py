@@ -1,0 +1,47 @@
+"""A step's module driven through a recorded case, fed with the reference's tokens at every scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from flexvar_ref import FlexVAR
+from flexvar_runtime.graphs import new_names
+
+from .modules import Step
+from .proof import Case
+
+
+@torch.inference_mode()
+def teacher_forced(
+    step: Step, model: FlexVAR, case: Case, around: AbstractContextManager[object] | None = None
+) -> Iterator[Tensor]:
+    """Guided logits (B, h·w, V) of every scale, with the reference's condition in float32.
+
+    step: a module of `model`; around: entered while it runs, and only then.
+    """
+    config, B = model.config, len(case.labels)
+    labels = torch.tensor([*case.labels, *[config.null_class] * B])
+    condition = model.condition(labels)
+    modulation = torch.stack([block.ada_lin(condition) for block in model.blocks], 1).view(2 * B, config.depth, 6, -1)
+    head = model.head_nm.ada_lin(condition).view(2 * B, 2, -1)
+    rows = torch.arange(B, dtype=torch.int32)
+    cache = [torch.empty(0, 2 * B, config.heads, config.head_size, dtype=step.dtype) for _ in new_names(config.depth)]
+    weights = case.guidance.weights(case.schedule)
+    for i, size_hw in enumerate(case.schedule):
+        if i == 0:
+            codes, offset = torch.zeros(2 * B, 1, config.code_dim), model.first_input(labels)
+        else:
+            previous = torch.from_numpy(case.tokens[i - 1]).long()
+            codes = model.next_codes(previous, case.schedule[i - 1], size_hw).repeat(2, 1, 1)
+            offset = (model.positions(*size_hw) + model.word_embed.bias).expand(2 * B, -1, -1)
+        past = cache[: config.depth], cache[config.depth :]
+        with around or nullcontext():
+            logits, keys, values = step(
+                codes, offset, modulation, head, rows, rows + B, torch.full((B,), weights[i]), *past
+            )
+        cache = [torch.cat(pair) for pair in zip(cache, (*keys, *values), strict=True)]
+        yield logits
