@@ -127,9 +127,7 @@ def _forced(edit: Edit, canvases: Sequence[Canvas], schedule: ScaleSchedule, fac
     if edit.strength is not None:
         return count - max(1, round(edit.strength * count))
     sizes = [canvas.resolved for canvas in canvases if canvas.resolved is not None]
-    height, width = (
-        min(side) * whole / factor for side, whole in zip(zip(*sizes, strict=True), schedule[-1], strict=True)
-    )
+    height, width = (min(size[axis] for size in sizes) * schedule[-1][axis] / factor for axis in (0, 1))
     kept = sum(h * h <= height and w * w <= width for h, w in schedule)
     return min(max(1, kept), count - 1)
 

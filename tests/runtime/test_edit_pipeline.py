@@ -107,7 +107,7 @@ def test_strength_is_the_share_of_scales_generated(
     assert seen == ([forced] if forced else [])
 
 
-def test_a_small_picture_forces_the_scales_halfway_to_the_result(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_picture_forces_half_the_octaves(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     force = ScaleLoop.force
     monkeypatch.setattr(ScaleLoop, "force", lambda self, tokens: seen.append(len(tokens)) or force(self, tokens))
