@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt runtime/_version.py
 	@echo "==> $(VENV): installing (minutes the first time: torch is large)"
 	@"$(PYTHON)" -m venv "$(VENV)"
 	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
-	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[cpu,export,tensorrt-rtx,train,dev]"
+	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[cpu,export,tensorrt-rtx,train,bench,dev]"
 	@touch "$@"
 
 lint: venv ## ruff, its formatter and mypy

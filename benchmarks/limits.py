@@ -109,6 +109,17 @@ def generation_limit(
     return Limit(images, flops, weights, kv, maps, strict, serial)
 
 
+def measured_copy_bytes_per_second(seconds: float = 1.0, size: int = 2**28) -> float:
+    """Best rate of a copy of `size` bytes over `seconds`, one thread: bytes read and written."""
+    source = np.ones(size, np.uint8)
+    target, best, end = np.empty_like(source), 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        np.copyto(target, source)
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    return best
+
+
 def measured_flops_per_second(seconds: float = 1.0, side: int = 2048) -> float:
     """Best rate of a float32 matrix product over `seconds`: NumPy's BLAS, all of its threads."""
     a = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)

@@ -2,9 +2,12 @@
 
 from ._version import __version__
 from .bundle import Bundle
+from .costs import CostRow, CostTable
+from .deadline import Choice
 from .errors import (
     ArtifactRefused,
     BackendUnavailable,
+    CostUnknown,
     FlexVARError,
     InvalidInput,
     OutOfMemory,
@@ -20,6 +23,10 @@ __all__ = [
     "ArtifactRefused",
     "BackendUnavailable",
     "Bundle",
+    "Choice",
+    "CostRow",
+    "CostTable",
+    "CostUnknown",
     "FlexVARError",
     "FlexVARPipeline",
     "GenerationOutput",

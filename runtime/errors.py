@@ -30,6 +30,10 @@ class InvalidInput(FlexVARError, ValueError):
     exit_code = 2
 
 
+class CostUnknown(InvalidInput):
+    """A deadline for generations whose time was not measured."""
+
+
 class ParityFailed(FlexVARError):
     """A graph does not agree with the reference."""
 

@@ -10,7 +10,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from .errors import ArtifactRefused
+from .errors import ArtifactRefused, InvalidInput
+from .schedule import ScaleSchedule
 from .strict_json import decode, encode, loads, short
 
 SCHEMA_VERSION = 1
@@ -43,6 +44,16 @@ def _require_range(field: str, value: float, low: float, high: float) -> None:
 
 def _require_match(pattern: re.Pattern[str], field: str, value: str, expected: str) -> None:
     _require(len(value) <= 1000 and pattern.fullmatch(value) is not None, field, value, expected)
+
+
+def _parsed(field: str, text: str) -> ScaleSchedule:
+    _require_match(_SCHEDULE, field, text, "scales as in 1_2_3x5_12x20")
+    try:
+        return ScaleSchedule.parse(text)
+    except InvalidInput as error:
+        raise ArtifactRefused(
+            f"{field}: {error.got}", expected=error.expected, fix="export the bundle again"
+        ) from error
 
 
 def _require_file_name(field: str, name: str) -> None:
@@ -121,7 +132,11 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What `None` means in a request. `max_side`: largest side, in tokens, at which the published rules still hold."""
+    """What `None` means in a request. `max_side`: largest side, in tokens, at which the published rules still hold.
+
+    quality_order: schedules to the size of the default one, best first, among which a deadline chooses; where there are
+    none, and in manifests without the key, `deadline.quality_order` has a rule.
+    """
 
     schedule: str
     guidance_scale: float
@@ -130,6 +145,7 @@ class Defaults:
     top_p: float
     greedy_scales: str
     max_side: int
+    quality_order: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_match(_SCHEDULE, "schedule", self.schedule, "scales as in 1_2_3x5_12x20")
@@ -139,6 +155,14 @@ class Defaults:
         _require_range("top_p", self.top_p, 0, 1)
         _require_match(_GREEDY, "greedy_scales", self.greedy_scales, "upstream, none or sides as in 7,9")
         _require_range("max_side", self.max_side, 1, 1024)
+        if self.quality_order:
+            last = _parsed("schedule", self.schedule)[-1]
+            order = [_parsed("quality_order", text) for text in self.quality_order]
+            for schedule in order:
+                _require(
+                    schedule[-1] == last, "quality_order", str(schedule), f"schedules that end like {self.schedule}"
+                )
+            _require(len(set(order)) == len(order), "quality_order", self.quality_order, "every schedule once")
 
 
 @dataclass(frozen=True, kw_only=True)

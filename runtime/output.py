@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ._version import __version__
+from .deadline import Choice
 from .edit import Edit
 from .errors import ArtifactRefused, FlexVARError
 from .guidance import Guidance
@@ -139,7 +140,7 @@ def _whole(text: object) -> int:
 @dataclass(frozen=True)
 class GenerationOutput:
     """images (B, H, W, 3) uint8; tokens: one (B, h, w) int32 per scale; decoded (B, 3, H, W) float32 as the decoder
-    gave it, where it was asked for; one Settings an image."""
+    gave it, where it was asked for; one Settings an image; choice: of the schedule, where a deadline was given."""
 
     images: NDArray[np.uint8]
     tokens: tuple[NDArray[np.int32], ...]
@@ -147,6 +148,7 @@ class GenerationOutput:
     timings: Timings
     settings: tuple[Settings, ...]
     decoded: NDArray[np.float32] | None = None
+    choice: Choice | None = None
 
     def to_pil(self) -> list[Image.Image]:
         return [Image.fromarray(image) for image in self.images]

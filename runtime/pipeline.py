@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ from PIL import Image
 from .backends import MAX_THREADS, check_name, create
 from .backends.base import Backend
 from .bundle import Bundle
+from .costs import CostRow, CostTable, processor_name
+from .deadline import Choice, choose, quality_order, seconds_of
 from .edit import Edit
 from .edit_plan import finish, plan_edit
 from .engine import Engine
@@ -60,6 +63,7 @@ class FlexVARPipeline:
         self.engine = Engine(bundle, backend)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
         self._owner = threading.RLock()
+        self._costs: CostTable | None = None
         defaults = bundle.manifest.defaults
         try:
             self.schedule = ScaleSchedule.parse(defaults.schedule)
@@ -128,16 +132,39 @@ class FlexVARPipeline:
         seed: int | None = None,
         first_index: int = 0,
         *,
+        deadline_ms: float | None = None,
         keep_decoded: bool = False,
         on_scale: Callable[[ScaleStep], None] | None = None,
     ) -> GenerationOutput:
         """Generate one image a label. None means the bundle's default (for the seed: a fresh one, returned).
 
         Image i draws from stream (seed, first_index + i). on_scale is called after every scale; keep_decoded keeps the
-        decoder's float output. Raises InvalidInput, OutOfMemory.
+        decoder's float output. deadline_ms: in place of a schedule, the time for all of it, by which `choose_schedule`
+        takes one; what on_scale takes is not in it. Raises InvalidInput, OutOfMemory, and with a deadline CostUnknown.
         """
         start = time.perf_counter()
         request = self._request(labels, schedule, guidance, sampling, seed, first_index)
+        if deadline_ms is None:
+            return self._generate(request, keep_decoded, on_scale, start)
+        if schedule is not None:
+            raise InvalidInput("a schedule with a deadline", expected="either", fix="leave out schedule or deadline_ms")
+        if on_scale is not None and self.backend.device is not None:  # scale by scale is another way, and slower
+            raise InvalidInput(
+                "a deadline with on_scale on a GPU",
+                expected="a generation that runs as a whole, as it was measured",
+                fix="leave out on_scale or deadline_ms",
+            )
+        choice = self.choose_schedule(len(request), deadline_ms, request[0].guidance)
+        request = tuple(replace(one, schedule=choice.schedule) for one in request)
+        return replace(self._generate(request, keep_decoded, on_scale, start), choice=choice)
+
+    def _generate(
+        self,
+        request: tuple[Settings, ...],
+        keep_decoded: bool,
+        on_scale: Callable[[ScaleStep], None] | None,
+        start: float,
+    ) -> GenerationOutput:
         with self._in_use():
             if on_scale is None:
                 whole = self._replay(request, keep_decoded, start)
@@ -286,6 +313,84 @@ class FlexVARPipeline:
         for batch in batch_sizes:
             self([self.model.null_class] * check_whole("batch size", batch, 1), schedule=schedule, seed=0)
 
+    def choose_schedule(self, images: int, deadline_ms: float, guidance: Guidance | None = None) -> Choice:
+        """The best schedule of the bundle's quality order in which `images` at once are done in time, as measured here.
+
+        Costs are those of a warm pipeline that 9 of 10 generations keep to: a forecast, not a guarantee. Raises
+        InvalidInput where none is fast enough, CostUnknown where `measure_costs` has to be called first,
+        ArtifactRefused for kept costs that cannot be used.
+        """
+        deadline = seconds_of(deadline_ms)
+        images = check_whole("images", images, 1)
+        guidance = self.guidance if guidance is None else guidance
+        table = self._cost_table()
+        more = "" if guidance == self.guidance else f", guidance={guidance}"
+        return choose(
+            quality_order(self.bundle.manifest),
+            lambda schedule: table.cost(schedule, images, _acts(guidance, schedule)),
+            deadline,
+            measure=f"pipe.measure_costs(batch_sizes=({images},){more})",
+        )
+
+    def measure_costs(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        schedules: Sequence[ScheduleLike] | None = None,
+        repeats: int = 10,
+        guidance: Guidance | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        on_row: Callable[[CostRow], None] | None = None,
+    ) -> CostTable:
+        """Time whole generations of this bundle here, and keep that for `deadline_ms`; schedules None: the bundle's
+        quality order.
+
+        Each is run once to be warm, then `repeats` times for classes not asked for lately, as far as there are so many:
+        their conditions are in the times. on_row is called after every schedule and batch size. Nothing else should
+        run on the machine meanwhile. Raises InvalidInput, OutOfMemory, ArtifactRefused (earlier costs).
+        """
+        repeats = check_whole("repeats", repeats, 1)
+        sizes = [check_whole("batch size", batch, 1) for batch in batch_sizes]
+        wanted = (
+            quality_order(self.bundle.manifest)
+            if schedules is None
+            else tuple(ScaleSchedule.parse(schedule) for schedule in schedules)
+        )
+        guidance = self.guidance if guidance is None else guidance
+        table, rows, classes = self._cost_table(), [], itertools.cycle(range(self.model.classes))
+        for batch, schedule in itertools.product(sizes, wanted):
+            seconds: list[float] = []
+            scales: list[list[float]] = []
+            self(list(itertools.islice(classes, batch)), schedule, guidance, seed=0)
+            for _ in range(repeats):
+                labels = list(itertools.islice(classes, batch))
+                start = clock()
+                timings = self(labels, schedule, guidance, seed=0).timings
+                seconds.append(clock() - start)
+                scales.append([scale.step + scale.sample for scale in timings.scales])
+            rows.append(CostRow.of(schedule, batch, _acts(guidance, schedule), seconds, scales))
+            if on_row is not None:
+                on_row(rows[-1])
+        self._costs = table.with_rows(rows)
+        self._costs.save()
+        return self._costs
+
+    def _cost_table(self) -> CostTable:
+        """What was measured for this bundle, backend and machine; without rows where nothing was."""
+        if self._costs is None:
+            device = self.backend.device
+            empty = CostTable(
+                bundle=self.bundle.sha256,
+                backend=self.backend.name,
+                threads=self.backend.threads,
+                device=processor_name() if device is None else device.name,
+            )
+            found = empty.load()
+            if found is None:
+                return empty
+            self._costs = found
+        return self._costs
+
     def decode(self, tokens: ArrayLike) -> Pixels:
         """Tokens (B, h, w) of one scale to images (B, H, W, 3). Raises InvalidInput."""
         checked = self._check_tokens(tokens)
@@ -384,6 +489,11 @@ class FlexVARPipeline:
 def _listed(given: Any) -> list[Any]:
     """One picture, or a list or tuple of several."""
     return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _acts(guidance: Guidance, schedule: ScaleSchedule) -> bool:
+    """Whether any scale is guided: then an image takes two sequences."""
+    return any(t != 0 for t in guidance.weights(schedule))
 
 
 def _draws(request: tuple[Settings, ...]) -> Draws:

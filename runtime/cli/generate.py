@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,8 @@ import typer
 
 from ..atomic import atomic_write
 from ..canvas import check_sides
-from ..errors import ArtifactRefused, InvalidInput
+from ..deadline import Choice, quality_order, seconds_of
+from ..errors import ArtifactRefused, CostUnknown, InvalidInput
 from ..guidance import Guidance
 from ..images import save_png
 from ..noise import fresh_seed
@@ -23,6 +24,7 @@ from .console import JsonOption, emit, err, out, steps
 from .options import (
     BackendOption,
     CfgOption,
+    DeadlineOption,
     DeviceOption,
     EnginesOption,
     FirstIndexOption,
@@ -55,6 +57,7 @@ def generate(
     schedule: ScheduleOption = None,
     size: Annotated[str | None, typer.Option(help="Height x width in pixels: a schedule is derived for it.")] = None,
     scales: StepsOption = None,
+    deadline_ms: DeadlineOption = None,
     cfg: CfgOption = None,
     guidance: GuidanceOption = None,
     top_k: TopKOption = None,
@@ -80,6 +83,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate one PNG an image. What is not given is the bundle's default, or the value in --from."""
+    if deadline_ms is not None:
+        _check_deadline(deadline_ms, chosen=(schedule, size, scales), shown=show or preview is not None)
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
         start = _starting_point(pipeline, source)
         plan = _Plan(
@@ -94,10 +99,14 @@ def generate(
         files = [output / plan.name(i) for i in range(len(plan.labels))]
         previews = [preview / name for name in plan.preview_names()] if preview else []
         check_targets([*files, *previews, *([save_arrays] if save_arrays else [])], force)
+        choice = None
+        if deadline_ms is not None:
+            choice = _choose(pipeline, min(len(plan.labels), batch_size), deadline_ms, plan.guidance)
+            plan = replace(plan, schedule=choice.schedule)
         results = _run(pipeline, plan, files, preview, show, batch_size, save_arrays is not None, force)
     if save_arrays is not None:
         _save_arrays(save_arrays, results, force)
-    _report(files, results, plan, as_json)
+    _report(files, results, plan, choice, as_json)
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,43 @@ def _schedule(
     check_sides(pixels, factor)
     tokens = pixels[0] // factor, pixels[1] // factor
     return ScaleSchedule.for_size(tokens, len(start) if steps is None else steps, max(pipeline.schedule[-1]))
+
+
+def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool) -> None:
+    """Refuse what does not go with a deadline, before a bundle is opened. Raises InvalidInput."""
+    seconds_of(deadline_ms)
+    if any(value is not None for value in chosen):
+        raise InvalidInput(
+            "a deadline with a schedule, size or steps", expected="either", fix="leave out --deadline-ms, or the others"
+        )
+    if shown:
+        raise InvalidInput(
+            "a deadline with pictures of every scale",
+            expected="nothing that takes time of its own",
+            fix="leave out --preview and --progress, or --deadline-ms",
+        )
+
+
+def _choose(pipeline: FlexVARPipeline, images: int, deadline_ms: float, guidance: Guidance) -> Choice:
+    """The best schedule for the deadline, after measuring where that was not done before; the pipeline is warm then."""
+    try:
+        choice = pipeline.choose_schedule(images, deadline_ms, guidance)
+    except CostUnknown:
+        order, name = quality_order(pipeline.bundle.manifest), pipeline.backend.name
+        err.print(
+            f"times of {len(order)} schedules for {images} at once on {name} are not known here: measuring them, once",
+            highlight=False,
+            soft_wrap=True,
+        )
+        with steps(len(order), "measure") as advance:
+            pipeline.measure_costs(
+                (images,),
+                guidance=guidance,
+                on_row=lambda row: advance(f"schedule {row.schedule}, {row.p90 * 1e3:.1f} ms"),
+            )
+        choice = pipeline.choose_schedule(images, deadline_ms, guidance)
+    pipeline.warmup(choice.schedule, (images,))
+    return choice
 
 
 def _run(
@@ -205,7 +251,9 @@ def _save_arrays(path: Path, results: list[GenerationOutput], force: bool) -> No
         np.savez(file, tokens=np.concatenate(tokens).astype(np.int32), images=np.concatenate(images))
 
 
-def _report(files: list[Path], results: list[GenerationOutput], plan: _Plan, as_json: bool) -> None:
+def _report(
+    files: list[Path], results: list[GenerationOutput], plan: _Plan, choice: Choice | None, as_json: bool
+) -> None:
     settings = results[0].settings[0].to_json()
     data = {
         **{key: settings[key] for key in ("bundle", "backend", "seed", "schedule", "guidance", "sampling")},
@@ -213,6 +261,8 @@ def _report(files: list[Path], results: list[GenerationOutput], plan: _Plan, as_
         "images": [{"file": str(path), "class": label} for path, label in zip(files, plan.labels, strict=True)],
         "timings": [result.timings.to_json() for result in results],
     }
+    if choice is not None:
+        data["choice"] = choice.to_json()
 
     def show() -> None:
         for path in files:
@@ -225,5 +275,12 @@ def _report(files: list[Path], results: list[GenerationOutput], plan: _Plan, as_
             markup=False,
             soft_wrap=True,
         )
+        if choice is not None:
+            out.print(
+                f"schedule {choice.schedule}, expected {choice.expected * 1e3:.1f} ms a batch: {choice.reason}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
     emit(data, as_json, show)

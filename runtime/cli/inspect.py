@@ -52,7 +52,7 @@ def inspect(
         facts = Table(Column(), Column(overflow="fold"), show_header=False)
         for name, value in (
             ("bundle", opened.sha256),
-            ("precision", manifest.precision),
+            ("precision", ", ".join([manifest.precision, *(f"float32 in {part}" for part in manifest.float32_parts)])),
             ("size", f"{size / 1e6:.1f} MB in {len(manifest.files)} files"),
             ("transformer", f"depth {model.depth}, width {model.width}, {model.heads} heads"),
             ("classes", f"{model.classes} (label {model.null_class} means no class)"),

@@ -18,6 +18,10 @@ from ..output import Settings
 
 ScheduleOption = Annotated[str | None, typer.Option(help="Scales: 1_2_4_8_16, 1_2_3x5_12x20, or 512px.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Number of scales, derived for the size.")]
+DeadlineOption = Annotated[
+    float | None,
+    typer.Option(help="Milliseconds for a batch: takes the best schedule that is fast enough, measured here once."),
+]
 CfgOption = Annotated[float | None, typer.Option(help="Guidance scale; ramp 0 and constant 1 are off.")]
 GuidanceOption = Annotated[str | None, typer.Option(help="Guidance rule: ramp or constant.")]
 TopKOption = Annotated[int | None, typer.Option(help="Codes kept, 0 for all, 1 for the most likely.")]

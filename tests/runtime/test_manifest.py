@@ -87,6 +87,14 @@ def test_a_list_has_no_schema_version() -> None:
         (("float32_parts",), ["blocks.0.mlp"], "manifest.json: float32_parts = ('blocks.0.mlp',)"),  # in fp32
         (("float32_parts",), ["blocks.2.mlp"], "manifest.json: float32_parts = 'blocks.2.mlp'"),
         (("float32_parts",), ["blocks.0.head"], "manifest.json: float32_parts = 'blocks.0.head'"),
+        (("defaults", "quality_order"), ["1_3x5", "512px"], "manifest.json: defaults.quality_order = '512px'"),
+        (
+            ("defaults", "quality_order"),
+            ["2_3x5"],
+            "manifest.json: defaults.quality_order: a schedule with first scale",
+        ),
+        (("defaults", "quality_order"), ["1_2_4"], "manifest.json: defaults.quality_order = '1_2_4'"),
+        (("defaults", "quality_order"), ["1_2_3x5", "1_2x2_3x5"], "manifest.json: defaults.quality_order = ('1_2_3x5'"),
         (("files", "step.onnx", "size"), -1, "manifest.json: files['step.onnx'].size = -1"),
         (("files", "step.onnx", "sha256"), "beef", "manifest.json: files['step.onnx'].sha256 = 'beef'"),
         (("files", "STEP.onnx"), {"size": 1, "sha256": "a" * 64}, "manifest.json: files = ["),
@@ -110,6 +118,18 @@ def test_parts_kept_in_float32(sealed: Manifest) -> None:
     assert Manifest.from_bytes(kept.to_bytes()) == kept
     with pytest.raises(ArtifactRefused, match="every part once"):
         replace(kept, float32_parts=("blocks.0.mlp",) * 2)
+
+
+def test_an_order_of_schedules_by_quality(sealed: Manifest) -> None:
+    """Bundles written before there was one name none."""
+    document = json.loads(sealed.to_bytes())
+    del document["defaults"]["quality_order"]
+    assert Manifest.from_bytes(json.dumps(document).encode()) == sealed
+    order = ("1_2_2x3_3x5", "1_2_3x5", "1_3x5")
+    named = replace(sealed, defaults=replace(sealed.defaults, quality_order=order))
+    assert Manifest.from_bytes(named.to_bytes()) == named
+    with pytest.raises(ArtifactRefused, match="schedule: a schedule with first scale 2"):  # the default itself
+        replace(named.defaults, schedule="2_3x5")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,196 @@
+"""`flexvar bench`: run, report and compare. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexvar_runtime.cli.console import JsonOption, emit, out, steps
+from flexvar_runtime.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from .comparison import Change
+    from .records import Measured
+
+DEFAULT_VARIANTS = "ort-cpu"
+
+
+def register(app: typer.Typer) -> None:
+    bench = typer.Typer(help="Latency and throughput against steps, peers and the limit.", no_args_is_help=True)
+    for command in (run, report, compare):
+        bench.command()(command)
+    app.add_typer(bench, name="bench")
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File of results (JSON lines).")],
+    name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
+    variants: Annotated[
+        str, typer.Option(help="Backends and peers: torch-eager, torch-bf16, torch-compile, ort-plain, openvino-plain.")
+    ] = DEFAULT_VARIANTS,
+    checkpoint: Annotated[Path | None, typer.Option(help="The bundle's transformer, for the torch peers.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="The bundle's tokenizer, for the torch peers.")] = None,
+    step_counts: Annotated[str, typer.Option("--steps", help="Numbers of steps, 4 to 10.")] = "10,8,6,4",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Counted calls of every variant; 80 for flexvar bench compare.")
+    ] = 7,
+    requests: Annotated[int, typer.Option(min=0, help="Requests of every load test; 0 leaves them out.")] = 20,
+    quality: Annotated[
+        Path | None, typer.Option(help="Quality by schedule (JSON), for the chart against time.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads.")] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add this model to the results in the file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a bundle: the machine's limit first, then every variant in turns, each in a process of its own."""
+    from flexvar_runtime import Bundle
+    from flexvar_runtime.atomic import existing, require_parent
+
+    from .machine import ceiling, environment
+    from .plans import Model, names_of, plan, read_quality
+    from .records import Record, read, write
+    from .run import measure
+    from .variants import usable_threads
+
+    if (checkpoint is None) != (vae is None):
+        raise InvalidInput("one of --checkpoint and --vae", expected="both or none", fix="pass the pair")
+    if append and force:
+        raise InvalidInput("--append with --force", expected="one of them", fix="leave one out")
+    require_parent(output)
+    if output.exists() and not (append or force):
+        raise existing(output)
+    count = threads or usable_threads()
+    called = name or names_of(Bundle.open(bundle))
+    wanted = plan(
+        Model(name=called, bundle=bundle, transformer=checkpoint, vae=vae),
+        [part.strip() for part in variants.split(",") if part.strip()],
+        steps=_numbers(step_counts, "--steps"),
+        batches=_numbers(batches, "--batches"),
+        repeats=repeats,
+        requests=requests,
+    )
+    table = read_quality(quality, called) if quality else ()
+    records: list[Record] = []
+    if append and output.exists():
+        before = read(output)
+        records = [before.environment, before.ceiling, *before.measured, *before.served, *before.quality]
+    made: list[Record] = [*table]
+    with steps(2 + len(wanted.cases) + len(wanted.loads), "bench") as progress:
+        if not records:
+            progress("measuring what the machine can do")
+            records = [environment(count), ceiling(count)]
+        for record in measure(wanted, count, progress):
+            made.append(record)
+            write(output, [*records, *made])
+    emit({"results": str(output), "model": called, "records": len(made)}, as_json, lambda: _show(output, made))
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="File of results.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report.html and the charts.")],
+    as_json: JsonOption = False,
+) -> None:
+    """One page that stands alone, and its charts as PNG."""
+    from .records import read
+    from .report import write_report
+
+    files = write_report(read(results), output)
+    emit({"files": [str(file) for file in files]}, as_json, lambda: out.print("\n".join(map(str, files))))
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="File of results.")],
+    after: Annotated[Path, typer.Argument(help="Another, of the same scenarios.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What moved between two runs beyond the noise. Exit code 0 whatever moved."""
+    from rich.table import Table
+
+    from .comparison import compare as compared
+    from .comparison import spread, unmatched, warnings
+    from .records import read
+
+    first, second = read(before), read(after)
+    changes, doubts, only = compared(first, second), warnings(first, second), unmatched(first, second)
+    rows = [row for results in (first, second) for row in results.measured if row.seconds]
+    spreads = [value for value in map(spread, rows) if value is not None]
+
+    def show() -> None:
+        table = Table("scenario", "variant", "before ms", "after ms", "ratio", "from", "to", "verdict")
+        for change in changes:
+            table.add_row(
+                change.scenario.name,
+                change.scenario.variant,
+                f"{change.before * 1e3:.1f}",
+                f"{change.after * 1e3:.1f}",
+                *(f"{value:.3f}" for value in (change.ratio, change.low, change.high)),
+                change.verdict,
+            )
+        out.print(table)
+        if spreads:
+            out.print(f"spread from repeat to repeat: {min(spreads):.1%} to {max(spreads):.1%}", highlight=False)
+        for text in (*doubts, *only):
+            out.print(text, highlight=False, soft_wrap=True)
+
+    data = {
+        "changes": [_plain(change) for change in changes],
+        "spread": {"least": min(spreads), "most": max(spreads)} if spreads else None,
+        "warnings": list(doubts),
+        "unmatched": list(only),
+    }
+    emit(data, as_json, show)
+
+
+def _plain(change: Change) -> dict[str, Any]:
+    """JSON has no infinity: a bound that is none is null."""
+    values = asdict(change)
+    return {name: None if value == math.inf else value for name, value in values.items()}
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInput(
+            f"{option} {text!r:.100}", expected="numbers as in 10,8,6", fix="separate by commas"
+        ) from None
+
+
+def _show(output: Path, made: list[Any]) -> None:
+    from rich.table import Table
+
+    from .records import Measured, Served
+    from .timing import quantiles
+
+    table = Table("scenario", "variant", "median ms", "p10", "p90", "images/s", "peak MB", "", box=None)
+    for record in made:
+        if isinstance(record, Measured):
+            table.add_row(record.scenario.name, record.scenario.variant, *_cells(record))
+    out.print(table)
+    for record in made:
+        if isinstance(record, Served):
+            times = quantiles(record.latencies)
+            out.print(
+                f"{record.scenario.name}, {record.mode}: median {times['median'] * 1e3:.0f} ms, p90 "
+                f"{times['p90'] * 1e3:.0f} ms, {record.images_per_second:.2f} images/s",
+                highlight=False,
+            )
+    out.print(f"{output}: flexvar bench report {output} -o DIR draws it", highlight=False, soft_wrap=True)
+
+
+def _cells(record: Measured) -> list[str]:
+    from .timing import quantiles
+
+    if not record.seconds:
+        return ["", "", "", "", "", record.note]
+    times = quantiles(record.seconds)
+    peak = "" if record.peak_memory_bytes is None else f"{record.peak_memory_bytes / 1e6:.0f}"
+    rate = record.scenario.batch / times["median"]
+    return [*(f"{times[key] * 1e3:.1f}" for key in ("median", "p10", "p90")), f"{rate:.2f}", peak, record.note]

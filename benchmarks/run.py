@@ -1,0 +1,166 @@
+"""A run: every case in turns between its variants, then the loads; each result is given as soon as it is there."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+
+import numpy as np
+
+from flexvar_runtime import Bundle
+from flexvar_runtime.manifest import ModelFacts
+
+from .limits import decoder_flops, transformer_flops
+from .plans import Case, Load, Plan
+from .records import Measured, Scenario, Served
+from .variants import Sample, Subject, Work
+from .workers import Worker, started
+
+PUBLISHED_DOWNSAMPLING = 16
+SEED = 0
+Progress = Callable[[str], None]
+
+
+def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> Iterator[Measured | Served]:
+    """One process a variant, all open at once, one of them working at a time. Raises InvalidInput, BackendUnavailable
+    only where the bundle cannot be read: a variant that cannot run is "not measured", with its reason."""
+    bundle = Bundle.open(plan.model.bundle)
+    names = dict.fromkeys(name for case in plan.cases for name in case.variants)
+    subjects = [Subject(name, plan.model.bundle, plan.model.transformer, plan.model.vae, threads) for name in names]
+    turns = count()
+    progress(f"{plan.model.name}: opening {', '.join(names)}")
+    with started(subjects) as workers:
+        by_name = {worker.subject.variant: worker for worker in workers}
+        for case in plan.cases:
+            progress(f"{plan.model.name}: {_said(case.work)} on {', '.join(case.variants)}")
+            yield from _in_turns(plan, bundle, case, [by_name[name] for name in case.variants], turns, threads)
+        for load in plan.loads:
+            progress(f"{plan.model.name}: {load.mode}, {load.requests} requests on {load.variant}")
+            served = serve(load, by_name[load.variant].make, _scenario(plan, bundle, load.variant, load.work, threads))
+            if served is not None:
+                yield served
+
+
+def _in_turns(
+    plan: Plan, bundle: Bundle, case: Case, workers: list[Worker], turns: Iterator[int], threads: int
+) -> Iterable[Measured]:
+    samples: dict[str, list[tuple[int, Sample]]] = {name: [] for name in case.variants}
+    notes = dict.fromkeys(case.variants, "")
+    for worker in workers:  # warm-up: opens graphs, allocates, compiles
+        answer = worker.make(case.work)
+        notes[worker.subject.variant] = answer if isinstance(answer, str) else ""
+    for turn in range(case.repeats):
+        order = workers if turn % 2 == 0 else list(reversed(workers))  # nobody always follows the same one
+        for worker in order:
+            name = worker.subject.variant
+            if notes[name]:
+                continue
+            answer = worker.make(case.work)
+            if isinstance(answer, str):
+                notes[name] = answer
+            else:
+                samples[name].append((next(turns), answer))
+    for worker in workers:
+        name = worker.subject.variant
+        scenario = _scenario(plan, bundle, name, case.work, threads)
+        peak = worker.peak_bytes() if not notes[name] else None
+        flops = call_flops(bundle.manifest.model, case.work)
+        yield measured(scenario, bundle.sha256, samples[name], peak, flops, notes[name])
+
+
+def measured(
+    scenario: Scenario,
+    bundle_sha256: str,
+    samples: list[tuple[int, Sample]],
+    peak: int | None,
+    flops: float,
+    note: str,
+) -> Measured:
+    """Samples with their turns as one record. note: why there are none, or fewer."""
+    only = [sample for _, sample in samples]
+
+    def median(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known and len(known) == len(values) else None
+
+    scales = [sample.scales for sample in only if sample.scales is not None]
+    per_scale = tuple(map(statistics.median, zip(*scales, strict=True))) if scales else None
+    return Measured(
+        scenario=scenario,
+        bundle_sha256=bundle_sha256,
+        seconds=tuple(sample.total for sample in only),
+        turns=tuple(turn for turn, _ in samples),
+        condition=median([sample.condition for sample in only]),
+        scales=per_scale,
+        sampling=median([sample.sampling for sample in only]),
+        decode=median([sample.decode for sample in only]),
+        peak_memory_bytes=peak,
+        flops=flops,
+        joules=None,
+        note=f"not measured: {note}" if note and not only else note,
+    )
+
+
+def serve(load: Load, make: Callable[[Work], Sample | str], scenario: Scenario) -> Served | None:
+    """The latencies of a load; None where the variant cannot run.
+
+    server: requests come by a Poisson process and are made one by one in their order; time spent waiting counts.
+    """
+    first = make(load.work)
+    if isinstance(first, str):
+        return None
+    calls = max(1, round(load.requests / load.work.batch))
+    due = np.zeros(calls)
+    rate = bound = None
+    if load.mode == "server":
+        rate, bound = load.rate / first.total, load.bound * first.total
+        due = np.cumsum(np.random.default_rng(SEED).exponential(1 / rate, calls))
+    latencies: list[float] = []
+    start = time.perf_counter()
+    for at in due:
+        now = time.perf_counter() - start
+        if at > now:
+            time.sleep(at - now)
+        arrived = at if load.mode == "server" else (0.0 if load.mode == "offline" else time.perf_counter() - start)
+        if isinstance(make(load.work), str):
+            return None
+        latencies += [time.perf_counter() - start - arrived] * load.work.batch
+    elapsed = time.perf_counter() - start
+    return Served(
+        scenario=scenario,
+        mode=load.mode,
+        rate=rate,
+        bound=bound,
+        latencies=tuple(latencies),
+        images_per_second=len(latencies) / elapsed,
+    )
+
+
+def call_flops(model: ModelFacts, work: Work) -> float:
+    """Operations of one call. Of another decoder than the published one none are counted: the figure is then a lower
+    bound, and a share of the limit too small."""
+    flops = transformer_flops(model, work.schedule, guided=work.guided)
+    if model.downsampling == PUBLISHED_DOWNSAMPLING:
+        flops += decoder_flops(work.schedule)
+    return work.batch * flops
+
+
+def _scenario(plan: Plan, bundle: Bundle, variant: str, work: Work, threads: int) -> Scenario:
+    peer = variant.removeprefix("torch-") if variant.startswith("torch-") else None
+    precision = {None: bundle.manifest.precision, "bf16": "bf16"}.get(peer, "fp32")
+    return Scenario(
+        name=f"{plan.model.name}, {_said(work)}",
+        model=plan.model.name,
+        variant=variant,
+        precision=precision,
+        schedule=str(work.schedule),
+        batch=work.batch,
+        guided=work.guided,
+        threads=threads,
+    )
+
+
+def _said(work: Work) -> str:
+    return f"{len(work.schedule)} steps, batch {work.batch}, {'guidance' if work.guided else 'no guidance'}"

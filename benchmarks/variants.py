@@ -1,0 +1,244 @@
+"""What is timed: a backend of the runtime, or a peer. Each opens in a process of its own and makes images on demand.
+
+Peers: `torch-eager`, the reference as published (float32); `torch-bf16`, the same with weights and activations in
+bfloat16; `torch-compile`, its blocks and decoder compiled; `ort-plain` and `openvino-plain`, the bundle's own graphs as
+ONNX Runtime and OpenVINO run them with their default settings: arrays in and out, nothing bound.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexvar_runtime import Bundle, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
+from flexvar_runtime.backends import BACKENDS
+from flexvar_runtime.errors import BackendUnavailable, InvalidInput
+from flexvar_runtime.graphs import CONDITION, DECODE, STEP, TABLES_FILE, new_names, past_names
+from flexvar_runtime.images import to_uint8
+from flexvar_runtime.noise import draws
+from flexvar_runtime.sampling import sample
+from flexvar_runtime.tables import Tables
+
+TORCH_PEERS = ("torch-eager", "torch-bf16", "torch-compile")
+PLAIN_PEERS = ("ort-plain", "openvino-plain")
+VARIANTS = (*BACKENDS, *TORCH_PEERS, *PLAIN_PEERS)
+SEED = 0
+Arrays = dict[str, NDArray[Any]]
+RunGraph = Callable[[str, Mapping[str, NDArray[Any]]], Arrays]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A variant and what it runs. transformer, vae: the checkpoint, which the torch peers need."""
+
+    variant: str
+    bundle: Path
+    transformer: Path | None
+    vae: Path | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call: images of the classes 0, 1, … by a schedule, with the bundle's default guidance or none."""
+
+    schedule: ScaleSchedule
+    batch: int
+    guided: bool
+
+    def labels(self, classes: int) -> list[int]:
+        return [i % classes for i in range(self.batch)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one call, decoder included, and of its parts where the variant tells them apart."""
+
+    total: float
+    condition: float | None = None
+    scales: tuple[float, ...] | None = None
+    sampling: float | None = None
+    decode: float | None = None
+
+
+Make = Callable[[Work], Sample]
+
+
+def usable_threads() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def opened(subject: Subject) -> Iterator[Make]:
+    """Raises InvalidInput (no such variant, or no checkpoint for a torch peer), BackendUnavailable."""
+    if subject.variant not in VARIANTS:
+        raise InvalidInput(
+            f"variant {subject.variant!r:.100}", expected=f"one of {', '.join(VARIANTS)}", fix="name one of them"
+        )
+    if subject.variant in TORCH_PEERS:
+        yield _torch_peer(subject)
+    elif subject.variant in PLAIN_PEERS:
+        yield _plain_peer(subject)
+    else:
+        threads = subject.threads if subject.variant in ("ort-cpu", "openvino") else None
+        with FlexVARPipeline.from_bundle(subject.bundle, backend=subject.variant, threads=threads) as pipeline:
+            yield lambda work: _runtime_sample(pipeline, work)
+
+
+def default_guidance(bundle: Bundle, guided: bool) -> Guidance:
+    defaults = bundle.manifest.defaults
+    return Guidance(defaults.guidance_scale if guided else 0.0, "ramp", defaults.max_side)
+
+
+def _runtime_sample(pipeline: FlexVARPipeline, work: Work) -> Sample:
+    guidance = default_guidance(pipeline.bundle, work.guided)
+    times = pipeline(work.labels(pipeline.model.classes), work.schedule, guidance, seed=SEED).timings
+    if times.mode != "steps":
+        return Sample(times.total)
+    steps = tuple(scale.step for scale in times.scales)
+    return Sample(times.total, times.condition, steps, times.sampling, times.decode)
+
+
+def _torch_peer(subject: Subject) -> Make:
+    if subject.transformer is None or subject.vae is None:
+        raise InvalidInput(
+            f"{subject.variant} without a checkpoint",
+            expected="the one behind the bundle",
+            fix="--checkpoint and --vae",
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendUnavailable(
+            "no module torch", expected="the export extra", fix="pip install 'flexvar-deploy[export]'"
+        ) from error
+    import flexvar_ref
+    from flexvar_export.proof import reference_options
+
+    torch.set_num_threads(subject.threads)
+    model, tokenizer = flexvar_ref.load(subject.transformer, subject.vae)
+    if subject.variant == "torch-bf16":
+        model, tokenizer = model.to(torch.bfloat16), tokenizer.to(torch.bfloat16)
+    if subject.variant == "torch-compile":
+        for block in model.blocks:
+            block.compile(dynamic=True)
+        tokenizer.decoder.compile()
+    bundle = Bundle.open(subject.bundle)
+
+    def make(work: Work) -> Sample:
+        options = reference_options(default_guidance(bundle, work.guided), _sampling(bundle))
+        start = time.perf_counter()
+        scales = list(flexvar_ref.iter_scales(model, work.labels(model.config.classes), str(work.schedule), options))
+        decoding = time.perf_counter()
+        with torch.inference_mode():
+            to_uint8(tokenizer.decode(scales[-1].tokens).float().numpy())
+        end = time.perf_counter()
+        return Sample(end - start, decode=end - decoding)
+
+    return make
+
+
+def _sampling(bundle: Bundle) -> Sampling:
+    defaults = bundle.manifest.defaults
+    return Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side)
+
+
+def _plain_peer(subject: Subject) -> Make:
+    bundle = Bundle.open(subject.bundle)
+    run = {"ort-plain": _onnx_runtime, "openvino-plain": _openvino}[subject.variant](bundle, subject.threads)
+    tables = Tables.load(bundle.file(TABLES_FILE), bundle.manifest.model)
+    return lambda work: _plain_sample(bundle, tables, run, work)
+
+
+def _onnx_runtime(bundle: Bundle, threads: int) -> RunGraph:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions = {
+        graph: onnxruntime.InferenceSession(str(bundle.graph_file(graph)), options, providers=["CPUExecutionProvider"])
+        for graph in (CONDITION, STEP, DECODE)
+    }
+
+    def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+        names = [tensor.name for tensor in bundle.graph(graph).outputs]
+        return dict(zip(names, sessions[graph].run(names, dict(feeds)), strict=True))
+
+    return run
+
+
+def _openvino(bundle: Bundle, threads: int) -> RunGraph:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendUnavailable(
+            "no module openvino", expected="the openvino extra", fix="pip install 'flexvar-deploy[openvino]'"
+        ) from error
+    core = openvino.Core()
+    compiled = {
+        graph: core.compile_model(str(bundle.graph_file(graph)), "CPU", {"INFERENCE_NUM_THREADS": threads})
+        for graph in (CONDITION, STEP, DECODE)
+    }
+
+    def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+        results = compiled[graph](dict(feeds))
+        return {tensor.name: results[tensor.name] for tensor in bundle.graph(graph).outputs}
+
+    return run
+
+
+def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> Sample:
+    """One call as a first script would write it: the past is joined anew at every scale."""
+    model, B = bundle.manifest.model, work.batch
+    sampling, labels = _sampling(bundle), work.labels(model.classes)
+    branches = 2 if work.guided else 1
+    start = time.perf_counter()
+    every = np.array([*labels, *([model.null_class] * B if work.guided else [])], np.int32)
+    condition = run(CONDITION, {"labels": every})
+    conditioned = time.perf_counter()
+    rows = np.arange(B, dtype=np.int32)
+    past = {
+        name: np.empty((0, branches * B, model.heads, model.head_size), np.float32) for name in past_names(model.depth)
+    }
+    weights = default_guidance(bundle, work.guided).weights(work.schedule)
+    steps, drawing, tokens = [], 0.0, np.empty((B, 1, 1), np.int32)
+    for i, (h, w) in enumerate(work.schedule):
+        began = time.perf_counter()
+        if i == 0:
+            codes = np.zeros((branches * B, 1, model.code_dim), np.float32)
+            offset = condition["first_input"]
+        else:
+            codes = np.tile(tables.next_codes(tokens, (h, w)), (branches, 1, 1))
+            offset = np.broadcast_to(tables.offset(h, w), (branches * B, h * w, model.width))
+        feeds = {
+            "codes": codes,
+            "offset": np.ascontiguousarray(offset),
+            "modulation": condition["modulation"],
+            "head_modulation": condition["head_modulation"],
+            "cond_rows": rows,
+            "uncond_rows": rows + (branches - 1) * B,
+            "t": np.full(B, weights[i], np.float32),
+            **past,
+        }
+        results = run(STEP, feeds)
+        pairs = zip(past_names(model.depth), new_names(model.depth), strict=True)
+        past = {old: np.concatenate((past[old], results[new])) for old, new in pairs}
+        sampled = time.perf_counter()
+        noise = np.concatenate([draws(SEED, b, i, h * w) for b in range(B)])
+        logits = results["logits"].reshape(-1, model.vocabulary)
+        tokens = sample(logits, noise, top_k=sampling.top_k_at(h, w), top_p=sampling.top_p).reshape(B, h, w)
+        steps.append(sampled - began)
+        drawing += time.perf_counter() - sampled
+    decoding = time.perf_counter()
+    to_uint8(run(DECODE, {"tokens": tokens})["image"], model.value_range)
+    end = time.perf_counter()
+    return Sample(end - start, conditioned - start, tuple(steps), drawing, end - decoding)

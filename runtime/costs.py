@@ -1,0 +1,167 @@
+"""How long generations take on this machine: measured once, kept in the user's cache, read back only by the same setup.
+
+A cost is that of a whole generation in a pipeline that is warm: images out, graphs opened before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from .atomic import atomic_write
+from .engine_writer import private_folder
+from .errors import ArtifactRefused, InvalidInput
+from .schedule import ScaleSchedule
+from .strict_json import decode, encode, loads, short
+from .user_folders import check_private, read_private, user_folder
+
+COSTS_VERSION = 1
+QUANTILE = 0.9
+MAX_COSTS_BYTES = 4 * 2**20
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BACKEND = re.compile(r"[a-z0-9-]{1,40}")
+
+
+def _require(ok: bool, field: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ArtifactRefused(f"{field} = {short(value)}", expected=expected, fix="measure again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRow:
+    """Seconds of `batch` images at once with a schedule, over `samples` generations.
+
+    p90: 9 of 10 took no longer; of fewer than 10 samples the slowest. scales: the median of every scale, where the host
+    drives them one by one; it leaves out the condition and the decoder.
+    """
+
+    schedule: str
+    batch: int
+    guided: bool
+    p90: float
+    median: float
+    samples: int
+    scales: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            count = len(ScaleSchedule.parse(self.schedule))
+        except InvalidInput as error:
+            raise ArtifactRefused(f"schedule: {error.got}", expected=error.expected, fix="measure again") from error
+        _require(self.batch >= 1, "batch", self.batch, "at least 1")
+        _require(self.samples >= 1, "samples", self.samples, "at least 1")
+        _require(0 < self.median <= self.p90 < math.inf, "median", self.median, "above 0, and at most p90")
+        _require(len(self.scales) in (0, count), "scales of length", len(self.scales), f"0 or {count}")
+
+    @classmethod
+    def of(
+        cls,
+        schedule: ScaleSchedule,
+        batch: int,
+        guided: bool,
+        seconds: Sequence[float],
+        scales: Sequence[Sequence[float]] = (),
+    ) -> Self:
+        """From the seconds of every generation, and of every scale of each."""
+        return cls(
+            schedule=str(schedule),
+            batch=batch,
+            guided=guided,
+            p90=sorted(seconds)[math.ceil(QUANTILE * len(seconds)) - 1],
+            median=statistics.median_low(seconds),
+            samples=len(seconds),
+            scales=tuple(statistics.median(one) for one in zip(*scales, strict=True)),
+        )
+
+    @property
+    def key(self) -> tuple[ScaleSchedule, int, bool]:
+        return ScaleSchedule.parse(self.schedule), self.batch, self.guided
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Costs of one bundle (by its sha256) on one backend with so many threads, on the processor or GPU `device`."""
+
+    version: int = COSTS_VERSION
+    bundle: str
+    backend: str
+    threads: int
+    device: str
+    rows: tuple[CostRow, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.version == COSTS_VERSION, "version", self.version, str(COSTS_VERSION))
+        _require(_SHA256.fullmatch(self.bundle) is not None, "bundle", self.bundle, "64 hexadecimal digits")
+        _require(_BACKEND.fullmatch(self.backend) is not None, "backend", self.backend, "the name of a backend")
+        _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        keys = [row.key for row in self.rows]
+        _require(len(set(keys)) == len(keys), "rows", len(keys), "every schedule once a batch")
+
+    def cost(self, schedule: ScaleSchedule, batch: int, guided: bool) -> float | None:
+        """Seconds that 9 of 10 generations keep to; None where that was not measured."""
+        return next((row.p90 for row in self.rows if row.key == (schedule, batch, guided)), None)
+
+    def with_rows(self, rows: Iterable[CostRow]) -> CostTable:
+        """With these rows too, in place of earlier ones of the same schedule, batch and guidance."""
+        merged = {row.key: row for row in (*self.rows, *rows)}
+        return replace(self, rows=tuple(merged.values()))
+
+    def path(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """Where it is kept: `$XDG_CACHE_HOME/flexvar/costs`, by default in `~/.cache`."""
+        folder = user_folder("XDG_CACHE_HOME", ".cache", environ) / "costs"
+        return folder / f"{self.bundle}-{self.backend}-{self.threads}.json"
+
+    def save(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """Keep it, in place of an earlier one. Raises ArtifactRefused, EnvironmentFailed, OSError."""
+        path = self.path(environ)
+        private_folder(path.parent)
+        with atomic_write(path, force=True) as temporary:
+            temporary.touch(mode=0o600, exist_ok=False)
+            temporary.write_text(json.dumps(encode(self), indent=1, allow_nan=False) + "\n", encoding="ascii")
+        return path
+
+    def load(self, environ: Mapping[str, str] = os.environ) -> CostTable | None:
+        """What was kept for the same bundle, backend, threads and device as this one's; None where nothing was.
+
+        Raises ArtifactRefused for a file that is cut, of another setup, or that somebody else could have written.
+        """
+        path = self.path(environ)
+        try:
+            check_private(path.parent)
+            data = read_private(path, MAX_COSTS_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ArtifactRefused(
+                f"{path} ({error.strerror})", expected="a regular file", fix=f"remove {path}, and measure again"
+            ) from error
+        try:
+            _require(len(data) <= MAX_COSTS_BYTES, f"{path.name}: bytes", len(data), f"at most {MAX_COSTS_BYTES}")
+            found = decode(CostTable, loads(data, where=path.name), where=path.name)
+            for field in ("bundle", "backend", "threads", "device"):
+                mine, its = getattr(self, field), getattr(found, field)
+                _require(mine == its, f"{path.name}: {field}", its, f"{short(mine)}")
+        except ArtifactRefused as error:
+            raise ArtifactRefused(
+                error.got, expected=error.expected, fix=f"remove {path}, and measure again"
+            ) from error
+        return found
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What the processor calls itself, as far as the system says."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "unknown"

@@ -1,0 +1,239 @@
+"""Runs: what a plan holds, turns and parts, loads against a fake clock, and the whole command on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexvar_bench import run as running
+from flexvar_bench.plans import STEPS, Load, Model, plan, read_quality, schedule
+from flexvar_bench.records import Measured, Scenario, Served, read
+from flexvar_bench.run import call_flops, measured, serve
+from flexvar_bench.variants import Sample, Work
+from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
+from flexvar_runtime.cli.main import main
+
+WORK = Work(schedule(4), 2, True)
+SCENARIO = Scenario(
+    name="m, 4 steps",
+    model="m",
+    variant="ort-cpu",
+    precision="fp32",
+    schedule=str(WORK.schedule),
+    batch=2,
+    guided=True,
+    threads=1,
+)
+
+
+@pytest.fixture
+def model(tiny_bundle: Path) -> Model:
+    return Model(name="tiny", bundle=tiny_bundle)
+
+
+def test_a_plan(model: Model) -> None:
+    wanted = plan(model, ["ort-cpu", "torch-eager"], steps=[10, 6, 4], batches=[1, 4], repeats=6, requests=5)
+    said = [(case.variants, len(case.work.schedule), case.work.batch, case.work.guided) for case in wanted.cases]
+    both, ours = ("ort-cpu", "torch-eager"), ("ort-cpu",)
+    assert said == [
+        (both, 10, 1, True),
+        (ours, 6, 1, True),
+        (both, 4, 1, True),
+        (ours, 10, 4, True),
+        (ours, 10, 1, False),
+    ]
+    assert [(load.mode, load.work.batch) for load in wanted.loads] == [
+        ("single-stream", 1),
+        ("offline", 4),
+        ("server", 1),
+    ]
+    assert {load.variant for load in wanted.loads} == {"ort-cpu"}
+    assert not plan(model, ["ort-cpu"], steps=[4], batches=[1], repeats=1, requests=0).loads
+
+
+def test_schedules_have_as_many_steps_as_they_say() -> None:
+    assert all(len(schedule(steps)) == steps and schedule(steps)[-1] == (16, 16) for steps in STEPS)
+
+
+@pytest.mark.parametrize(
+    "change", [{"variants": ["torch"]}, {"steps": [3]}, {"steps": []}, {"batches": [0]}, {"variants": []}]
+)
+def test_plans_refused(model: Model, change: dict[str, list[object]]) -> None:
+    asked: dict[str, object] = {"variants": ["ort-cpu"], "steps": [4], "batches": [1]} | change
+    variants = asked.pop("variants")
+    with pytest.raises(InvalidInput):
+        plan(model, variants, repeats=1, requests=0, **asked)  # type: ignore[arg-type]
+
+
+def test_quality_tables(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    path.write_text(json.dumps({"1_2_4": {"frechet": 3.5}}))
+    [row] = read_quality(path, "m")
+    assert (row.model, row.schedule, row.accuracy, row.frechet) == ("m", "1_2_4", None, 3.5)
+    for text in ("[]", "{", '{"1_x": {"frechet": 1}}', '{"1_2": 3}'):
+        path.write_text(text)
+        with pytest.raises(ArtifactRefused):
+            read_quality(path, "m")
+
+
+def test_the_demo_models_quality_is_a_table() -> None:
+    rows = read_quality(Path(__file__).parents[2] / "demo" / "model" / "quality.json", "demo")
+    assert sorted(len(row.schedule.split("_")) for row in rows) == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_samples_become_medians_with_their_turns() -> None:
+    samples = [(turn, Sample(turn + 1.0, 0.1, (0.2, turn / 10), 0.3, 0.4)) for turn in (3, 0, 5)]
+    record = measured(SCENARIO, "0" * 64, samples, 7, 1e9, "")
+    assert (record.seconds, record.turns) == ((4.0, 1.0, 6.0), (3, 0, 5))
+    assert (record.condition, record.scales, record.sampling, record.decode) == (0.1, (0.2, 0.3), 0.3, 0.4)
+    assert measured(SCENARIO, "0" * 64, [], None, 1e9, "no such backend").note == "not measured: no such backend"
+    partly = measured(SCENARIO, "0" * 64, [(0, Sample(1.0, decode=0.5))], None, 1e9, "")
+    assert (partly.condition, partly.scales, partly.decode) == (None, None, 0.5)
+
+
+def test_operations_of_a_call_grow_with_its_batch_and_guidance(tiny_bundle: Path) -> None:
+    model = Bundle.open(tiny_bundle).manifest.model
+    one = call_flops(model, Work(WORK.schedule, 1, False))
+    assert call_flops(model, Work(WORK.schedule, 3, False)) == 3 * one
+    assert one < call_flops(model, Work(WORK.schedule, 1, True)) < 2 * one
+    published = replace(model, downsampling=16)
+    assert call_flops(published, WORK) > 250e9 > call_flops(model, WORK)  # with its decoder
+
+
+class Clock:
+    """time.perf_counter and time.sleep without time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(running, "time", clock)
+    return clock
+
+
+def maker(clock: Clock, seconds: float = 2.0) -> Callable[[Work], Sample | str]:
+    def make(work: Work) -> Sample:
+        clock.now += seconds
+        return Sample(seconds)
+
+    return make
+
+
+def test_one_after_the_other(clock: Clock) -> None:
+    load = Load(variant="ort-cpu", work=replace_batch(1), mode="single-stream", requests=5)
+    served = serve(load, maker(clock), SCENARIO)
+    assert served is not None and served.latencies == (2.0,) * 5 and served.images_per_second == 0.5
+
+
+def test_all_at_once_waits_for_the_batches_before(clock: Clock) -> None:
+    served = serve(Load(variant="ort-cpu", work=replace_batch(2), mode="offline", requests=6), maker(clock), SCENARIO)
+    assert served is not None and served.latencies == (2.0, 2.0, 4.0, 4.0, 6.0, 6.0) and served.images_per_second == 1
+
+
+def test_a_server_queues(clock: Clock) -> None:
+    """At 0.7 of what it can do a request waits for those before it: Pollaczek and Khinchin say 1 + 0.7 / 0.6 times."""
+    load = Load(variant="ort-cpu", work=replace_batch(1), mode="server", requests=4000, rate=0.7, bound=3)
+    served = serve(load, maker(clock), SCENARIO)
+    assert served is not None and served.rate == 0.35 and served.bound == 6.0
+    assert min(served.latencies) == pytest.approx(2.0)
+    assert np.mean(served.latencies) == pytest.approx(2 * (1 + 0.7 / 0.6), rel=0.15)
+    assert served.images_per_second == pytest.approx(0.35, rel=0.05)
+
+
+def test_a_load_on_what_cannot_run(clock: Clock) -> None:
+    assert serve(Load(variant="x", work=WORK, mode="offline", requests=2), lambda work: "no", SCENARIO) is None
+
+
+def replace_batch(batch: int) -> Work:
+    return Work(WORK.schedule, batch, True)
+
+
+@pytest.mark.timeout(300)
+def test_the_whole_command(
+    tiny_bundle: Path, tiny_checkpoint: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backend, a peer on the same graphs and the reference, in turns; a variant that is not there says so."""
+    results = tmp_path / "results.jsonl"
+    transformer, vae = tiny_checkpoint
+    call = [
+        *("bench", "run", str(tiny_bundle), "-o", str(results), "--name", "tiny", "--threads", "1"),
+        *("--variants", "ort-cpu,ort-plain,torch-eager,tensorrt", "--checkpoint", str(transformer), "--vae", str(vae)),
+        *("--steps", "4", "--batches", "1", "--repeats", "3", "--requests", "3", "--json"),
+    ]
+    assert ended(call) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 8
+    found = read(results)
+    assert found.ceiling.flops_per_second["fp32"] > 1e8 and found.environment.threads == 1
+    rows = {(row.scenario.variant, row.scenario.guided): row for row in found.measured}
+    assert {name for name, _ in rows} == {"ort-cpu", "ort-plain", "torch-eager", "tensorrt"}
+    for (name, _), row in rows.items():
+        assert (len(row.seconds) == 3) == (name != "tensorrt")
+    assert rows["tensorrt", True].note.startswith("not measured: ")
+    told = [row for row in found.measured if row.scales is not None]
+    assert {row.scenario.variant for row in told} == {"ort-cpu", "ort-plain"}
+    assert all(len(row.scales or ()) == 4 for row in told)
+    turns = [turn for row in found.measured if row.scenario.guided for turn in row.turns]
+    assert sorted(turns) == list(range(9))  # one at a time, in turns
+    assert [load.mode for load in found.served] == ["single-stream", "offline", "server"]
+    assert ended(call) == 2 and "which exists" in capsys.readouterr().out  # never replaced unasked
+    assert ended(["bench", "compare", str(results), str(results), "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert {change["verdict"] for change in compared["changes"]} == {"too few calls"} and not compared["warnings"]
+    assert ended(["bench", "report", str(results), "-o", str(tmp_path / "page")]) == 0
+    assert "tiny" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+
+
+def test_time_per_scale_sums_to_the_total(tiny_bundle: Path) -> None:
+    """What the runtime tells of its parts is all there is, but for a few microseconds between them."""
+    from flexvar_bench.variants import Subject, opened
+
+    with opened(Subject("ort-cpu", tiny_bundle, None, None, 1)) as make:
+        make(WORK)
+        gaps = []
+        for _ in range(5):
+            sample = make(WORK)
+            assert sample.condition is not None and sample.scales and sample.sampling and sample.decode
+            gaps.append(1 - (sample.condition + sum(sample.scales) + sample.sampling + sample.decode) / sample.total)
+    assert min(gaps) > -1e-6 and min(gaps) < 0.03
+
+
+def ended(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+def test_files_of_results(tmp_path: Path) -> None:
+    """A run that was killed leaves half a line at most; anything else that is no result is refused."""
+    from flexvar_bench.machine import environment
+    from flexvar_bench.records import Ceiling, line, write
+
+    path = tmp_path / "results.jsonl"
+    row = measured(SCENARIO, "0" * 64, [(0, Sample(1.0))], None, 1.0, "")
+    load = Served(scenario=SCENARIO, mode="offline", rate=None, bound=None, latencies=(1.0,), images_per_second=1.0)
+    ceiling = Ceiling(copy_bytes_per_second=1e9, flops_per_second={"fp32": 1e11})
+    write(path, [environment(1), ceiling, row, load])
+    whole = read(path)
+    assert whole.measured == (row,) and whole.served == (load,)
+    with path.open("a") as file:
+        file.write(line(row)[:40])
+    assert read(path).measured == (row,)
+    for text in ("{}\n", "[1]\n", '{"schema": 2}\n', line(row) + "\n"):
+        path.write_text(text)
+        with pytest.raises(ArtifactRefused):
+            read(path)
+    assert isinstance(row, Measured)

@@ -1,0 +1,161 @@
+"""Measured costs: what is kept, that it comes back for the same setup only, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexvar_runtime import ArtifactRefused, CostRow, CostTable, ScaleSchedule
+from flexvar_runtime.costs import processor_name
+
+SHORT, LONG = ScaleSchedule.parse("1_2_4"), ScaleSchedule.parse("1_2_3_4")
+ROW = CostRow(schedule="1_2_4", batch=1, guided=True, p90=0.02, median=0.01, samples=10, scales=(0.001, 0.002, 0.003))
+TABLE = CostTable(bundle="a" * 64, backend="ort-cpu", threads=2, device="A processor", rows=(ROW,))
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    return {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def path(environ: dict[str, str]) -> Path:
+    return TABLE.save(environ)
+
+
+def refusal(environ: dict[str, str], table: CostTable = TABLE) -> ArtifactRefused:
+    with pytest.raises(ArtifactRefused) as refused:
+        table.load(environ)
+    return refused.value
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def test_of_ten_generations_nine_took_no_longer() -> None:
+    row = CostRow.of(SHORT, 2, False, [0.3, 0.1, 0.2, 0.9, 0.8, 0.7, 0.4, 0.5, 0.6, 1.0])
+    assert (row.p90, row.median, row.samples, row.scales) == (0.9, 0.5, 10, ())
+    assert (row.schedule, row.batch, row.guided) == ("1_2_4", 2, False)
+
+
+@pytest.mark.parametrize("seconds", [[0.5], [0.1, 0.5], [0.5] + [0.1] * 8])
+def test_of_fewer_than_ten_none_took_longer(seconds: list[float]) -> None:
+    assert CostRow.of(SHORT, 1, True, seconds).p90 == 0.5
+
+
+def test_the_median_of_every_scale() -> None:
+    row = CostRow.of(SHORT, 1, True, [1, 1, 1], [[0.1, 0.5, 0.6], [0.3, 0.4, 0.9], [0.2, 0.6, 0.3]])
+    assert row.scales == (0.2, 0.5, 0.6)
+    assert CostRow.of(SHORT, 1, True, [1, 1], [[], []]).scales == ()  # as a GPU gives them
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"schedule": "2_4"}, "first scale 2"),
+        ({"batch": 0}, "batch = 0"),
+        ({"samples": 0}, "samples = 0"),
+        ({"median": 0.0}, "median = 0.0"),
+        ({"median": 0.03}, "median = 0.03"),
+        ({"p90": float("inf")}, "median"),
+        ({"scales": (0.1,)}, "scales of length = 1"),
+    ],
+)
+def test_a_row_checks_itself(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ArtifactRefused, match=text):
+        replace(ROW, **change)
+
+
+# A table -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_is_that_of_schedule_batch_and_guidance() -> None:
+    assert TABLE.cost(SHORT, 1, True) == 0.02
+    assert TABLE.cost(ScaleSchedule.parse("1_2x2_4"), 1, True) == 0.02  # the same, written otherwise
+    assert TABLE.cost(SHORT, 2, True) is None and TABLE.cost(SHORT, 1, False) is None
+    assert TABLE.cost(LONG, 1, True) is None
+
+
+def test_new_rows_replace_earlier_ones() -> None:
+    again, other = replace(ROW, p90=0.5), replace(ROW, batch=2)
+    assert TABLE.with_rows([again, other]).rows == (again, other)
+    assert TABLE.with_rows([]) == TABLE
+    with pytest.raises(ArtifactRefused, match="every schedule once a batch"):
+        replace(TABLE, rows=(ROW, again))
+
+
+def test_what_was_saved_is_loaded(environ: dict[str, str], path: Path) -> None:
+    assert path == Path(environ["XDG_CACHE_HOME"]) / "flexvar" / "costs" / f"{'a' * 64}-ort-cpu-2.json"
+    assert replace(TABLE, rows=()).load(environ) == TABLE
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    more = TABLE.with_rows([replace(ROW, batch=4)])
+    more.save(environ)
+    assert TABLE.load(environ) == more and [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_nothing_saved_is_none(environ: dict[str, str]) -> None:
+    assert TABLE.load(environ) is None
+    TABLE.save(environ)
+    for change in ({"bundle": "b" * 64}, {"backend": "ort-cuda"}, {"threads": 1}):
+        assert replace(TABLE, **change).load(environ) is None  # type: ignore[arg-type]
+
+
+def test_costs_of_another_device_are_refused(environ: dict[str, str], path: Path) -> None:
+    error = refusal(environ, replace(TABLE, device="Another"))
+    assert error.got == f"{path.name}: device = 'A processor'" and error.expected == "'Another'"
+    assert error.fix == f"remove {path}, and measure again"
+
+
+@pytest.mark.parametrize("change", [{"bundle": "b" * 64}, {"backend": "ort-cuda"}, {"threads": 1}])
+def test_a_renamed_table_is_refused(environ: dict[str, str], path: Path, change: dict[str, Any]) -> None:
+    other = replace(TABLE, **change)
+    path.rename(other.path(environ))
+    assert f": {next(iter(change))} = " in refusal(environ, other).got
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda data: data[: len(data) // 2], "valid JSON"),
+        (lambda data: b"", "valid JSON"),
+        (lambda data: data.replace(b'"samples": 10', b'"samples": 10, "colour": 1'), "colour"),
+        (lambda data: data.replace(b'"samples": 10', b'"samples": true'), "samples"),
+        (lambda data: data.replace(b"0.02", b"-0.02"), "median"),
+        (lambda data: data.replace(b"0.02", b"NaN"), "NaN"),
+        (lambda data: data.replace(b'"version": 1', b'"version": 2'), "version = 2"),
+        (lambda data: data + b" " * 2**22, "bytes"),
+    ],
+)
+def test_a_spoiled_file_is_refused(
+    environ: dict[str, str], path: Path, spoil: Callable[[bytes], bytes], text: str
+) -> None:
+    path.write_bytes(spoil(path.read_bytes()))
+    error = refusal(environ)
+    assert text in str(error) and error.fix == f"remove {path}, and measure again" and error.exit_code == 5
+
+
+def test_what_others_could_have_written_is_refused(environ: dict[str, str], path: Path, tmp_path: Path) -> None:
+    path.chmod(0o666)
+    assert "a regular file of this user alone" in str(refusal(environ))
+    path.unlink()
+    (tmp_path / "elsewhere.json").write_text(json.dumps({}))
+    path.symlink_to(tmp_path / "elsewhere.json")
+    assert "expected a regular file" in str(refusal(environ))
+    path.parent.chmod(0o777)
+    for act in (TABLE.load, TABLE.save):
+        with pytest.raises(ArtifactRefused, match="writable by others"):
+            act(environ)
+    path.parent.chmod(0o700)
+
+
+def test_the_processors_name(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: A Processor 9000\nmodel name\t: Another\n")
+    assert processor_name(info) == "A Processor 9000"
+    info.write_text("processor\t: 0\n")
+    assert processor_name(info) and processor_name(tmp_path / "none")

@@ -1,0 +1,121 @@
+"""Schedules by deadline: the best that fits, never a slower one, and an order for bundles that name none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexvar_runtime import CostUnknown, InvalidInput, ScaleSchedule
+from flexvar_runtime.deadline import choose, quality_order, seconds_of
+from flexvar_runtime.manifest import Manifest
+from flexvar_runtime.schedule import PUBLISHED
+
+SCHEDULES = tuple(ScaleSchedule.parse(text) for name, text in PUBLISHED.items() if name != "512px")
+A, B, C = SCHEDULES[:3]
+
+seconds = st.floats(1e-4, 10)
+
+
+@given(st.permutations(SCHEDULES), st.lists(st.none() | seconds, min_size=5, max_size=5), seconds)
+def test_no_worse_one_where_a_better_fits_and_none_that_does_not(
+    order: list[ScaleSchedule], costs: list[float | None], deadline: float
+) -> None:
+    """An unknown cost counts as one that might fit: nothing worse is taken in its place."""
+    known = dict(zip(order, costs, strict=True))
+    candidates = [schedule for schedule in order if known[schedule] is None or known[schedule] <= deadline]  # type: ignore[operator]
+    if not candidates:
+        with pytest.raises(InvalidInput, match="the fastest, ") as refusal:
+            choose(order, known.get, deadline)
+        fastest = min(cost for cost in costs if cost is not None)
+        assert type(refusal.value) is InvalidInput
+        enough = int(refusal.value.expected.removeprefix("a deadline of at least ").removesuffix(" ms"))
+        assert fastest * 1e3 <= enough < fastest * 1e3 + 1
+        assert choose(order, known.get, enough / 1e3 + 1e-12).expected <= enough / 1e3 + 1e-12
+    elif known[candidates[0]] is None:
+        with pytest.raises(CostUnknown, match=f"no measured time of schedule {candidates[0]};"):
+            choose(order, known.get, deadline)
+    else:
+        choice = choose(order, known.get, deadline)
+        assert choice.schedule == candidates[0]
+        assert choice.expected == known[choice.schedule] and choice.expected <= deadline == choice.deadline
+        assert choice.considered == tuple(zip(order, costs, strict=True))
+
+
+def test_a_choice_says_why() -> None:
+    costs = {A: 0.2, B: 0.12, C: 0.05}
+    choice = choose((A, B, C), costs.get, 0.12)
+    assert choice.reason == f"the best of 3 that is fast enough for 120.0 ms; the next better, {A}, takes 200.0 ms"
+    assert choice.to_json() == {
+        "schedule": str(B),
+        "expected_ms": pytest.approx(120),
+        "deadline_ms": pytest.approx(120),
+        "reason": choice.reason,
+        "considered": [
+            {"schedule": str(schedule), "expected_ms": pytest.approx(cost * 1e3)} for schedule, cost in costs.items()
+        ],
+    }
+    assert choose((A, B), {A: 0.2}.get, 0.3).to_json()["considered"][1] == {"schedule": str(B), "expected_ms": None}
+    assert choose((A, B, C), costs.get, 0.3).reason == "the best of 3 is fast enough for 300.0 ms"
+
+
+def test_refusals_say_what_would_do() -> None:
+    with pytest.raises(InvalidInput) as refusal:
+        choose((A, B), {A: 0.2, B: 0.1201}.get, 0.1)
+    assert str(refusal.value) == (
+        f"got a deadline of 100.0 ms: the fastest, {B}, takes 120.1 ms; expected a deadline of at least 121 ms; "
+        "fix: allow more time, or run fewer images at once"
+    )
+    with pytest.raises(CostUnknown) as unknown:
+        choose((A, B), {B: 0.1}.get, 0.2, measure="pipe.measure_costs(batch_sizes=(4,))")
+    assert (
+        unknown.value.fix == "measure them once: pipe.measure_costs(batch_sizes=(4,))" and unknown.value.exit_code == 2
+    )
+    with pytest.raises(InvalidInput, match="no schedule to choose from"):
+        choose((), {}.get, 1)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, True, "100", None])
+def test_a_deadline_is_a_number_above_0(value: Any) -> None:
+    with pytest.raises(InvalidInput, match="a number above 0"):
+        seconds_of(value)
+    assert seconds_of(250) == 0.25
+
+
+# The order -----------------------------------------------------------------------------------------------------------
+
+
+def with_defaults(manifest: Manifest, **changes: Any) -> Manifest:
+    return replace(manifest, defaults=replace(manifest.defaults, **changes))
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"),
+    [
+        (PUBLISHED["10"], ["10", "9", "8", "6"]),
+        (PUBLISHED["6"], ["6"]),
+        (PUBLISHED["13"], ["13", "10", "9", "8", "6"]),
+        (PUBLISHED["512px"], ["512px"]),
+    ],
+)
+def test_without_an_order_the_default_comes_first_then_shorter_published_ones(
+    manifest: Manifest, default: str, expected: list[str]
+) -> None:
+    order = quality_order(with_defaults(manifest, schedule=default))
+    assert [str(schedule) for schedule in order] == [PUBLISHED[name] for name in expected]
+    assert [schedule.tokens for schedule in order] == sorted((one.tokens for one in order), reverse=True)
+
+
+def test_a_default_of_ones_own(manifest: Manifest) -> None:
+    assert quality_order(manifest) == (ScaleSchedule.parse("1_2_3x5"),)
+    own = quality_order(with_defaults(manifest, schedule="1_4_7_16"))  # 322 tokens, fewer than any published
+    assert [str(schedule) for schedule in own] == ["1_4_7_16"]
+
+
+def test_the_bundles_own_order(manifest: Manifest) -> None:
+    named = ("1_3x5", "1_2_3x5", "1_2_2x3_3x5")
+    assert [str(schedule) for schedule in quality_order(with_defaults(manifest, quality_order=named))] == list(named)

@@ -1,0 +1,149 @@
+"""Deadlines in the pipeline: costs measured with a clock of the test, kept, and chosen by."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexvar_runtime import CostRow, CostTable, CostUnknown, FlexVARPipeline, Guidance, InvalidInput
+from flexvar_runtime.manifest import MANIFEST, Manifest
+
+BEST, GOOD, FAST = ORDER = ("1_2_3x4_6_8x10", "1_2_4_8x10", "1_8x10")
+OFF = Guidance(0.0, "ramp")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with a small default and an order of its own."""
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("ordered") / "bundle"))
+    manifest = Manifest.from_bytes((folder / MANIFEST).read_bytes())
+    defaults = replace(manifest.defaults, schedule=GOOD, quality_order=ORDER)
+    (folder / MANIFEST).write_bytes(replace(manifest, defaults=defaults).to_bytes())
+    return folder
+
+
+@pytest.fixture
+def pipe(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlexVARPipeline]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with FlexVARPipeline.from_bundle(bundle, "ort-cpu", threads=1) as pipeline:
+        yield pipeline
+
+
+def clock(*seconds: float) -> Callable[[], float]:
+    """A clock by which one generation after the other takes these seconds."""
+    readings = iter([reading for i, one in enumerate(seconds) for reading in (10.0 * i, 10.0 * i + one)])
+    return lambda: next(readings)
+
+
+def test_costs_are_measured_kept_and_chosen_by(pipe: FlexVARPipeline, bundle: Path) -> None:
+    seen: list[CostRow] = []
+    table = pipe.measure_costs(repeats=2, clock=clock(0.3, 0.25, 0.15, 0.2, 0.1, 0.1), on_row=seen.append)
+    assert table.rows == tuple(seen)
+    assert [(row.schedule, row.batch, row.guided, row.samples) for row in seen] == [(s, 1, True, 2) for s in ORDER]
+    assert [row.p90 for row in seen] == pytest.approx([0.3, 0.2, 0.1])
+    assert [len(row.scales) for row in seen] == [5, 4, 2] and all(s > 0 for row in seen for s in row.scales)
+    assert (table.bundle, table.backend, table.threads) == (pipe.bundle.sha256, "ort-cpu", 1)
+    for deadline, schedule, expected in ((1000, BEST, 0.3), (299, GOOD, 0.2), (150.5, FAST, 0.1)):
+        output = pipe([3], seed=7, deadline_ms=deadline)
+        assert output.choice is not None and output.choice.expected == pytest.approx(expected)
+        assert str(output.choice.schedule) == str(output.settings[0].schedule) == schedule
+        plain = pipe([3], schedule, seed=7)
+        assert plain.choice is None and plain.settings == output.settings
+        np.testing.assert_array_equal(plain.images, output.images)
+    with pytest.raises(InvalidInput, match=f"the fastest, {FAST}, takes 100.0 ms; expected a deadline of at least 1"):
+        pipe([3], deadline_ms=50)
+    with FlexVARPipeline.from_bundle(bundle, "ort-cpu", threads=1) as later:
+        assert str(later.choose_schedule(1, 250).schedule) == GOOD
+
+
+def test_nothing_is_chosen_by_costs_of_other_batches_or_guidance(pipe: FlexVARPipeline, bundle: Path) -> None:
+    with pytest.raises(CostUnknown) as refusal:
+        pipe([1, 2], deadline_ms=500)
+    assert refusal.value.fix == "measure them once: pipe.measure_costs(batch_sizes=(2,))"
+    pipe.measure_costs((2,), repeats=1, clock=clock(0.3, 0.2, 0.1))
+    assert str(pipe.choose_schedule(2, 500).schedule) == BEST
+    with pytest.raises(CostUnknown, match=r"batch_sizes=\(1,\)\)"):
+        pipe([1], deadline_ms=500)
+    with pytest.raises(CostUnknown, match=r"guidance=Guidance\(scale=0.0, rule='ramp', max_side=16\)"):
+        pipe([1, 2], guidance=OFF, deadline_ms=500)
+    table = pipe.measure_costs((2,), repeats=1, guidance=OFF, clock=clock(0.03, 0.02, 0.01))
+    assert pipe.choose_schedule(2, 25, OFF).expected == pytest.approx(0.02)
+    assert pipe.choose_schedule(2, 500).expected == pytest.approx(0.3) and len(table.rows) == 6
+    assert pipe.choose_schedule(2, 500, Guidance(4.0)).expected == pytest.approx(0.3)  # as much work as with 2.5
+    with FlexVARPipeline.from_bundle(bundle, "ort-cpu", threads=2) as other, pytest.raises(CostUnknown):
+        other.choose_schedule(2, 500)
+
+
+def test_a_better_schedule_that_was_not_measured_is_not_passed_over(pipe: FlexVARPipeline) -> None:
+    pipe.measure_costs(schedules=[GOOD, FAST], repeats=1, clock=clock(0.2, 0.1))
+    with pytest.raises(CostUnknown, match=f"no measured time of schedule {BEST}"):
+        pipe([1], deadline_ms=500)
+    pipe.measure_costs(schedules=[BEST], repeats=1, clock=clock(0.3))
+    assert str(pipe.choose_schedule(1, 250).schedule) == GOOD
+
+
+def test_every_generation_measured_is_of_other_classes(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    real = FlexVARPipeline.__call__
+
+    def spy(self: FlexVARPipeline, labels: list[int], *arguments: Any, **options: Any) -> Any:
+        asked.append(labels)
+        return real(self, labels, *arguments, **options)
+
+    monkeypatch.setattr(FlexVARPipeline, "__call__", spy)
+    pipe.measure_costs((2,), [FAST], repeats=3)
+    assert asked == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"schedule": BEST, "deadline_ms": 100}, "a schedule with a deadline; expected either"),
+        ({"deadline_ms": 0}, "a deadline of 0 ms"),
+        ({"deadline_ms": float("nan")}, "a deadline of nan ms"),
+        ({"deadline_ms": "100"}, "a deadline of '100' ms"),
+    ],
+)
+def test_refusals(pipe: FlexVARPipeline, arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        pipe([1], **arguments)
+
+
+def test_measuring_refuses_what_a_call_would(pipe: FlexVARPipeline) -> None:
+    for arguments in ({"repeats": 0}, {"batch_sizes": (0,)}, {"schedules": ["2_4"]}):
+        with pytest.raises(InvalidInput):
+            pipe.measure_costs(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="images 0"):
+        pipe.choose_schedule(0, 100)
+
+
+def test_a_gpu_measures_whole_generations(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scale by scale is another way there, with other costs."""
+    monkeypatch.setattr(pipe.backend, "device", object())
+    with pytest.raises(InvalidInput, match="a deadline with on_scale on a GPU"):
+        pipe([1], deadline_ms=100, on_scale=lambda step: None)
+
+
+def test_scales_are_watched_in_time_on_a_cpu(pipe: FlexVARPipeline) -> None:
+    pipe.measure_costs(schedules=[BEST], repeats=1, clock=clock(0.3))
+    watched: list[int] = []
+    output = pipe([1], deadline_ms=400, on_scale=lambda step: watched.append(step.index))
+    assert watched == [0, 1, 2, 3, 4] and output.choice is not None
+
+
+def test_costs_are_kept_in_memory_where_they_cannot_be_saved(
+    pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: CostTable) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CostTable, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        pipe.measure_costs(repeats=1, clock=clock(0.3, 0.2, 0.1))
+    assert str(pipe.choose_schedule(1, 250).schedule) == GOOD
