@@ -55,7 +55,7 @@ TINY_TOKENIZER = {
 TINY_TRANSFORMER = {
     "data": {"size": 16, "samples": 64, "held_out": 13, "workers": 0},
     "model": {"depth": 2, "heads": 2, "head_size": 16, "position_side": 8, "drop_path": 0.1},
-    "optim": {"lr": 0.02, "warmup": 2, "ema": 0.9, "accumulation": 2},
+    "optim": {"algorithm": "muon", "lr": 0.02, "warmup": 2, "ema": 0.9, "accumulation": 2},  # as the demo model
     "loop": {"steps": STEPS, "batch": 8, "log": 4, "save": 2, "evaluate": 8, "sample": 8},
 }
 LAUNCH = """
