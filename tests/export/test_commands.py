@@ -65,7 +65,8 @@ def test_export_prints_one_json_object_and_its_progress_elsewhere(exported: tupl
     path, out, err = exported
     data = json.loads(out)
     bundle = Bundle.open(path)
-    assert data.keys() == {"bundle", "sha256", "precision", "size_bytes", "parity"}
+    assert data.keys() == {"bundle", "sha256", "precision", "float32_parts", "size_bytes", "parity"}
+    assert data["float32_parts"] == []
     assert (data["bundle"], data["sha256"], data["precision"]) == ("named.bundle", bundle.sha256, "fp32")
     assert (
         data["size_bytes"]

@@ -21,7 +21,8 @@ FOLDERS = {
     "export": "flexvar_export",
     "benchmarks": "flexvar_bench",
 }
-DATA = {"flexvar_runtime/cuda/kernels.cu"}  # files other than modules that the packages read, as named in the wheel
+# Files other than modules that the packages read, as named in the wheel.
+DATA = {"flexvar_bench/report.html.j2", "flexvar_runtime/cuda/kernels.cu"}
 SOURCE_ONLY = {"py.typed", "ruff.toml"}  # py.typed is checked on its own
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 DEPENDENCIES = {
@@ -114,6 +115,7 @@ def test_entry_points(wheel: Path) -> None:
             "runtime": "flexvar_runtime.cli.commands:register",
             "export": "flexvar_export.commands:register",
             "ref": "flexvar_ref.training.commands:register",
+            "bench": "flexvar_bench.commands:register",
         },
     }
 
