@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo/out
+BENCH_OUT ?= build/bench
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
@@ -11,7 +12,7 @@ PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:expor
 LINKS := .mypy_cache/packages
 
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-slow test-engines demo clean
+.PHONY: help venv lint test test-slow test-engines demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt runtime/_version.py
 	@echo "==> $(VENV): installing (minutes the first time: torch is large)"
 	@"$(PYTHON)" -m venv "$(VENV)"
 	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
-	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[cpu,export,tensorrt-rtx,train,bench,dev]"
+	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[cpu,openvino,export,tensorrt-rtx,train,bench,dev]"
 	@touch "$@"
 
 lint: venv ## ruff, its formatter and mypy
@@ -47,6 +48,11 @@ test-engines: venv ## the tests marked engines: d16 for every published schedule
 
 demo: venv ## the whole way with the demo model, into DEMO_OUT (demo/out)
 	@"$(BIN)/python" demo/run.py --out "$(DEMO_OUT)"
+
+bench: venv ## the models of benchmarks/standard.toml measured and drawn, into BENCH_OUT (build/bench); up to half an hour
+	@mkdir -p "$(BENCH_OUT)"
+	@"$(BIN)/flexvar" bench run --suite benchmarks/standard.toml -o "$(BENCH_OUT)/results.jsonl" --force
+	@"$(BIN)/flexvar" bench report "$(BENCH_OUT)/results.jsonl" -o "$(BENCH_OUT)/page"
 
 clean: ## remove what was generated, except the virtual environment
 	@rm -rf build dist demo/out flexvar_deploy.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexvar_runtime.cli.console import JsonOption, emit, out, steps
+from flexvar_runtime.cli.console import JsonOption, emit, out
 from flexvar_runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
     from .comparison import Change
     from .records import Measured
+    from .session import Outcome
 
 DEFAULT_VARIANTS = "ort-cpu"
+EACH = "once a bundle, in their order, - for none; or not at all."
 
 
 def register(app: typer.Typer) -> None:
@@ -27,69 +29,79 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundles: Annotated[list[Path] | None, typer.Argument(help="Bundle directories.", show_default=False)] = None,
+    *,
     output: Annotated[Path, typer.Option("-o", "--output", help="File of results (JSON lines).")],
-    name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="Models and how much of each, as TOML, in place of bundles.")
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(help=f"What to call the model; {EACH}")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help=f"The bundle's transformer, for the torch peers; {EACH}")
+    ] = None,
+    vae: Annotated[list[str] | None, typer.Option(help=f"The bundle's tokenizer, likewise; {EACH}")] = None,
+    quality: Annotated[
+        list[str] | None, typer.Option(help=f"Quality by schedule (JSON), for the chart against time; {EACH}")
+    ] = None,
     variants: Annotated[
         str, typer.Option(help="Backends and peers: torch-eager, torch-bf16, torch-compile, ort-plain, openvino-plain.")
     ] = DEFAULT_VARIANTS,
-    checkpoint: Annotated[Path | None, typer.Option(help="The bundle's transformer, for the torch peers.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="The bundle's tokenizer, for the torch peers.")] = None,
     step_counts: Annotated[str, typer.Option("--steps", help="Numbers of steps, 4 to 10.")] = "10,8,6,4",
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2",
     repeats: Annotated[
         int, typer.Option(min=1, help="Counted calls of every variant; 80 for flexvar bench compare.")
     ] = 7,
-    requests: Annotated[int, typer.Option(min=0, help="Requests of every load test; 0 leaves them out.")] = 20,
-    quality: Annotated[
-        Path | None, typer.Option(help="Quality by schedule (JSON), for the chart against time.")
+    seconds: Annotated[
+        float | None, typer.Option(help="No further turns at a piece of work after so long; three are always taken.")
     ] = None,
+    requests: Annotated[int, typer.Option(min=0, help="Requests of every load test; 0 leaves them out.")] = 20,
+    costs: Annotated[
+        bool, typer.Option("--costs/--no-costs", help="Keep what deadlines go by, measured on the runtime's backends.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads.")] = None,
-    append: Annotated[bool, typer.Option("--append", help="Add this model to the results in the file.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add these models to the results in the file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle: the machine's limit first, then every variant in turns, each in a process of its own."""
-    from flexvar_runtime import Bundle
+    """Measure bundles: the machine's limit first, then model after model every variant in turns, each in a process of
+    its own."""
     from flexvar_runtime.atomic import existing, require_parent
 
-    from .machine import ceiling, environment
-    from .plans import Model, names_of, plan, read_quality
-    from .records import Record, read, write
-    from .run import measure
+    from .plans import Extent
+    from .session import run_session
+    from .suite import from_options, read_suite
     from .variants import usable_threads
 
-    if (checkpoint is None) != (vae is None):
-        raise InvalidInput("one of --checkpoint and --vae", expected="both or none", fix="pass the pair")
     if append and force:
         raise InvalidInput("--append with --force", expected="one of them", fix="leave one out")
+    if suite is not None and any((bundles, name, checkpoint, vae, quality)):
+        raise InvalidInput("--suite with a bundle or its options", expected="one of them", fix="name it in the suite")
     require_parent(output)
     if output.exists() and not (append or force):
         raise existing(output)
-    count = threads or usable_threads()
-    called = name or names_of(Bundle.open(bundle))
-    wanted = plan(
-        Model(name=called, bundle=bundle, transformer=checkpoint, vae=vae),
-        [part.strip() for part in variants.split(",") if part.strip()],
+    entries = (
+        read_suite(suite)
+        if suite is not None
+        else from_options(
+            bundles or [], names=name or [], checkpoints=checkpoint or [], vaes=vae or [], quality=quality or []
+        )
+    )
+    options = Extent(
+        variants=tuple(part.strip() for part in variants.split(",") if part.strip()),
         steps=_numbers(step_counts, "--steps"),
         batches=_numbers(batches, "--batches"),
         repeats=repeats,
+        seconds=math.inf if seconds is None else seconds,
         requests=requests,
     )
-    table = read_quality(quality, called) if quality else ()
-    records: list[Record] = []
-    if append and output.exists():
-        before = read(output)
-        records = [before.environment, before.ceiling, *before.measured, *before.served, *before.quality]
-    made: list[Record] = [*table]
-    with steps(2 + len(wanted.cases) + len(wanted.loads), "bench") as progress:
-        if not records:
-            progress("measuring what the machine can do")
-            records = [environment(count), ceiling(count)]
-        for record in measure(wanted, count, progress):
-            made.append(record)
-            write(output, [*records, *made])
-    emit({"results": str(output), "model": called, "records": len(made)}, as_json, lambda: _show(output, made))
+    outcome = run_session(entries, options, output, threads=threads or usable_threads(), costs=costs, append=append)
+    data = {
+        "results": str(output),
+        "models": [entry.name for entry in entries],
+        "records": len(outcome.made),
+        "costs": [asdict(one) for one in outcome.costs],
+    }
+    emit(data, as_json, lambda: _show(output, outcome))
 
 
 def report(
@@ -154,27 +166,27 @@ def _plain(change: Change) -> dict[str, Any]:
     return {name: None if value == math.inf else value for name, value in values.items()}
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
-        return [int(part) for part in text.split(",")]
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InvalidInput(
             f"{option} {text!r:.100}", expected="numbers as in 10,8,6", fix="separate by commas"
         ) from None
 
 
-def _show(output: Path, made: list[Any]) -> None:
+def _show(output: Path, outcome: Outcome) -> None:
     from rich.table import Table
 
     from .records import Measured, Served
     from .timing import quantiles
 
     table = Table("scenario", "variant", "median ms", "p10", "p90", "images/s", "peak MB", "", box=None)
-    for record in made:
+    for record in outcome.made:
         if isinstance(record, Measured):
             table.add_row(record.scenario.name, record.scenario.variant, *_cells(record))
     out.print(table)
-    for record in made:
+    for record in outcome.made:
         if isinstance(record, Served):
             times = quantiles(record.latencies)
             out.print(
@@ -182,6 +194,9 @@ def _show(output: Path, made: list[Any]) -> None:
                 f"{times['p90'] * 1e3:.0f} ms, {record.images_per_second:.2f} images/s",
                 highlight=False,
             )
+    for one in outcome.costs:
+        said = one.note or f"{one.rows} schedules and batch sizes, {one.file}"
+        out.print(f"costs of {one.model} on {one.backend}: {said}", highlight=False, soft_wrap=True)
     out.print(f"{output}: flexvar bench report {output} -o DIR draws it", highlight=False, soft_wrap=True)
 
 

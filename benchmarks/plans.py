@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexvar_export.quality import read_quality as rated_schedules
 from flexvar_runtime import Bundle, ScaleSchedule
-from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.schedule import PUBLISHED
 
 from .records import Quality
-from .variants import TORCH_PEERS, VARIANTS, Work
+from .variants import TORCH_PEERS, VARIANTS, CostWork, Work
 
 STEPS = {4: "1_3_8_16", 5: "1_2_5_10_16", 7: "1_2_3_5_8_13_16", **{n: PUBLISHED[str(n)] for n in (6, 8, 9, 10)}}
 """Schedules by number of steps: the paper's, and ours where it has none."""
+LEAST = 3  # turns, whatever the time
+COST_REPEATS = 10  # as many as the 90 % quantile of costs needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,31 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much of a model is measured.
+
+    repeats: counted calls of every variant, fewer where they take more than `seconds`, but LEAST; requests: of each
+    load test, 0 for none; costs: batch sizes whose times are kept for deadlines, None for those of `batches`.
+    """
+
+    variants: tuple[str, ...] = ("ort-cpu",)
+    steps: tuple[int, ...] = (10, 8, 6, 4)
+    batches: tuple[int, ...] = (1, 2)
+    repeats: int = 7
+    seconds: float = math.inf
+    requests: int = 20
+    costs: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """Variants that take turns at the same work. Each gets `repeats` counted calls after one that warms up."""
+    """Variants that take turns at the same work. Each gets `repeats` counted calls after one that warms up; no new turn
+    begins after `seconds`, but LEAST are taken."""
 
     variants: tuple[str, ...]
     work: Work
     repeats: int
+    seconds: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,97 +73,87 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """costs: what is timed for deadlines, on every backend of the runtime; None for nothing."""
+
     model: Model
     cases: tuple[Case, ...]
     loads: tuple[Load, ...]
+    costs: CostWork | None
+
+    @property
+    def calls(self) -> int:
+        """Of all variants at the most, warm-ups included and costs not."""
+        return sum(len(case.variants) * (1 + case.repeats) for case in self.cases) + sum(
+            1 + calls_of(load) for load in self.loads
+        )
 
 
-def plan(
-    model: Model,
-    variants: Sequence[str],
-    *,
-    steps: Sequence[int],
-    batches: Sequence[int],
-    repeats: int,
-    requests: int,
-) -> Plan:
+def calls_of(load: Load) -> int:
+    """After one that tells how long one takes."""
+    return max(1, round(load.requests / load.work.batch))
+
+
+def plan(model: Model, extent: Extent) -> Plan:
     """Every variant at the most steps asked for and batch 1; the runtime's own (those that are no torch peers) at every
-    number of steps and at every batch; the first one without guidance too, and under load.
-
-    requests: of each load test; 0 for none. Raises InvalidInput.
-    """
-    _check(variants, steps, batches, repeats)
-    peers = tuple(variants)
-    quick = tuple(name for name in variants if name not in TORCH_PEERS) or peers
+    number of steps and at every batch; the first one without guidance too, and under load. Raises InvalidInput."""
+    _check(extent)
+    peers, steps = extent.variants, extent.steps
+    quick = tuple(name for name in peers if name not in TORCH_PEERS) or peers
     whole = schedule(max(steps))
-    cases = [Case(variants=peers, work=Work(whole, 1, True), repeats=repeats)]
+
+    def case(variants: tuple[str, ...], work: Work, repeats: int = extent.repeats) -> Case:
+        return Case(variants=variants, work=work, repeats=repeats, seconds=extent.seconds)
+
+    cases = [case(peers, Work(whole, 1, True))]
     cases += [
-        Case(variants=peers if few == min(steps) else quick, work=Work(schedule(few), 1, True), repeats=repeats)
+        case(peers if few == min(steps) else quick, Work(schedule(few), 1, True))
         for few in sorted(set(steps) - {max(steps)}, reverse=True)
     ]
     cases += [
-        Case(variants=quick, work=Work(whole, batch, True), repeats=max(3, repeats // 2))
-        for batch in sorted(set(batches) - {1})
+        case(quick, Work(whole, batch, True), max(LEAST, extent.repeats // 2))
+        for batch in sorted(set(extent.batches) - {1})
     ]
-    cases.append(Case(variants=quick[:1], work=Work(whole, 1, False), repeats=repeats))
+    cases.append(case(quick[:1], Work(whole, 1, False)))
+    modes = ("single-stream", "offline", "server") if extent.requests else ()
     loads = tuple(
         Load(
             variant=quick[0],
-            work=Work(whole, max(batches) if mode == "offline" else 1, True),
+            work=Work(whole, max(extent.batches) if mode == "offline" else 1, True),
             mode=mode,
-            requests=count,
+            requests=extent.requests,
         )
-        for mode, count in (("single-stream", requests), ("offline", requests), ("server", requests))
-        if count
+        for mode in modes
     )
-    return Plan(model=model, cases=tuple(cases), loads=loads)
+    batches = extent.batches if extent.costs is None else extent.costs
+    costs = CostWork(tuple(sorted(set(batches))), min(COST_REPEATS, extent.repeats)) if batches else None
+    return Plan(model=model, cases=tuple(cases), loads=loads, costs=costs)
 
 
 def schedule(steps: int) -> ScaleSchedule:
     return ScaleSchedule.parse(STEPS[steps])
 
 
-def _check(variants: Sequence[str], steps: Sequence[int], batches: Sequence[int], repeats: int) -> None:
-    for name in variants:
+def _check(extent: Extent) -> None:
+    for name in extent.variants:
         if name not in VARIANTS:
             raise InvalidInput(f"variant {name!r:.100}", expected=f"some of {', '.join(VARIANTS)}", fix="name those")
-    wrong = [number for number in steps if number not in STEPS]
-    if wrong or not variants or not steps or not batches or min(batches, default=1) < 1 or repeats < 1:
+    wrong = [number for number in extent.steps if number not in STEPS]
+    lists = all((extent.variants, extent.steps, extent.batches))
+    least = min((*extent.batches, *(extent.costs or ()), extent.repeats, 1 + extent.requests))
+    if wrong or not lists or least < 1 or not extent.seconds > 0:
         raise InvalidInput(
-            f"steps {list(steps)}, batches {list(batches)}, {repeats} repeats of {list(variants)}",
-            expected=f"variants, steps from {min(STEPS)} to {max(STEPS)}, batches and repeats of at least 1",
+            str(extent),
+            expected=f"variants, steps from {min(STEPS)} to {max(STEPS)}, batches, repeats and seconds above 0",
             fix="correct the options",
         )
 
 
 def read_quality(path: Path, model: str) -> tuple[Quality, ...]:
-    """A table of quality by schedule: what `flexvar_bench.demo_quality` writes, or {schedule: {"frechet": number}}.
-
-    Raises ArtifactRefused.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" in document:
-            rows = {
-                row["schedule"]: row for row in document["rows"] if row["name"] in {f"{steps} steps" for steps in STEPS}
-            }
-        else:
-            rows = document
-        return tuple(
-            Quality(
-                model=model,
-                schedule=str(ScaleSchedule.parse(text)),
-                accuracy=row.get("accuracy"),
-                frechet=row.get("frechet"),
-            )
-            for text, row in rows.items()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactRefused(
-            f"{path.name} ({error!r:.100})",
-            expected='a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}',
-            fix="see docs/benchmarks.md",
-        ) from error
+    """A table of quality by schedule as records of a model. Raises ArtifactRefused."""
+    return tuple(
+        Quality(model=model, schedule=str(one.schedule), accuracy=one.accuracy, frechet=one.frechet)
+        for one in rated_schedules(path)
+    )
 
 
 def names_of(bundle: Bundle) -> str:

@@ -8,35 +8,25 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from flexvar_runtime import ScaleSchedule
 from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.errors import ArtifactRefused
 
-from .charts import WIDTH, Bar, Line, Part, Point, colour, from_extra, line_chart, part_chart, three_digits
+from .charts import colour, from_extra, three_digits
 from .records import Ceiling, Measured, Quality, Results, Scenario, Served
+from .report_figures import FILES, NOT_MEASURED, Figure, Looks, curves, taken_apart, trades
+from .report_numbers import count_steps, grouped, limit_of, median_of, normal, parts_gap, schedule_of, steps_of
 from .timing import quantiles
 
 TEMPLATE = "report.html.j2"
 PAGE = "report.html"
 BASELINE = "torch-eager"
-NOT_MEASURED = "not measured"
-AXES = {
-    "latency": "latency / ms",
-    "throughput": "throughput / (images/s)",
-    "steps": "number of steps",
-    "batch": "batch / images",
-}
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
-Looks = dict[str, int]  # the place of every variant in the palette
 
 
 @dataclass(frozen=True)
@@ -94,16 +84,6 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """png: None where too little was measured, and the caption is then what follows those words."""
-
-    file: str
-    title: str
-    caption: str
-    png: bytes | None
-
-
-@dataclass(frozen=True)
 class Model:
     """What the page says of one model."""
 
@@ -122,6 +102,7 @@ class Model:
 
 def write_report(results: Results, out: Path) -> tuple[Path, ...]:
     """Write report.html and its charts into the folder `out`, replacing what has their names: the page's path first.
+    Charts of the report before that this one does not have are removed.
 
     Raises ArtifactRefused (a call faster than the limit), BackendUnavailable (without the bench extra).
     """
@@ -140,20 +121,23 @@ def write_report(results: Results, out: Path) -> tuple[Path, ...]:
     )
     charts = [(figure.file, figure.png) for model in models for figure in model.figures if figure.png is not None]
     out.mkdir(parents=True, exist_ok=True)
+    stale = _stale(out, {name for name, _ in charts})
     for name, content in (*charts, (PAGE, page.encode())):
         with atomic_write(out / name, force=True) as temporary:
             temporary.write_bytes(content)
+    for path in stale:
+        path.unlink(missing_ok=True)
     return (out / PAGE, *(out / name for name, _ in charts))
 
 
-def parts_gap(measured: Measured) -> float | None:
-    """How far the parts' sum is from the whole, as a share of the median; None unless every part is told."""
-    scales, parts = measured.scales, (measured.condition, measured.sampling, measured.decode)
-    known = [part for part in parts if part is not None]
-    if not measured.seconds or scales is None or len(known) < len(parts):
-        return None
-    median = _median(measured)
-    return abs(sum(known) + sum(scales) - median) / median
+def _stale(out: Path, names: Collection[str]) -> list[Path]:
+    """Files of other names than these that are certainly charts of the earlier report: its page holds their bytes."""
+    page = out / PAGE
+    if not page.is_file():
+        return []
+    earlier = page.read_bytes()
+    others = (path for kind in FILES for path in out.glob(f"{kind}-*.png") if path.name not in names)
+    return [path for path in others if path.is_file() and base64.b64encode(path.read_bytes()) in earlier]
 
 
 def _models(results: Results) -> tuple[Model, ...]:
@@ -168,10 +152,10 @@ def _models(results: Results) -> tuple[Model, ...]:
         model = Model(
             name,
             cases=_cases(measured, results.ceiling),
-            curves=_curves(name, timed, looks),
-            parts=_taken_apart(name, timed, results.ceiling, looks),
-            ratings=tuple(_rating(one, timed) for one in sorted(quality, key=lambda one: -_steps(one.schedule))),
-            trades=_trades(name, timed, quality, looks),
+            curves=curves(name, timed, looks),
+            parts=taken_apart(name, timed, results.ceiling, looks),
+            ratings=tuple(_rating(one, timed) for one in sorted(quality, key=lambda one: -steps_of(one.schedule))),
+            trades=trades(name, timed, quality, looks),
             loads=tuple(map(_load, served)),
         )
         models.append(_with_file_names(model, file_names))
@@ -198,35 +182,17 @@ def _with_file_names(model: Model, taken: set[str]) -> Model:
 # Numbers
 
 
-def _median(measured: Measured) -> float:
-    return quantiles(measured.seconds)["median"]
-
-
-def _steps(schedule: str) -> int:
-    return len(ScaleSchedule.parse(schedule))
-
-
-def _count_steps(measured: Measured) -> int:
-    return _steps(measured.scenario.schedule)
-
-
 def _place(measured: Measured) -> tuple[int, int]:
     """Small batches first, then long schedules."""
-    return measured.scenario.batch, -_count_steps(measured)
-
-
-def _limit(measured: Measured, ceiling: Ceiling) -> float | None:
-    """Seconds that the arithmetic of a call takes at the measured rate of its precision."""
-    rate = ceiling.flops_per_second.get(measured.scenario.precision)
-    return measured.flops / rate if measured.flops is not None and rate else None
+    return measured.scenario.batch, -count_steps(measured)
 
 
 def _share(measured: Measured, ceiling: Ceiling) -> float | None:
     """Of the arithmetic limit. Raises ArtifactRefused above 1."""
-    limit = _limit(measured, ceiling)
+    limit = limit_of(measured, ceiling)
     if limit is None:
         return None
-    share, scenario = limit / _median(measured), measured.scenario
+    share, scenario = limit / median_of(measured), measured.scenario
     if share > 1:
         raise ArtifactRefused(
             f"{scenario.variant} with {scenario.model} at {100 * share:.1f} % of the limit in {scenario.precision}",
@@ -238,12 +204,12 @@ def _share(measured: Measured, ceiling: Ceiling) -> float | None:
 
 def _cases(measured: Iterable[Measured], ceiling: Ceiling) -> tuple[Case, ...]:
     cases = []
-    for together in _grouped(measured, lambda one: _case_of(one.scenario)).values():
+    for together in grouped(measured, lambda one: _case_of(one.scenario)).values():
         baseline = next((one for one in together if one.seconds and one.scenario.variant == BASELINE), None)
         rows = [_row(one, baseline, ceiling) for one in together]
         rows.sort(key=lambda row: math.inf if row.median is None else row.median)
         schedule, batch, guided, threads = _case_of(together[0].scenario)
-        cases.append(Case(schedule, _steps(schedule), batch, guided, threads, tuple(rows)))
+        cases.append(Case(schedule, steps_of(schedule), batch, guided, threads, tuple(rows)))
     return tuple(sorted(cases, key=lambda case: (-case.steps, case.schedule, case.batch)))
 
 
@@ -262,159 +228,25 @@ def _row(measured: Measured, baseline: Measured | None, ceiling: Ceiling) -> Row
         spread=(times["p90"] - times["p10"]) / 2 / median,
         images_per_second=measured.scenario.batch / median,
         share=_share(measured, ceiling),
-        ratio=None if baseline is None else _median(baseline) / median,
+        ratio=None if baseline is None else median_of(baseline) / median,
         gap=parts_gap(measured),
     )
 
 
 def _rating(quality: Quality, timed: Iterable[Measured]) -> Rating:
     """The fastest call of the smallest batch."""
-    same = [one for one in timed if _schedule_of(one) == _normal(quality.schedule)]
-    fastest = min(same, key=lambda one: (one.scenario.batch, _median(one)), default=None)
-    return Rating(quality, _steps(quality.schedule), fastest, None if fastest is None else _median(fastest))
+    same = [one for one in timed if schedule_of(one) == normal(quality.schedule)]
+    fastest = min(same, key=lambda one: (one.scenario.batch, median_of(one)), default=None)
+    return Rating(quality, steps_of(quality.schedule), fastest, None if fastest is None else median_of(fastest))
 
 
 def _load(served: Served) -> Load:
-    latencies, steps = np.asarray(served.latencies, np.float64), _steps(served.scenario.schedule)
+    latencies, steps = np.asarray(served.latencies, np.float64), steps_of(served.scenario.schedule)
     if not latencies.size:
         return Load(served, steps, None, None, None, None)
     p50, p90, p99 = np.quantile(latencies, (0.5, 0.9, 0.99)).tolist()
     within = None if served.bound is None else float((latencies <= served.bound).mean())
     return Load(served, steps, p50, p90, p99, within)
-
-
-# What the charts show
-
-
-def _curves(model: str, timed: Sequence[Measured], looks: Looks) -> tuple[Figure, ...]:
-    """Latency and throughput against steps, at one batch and image size, and throughput against batch, at one
-    schedule: those of which most was measured."""
-    by_steps = _fullest(timed, lambda one: (one.scenario.batch, _last(one)), _count_steps)
-    by_batch = _fullest(timed, _schedule_of, lambda one: one.scenario.batch)
-    at_batch = f"Batch {by_steps[0].scenario.batch}, {_last(by_steps[0])} tokens" if by_steps else ""
-    at_schedule = f"Schedule {_schedule_of(by_batch[0])}" if by_batch else ""
-
-    def curve(y: str, x: str, at: str, points: Sequence[tuple[Measured, Point]], width: float = WIDTH) -> Figure:
-        file, title = f"{y}-{x}", f"{model}: {y} against {x}"
-        if len({point.x for _, point in points}) < 2:
-            return Figure(file, title, "(one value only)" if points else "", None)
-        png = line_chart(title, AXES[x], AXES[y], _lines(points, looks), width=width)
-        return Figure(file, title, f"{at}; medians, bars from the 10th to the 90th percentile.", png)
-
-    return (
-        curve("latency", "steps", at_batch, [(one, _latency(one, _count_steps(one))) for one in by_steps], 2 * WIDTH),
-        curve("throughput", "steps", at_batch, [(one, _throughput(one, _count_steps(one))) for one in by_steps]),
-        curve("throughput", "batch", at_schedule, [(one, _throughput(one, one.scenario.batch)) for one in by_batch]),
-    )
-
-
-def _latency(measured: Measured, x: int) -> Point:
-    times = quantiles(measured.seconds)
-    return Point(x, 1e3 * times["median"], 1e3 * times["p10"], 1e3 * times["p90"])
-
-
-def _throughput(measured: Measured, x: int) -> Point:
-    batch, times = measured.scenario.batch, quantiles(measured.seconds)
-    return Point(x, batch / times["median"], batch / times["p90"], batch / times["p10"])
-
-
-def _taken_apart(model: str, timed: Sequence[Measured], ceiling: Ceiling, looks: Looks) -> Figure:
-    """One bar a variant, at the batch and schedule at which most variants tell their parts."""
-    title = f"{model}: parts of a call"
-
-    def at(one: Measured) -> tuple[int, str]:
-        return one.scenario.batch, _schedule_of(one)
-
-    telling = _fullest([one for one in timed if one.scales is not None], at, lambda one: _settings(one.scenario))
-    if not telling:
-        return Figure("parts", title, "", None)
-    batch, schedule = at(telling[0])
-    chosen = [one for one in timed if at(one) == (batch, schedule)]
-    names = _names({_settings(one.scenario) for one in chosen})
-    bars = [
-        Bar(
-            names[_settings(one.scenario)],
-            looks[one.scenario.variant],
-            _parts(one),
-            _median(one),
-            _limit(one, ceiling),
-        )
-        for one in sorted(chosen, key=_median)
-    ]
-    unknown = "" if any(bar.limit is not None for bar in bars) else f" Limit: {NOT_MEASURED}."
-    caption = f"Batch {batch}, schedule {schedule}; medians. Sampling is that of all scales.{unknown}"
-    return Figure("parts", title, caption, part_chart(title, bars))
-
-
-def _parts(measured: Measured) -> tuple[Part, ...]:
-    """In the order of a call. What a variant does not tell is the rest."""
-    parts = [Part("condition", measured.condition)] if measured.condition is not None else []
-    if measured.scales is not None:
-        texts = (_tokens(h, w) for h, w in ScaleSchedule.parse(measured.scenario.schedule))
-        parts += [Part("scale", seconds, text) for seconds, text in zip(measured.scales, texts, strict=False)]
-    ends = [Part("sampling", measured.sampling)] if measured.sampling is not None else []
-    ends += [Part("decode", measured.decode, "decode")] if measured.decode is not None else []
-    rest = _median(measured) - sum(part.seconds for part in (*parts, *ends))
-    if parts_gap(measured) is None and rest > 0:
-        parts.append(Part("not told apart", rest))
-    return (*parts, *ends)
-
-
-def _trades(model: str, timed: Sequence[Measured], quality: Sequence[Quality], looks: Looks) -> tuple[Figure, ...]:
-    """Quality over the time of a call, at the batch at which most rated schedules were measured."""
-    accuracy = {_normal(one.schedule): 100 * one.accuracy for one in quality if one.accuracy is not None}
-    frechet = {_normal(one.schedule): one.frechet for one in quality if one.frechet is not None}
-
-    def trade(file: str, title: str, y: str, rated: dict[str, float]) -> Figure:
-        title = f"{model}: {title}"
-        both = [one for one in timed if _schedule_of(one) in rated]
-        chosen = _fullest(both, lambda one: one.scenario.batch, _schedule_of)
-        if not chosen:
-            return Figure(file, title, "", None)
-        ends = {choose(map(_count_steps, chosen)) for choose in (min, max)}
-        points = [(one, _rated(one, rated[_schedule_of(one)], ends)) for one in chosen]
-        png = line_chart(title, AXES["latency"], y, _lines(points, looks), counted=False)
-        return Figure(file, title, f"Batch {chosen[0].scenario.batch}; numbers at the ends: steps.", png)
-
-    return (
-        trade("accuracy-time", "recognised images against time", "recognised / %", accuracy),
-        trade("frechet-time", "Fréchet distance against time", "Fréchet distance (less is better)", frechet),
-    )
-
-
-def _rated(measured: Measured, value: float, ends: Collection[int]) -> Point:
-    steps = _count_steps(measured)
-    return Point(1e3 * _median(measured), value, value, value, str(steps) if steps in ends else "")
-
-
-def _lines(points: Iterable[tuple[Measured, Point]], looks: Looks) -> tuple[Line, ...]:
-    """One line a variant, or more where it was measured in several settings."""
-    lines, groups = [], _grouped(points, lambda pair: _settings(pair[0].scenario))
-    names, dashes = _names(groups), dict[str, int]()
-    for settings, group in groups.items():
-        variant = settings[0]
-        dashes[variant] = dash = dashes.get(variant, -1) + 1
-        lines.append(Line(names[settings], looks[variant], dash, tuple(point for _, point in group)))
-    return tuple(sorted(lines, key=lambda line: (line.look, line.dash)))
-
-
-Settings = tuple[str, str, str, str]
-
-
-def _settings(scenario: Scenario) -> Settings:
-    guidance = "guided" if scenario.guided else "unguided"
-    return scenario.variant, scenario.precision, guidance, f"{scenario.threads} threads"
-
-
-def _names(every: Collection[Settings]) -> dict[Settings, str]:
-    """A variant's name, and what tells its settings apart."""
-    names = {}
-    for settings in every:
-        kin = [other for other in every if other[0] == settings[0]]
-        names[settings] = ", ".join(
-            text for text, *others in zip(settings, *kin, strict=True) if text == settings[0] or len(set(others)) > 1
-        )
-    return names
 
 
 def _looks(results: Results) -> Looks:
@@ -424,38 +256,6 @@ def _looks(results: Results) -> Looks:
 
 def _scenarios(results: Results) -> list[Scenario]:
     return [*(one.scenario for one in results.measured), *(one.scenario for one in results.served)]
-
-
-def _fullest(
-    measured: Iterable[Measured], same: Callable[[Measured], Hashable], count: Callable[[Measured], Hashable]
-) -> list[Measured]:
-    """The group of one `same` with the most different `count`, the first of them on a tie."""
-    groups = _grouped(measured, same).values()
-    return max(groups, key=lambda group: len({count(one) for one in group}), default=[])
-
-
-def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    groups: dict[K, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
-def _normal(schedule: str) -> str:
-    return str(ScaleSchedule.parse(schedule))
-
-
-def _schedule_of(measured: Measured) -> str:
-    return _normal(measured.scenario.schedule)
-
-
-def _last(measured: Measured) -> str:
-    h, w = ScaleSchedule.parse(measured.scenario.schedule)[-1]
-    return f"{h}×{w}"
-
-
-def _tokens(h: int, w: int) -> str:
-    return str(h) if h == w else f"{h}×{w}"
 
 
 # How numbers are written

@@ -5,17 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
 from flexvar_runtime import Bundle
+from flexvar_runtime.backends import BACKENDS
 from flexvar_runtime.manifest import ModelFacts
 
 from .limits import decoder_flops, transformer_flops
-from .plans import Case, Load, Plan
+from .plans import LEAST, Case, Load, Plan, calls_of
 from .records import Measured, Scenario, Served
-from .variants import Sample, Subject, Work
+from .variants import CostWork, Sample, Subject, Work
 from .workers import Worker, started
 
 PUBLISHED_DOWNSAMPLING = 16
@@ -23,24 +25,48 @@ SEED = 0
 Progress = Callable[[str], None]
 
 
-def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> Iterator[Measured | Served]:
-    """One process a variant, all open at once, one of them working at a time. Raises InvalidInput, BackendUnavailable
-    only where the bundle cannot be read: a variant that cannot run is "not measured", with its reason."""
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a backend keeps for deadlines after a run: the file and how many schedules and batch sizes were measured.
+    note: why nothing was."""
+
+    model: str
+    backend: str
+    file: str | None
+    rows: int
+    note: str
+
+
+def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> Iterator[Measured | Served | Costs]:
+    """One process a variant, all open at once, one of them working at a time. Raises ArtifactRefused only where the
+    bundle cannot be read: a variant that cannot run is "not measured", with its reason."""
     bundle = Bundle.open(plan.model.bundle)
     names = dict.fromkeys(name for case in plan.cases for name in case.variants)
     subjects = [Subject(name, plan.model.bundle, plan.model.transformer, plan.model.vae, threads) for name in names]
     turns = count()
-    progress(f"{plan.model.name}: opening {', '.join(names)}")
+    progress(f"{plan.model.name}: opening {', '.join(names)} for {plan.calls} calls")
     with started(subjects) as workers:
         by_name = {worker.subject.variant: worker for worker in workers}
         for case in plan.cases:
-            progress(f"{plan.model.name}: {_said(case.work)} on {', '.join(case.variants)}")
+            progress(f"{plan.model.name}: {_said(case.work)}, {case.repeats} calls of {', '.join(case.variants)}")
             yield from _in_turns(plan, bundle, case, [by_name[name] for name in case.variants], turns, threads)
         for load in plan.loads:
             progress(f"{plan.model.name}: {load.mode}, {load.requests} requests on {load.variant}")
             served = serve(load, by_name[load.variant].make, _scenario(plan, bundle, load.variant, load.work, threads))
             if served is not None:
                 yield served
+        for worker in workers:
+            if plan.costs is not None and worker.subject.variant in BACKENDS:
+                yield _costs(plan.model.name, worker, plan.costs, progress)
+
+
+def _costs(model: str, worker: Worker, work: CostWork, progress: Progress) -> Costs:
+    backend = worker.subject.variant
+    progress(f"{model}: costs for deadlines on {backend}, batch {', '.join(map(str, work.batches))}")
+    kept = worker.keep_costs(work)
+    if isinstance(kept, str):
+        return Costs(model=model, backend=backend, file=None, rows=0, note=kept)
+    return Costs(model=model, backend=backend, file=kept.file, rows=kept.rows, note="")
 
 
 def _in_turns(
@@ -51,7 +77,10 @@ def _in_turns(
     for worker in workers:  # warm-up: opens graphs, allocates, compiles
         answer = worker.make(case.work)
         notes[worker.subject.variant] = answer if isinstance(answer, str) else ""
+    end = time.perf_counter() + case.seconds
     for turn in range(case.repeats):
+        if turn >= LEAST and time.perf_counter() >= end:
+            break
         order = workers if turn % 2 == 0 else list(reversed(workers))  # nobody always follows the same one
         for worker in order:
             name = worker.subject.variant
@@ -111,7 +140,7 @@ def serve(load: Load, make: Callable[[Work], Sample | str], scenario: Scenario) 
     first = make(load.work)
     if isinstance(first, str):
         return None
-    calls = max(1, round(load.requests / load.work.batch))
+    calls = calls_of(load)
     due = np.zeros(calls)
     rate = bound = None
     if load.mode == "server":

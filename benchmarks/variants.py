@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexvar_runtime import Bundle, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
+from flexvar_runtime import Bundle, CostRow, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.backends import BACKENDS
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 from flexvar_runtime.graphs import CONDITION, DECODE, STEP, TABLES_FILE, new_names, past_names
@@ -59,6 +59,22 @@ class Work:
 
 
 @dataclass(frozen=True)
+class CostWork:
+    """Times of the bundle's quality order to be kept for deadlines: at these batch sizes, each so many times."""
+
+    batches: tuple[int, ...]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where costs are kept, and of how many schedules and batch sizes they were measured just now."""
+
+    file: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """Seconds of one call, decoder included, and of its parts where the variant tells them apart."""
 
@@ -91,7 +107,7 @@ def opened(subject: Subject) -> Iterator[Make]:
     else:
         threads = subject.threads if subject.variant in ("ort-cpu", "openvino") else None
         with FlexVARPipeline.from_bundle(subject.bundle, backend=subject.variant, threads=threads) as pipeline:
-            yield lambda work: _runtime_sample(pipeline, work)
+            yield RuntimeMake(pipeline)
 
 
 def default_guidance(bundle: Bundle, guided: bool) -> Guidance:
@@ -99,13 +115,25 @@ def default_guidance(bundle: Bundle, guided: bool) -> Guidance:
     return Guidance(defaults.guidance_scale if guided else 0.0, "ramp", defaults.max_side)
 
 
-def _runtime_sample(pipeline: FlexVARPipeline, work: Work) -> Sample:
-    guidance = default_guidance(pipeline.bundle, work.guided)
-    times = pipeline(work.labels(pipeline.model.classes), work.schedule, guidance, seed=SEED).timings
-    if times.mode != "steps":
-        return Sample(times.total)
-    steps = tuple(scale.step for scale in times.scales)
-    return Sample(times.total, times.condition, steps, times.sampling, times.decode)
+@dataclass(frozen=True)
+class RuntimeMake:
+    """Calls of the runtime, which can also measure what deadlines go by."""
+
+    pipeline: FlexVARPipeline
+
+    def __call__(self, work: Work) -> Sample:
+        guidance = default_guidance(self.pipeline.bundle, work.guided)
+        times = self.pipeline(work.labels(self.pipeline.model.classes), work.schedule, guidance, seed=SEED).timings
+        if times.mode != "steps":
+            return Sample(times.total)
+        steps = tuple(scale.step for scale in times.scales)
+        return Sample(times.total, times.condition, steps, times.sampling, times.decode)
+
+    def keep_costs(self, work: CostWork) -> Kept:
+        """Not from the calls above: those are always of the same classes, whose conditions are known by then."""
+        rows: list[CostRow] = []
+        table = self.pipeline.measure_costs(work.batches, repeats=work.repeats, on_row=rows.append)
+        return Kept(str(table.path()), len(rows))
 
 
 def _torch_peer(subject: Subject) -> Make:

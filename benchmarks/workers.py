@@ -8,10 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from flexvar_runtime.errors import FlexVARError
 
-from .variants import Sample, Subject, Work, opened
+from .variants import CostWork, Kept, Make, RuntimeMake, Sample, Subject, Work, opened
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,22 @@ class Worker:
 
     def make(self, work: Work) -> Sample | str:
         """One call, or why it failed."""
+        answer: Sample | str = self._ask(work)
+        return answer
+
+    def keep_costs(self, work: CostWork) -> Kept | str:
+        """Measure and keep what deadlines go by, or why that failed. For backends of the runtime."""
+        answer: Kept | str = self._ask(work)
+        return answer
+
+    def _ask(self, work: Work | CostWork) -> Any:
         if self.refusal is not None:
             return self.refusal
         try:
             self.connection.send(work)
-            answer: Sample | str = self.connection.recv()
+            return self.connection.recv()
         except (EOFError, OSError):
             return "the process died"
-        return answer
 
     def peak_bytes(self) -> int | None:
         """Resident memory at its height so far."""
@@ -73,7 +82,7 @@ def _end(process: mp.process.BaseProcess, connection: Connection) -> None:
 
 
 def _serve(connection: Connection, subject: Subject) -> None:
-    """Say None once open, or why not; then answer work with samples, and None with the peak of memory."""
+    """Say None once open, or why not; then answer work with samples or kept costs, and None with the peak of memory."""
     try:
         with opened(subject) as make:
             connection.send(None)
@@ -82,14 +91,20 @@ def _serve(connection: Connection, subject: Subject) -> None:
                 if work is None:
                     connection.send(_peak_bytes())
                     continue
-                try:
-                    connection.send(make(work))
-                except (FlexVARError, MemoryError, RuntimeError) as error:
-                    connection.send(f"{type(error).__name__}: {error}"[:500])
+                connection.send(_answer(make, work))
     except FlexVARError as error:
         connection.send(str(error))
     except EOFError:
         return
+
+
+def _answer(make: Make, work: Work | CostWork) -> Sample | Kept | str:
+    try:
+        if isinstance(work, Work):
+            return make(work)
+        return make.keep_costs(work) if isinstance(make, RuntimeMake) else "no backend of the runtime"
+    except (FlexVARError, MemoryError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"[:500]
 
 
 def _peak_bytes() -> int:

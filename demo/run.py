@@ -79,7 +79,8 @@ def main() -> None:
 
     bundle = out / "demo.bundle"
     weights = MODEL / "transformer.safetensors", "--vae", MODEL / "vae.safetensors"
-    flexvar("export", *weights, "--class-names", MODEL / "classes.json", "-o", bundle, "--force")
+    about = "--class-names", MODEL / "classes.json", "--quality", MODEL / "quality.json"
+    flexvar("export", *weights, *about, "-o", bundle, "--force")
     verified = flexvar("verify", bundle)
     show_parity(verified["parity"]["rows"], f"parity with the reference on {verified['parity']['backend']}")
 

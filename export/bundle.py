@@ -20,6 +20,8 @@ from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import (
+    DECODERS,
+    PHASES,
     PRECISIONS,
     SCHEMA_VERSION,
     GraphSpec,
@@ -30,7 +32,7 @@ from flexvar_runtime.manifest import (
 )
 
 from .activations import largest_activations, refuse_overflow
-from .facts import PUBLISHED_DEFAULTS, model_facts, tables
+from .facts import model_facts, ordered_defaults, tables
 from .modules import block_parts, graph_module
 from .onnx_graphs import export_graph
 from .parity import prove, require_parity
@@ -54,12 +56,16 @@ def export_bundle(
     force: bool = False,
     threads: int | None = None,
     float32_parts: Sequence[str] | None = None,
+    quality_order: Sequence[str] = (),
+    decoder: str = PHASES,
     progress: Progress = lambda _: None,
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
 
     float32_parts: what a half-precision step keeps in float32 (names of `modules.block_parts`); None: nothing, or where
     that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
+    quality_order: schedules to the size of the default one, best first, for deadlines.
+    decoder: "phases", or "plain" for a graph that upsamples as the reference does (see `phases`).
 
     Raises ArtifactRefused (checkpoint or fp16 range), ParityFailed, InvalidInput, BackendUnavailable. Whatever happens,
     nothing unproven is left under the name `out`.
@@ -68,11 +74,13 @@ def export_bundle(
         raise InvalidInput(f"precision {precision!r}", expected=" or ".join(PRECISIONS), fix="name one of them")
     if float32_parts and precision == "fp32":
         raise InvalidInput(f"{float32_parts[0]!r:.100} to keep in float32", expected="fp16 or bf16", fix="leave it out")
+    if decoder not in DECODERS:
+        raise InvalidInput(f"decoder {decoder!r:.100}", expected=" or ".join(DECODERS), fix="name one of them")
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
     with write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
         model, vae = load_reference(transformer, tokenizer)
-        facts, defaults = model_facts(model, vae, class_names), PUBLISHED_DEFAULTS
+        facts, defaults = model_facts(model, vae, class_names), ordered_defaults(quality_order)
         progress("running the reference")
         guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
         proof = make_proof(model, vae, ScaleSchedule.parse(defaults.schedule), guidance)
@@ -84,12 +92,14 @@ def export_bundle(
         specs, kept = graph_specs(facts, precision), _known_parts(float32_parts or (), facts)
         for name in specs:
             progress(f"exporting {name}")
-            _export(name, specs, graph_module(name, model, vae, TORCH_PRECISIONS[precision], kept), directory)
+            module = graph_module(name, model, vae, TORCH_PRECISIONS[precision], kept, decoder)
+            _export(name, specs, module, directory)
         tables(model, vae).save(directory / TABLES_FILE)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             precision=precision,
             float32_parts=kept,
+            decoder=decoder,
             model=facts,
             graphs=specs,
             defaults=defaults,

@@ -13,6 +13,7 @@ from flexvar_runtime.backends import TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.manifest import PHASES
 
 from .build_command import build
 
@@ -52,7 +53,13 @@ def export(
             "for it), none, or names as in blocks.0.mlp,blocks.1.attention."
         ),
     ] = "auto",
+    decoder: Annotated[
+        str, typer.Option(help="How the decoder upsamples: phases (fewer multiplications), or plain as the reference.")
+    ] = PHASES,
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="Quality by schedule (JSON): the order in which deadlines choose.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
     as_json: JsonOption = False,
@@ -62,6 +69,7 @@ def export(
     from .bundle import export_bundle
 
     names = _read_class_names(class_names) if class_names else None
+    order = _read_order(quality) if quality else ()
     with steps(EXPORT_STEPS, "export") as progress:
         bundle = export_bundle(
             checkpoint,
@@ -72,6 +80,8 @@ def export(
             force=force,
             threads=threads,
             float32_parts=_float32_parts(float32),
+            quality_order=order,
+            decoder=decoder,
             progress=progress,
         )
     size = sum(record.size for record in bundle.manifest.files.values())
@@ -81,6 +91,7 @@ def export(
         "sha256": bundle.sha256,
         "precision": precision,
         "float32_parts": list(bundle.manifest.float32_parts),
+        "decoder": bundle.manifest.decoder,
         "size_bytes": size,
         "parity": _summary(record),
     }
@@ -182,6 +193,16 @@ def _require_sizes(bundle: ModelFacts, checkpoint: ModelFacts) -> None:
             expected=", ".join(f"{name} {expected}" for name, _, expected in differ),
             fix="pass the checkpoint it was made from",
         )
+
+
+def _read_order(path: Path) -> tuple[str, ...]:
+    """Schedules of a table to the size of the default one, best first."""
+    from flexvar_runtime import ScaleSchedule
+
+    from .facts import PUBLISHED_DEFAULTS
+    from .quality import best_first, read_quality
+
+    return best_first(read_quality(path), ScaleSchedule.parse(PUBLISHED_DEFAULTS.schedule))
 
 
 def _read_class_names(path: Path) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,12 @@ PUBLISHED_DEFAULTS = Defaults(
     greedy_scales="upstream",
     max_side=16,
 )
+
+
+def ordered_defaults(quality_order: Sequence[str]) -> Defaults:
+    """The published defaults with schedules by quality, best first. Raises ArtifactRefused for an order no bundle may
+    have."""
+    return replace(PUBLISHED_DEFAULTS, quality_order=tuple(quality_order))
 
 
 def model_facts(model: FlexVAR, tokenizer: Tokenizer, class_names: tuple[str, ...] | None = None) -> ModelFacts:

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, PREFILL, STEP
+from flexvar_runtime.graphs import CONDITION, ENCODE, PREFILL, STEP
+from flexvar_runtime.manifest import PHASES, PLAIN
+
+from .phases import upsample_in_phases
 
 L2_EPS = 1e-12
 ATTENTION, MLP = "attention", "mlp"
@@ -283,15 +286,18 @@ def _float32_norms(module: nn.Module) -> None:
 
 
 class Decode(nn.Module):
-    """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped."""
+    """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped. form: of the upsampling, PLAIN or PHASES."""
 
     codebook: Tensor
 
-    def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype, form: str = PLAIN) -> None:
         super().__init__()
         self.register_buffer("codebook", _vector(tokenizer.codebook_VD, dtype))
         self.post_quant_conv = copy.deepcopy(tokenizer.post_quant_conv).to(dtype)
-        self.decoder = copy.deepcopy(tokenizer.decoder).to(dtype)
+        self.decoder = copy.deepcopy(tokenizer.decoder)
+        if form == PHASES:
+            upsample_in_phases(self.decoder, dtype)  # before its weights are rounded
+        self.decoder.to(dtype)
         _float32_norms(self.decoder)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -322,10 +328,13 @@ class Encode(nn.Module):
         return self.quant_conv(self.encoder(image))
 
 
-def graph_module(graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype, kept: Kept = ()) -> nn.Module:
-    """The module behind a graph of the bundle. kept: parts of the blocks that stay float32."""
+def graph_module(
+    graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype, kept: Kept = (), decoder: str = PLAIN
+) -> nn.Module:
+    """The module behind a graph of the bundle. kept: parts of the blocks that stay float32; decoder: how it upsamples,
+    PLAIN or PHASES."""
     if graph in (STEP, PREFILL):
         return {STEP: Step, PREFILL: Prefill}[graph](model, dtype, kept).eval()
     if graph == CONDITION:
         return Condition(model, dtype).eval()
-    return {DECODE: Decode, ENCODE: Encode}[graph](tokenizer, dtype).eval()
+    return (Encode(tokenizer, dtype) if graph == ENCODE else Decode(tokenizer, dtype, decoder)).eval()

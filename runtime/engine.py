@@ -5,6 +5,7 @@ No requests, no sampling, no pixels: those are the pipeline's. What is proved ag
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
 from .graphs import CONDITION, DECODE, ENCODE, PREFILL, REQUIRED, STEP, TABLES_FILE, graph_specs
 from .guidance import Guidance
 from .loop import Condition, Draws, Loop, LoopBuffers, ScaleLoop
-from .planner import IMAGES_PER_RUN, batch_that_fits, plan, require_fits
+from .planner import IMAGES_PER_RUN, MemoryPlan, batch_that_fits, plan, require_fits
 from .schedule import ScaleSchedule
 from .tables import Tables
 
 if TYPE_CHECKING:
     from .cuda.generator import DeviceGenerator, Replayed
+
+log = logging.getLogger(__name__)
 
 Float32 = NDArray[np.float32]
 CONDITIONS_KEPT = 32  # classes whose condition is remembered (0.4 MB each for d16)
@@ -56,7 +59,7 @@ class Engine:
         self._graphs: dict[str, Graph] = {}
         self._conditions: OrderedDict[int, Condition] = OrderedDict()
         self._spare: LoopBuffers | None = None
-        self._closed = False
+        self._prefill_mapped = self._closed = False
         self._generator = self._start_generator()
 
     def _start_generator(self) -> DeviceGenerator | None:
@@ -89,8 +92,7 @@ class Engine:
         self.backend.close()
 
     def condition(self, labels: Sequence[int]) -> Condition:
-        """One row a label. On the host the graph is opened for the classes not remembered, then its weights are freed;
-        on a device they stay."""
+        """One row a label. Where weights are mapped the graph is opened for the classes not remembered, then closed."""
         distinct = list(dict.fromkeys(labels))
         known = {label: self._conditions[label] for label in distinct if label in self._conditions}
         missing = [label for label in distinct if label not in known]
@@ -110,7 +112,7 @@ class Engine:
 
     @contextmanager
     def _condition_graph(self) -> Iterator[Graph]:
-        if self.backend.device is not None:
+        if not self.backend.maps_weights:
             yield self.graph(CONDITION)
             return
         graph = self.backend.open(self.bundle, CONDITION, once=True)
@@ -156,7 +158,14 @@ class Engine:
             )
         try:
             yield ScaleLoop(
-                self.backend, step, self.tables, self.model, buffers, condition, weights, self._open_prefill
+                self.backend,
+                step,
+                self.tables,
+                self.model,
+                buffers,
+                condition,
+                weights,
+                lambda: self._open_prefill(self._plan(schedule, len(labels), guided)),
             )
         finally:
             self._spare = None if self._closed else buffers
@@ -206,18 +215,18 @@ class Engine:
     def _require_fits(self, schedule: ScaleSchedule, images: int, guided: bool) -> None:
         """Refuse, before anything is opened, what would not fit with the decoder running one image at a time."""
         self._require_open()
-        manifest, opened = self.bundle.manifest, self._graphs
         require_fits(
-            lambda batch: plan(manifest, schedule, batch, guided, decoded_at_once=1),
-            images,
-            self.backend.available_bytes(),
-            opened,
+            lambda batch: self._plan(schedule, batch, guided), images, self.backend.available_bytes(), self._graphs
         )
+
+    def _plan(self, schedule: ScaleSchedule, images: int, guided: bool) -> MemoryPlan:
+        return plan(self.bundle.manifest, schedule, images, guided, decoded_at_once=1, backend=self.backend.name)
 
     def _batch_that_fits(self, graph: str, size: tuple[int, int]) -> int:
         if self.backend.device is not None:
             return min(IMAGES_PER_RUN, self.graph(graph).most_images or IMAGES_PER_RUN)
-        return batch_that_fits(self.bundle.manifest, graph, size, self.backend.available_bytes(), self._graphs)
+        manifest, available = self.bundle.manifest, self.backend.available_bytes()
+        return batch_that_fits(manifest, graph, size, available, self._graphs, self.backend.name)
 
     def graph(self, name: str, *, once: bool = False) -> Graph:
         """A graph of the bundle, opened when first asked for; `once` without what pays only over many runs."""
@@ -231,9 +240,26 @@ class Engine:
         """Whether given scales run in one pass: the bundle has the graph and the backend can open it."""
         return PREFILL in self.bundle.manifest.graphs and self.backend.prepared(self.bundle, PREFILL)
 
-    def _open_prefill(self) -> Graph | None:
-        """The graph for given scales; None where they run one by one."""
-        return self.graph(PREFILL, once=True) if self.prefills else None
+    def _open_prefill(self, wanted: MemoryPlan | None = None) -> Graph | None:
+        """The graph for given scales; None where they run one by one. wanted: what the request takes, on the host.
+
+        Its weights, repacked, are a second copy of those of `step`, and take as long as an edit saves: where they can
+        stay in the file they do the first time, and always where a copy leaves no room for what is still wanted.
+        """
+        if not self.prefills:
+            return None
+        held = self._graphs.get(PREFILL)
+        if wanted is None or (held is not None and not self._prefill_mapped):
+            return self.graph(PREFILL)
+        available, mappable = self.backend.available_bytes(), self.backend.maps_weights
+        roomy = available is None or wanted.needed(self._graphs) + wanted.weights[STEP] <= available
+        self._prefill_mapped = mappable and self.bundle.manifest.precision == "fp32" and (held is None or not roomy)
+        if not roomy and not self._prefill_mapped:
+            log.info("given scales run one by one: no room for the weights of %s", PREFILL)
+            return None
+        if held is not None and not self._prefill_mapped:
+            self._graphs.pop(PREFILL).close()
+        return self.graph(PREFILL, once=self._prefill_mapped)
 
     def _require_open(self) -> None:
         if self._closed:

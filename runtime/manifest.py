@@ -22,6 +22,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
 PRECISIONS = ("fp32", "fp16", "bf16")
 GUIDANCE_RULES = ("ramp", "constant")
+PLAIN, PHASES = DECODERS = ("plain", "phases")
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _GRAPH_NAME = re.compile(_PART)
@@ -238,6 +239,8 @@ class Manifest:
 
     float32_parts: parts of the step that a half-precision bundle computes in float32 (`blocks.I.attention`,
     `blocks.I.mlp`), because the gate asked for it; manifests without the key have none.
+    decoder: how the decoder doubles a map and convolves it, as the reference does or in four phases; without the key
+    plain.
     """
 
     schema_version: int
@@ -250,6 +253,7 @@ class Manifest:
     largest_activation: dict[str, Range]
     files: dict[str, FileRecord]
     float32_parts: tuple[str, ...] = ()
+    decoder: str = PLAIN
 
     def __post_init__(self) -> None:
         _require(self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version, str(SCHEMA_VERSION))
@@ -263,6 +267,7 @@ class Manifest:
         parts = self.float32_parts
         _require(self.precision != "fp32" or not parts, "float32_parts", parts, "none in fp32")
         _require(len(set(parts)) == len(parts), "float32_parts", parts, "every part once")
+        _require(self.decoder in DECODERS, "decoder", self.decoder, " or ".join(DECODERS))
         for name in self.largest_activation:
             _require(name in self.graphs, "largest_activation: graph", name, f"one of {', '.join(self.graphs)}")
         for name in self.files:

@@ -1,8 +1,9 @@
 """How much memory a generation needs, known before a graph is opened: refused in time, with the batch that would fit.
 
 Keys, values and everything else that is bound to a graph are exact: they follow from the declared tensors. What ONNX
-Runtime takes beside them on the CPU is a model with few constants, each of them measured (`benchmarks/LOG.md`) and with
-a margin: a plan is never below the peak. A backend that knows its own working memory says so (`scratch`).
+Runtime or OpenVINO takes beside them on the CPU is a model with few constants, each of them measured
+(`benchmarks/LOG.md`) and with a margin: a plan is never below the peak. A backend that knows its own working memory
+says so (`scratch`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from .errors import OutOfMemory
 from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE, graph_specs, new_names, past_names
-from .manifest import GraphSpec, Manifest, TensorSpec
+from .manifest import PHASES, GraphSpec, Manifest, TensorSpec
 from .schedule import ScaleSchedule
 
 IMAGES_PER_RUN = 8  # of decoder and encoder, at the most
@@ -32,7 +33,7 @@ class MemoryPlan:
     runtime: the process with its libraries. weights: as the runtime holds them. kv: keys and values of all scales.
     bindings: inputs and logits of the largest scale. tables: offsets of every scale, and the classes' conditions.
     pixels: decoded images, as floats and as bytes. scratch: working memory inside a graph. again: what a second run
-    of the decoder takes more.
+    of the decoder takes more. kept: graphs that stay open although they have done their part.
     """
 
     schedule: ScaleSchedule
@@ -47,10 +48,12 @@ class MemoryPlan:
     pixels: int
     scratch: Mapping[str, int]
     again: int = 0
+    kept: frozenset[str] = frozenset()
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes held at the height of each phase. The condition is gone before the loop, which stays for the decoder.
+        """Bytes held at the height of each phase. The condition is gone before the loop if it is not kept; the loop
+        stays for the decoder.
 
         "next": of a pipeline that goes on to other classes, with everything else still there.
         """
@@ -81,11 +84,12 @@ class MemoryPlan:
 
     def _phases(self, opened: Collection[str]) -> dict[str, int]:
         weights = {graph: 0 if graph in opened else size for graph, size in self.weights.items()}
-        loop = self.runtime + self.tables + weights[STEP] + self.kv + self.bindings + self.scratch[STEP]
+        kept = weights[CONDITION] if CONDITION in self.kept else 0
+        loop = self.runtime + kept + self.tables + weights[STEP] + self.kv + self.bindings + self.scratch[STEP]
         decode = loop + weights[DECODE] + self.pixels + self.scratch[DECODE]
-        condition = weights[CONDITION] + self.scratch[CONDITION]
+        condition = weights[CONDITION] - kept + self.scratch[CONDITION]
         return {
-            CONDITION: self.runtime + condition,
+            CONDITION: self.runtime + kept + condition,
             "loop": loop,
             DECODE: decode + self._rerun,
             "next": decode + self.again + condition,
@@ -121,12 +125,14 @@ def plan(
     *,
     decoded_at_once: int = IMAGES_PER_RUN,
     decoder_channels: tuple[int, int] = PUBLISHED_DECODER,
+    backend: str = "ort-cpu",
 ) -> MemoryPlan:
-    """What generating `images` at once takes on ort-cpu; `guided` runs two sequences an image.
+    """What generating `images` at once takes on ort-cpu or openvino; `guided` runs two sequences an image.
 
     A backend that knows its own weights, working memory or libraries replaces them: `replace(plan(…), scratch=…)`.
     """
     model, graphs = manifest.model, graph_specs(manifest.model, manifest.precision)
+    library = _library(backend)
     decoded = min(images, decoded_at_once)
     h, w = schedule[-1]
     N, L, T = images * (2 if guided else 1), schedule.largest, schedule.tokens
@@ -137,24 +143,25 @@ def plan(
     condition = sum(tensor_bytes(graphs[CONDITION], {"labels": 1}).values())
     image = sum(tensor_bytes(graphs[DECODE], {"images": 1, "height": h, "width": w}).values())
     offsets = (T - 1) * model.width * 4
-    decoding = image_bytes(manifest, (h, w), decoder_channels)
+    decoding = image_bytes(manifest, (h, w), decoder_channels, backend)
     return MemoryPlan(
         schedule=schedule,
         images=images,
         guided=guided,
         decoded_at_once=decoded,
-        runtime=_Ort.RUNTIME,
-        weights={graph: _Ort.weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
+        runtime=library.RUNTIME,
+        weights={graph: library.weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
         kv=sum(all_scales[name] for name in cache),
         bindings=sum(size for name, size in step.items() if name not in cache),
         tables=_file_bytes(manifest, TABLES_FILE) + offsets + (N + images + 1) * condition,
         pixels=(3 * decoded + images) * image,
         scratch={
             CONDITION: 2 * condition,
-            STEP: _Ort.step(manifest, N, L, T),
+            STEP: library.step(manifest, N, L, T),
             DECODE: decoded * decoding,
         },
         again=decoded * decoding,
+        kept=library.KEPT,
     )
 
 
@@ -165,12 +172,14 @@ class _Ort:
     is alive in it. A second run of a shape takes what is alive once more, in one piece.
     """
 
+    KEPT: frozenset[str] = frozenset()
     RUNTIME = 80 * _MIB  # Python, NumPy, ONNX Runtime and its first session: 70 here, versions differ
     ARENA = 1.45
     MLP_MAPS = 23  # alive in the feed-forward part of a block
     ATTENTION_MAPS = 14  # alive in its attention, beside scores, keys and values
     SAMPLING = 16 * 64  # rows of logits sampled at once, bytes per code of the vocabulary
     DECODER_MAPS = (6.4, 4.3)  # maps of pixels alive per channel: in a block, in the upsampling before it
+    PHASE_MAPS = (6.4, 5.3)  # of a decoder in phases, whose results are joined
     HALF_DECODER = 1.25  # casts to float32 around every normalisation
     CONVOLUTIONS = 1.4  # weights reordered into blocks, and the copies that stay in the heap
     HALF_CONVOLUTIONS = 4.5  # read as float16, widened to float32, reordered
@@ -193,15 +202,53 @@ class _Ort:
         alive = max(cls.MLP_MAPS * one, cls.ATTENTION_MAPS * one + joined + scores)
         return int(cls.ARENA * alive) + cls.SAMPLING * model.vocabulary
 
+    @classmethod
+    def image(cls, manifest: Manifest, pixels: int, channels: tuple[int, int]) -> int:
+        """Working memory of decoding an image of so many pixels."""
+        alive = cls.PHASE_MAPS if manifest.decoder == PHASES else cls.DECODER_MAPS
+        maps = max(maps * channel for maps, channel in zip(alive, channels, strict=True))
+        return int(pixels * 4 * maps * (1 if manifest.precision == "fp32" else cls.HALF_DECODER))
 
-def image_bytes(manifest: Manifest, size: tuple[int, int], channels: tuple[int, int] = PUBLISHED_DECODER) -> int:
-    """Working memory of decoding one image of (h, w) tokens on ort-cpu; encoding takes less.
+
+class _OpenVino(_Ort):
+    """What OpenVINO takes, measured with 2026.4: files stay mapped beside the weights that were repacked."""
+
+    KEPT = frozenset({CONDITION})  # opening it is repacking it: that would cost every new class a tenth of a second
+    RUNTIME = 140 * _MIB
+    PRODUCTS = 2.1
+    HALF_PRODUCTS = 3.1  # the file, and float32 of twice its size
+    CONVOLUTIONS = 5.5  # in several layouts at once when they are first run
+    HALF_CONVOLUTIONS = 11.0
+    HALF = 1.35  # working memory, with keys and values widened
+
+    @classmethod
+    def weights(cls, manifest: Manifest, graph: str) -> int:
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), manifest.precision != "fp32"
+        if graph in (DECODE, ENCODE):
+            return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
+        return int(size * (cls.HALF_PRODUCTS if half else cls.PRODUCTS))
+
+    @classmethod
+    def step(cls, manifest: Manifest, sequences: int, new: int, tokens: int) -> int:
+        once = super().step(manifest, sequences, new, tokens)
+        return once if manifest.precision == "fp32" else int(cls.HALF * once)
+
+
+def _library(backend: str) -> type[_Ort]:
+    return _OpenVino if backend == "openvino" else _Ort
+
+
+def image_bytes(
+    manifest: Manifest,
+    size: tuple[int, int],
+    channels: tuple[int, int] = PUBLISHED_DECODER,
+    backend: str = "ort-cpu",
+) -> int:
+    """Working memory of decoding one image of (h, w) tokens on the CPU; encoding takes less.
 
     channels: of the decoder, at the image's size and of the level below.
     """
-    pixels = size[0] * size[1] * manifest.model.downsampling**2
-    maps = max(maps * channel for maps, channel in zip(_Ort.DECODER_MAPS, channels, strict=True))
-    return int(pixels * 4 * maps * (1 if manifest.precision == "fp32" else _Ort.HALF_DECODER))
+    return _library(backend).image(manifest, size[0] * size[1] * manifest.model.downsampling**2, channels)
 
 
 def tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -248,7 +295,12 @@ def require_fits(
 
 
 def batch_that_fits(
-    manifest: Manifest, graph: str, size: tuple[int, int], available: int | None, opened: Collection[str] = ()
+    manifest: Manifest,
+    graph: str,
+    size: tuple[int, int],
+    available: int | None,
+    opened: Collection[str] = (),
+    backend: str = "ort-cpu",
 ) -> int:
     """Images to decode or encode in one run, in half of what is left beside the weights: a second run takes as much.
 
@@ -256,7 +308,8 @@ def batch_that_fits(
     """
     if available is None:
         return IMAGES_PER_RUN
-    one, weights = image_bytes(manifest, size), 0 if graph in opened else _Ort.weights(manifest, graph)
+    one = image_bytes(manifest, size, backend=backend)
+    weights = 0 if graph in opened else _library(backend).weights(manifest, graph)
     if weights + one > available:
         raise OutOfMemory(
             f"{'decoding' if graph == DECODE else 'encoding'} an image of {size[0]}x{size[1]} tokens "

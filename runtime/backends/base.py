@@ -67,6 +67,9 @@ class Backend(Protocol):
     threads: int
     labels_per_run: int
     """Rows of the condition graph, always: a label's row must not depend on how many are asked for."""
+    maps_weights: bool
+    """Whether a graph opened `once` leaves its weights in the file: it is opened at once and takes no memory of its own
+    (of half precision, which is widened, it does)."""
     captures: bool
     """Whether its graphs can be part of a captured CUDA graph."""
     device: Device | None
@@ -96,6 +99,8 @@ class Backend(Protocol):
 
 class BackendModule(Protocol):
     """A file of this package."""
+
+    PRECISIONS: frozenset[str]
 
     def probe(self, name: str) -> Availability:
         """Whether the backend of that name works here: one file may serve several, with another library each."""

@@ -1,26 +1,23 @@
 """ONNX Runtime on the CPU: the default that works anywhere.
 
-Arrays are NumPy arrays, bound by address: inputs are read and outputs written in place, nothing is copied. Weight files
-are mapped into memory by ONNX Runtime.
+Inputs are read and outputs written in place, nothing is copied. ONNX Runtime maps weight files into memory.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..errors import InvalidInput, OutOfMemory
-from ..memory import available_bytes
-from ..noise import check_whole
-from .base import Availability, host_dtype, runs_precision
+from .base import Availability, runs_precision
+from .host import HostBackend, check_options, default_threads, require_contiguous
 from .ort import OrtGraph, probe_onnxruntime
+
+PRECISIONS = frozenset({"fp32", "fp16"})
 
 
 def probe(name: str) -> Availability:
@@ -28,36 +25,20 @@ def probe(name: str) -> Availability:
     return replace(state, detail=f"{state.detail}, {default_threads()} threads") if state.available else state
 
 
-def default_threads() -> int:
-    """The processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    return runs_precision(name, bundle.manifest.precision, OrtCpu.precisions)
+    return runs_precision(name, bundle.manifest.precision, PRECISIONS)
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None = None) -> OrtCpu:
-    if engines is not None:
-        raise InvalidInput("engines for ort-cpu", expected="none", fix="leave them out or name a TensorRT backend")
-    if device not in (None, "cpu"):
-        raise InvalidInput(
-            f"device {device!r} for ort-cpu", expected="cpu or none", fix="leave it out or choose another backend"
-        )
-    return OrtCpu(default_threads() if threads is None else check_whole("threads", threads, 1, 1024))
+    return OrtCpu(check_options(name, device, threads, engines))
 
 
-class OrtCpu:
+class OrtCpu(HostBackend):
     """Backend on `threads` threads."""
 
     name = "ort-cpu"
-    precisions = frozenset({"fp32", "fp16"})
-    labels_per_run = 2
-    captures = False
-    device = None
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    precisions = PRECISIONS
+    maps_weights = True
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         return True
@@ -80,28 +61,6 @@ class OrtCpu:
             address=_address,
         )
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        try:
-            return np.empty(shape, host_dtype(dtype))
-        except MemoryError as error:
-            raise OutOfMemory(
-                f"a buffer of {shape} {dtype}", expected="one that fits", fix="use a smaller batch"
-            ) from error
-
-    def upload(self, host: NDArray[Any]) -> NDArray[Any]:
-        return np.ascontiguousarray(host)
-
-    def download(self, array: NDArray[Any]) -> NDArray[Any]:
-        return array
-
-    def available_bytes(self) -> int | None:
-        return available_bytes()
-
-    def close(self) -> None:
-        pass
-
 
 def _address(array: NDArray[Any]) -> int:
-    if not array.flags.c_contiguous:
-        raise InvalidInput("an array that is not contiguous", expected="a C-contiguous array", fix="copy it first")
-    return int(array.ctypes.data)
+    return int(require_contiguous(array).ctypes.data)

@@ -22,6 +22,7 @@ from .ort import OrtGraph, probe_onnxruntime
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = DeviceArrays.precisions
 PROVIDER = "CUDAExecutionProvider"
 _EXTRA = "pip uninstall -y onnxruntime && pip install 'flexvar-deploy[gpu]'"
 
@@ -38,7 +39,7 @@ def probe(name: str) -> Availability:
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    return runs_precision(name, bundle.manifest.precision, OrtCuda.precisions)
+    return runs_precision(name, bundle.manifest.precision, PRECISIONS)
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> OrtCuda:

@@ -26,6 +26,7 @@ from .trt_library import TENSORRT_RTX, TrtLibrary, known_targets, load, probe_li
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = DeviceArrays.precisions
 CONTEXTS_KEPT = 8  # of `run`, by shapes; those bound for a generation are its own
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import typer
 
 from .._version import __version__
-from ..backends import BACKENDS, probe
-from ..backends.ort_cpu import default_threads
+from ..backends import BACKENDS, precisions, probe
+from ..backends.host import default_threads
 from ..errors import BackendUnavailable
+from ..manifest import PRECISIONS
 from ..memory import available_bytes
 from .console import JsonOption, emit, out
 
@@ -22,7 +23,11 @@ def doctor(as_json: JsonOption = False) -> None:
     """
     states = {name: probe(name) for name in BACKENDS}
     available = available_bytes()
-    auto = next((name for name, state in states.items() if state.available), None)
+    working = [name for name, state in states.items() if state.available]
+    auto = next(iter(working), None)
+    by_precision = {
+        precision: next((name for name in working if precision in precisions(name)), None) for precision in PRECISIONS
+    }
     data: dict[str, Any] = {
         "version": __version__,
         "python": platform.python_version(),
@@ -30,6 +35,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "processors": default_threads(),
         "available_memory_bytes": available,
         "auto": auto,
+        "auto_by_precision": by_precision,
         "backends": {
             name: {"available": state.available, "detail": state.detail, "fix": state.fix}
             for name, state in states.items()
@@ -47,7 +53,9 @@ def doctor(as_json: JsonOption = False) -> None:
             say(f"{name:<13}{'works' if state.available else 'no'}: {state.detail}")
             if state.fix:  # on a line of its own, to be copied
                 say(f"{'':<13}fix: {state.fix}")
-        say(f"--backend auto uses {auto}" if auto else "no backend works")
+        others = {name: kind for kind, name in by_precision.items() if name not in (None, auto)}
+        instead = "".join(f", {name} for {kind} bundles" for name, kind in others.items())
+        say(f"--backend auto uses {auto}{instead}" if auto else "no backend works")
 
     emit(data, as_json, show)
     if auto is None:

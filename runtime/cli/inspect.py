@@ -57,6 +57,7 @@ def inspect(
             ("transformer", f"depth {model.depth}, width {model.width}, {model.heads} heads"),
             ("classes", f"{model.classes} (label {model.null_class} means no class)"),
             ("tokens", f"{model.vocabulary} codes of dimension {model.code_dim}, {model.downsampling} pixels a side"),
+            ("decoder", manifest.decoder),
             ("schedule", defaults.schedule),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
             ("sampling", f"top-k {defaults.top_k}, top-p {defaults.top_p:g}, greedy scales {defaults.greedy_scales}"),

@@ -21,6 +21,7 @@ class DeviceArrays:
     threads = 1
     labels_per_run = CONDITION_LABELS
     captures = True
+    maps_weights = False
 
     def __init__(self, name: str, device: Device) -> None:
         self.name = name

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from flexvar_bench.records import Ceiling, Environment, Measured, Quality, Results, Scenario, Served
-from flexvar_bench.report import parts_gap, write_report
+from flexvar_bench.report import write_report
+from flexvar_bench.report_numbers import parts_gap
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable
 
 SCHEDULES = ("1_2_4", "1_2_3_4")
@@ -176,6 +177,18 @@ def test_charts_are_images_beside_the_page_and_in_it(written: tuple[Path, ...], 
             image.load()
             assert image.format == "PNG" and 1000 <= image.width <= 3000 and 300 <= image.height <= 2000
             assert len(content) < 300_000
+
+
+def test_charts_of_the_report_before_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    earlier = write_report(replace(NOTHING, measured=(measured(scenario(model="old")),)), tmp_path)
+    assert [path.name for path in earlier[1:]] == ["parts-old.png"]
+    mine = tmp_path / "parts-mine.png"
+    mine.write_bytes(b"a picture of somebody's own")
+    (tmp_path / "copy-of-parts.png").write_bytes(earlier[1].read_bytes())
+    later = write_report(replace(NOTHING, measured=(measured(scenario(model="new")),)), tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {path.name for path in later} | {mine.name, "copy-of-parts.png"} and "parts-new.png" in left
 
 
 def test_nothing_measured(tmp_path: Path) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flexvar_bench import run as running
-from flexvar_bench.plans import STEPS, Load, Model, plan, read_quality, schedule
+from flexvar_bench.plans import STEPS, Case, Extent, Load, Model, Plan, calls_of, plan, read_quality, schedule
 from flexvar_bench.records import Measured, Scenario, Served, read
-from flexvar_bench.run import call_flops, measured, serve
-from flexvar_bench.variants import Sample, Work
-from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
+from flexvar_bench.run import Costs, call_flops, measure, measured, serve
+from flexvar_bench.variants import CostWork, Sample, Subject, Work
+from flexvar_bench.workers import started
+from flexvar_runtime import ArtifactRefused, Bundle, FlexVARPipeline, InvalidInput
 from flexvar_runtime.cli.main import main
+from flexvar_runtime.deadline import quality_order
 
 WORK = Work(schedule(4), 2, True)
 SCENARIO = Scenario(
@@ -37,7 +42,8 @@ def model(tiny_bundle: Path) -> Model:
 
 
 def test_a_plan(model: Model) -> None:
-    wanted = plan(model, ["ort-cpu", "torch-eager"], steps=[10, 6, 4], batches=[1, 4], repeats=6, requests=5)
+    extent = Extent(variants=("ort-cpu", "torch-eager"), steps=(10, 6, 4), batches=(1, 4), repeats=6, requests=5)
+    wanted = plan(model, extent)
     said = [(case.variants, len(case.work.schedule), case.work.batch, case.work.guided) for case in wanted.cases]
     both, ours = ("ort-cpu", "torch-eager"), ("ort-cpu",)
     assert said == [
@@ -53,7 +59,12 @@ def test_a_plan(model: Model) -> None:
         ("server", 1),
     ]
     assert {load.variant for load in wanted.loads} == {"ort-cpu"}
-    assert not plan(model, ["ort-cpu"], steps=[4], batches=[1], repeats=1, requests=0).loads
+    assert [calls_of(load) for load in wanted.loads] == [5, 1, 5]
+    assert wanted.calls == 2 * 7 + 7 + 2 * 7 + 4 + 7 + (6 + 2 + 6)
+    assert wanted.costs == CostWork((1, 4), 6)
+    assert plan(model, replace(extent, costs=(2,), repeats=80)).costs == CostWork((2,), 10)
+    least = plan(model, Extent(steps=(4,), batches=(1,), repeats=1, requests=0, costs=()))
+    assert not least.loads and least.costs is None
 
 
 def test_schedules_have_as_many_steps_as_they_say() -> None:
@@ -61,13 +72,23 @@ def test_schedules_have_as_many_steps_as_they_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"variants": ["torch"]}, {"steps": [3]}, {"steps": []}, {"batches": [0]}, {"variants": []}]
+    "change",
+    [
+        {"variants": ("torch",)},
+        {"variants": ()},
+        {"steps": (3,)},
+        {"steps": ()},
+        {"batches": (0,)},
+        {"costs": (0,)},
+        {"repeats": 0},
+        {"requests": -1},
+        {"seconds": 0.0},
+        {"seconds": math.nan},
+    ],
 )
-def test_plans_refused(model: Model, change: dict[str, list[object]]) -> None:
-    asked: dict[str, object] = {"variants": ["ort-cpu"], "steps": [4], "batches": [1]} | change
-    variants = asked.pop("variants")
+def test_plans_refused(model: Model, change: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput):
-        plan(model, variants, repeats=1, requests=0, **asked)  # type: ignore[arg-type]
+        plan(model, replace(Extent(), **change))
 
 
 def test_quality_tables(tmp_path: Path) -> None:
@@ -75,10 +96,6 @@ def test_quality_tables(tmp_path: Path) -> None:
     path.write_text(json.dumps({"1_2_4": {"frechet": 3.5}}))
     [row] = read_quality(path, "m")
     assert (row.model, row.schedule, row.accuracy, row.frechet) == ("m", "1_2_4", None, 3.5)
-    for text in ("[]", "{", '{"1_x": {"frechet": 1}}', '{"1_2": 3}'):
-        path.write_text(text)
-        with pytest.raises(ArtifactRefused):
-            read_quality(path, "m")
 
 
 def test_the_demo_models_quality_is_a_table() -> None:
@@ -162,11 +179,72 @@ def replace_batch(batch: int) -> Work:
     return Work(WORK.schedule, batch, True)
 
 
+def fake_workers(clock: Clock, seconds: float = 2.0) -> Any:
+    """In place of `started`: workers whose every call takes so long."""
+
+    class Worker:
+        def __init__(self, subject: Subject) -> None:
+            self.subject, self.make = subject, maker(clock, seconds)
+
+        def peak_bytes(self) -> int:
+            return 1
+
+        def keep_costs(self, work: CostWork) -> str:
+            return "no folder for them"
+
+    @contextmanager
+    def workers(subjects: list[Subject]) -> Iterator[list[Worker]]:
+        yield [Worker(subject) for subject in subjects]
+
+    return workers
+
+
+def test_a_case_ends_when_its_time_is_used_up(model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After whole turns, and never before three of them."""
+    monkeypatch.setattr(running, "started", fake_workers(clock))
+    for limit, turns in ((math.inf, 9), (19.0, 5), (1.0, 3)):
+        case = Case(variants=("ort-cpu", "ort-plain"), work=WORK, repeats=9, seconds=limit)
+        rows = list(measure(Plan(model=model, cases=(case,), loads=(), costs=None), 1))
+        assert [len(row.seconds) for row in rows if isinstance(row, Measured)] == [turns, turns]
+
+
+def test_costs_that_cannot_be_kept_say_why(model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results stand; peers have none."""
+    monkeypatch.setattr(running, "started", fake_workers(clock))
+    case = Case(variants=("ort-cpu", "ort-plain"), work=WORK, repeats=1)
+    said: list[str] = []
+    *rows, costs = measure(Plan(model=model, cases=(case,), loads=(), costs=CostWork((1, 4), 3)), 1, said.append)
+    assert len(rows) == 2
+    assert costs == Costs(model="tiny", backend="ort-cpu", file=None, rows=0, note="no folder for them")
+    assert said[0] == "tiny: opening ort-cpu, ort-plain for 4 calls"
+    assert said[-1] == "tiny: costs for deadlines on ort-cpu, batch 1, 4"
+
+
+def test_a_worker_keeps_costs_that_a_pipeline_finds(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every schedule of the quality order at every batch, measured in the worker's own process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with started([Subject("ort-cpu", tiny_bundle, None, None, 1)]) as [worker]:
+        kept = worker.keep_costs(CostWork((1, 2), 1))
+    assert not isinstance(kept, str), kept
+    with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipe:
+        order = quality_order(pipe.bundle.manifest)
+        assert kept.rows == 2 * len(order) == len(json.loads(Path(kept.file).read_text())["rows"])
+        assert pipe.choose_schedule(2, 3.6e6).schedule == order[0]
+        assert all(cost is not None for _, cost in pipe.choose_schedule(1, 3.6e6).considered)
+
+
 @pytest.mark.timeout(300)
 def test_the_whole_command(
-    tiny_bundle: Path, tiny_checkpoint: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path,
+    tiny_checkpoint: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A backend, a peer on the same graphs and the reference, in turns; a variant that is not there says so."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     results = tmp_path / "results.jsonl"
     transformer, vae = tiny_checkpoint
     call = [
@@ -174,8 +252,10 @@ def test_the_whole_command(
         *("--variants", "ort-cpu,ort-plain,torch-eager,tensorrt", "--checkpoint", str(transformer), "--vae", str(vae)),
         *("--steps", "4", "--batches", "1", "--repeats", "3", "--requests", "3", "--json"),
     ]
-    assert ended(call) == 0
-    assert json.loads(capsys.readouterr().out)["records"] == 8
+    assert ended([*call, "--no-costs"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["models"], said["records"], said["costs"]) == (["tiny"], 8, [])
+    assert not (tmp_path / "cache" / "flexvar").exists()
     found = read(results)
     assert found.ceiling.flops_per_second["fp32"] > 1e8 and found.environment.threads == 1
     rows = {(row.scenario.variant, row.scenario.guided): row for row in found.measured}
@@ -199,7 +279,7 @@ def test_the_whole_command(
 
 def test_time_per_scale_sums_to_the_total(tiny_bundle: Path) -> None:
     """What the runtime tells of its parts is all there is, but for a few microseconds between them."""
-    from flexvar_bench.variants import Subject, opened
+    from flexvar_bench.variants import opened
 
     with opened(Subject("ort-cpu", tiny_bundle, None, None, 1)) as make:
         make(WORK)

@@ -23,7 +23,7 @@ from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_runtime import Bundle
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.engines import graph_files
-from flexvar_runtime.graphs import graph_specs
+from flexvar_runtime.graphs import WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, Provenance
 from flexvar_runtime.schedule import PUBLISHED
 
@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(3600)]
 
 MEMORY = 6e9  # bytes
 A_PROFILE = 20e6  # bytes of an engine beside its weights
+TEN = "1_2_3_4_5_6_8_10_13_16"
 TEN_STEPS = 180.0  # seconds, on two cores
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
 RUN = """
@@ -56,7 +57,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             specs = graph_specs(facts, precision)
             with write_bundle(path) as directory:
                 for graph, spec in specs.items():
-                    export_graph(graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision]), spec, directory)
+                    module = graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision])
+                    export_graph(module, spec, directory, specs.get(WEIGHTS_OF.get(graph, "")))
                 manifest = Manifest(
                     schema_version=SCHEMA_VERSION,
                     precision=precision,
@@ -92,6 +94,16 @@ def check(result: dict[str, Any], bundle: Bundle, precision: str) -> None:
         assert engine["precision"]["claimed"] == HALF[precision] and engine["precision"]["share"] >= 0.95
     step = result["engines"][-1]
     assert step["graph"] == "step" and step["precision"]["fused_attention"] == 16
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_given_scales_in_one_pass(bundles: Callable[[str], Path], tmp_path: Path, precision: str) -> None:
+    """The engine of `prefill` for schedules of every size, 512 px among them, holds the weights of step once more."""
+    schedules = [part for text in (TEN, "512px", "1_2_3x5_12x20") for part in ("--schedule", text)]
+    result = build(bundles(precision), tmp_path, "--prefill", *schedules)
+    check(result, Bundle.open(bundles(precision)), precision)
+    graphs = [engine["graph"] for engine in result["engines"]]
+    assert graphs == ["condition", "decode", "encode", "prefill", "step"]
 
 
 @pytest.mark.parametrize("precision", HALF)

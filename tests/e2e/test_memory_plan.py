@@ -32,8 +32,8 @@ import sys
 from pathlib import Path
 from flexvar_runtime import FlexVARPipeline, Guidance
 
-bundle, schedule, images, guidance, times = sys.argv[1:]
-with FlexVARPipeline.from_bundle(bundle, backend="ort-cpu", threads=2) as pipe:
+bundle, schedule, images, guidance, times, backend = sys.argv[1:]
+with FlexVARPipeline.from_bundle(bundle, backend=backend, threads=2) as pipe:
     for i in range(int(times)):
         labels = [(i * int(images) + k) % 10 for k in range(int(images))]
         pipe(labels, schedule, Guidance(float(guidance)), seed=0)
@@ -42,16 +42,23 @@ print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmH
 """
 
 
-def peak(bundle: Path, schedule: str, images: int, guided: bool, times: int = 1) -> int:
+def peak(bundle: Path, schedule: str, images: int, guided: bool, times: int = 1, backend: str = "ort-cpu") -> int:
     """Largest resident memory of a fresh process that generates `times` batches, of other classes each."""
-    options = (str(bundle), schedule, str(images), "2.5" if guided else "0", str(times))
+    options = (str(bundle), schedule, str(images), "2.5" if guided else "0", str(times), backend)
     done = subprocess.run([sys.executable, "-c", GENERATE, *options], check=True, capture_output=True, text=True)
     return int(done.stdout)
 
 
-def planned(bundle: Path, schedule: str, images: int, guided: bool, channels: tuple[int, int]) -> MemoryPlan:
+def planned(
+    bundle: Path,
+    schedule: str,
+    images: int,
+    guided: bool,
+    channels: tuple[int, int],
+    backend: str = "ort-cpu",
+) -> MemoryPlan:
     manifest = Bundle.open(bundle).manifest
-    return plan(manifest, ScaleSchedule.parse(schedule), images, guided, decoder_channels=channels)
+    return plan(manifest, ScaleSchedule.parse(schedule), images, guided, decoder_channels=channels, backend=backend)
 
 
 def assert_close_above(estimate: int, measured: int) -> None:
@@ -75,6 +82,17 @@ def test_tiny(tiny_bundles: Callable[[str], Path], precision: str, schedule: str
     bundle = tiny_bundles(precision)
     request = (bundle, schedule, images, guided)
     assert_close_above(planned(*request, TINY_DECODER).total, peak(*request))
+
+
+@pytest.mark.parametrize(
+    ("precision", "schedule", "images", "guided"),
+    [("fp32", TEN, 1, True), ("fp32", TEN, 16, True), ("fp32", "512px", 1, True), ("fp16", THIRTEEN, 8, True)],
+)
+def test_tiny_with_openvino(
+    tiny_bundles: Callable[[str], Path], precision: str, schedule: str, images: int, guided: bool
+) -> None:
+    request = (tiny_bundles(precision), schedule, images, guided)
+    assert_close_above(planned(*request, TINY_DECODER, "openvino").total, peak(*request, backend="openvino"))
 
 
 def test_generations_after_the_first(tiny_bundle: Path) -> None:
@@ -110,6 +128,14 @@ def d16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_d16(d16: Path, schedule: str, images: int, guided: bool) -> None:
     request = (d16, schedule, images, guided)
     assert_close_above(planned(*request, PUBLISHED_DECODER).total, peak(*request))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("schedule", "images"), [(SIX, 1), (TEN, 1), (TEN, 4)])
+def test_d16_with_openvino(d16: Path, schedule: str, images: int) -> None:
+    request = (d16, schedule, images, True)
+    assert_close_above(planned(*request, PUBLISHED_DECODER, "openvino").total, peak(*request, backend="openvino"))
 
 
 @pytest.mark.slow

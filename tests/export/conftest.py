@@ -24,7 +24,7 @@ from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle
 from flexvar_runtime.bundle_writer import seal
 from flexvar_runtime.graphs import GRAPHS, WEIGHTS_OF
-from flexvar_runtime.manifest import GraphSpec, TensorSpec
+from flexvar_runtime.manifest import PHASES, GraphSpec, TensorSpec
 
 Pair = tuple[FlexVAR, Tokenizer]
 Edit = Callable[[onnx.ModelProto], None]
@@ -153,7 +153,7 @@ def known_graphs(
 
     def use(precision: str) -> None:
         for graph in GRAPHS:
-            module = graph_module(graph, *tiny_pair, TORCH_PRECISIONS[precision])
+            module = graph_module(graph, *tiny_pair, TORCH_PRECISIONS[precision], decoder=PHASES)
             known[fingerprint(module)] = tiny_bundles(precision)
         monkeypatch.setattr(exporter, "export_graph", export)
 

@@ -65,8 +65,8 @@ def test_export_prints_one_json_object_and_its_progress_elsewhere(exported: tupl
     path, out, err = exported
     data = json.loads(out)
     bundle = Bundle.open(path)
-    assert data.keys() == {"bundle", "sha256", "precision", "float32_parts", "size_bytes", "parity"}
-    assert data["float32_parts"] == []
+    assert data.keys() == {"bundle", "sha256", "precision", "float32_parts", "decoder", "size_bytes", "parity"}
+    assert data["float32_parts"] == [] and data["decoder"] == "phases"
     assert (data["bundle"], data["sha256"], data["precision"]) == ("named.bundle", bundle.sha256, "fp32")
     assert (
         data["size_bytes"]
@@ -294,7 +294,7 @@ def test_verify_refuses_with_the_code_of_the_reason(
         [],
     ):
         assert run_cli("verify", *arguments)[0] == 2, arguments
-    assert run_cli("verify", tiny_bundle, "--backend", "openvino")[0] == 4  # known, but not here: never another instead
+    assert run_cli("verify", tiny_bundle, "--backend", "tensorrt")[0] == 4  # known, but not here: never another instead
     assert run_cli("verify", tmp_path / "nothing")[0] == 5
     assert run_cli("verify", tiny_bundle, "--checkpoint", vae, "--vae", transformer)[0] == 5
 

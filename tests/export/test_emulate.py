@@ -242,7 +242,7 @@ def outputs(pair: tuple[FlexVAR, Tokenizer], graph: str, dtype: torch.dtype, fee
         else:
             arguments.append(torch.from_numpy(value))
     with torch.inference_mode():
-        results = graph_module(graph, *pair, dtype)(*arguments, *(past for past in pasts if past))
+        results = graph_module(graph, *pair, dtype, decoder="phases")(*arguments, *(past for past in pasts if past))
     flat: list[torch.Tensor] = []
     for result in results if isinstance(results, tuple) else (results,):
         flat += result if isinstance(result, list) else [result]

@@ -108,7 +108,7 @@ Install = Callable[..., None]
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Pretend that these wheels are installed (in `folders`), and that importing onnxruntime gives `module` or raises
-    it."""
+    it. There is no openvino then."""
 
     def pretend(*wheels: str, module: str | Exception | None = "1.31.1", folders: tuple[str, ...] = ()) -> None:
         def distribution(name: str) -> Any:
@@ -118,6 +118,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
             return types.SimpleNamespace(version="1.31.1", locate_file=lambda _: folder)
 
         def load(name: str, package: str | None = None) -> Any:
+            if name == "openvino":
+                raise ModuleNotFoundError("No module named 'openvino'")
             if name != "onnxruntime":
                 return real(name, package)
             if isinstance(module, Exception):

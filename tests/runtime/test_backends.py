@@ -18,8 +18,10 @@ from onnx import TensorProto, helper
 from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory, backends
 from flexvar_runtime.backends import BACKENDS, create, probe
 from flexvar_runtime.backends.base import Availability
+from flexvar_runtime.backends.host import default_threads
+from flexvar_runtime.backends.openvino import OpenVino
 from flexvar_runtime.backends.ort import OrtGraph
-from flexvar_runtime.backends.ort_cpu import OrtCpu, default_threads
+from flexvar_runtime.backends.ort_cpu import OrtCpu
 from flexvar_runtime.manifest import GraphSpec, TensorSpec
 
 BUNDLE: Any = object()  # what only the fakes of this file look at
@@ -107,22 +109,11 @@ def test_by_name_nothing_is_passed_over(modules: dict[str, Any]) -> None:
         create("ort-cuda", BUNDLE)
 
 
-def test_backends_of_other_versions_are_known_but_never_replaced() -> None:
-    name = "openvino"
-    state = probe(name)
-    assert not state.available and state.detail.startswith("not part of flexvar-deploy ")
-    with pytest.raises(BackendUnavailable) as refusal:
-        create(name)
-    assert str(refusal.value).startswith(f"got backend {name}: not part of flexvar-deploy ")
-    assert str(refusal.value).endswith("; expected a backend that works here; fix: use --backend ort-cpu")
-    assert refusal.value.exit_code == 4
-
-
 @pytest.mark.parametrize("name", ["cuda", "ORT-CPU", "", "ort_cpu", "../ort_cpu"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(InvalidInput) as refusal:
         create(name)
-    known = "auto, tensorrt, tensorrt-rtx, ort-cuda, openvino, ort-cpu"
+    known = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-cpu, openvino"
     assert str(refusal.value).startswith(f"got backend {name!r}; expected {known}; fix: name one of them")
 
 
@@ -256,12 +247,12 @@ def external(location: str) -> TensorProto:
     return tensor
 
 
-@pytest.fixture
-def backend() -> OrtCpu:
-    return OrtCpu(1)
+@pytest.fixture(params=[OrtCpu, OpenVino])
+def backend(request: pytest.FixtureRequest) -> Any:
+    return request.param(1)
 
 
-def test_results_are_written_in_place(backend: OrtCpu, tmp_path: Path) -> None:
+def test_results_are_written_in_place(backend: Any, tmp_path: Path) -> None:
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx")), "add")
     buffer = backend.empty((3, 4), "float32")
     buffer[:] = 7
@@ -277,7 +268,7 @@ def test_results_are_written_in_place(backend: OrtCpu, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "stored"), [("float32", "f4"), ("float16", "f2"), ("bfloat16", "u2"), ("int32", "i4"), ("int64", "i8")]
 )
-def test_arrays(backend: OrtCpu, dtype: str, stored: str) -> None:
+def test_arrays(backend: Any, dtype: str, stored: str) -> None:
     array = backend.empty((2, 0, 3), dtype)
     assert array.shape == (2, 0, 3) and array.dtype == np.dtype(stored)
     host = np.arange(6.0).reshape(2, 3)
@@ -286,7 +277,7 @@ def test_arrays(backend: OrtCpu, dtype: str, stored: str) -> None:
     assert turned.flags.c_contiguous and not np.shares_memory(turned, host)
 
 
-def test_a_closed_graph(backend: OrtCpu, tmp_path: Path) -> None:
+def test_a_closed_graph(backend: Any, tmp_path: Path) -> None:
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx")), "add")
     graph.close()
     graph.close()
@@ -316,7 +307,7 @@ F4, I4 = np.zeros(4, np.float32), np.zeros(4, np.int32)
     ids=["input name", "output name", "no input", "axes of one name", "rank", "type", "strides"],
 )
 def test_bindings_that_are_not_as_declared(
-    backend: OrtCpu, tmp_path: Path, inputs: dict[str, Any], outputs: dict[str, Any], text: str
+    backend: Any, tmp_path: Path, inputs: dict[str, Any], outputs: dict[str, Any], text: str
 ) -> None:
     """Bound by address, each of these would read or write beside the array."""
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx")), "add")
@@ -324,69 +315,75 @@ def test_bindings_that_are_not_as_declared(
         graph.run(inputs, outputs)
 
 
-def test_sizes_that_are_fixed(backend: OrtCpu, tmp_path: Path) -> None:
+def test_sizes_that_are_fixed(backend: Any, tmp_path: Path) -> None:
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx", "float32", 4)), "add")
     with pytest.raises(InvalidInput, match=r"got x of shape \(3,\); expected axes \(4,\)"):
         graph.run({"x": F4[:3]}, {"y": F4[:3]})
 
 
-def test_a_graph_that_is_not_what_its_declaration_says(backend: OrtCpu, tmp_path: Path) -> None:
+def test_a_graph_that_is_not_what_its_declaration_says(backend: Any, tmp_path: Path) -> None:
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx", axis=4), spec("add.onnx")), "add")
     five = np.zeros(5, np.float32)
-    with pytest.raises(ArtifactRefused, match=r"got add\.onnx: .*; expected a graph this ONNX Runtime can run"):
+    with pytest.raises(
+        ArtifactRefused, match=r"got add\.onnx: .*; expected a graph this (ONNX Runtime|OpenVINO) can run"
+    ):
         graph.run({"x": five}, {"y": five.copy()})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int32", "int64"])
-def test_a_type_that_is_not_what_its_declaration_says(backend: OrtCpu, tmp_path: Path, dtype: str) -> None:
+def test_a_type_that_is_not_what_its_declaration_says(backend: Any, tmp_path: Path, dtype: str) -> None:
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx", dtype)), "add")
     x = np.zeros(4, dtype)
-    with pytest.raises(ArtifactRefused, match="data type"):
+    with pytest.raises(ArtifactRefused, match=r"data type|tensor precision"):
         graph.run({"x": x}, {"y": x.copy()})
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x0a\x12\x03abc", bytes(100)])
-def test_what_is_no_model(backend: OrtCpu, tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_model(backend: Any, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "add.onnx").write_bytes(content)
     with pytest.raises(ArtifactRefused, match=r"got add\.onnx: ") as refusal:
         backend.open(bundle_of(tmp_path / "add.onnx", spec("add.onnx")), "add")
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
 
 
-def test_an_operator_that_is_not_there(backend: OrtCpu, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_operator_that_is_not_there(backend: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write_add(tmp_path / "add.onnx", op="NoSuchOperator")
     with pytest.raises((ArtifactRefused, BackendUnavailable), match=r"got add\.onnx: "):
         backend.open(bundle_of(path, spec("add.onnx")), "add")
     assert capfd.readouterr() == ("", "")  # onnxruntime does not write past our logging
 
 
-def test_a_type_without_kernels_is_a_matter_of_the_backend(backend: OrtCpu, tmp_path: Path) -> None:
-    """bfloat16 products have no kernel on the CPU."""
-    x, y, w = (helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [4, 4]) for name in "xyw")
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = helper.make_graph([node], "product", [x, w], [y])
+def test_a_type_without_kernels_is_a_matter_of_the_backend(tmp_path: Path) -> None:
+    """bfloat16 products have no kernel in ONNX Runtime on the CPU; OpenVINO computes them."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [4, 4]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "square", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    onnx.save(model, str(tmp_path / "product.onnx"))
+    onnx.save(model, str(tmp_path / "square.onnx"))
+    bundle = bundle_of(tmp_path / "square.onnx", spec("square.onnx", "bfloat16", 4, 4))
     with pytest.raises(BackendUnavailable, match="expected operators that this backend has; fix: export with --prec"):
-        backend.open(bundle_of(tmp_path / "product.onnx", spec("product.onnx", "bfloat16", 4, 4)), "product")
+        OrtCpu(1).open(bundle, "square")
+    two, four = (np.eye(4, dtype=np.uint16) * bits for bits in (0x4000, 0x4080))  # bfloat16 as its bits
+    result = np.zeros_like(two)
+    OpenVino(1).open(bundle, "square").run({"x": two}, {"y": result})
+    np.testing.assert_array_equal(result, four)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("Failed to allocate memory for requested buffer")])
 def test_out_of_memory_while_running(
-    backend: OrtCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx")), "add")
 
-    class Session:
-        def io_binding(self) -> Any:
-            raise error
+    def fail() -> Any:
+        raise error
 
-    monkeypatch.setattr(graph, "_session", Session())
+    held = "_model" if isinstance(backend, OpenVino) else "_session"
+    monkeypatch.setattr(graph, held, SimpleNamespace(io_binding=fail, create_infer_request=fail))
     with pytest.raises(OutOfMemory, match="expected a request that fits in memory; fix: use a smaller batch"):
         graph.run({"x": F4}, {"y": F4.copy()})
 
 
-def test_out_of_memory_while_allocating(backend: OrtCpu) -> None:
+def test_out_of_memory_while_allocating(backend: Any) -> None:
     with pytest.raises(OutOfMemory, match=r"got a buffer of .* float32; expected one that fits"):
         backend.empty((2**40, 2**10), "float32")
 
@@ -403,7 +400,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-def test_weights_beside_the_graph_are_read(backend: OrtCpu, folder: Path) -> None:
+def test_weights_beside_the_graph_are_read(backend: Any, folder: Path) -> None:
     """The control of the refusals below."""
     graph: OrtGraph = backend.open(
         bundle_of(write_add(folder / "add.onnx", external("w.bin")), spec("add.onnx")), "add"
@@ -414,7 +411,7 @@ def test_weights_beside_the_graph_are_read(backend: OrtCpu, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("location", ["../secret", "../../secret", "{parent}/secret", "engines/../../secret", "link"])
-def test_weights_outside_the_bundle_are_not_read(backend: OrtCpu, folder: Path, location: str) -> None:
+def test_weights_outside_the_bundle_are_not_read(backend: Any, folder: Path, location: str) -> None:
     (folder / "link").symlink_to(folder.parent / "secret")
     (folder / "engines").mkdir()
     path = write_add(folder / "add.onnx", external(location.format(parent=folder.parent)))

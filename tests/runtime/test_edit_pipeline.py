@@ -216,3 +216,43 @@ def test_a_bundle_without_the_graph_runs_scale_by_scale(
         assert not old.engine.prefills and pipe.engine.prefills
         one, two = edit(old, "refine", strength=0.5), edit(pipe, "refine", strength=0.5)
     assert all(np.array_equal(a, b) for a, b in zip(one.tokens, two.tokens, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("room", "maps", "opened"),
+    [
+        (None, True, [True, False]),
+        (1, True, [True, False]),
+        (0, True, [True]),
+        (1, False, [False]),
+        (0, False, []),
+    ],
+    ids=["room unknown", "from the second edit on", "weights stay in the file", "nothing mapped", "scale by scale"],
+)
+def test_a_second_copy_of_the_weights_is_taken_where_there_is_room(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, room: int | None, maps: bool, opened: list[bool]
+) -> None:
+    """room: whether there is some for it beside the generation. How it is opened changes no token."""
+    with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipe:
+        expected = edit(pipe, "refine", strength=0.5)
+    with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipe:
+        backend, engine, real, once = pipe.backend, pipe.engine, pipe.backend.open, []
+
+        def left() -> int | None:
+            wanted = engine._plan(expected.settings[0].schedule, 1, False)
+            if room is None:
+                return None
+            return wanted.needed(engine._graphs) + (wanted.weights["step"] if room else 0)
+
+        def opening(bundle: Any, graph: str, **how: bool) -> Any:
+            if graph == "prefill":
+                once.append(how["once"])
+            return real(bundle, graph, **how)
+
+        monkeypatch.setattr(backend, "maps_weights", maps)
+        monkeypatch.setattr(backend, "available_bytes", left)
+        monkeypatch.setattr(backend, "open", opening)
+        made = [edit(pipe, "refine", strength=0.5) for _ in range(3)]
+    assert once == opened
+    for output in made:
+        assert all(np.array_equal(a, b) for a, b in zip(output.tokens, expected.tokens, strict=True))

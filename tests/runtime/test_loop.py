@@ -115,6 +115,7 @@ class RecordingBackend:
     precisions: frozenset[str] = frozenset({"fp32"})
     threads: int = 1
     labels_per_run: int = 2
+    maps_weights: bool = True
     device: None = None
     available: int | None = None
     recording: bool = True

@@ -87,6 +87,7 @@ def test_a_list_has_no_schema_version() -> None:
         (("float32_parts",), ["blocks.0.mlp"], "manifest.json: float32_parts = ('blocks.0.mlp',)"),  # in fp32
         (("float32_parts",), ["blocks.2.mlp"], "manifest.json: float32_parts = 'blocks.2.mlp'"),
         (("float32_parts",), ["blocks.0.head"], "manifest.json: float32_parts = 'blocks.0.head'"),
+        (("decoder",), "phase", "manifest.json: decoder = 'phase'"),
         (("defaults", "quality_order"), ["1_3x5", "512px"], "manifest.json: defaults.quality_order = '512px'"),
         (
             ("defaults", "quality_order"),
@@ -118,6 +119,15 @@ def test_parts_kept_in_float32(sealed: Manifest) -> None:
     assert Manifest.from_bytes(kept.to_bytes()) == kept
     with pytest.raises(ArtifactRefused, match="every part once"):
         replace(kept, float32_parts=("blocks.0.mlp",) * 2)
+
+
+def test_how_the_decoder_upsamples(sealed: Manifest) -> None:
+    """Bundles written before there was a choice are plain."""
+    document = json.loads(sealed.to_bytes())
+    assert document.pop("decoder") == "plain"
+    assert Manifest.from_bytes(json.dumps(document).encode()) == sealed
+    phases = replace(sealed, decoder="phases")
+    assert Manifest.from_bytes(phases.to_bytes()) == phases
 
 
 def test_an_order_of_schedules_by_quality(sealed: Manifest) -> None:

@@ -193,6 +193,9 @@ def test_a_smaller_decoder(d16: Manifest) -> None:
     assert image_bytes(d16, (16, 16)) == image_bytes(d16, (8, 32)) == int(256 * 256 * 4 * 6.4 * 128)
     small = plan(d16, TEN, 1, True, decoder_channels=(32, 64))
     assert small.scratch["decode"] == int(256 * 256 * 4 * 4.3 * 64)
+    phases = plan(replace(d16, decoder="phases"), TEN, 1, True, decoder_channels=(32, 64))
+    assert phases.scratch["decode"] == int(256 * 256 * 4 * 5.3 * 64)  # where the results of the phases are joined
+    assert image_bytes(replace(d16, decoder="phases"), (16, 16)) == image_bytes(d16, (16, 16))
 
 
 def test_json(d16: Manifest) -> None:

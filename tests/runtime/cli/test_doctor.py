@@ -8,9 +8,7 @@ import pytest
 
 from flexvar_runtime import __version__
 from flexvar_runtime.backends import BACKENDS
-from flexvar_runtime.backends.ort_cpu import default_threads
-
-OTHERS = ("openvino",)
+from flexvar_runtime.backends.host import default_threads
 
 
 def test_this_machine(flexvar: Any) -> None:
@@ -18,23 +16,13 @@ def test_this_machine(flexvar: Any) -> None:
     data = ended.json
     assert ended.code == 0 and ended.err == ""
     assert data["version"] == __version__ and data["processors"] == default_threads()
+    assert data["auto_by_precision"] == {"fp32": "ort-cpu", "fp16": "ort-cpu", "bf16": "openvino"}
     assert data["auto"] == "ort-cpu" and list(data["backends"]) == list(BACKENDS)
     assert data["backends"]["ort-cpu"]["available"] is True and data["backends"]["ort-cpu"]["fix"] is None
     assert {"python", "platform", "available_memory_bytes"} <= data.keys()
     text = flexvar("doctor")
-    assert text.code == 0 and text.out.endswith("--backend auto uses ort-cpu\n")
+    assert text.code == 0 and text.out.endswith("--backend auto uses ort-cpu, openvino for bf16 bundles\n")
     assert f"flexvar {__version__}, Python {data['python']}, {data['platform']}" in text.out
-
-
-def test_backends_of_other_versions_are_named(flexvar: Any) -> None:
-    lines = flexvar("doctor").out.splitlines()
-    backends = flexvar("doctor", "--json").json["backends"]
-    for name in OTHERS:
-        assert backends[name]["available"] is False
-        assert backends[name]["detail"] == f"not part of flexvar-deploy {__version__}"
-        [i] = [i for i, line in enumerate(lines) if line.split()[0] == name]
-        assert lines[i].endswith(f"no: not part of flexvar-deploy {__version__}")
-        assert lines[i + 1].strip() == "fix: use --backend ort-cpu"
 
 
 @pytest.mark.parametrize("wheel", ["onnxruntime", "onnxruntime-gpu"])

@@ -1,0 +1,86 @@
+"""The models of a suite as files: a bundle that is there, or one that is exported for the run."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from urllib.parse import quote
+
+from flexvar_export.quality import best_first, read_quality
+from flexvar_runtime import ScaleSchedule
+from flexvar_runtime.errors import BackendUnavailable, InvalidInput, OutOfMemory
+
+from .plans import Model
+from .suite import Entry
+
+TINY = "tiny"
+_PUBLISHED = re.compile(r"d[1-9]\d?")
+
+Progress = Callable[[str], None]
+
+
+def model_of(entry: Entry, folder: Path) -> Model:
+    """Where the files of a model lie; in `folder` those that `make` has to make. Raises InvalidInput."""
+    file = quote(entry.name, safe="")  # two names never share one
+    bundle = folder / f"{file}.bundle" if entry.bundle is None else Path(entry.bundle)
+    if entry.random is None:
+        given = [None if name is None else Path(name) for name in (entry.checkpoint, entry.vae)]
+        return Model(name=entry.name, bundle=bundle, transformer=given[0], vae=given[1])
+    if entry.random != TINY and _PUBLISHED.fullmatch(entry.random) is None:
+        raise InvalidInput(
+            f"random = {entry.random!r:.100}", expected=f"d16, d20, d24 or {TINY}", fix="name one of these sizes"
+        )
+    weights = folder / f"{file}.weights"
+    return Model(name=entry.name, bundle=bundle, transformer=weights / "transformer.pth", vae=weights / "vae.pth")
+
+
+def make(entry: Entry, model: Model, threads: int, progress: Progress = lambda _: None) -> None:
+    """Write what the suite does not bring, in place of what an earlier run left there: weights, and a proved bundle.
+
+    In a process of its own, so that nothing of it is in memory when times are taken. Raises what
+    `flexvar_export.bundle.export_bundle` raises.
+    """
+    if entry.bundle is not None:
+        return
+    progress(f"{model.name}: {'random weights, ' if entry.random else ''}export and proof")
+    model.bundle.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(1, mp_context=mp.get_context("spawn")) as pool:
+        try:
+            pool.submit(_make, entry, model, threads).result()
+        except BrokenProcessPool as error:
+            raise OutOfMemory(
+                f"an export of {model.name!r:.100} that was killed",
+                expected="memory for the checkpoint, its reference and its graphs",
+                fix="end other programs, or leave the model out of the suite",
+            ) from error
+
+
+def _make(entry: Entry, model: Model, threads: int) -> None:
+    try:
+        from flexvar_export.bundle import export_bundle
+        from flexvar_export.facts import PUBLISHED_DEFAULTS
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"no module {error.name}", expected="the export extra", fix="pip install 'flexvar-deploy[cpu,export]'"
+        ) from error
+    assert model.transformer is not None and model.vae is not None  # a model without a bundle has a checkpoint
+    if entry.random is not None:
+        _write_random(entry.random, model.transformer.parent)
+    order: tuple[str, ...] = ()
+    if entry.quality is not None:
+        order = best_first(read_quality(Path(entry.quality)), ScaleSchedule.parse(PUBLISHED_DEFAULTS.schedule))
+    export_bundle(model.transformer, model.vae, model.bundle, force=True, threads=threads, quality_order=order)
+
+
+def _write_random(size: str, folder: Path) -> None:
+    from flexvar_ref import TokenizerConfig, TransformerConfig
+    from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
+
+    if size == TINY:
+        write_checkpoints(folder, tiny_transformer(), TINY_TOKENIZER)
+    else:
+        write_checkpoints(folder, TransformerConfig.published(int(size[1:])), TokenizerConfig())

@@ -1,0 +1,158 @@
+"""OpenVINO on the CPU: every precision, and bfloat16 arithmetic where the processor has it.
+
+Arrays are shared with the library: inputs are read and outputs written in place. A graph runs in the types it declares
+(those that the processor lacks are computed in float32): float32 parts of a half-precision graph are never rounded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import Bundle
+from ..errors import ArtifactRefused, InvalidInput, OutOfMemory
+from ..manifest import GraphSpec
+from .base import Array, Availability, check_bindings, host_dtype
+from .host import HostBackend, check_options, default_threads, require_contiguous
+
+PRECISIONS = frozenset({"fp32", "fp16", "bf16"})
+MINIMUM = (2026, 4)  # older ones lack the Attention of ONNX
+_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+_NO_MEMORY = ("bad_alloc", "allocate", "out of memory")
+
+
+def probe(name: str) -> Availability:
+    try:
+        openvino = importlib.import_module("openvino")
+        version = str(openvino.__version__).partition("-")[0]
+        number = tuple(int(part) for part in re.findall("[0-9]+", version)[:2])
+        kinds = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")) if number >= MINIMUM else set()
+    except ModuleNotFoundError:
+        return Availability(False, "openvino is not installed", "pip install 'flexvar-deploy[openvino]'")
+    except Exception as error:  # a wheel half removed or made for another system fails in any way
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        fix = "pip install --force-reinstall openvino"
+        return Availability(False, f"openvino cannot be loaded ({first})", fix)
+    if number < MINIMUM:
+        wanted = ".".join(map(str, MINIMUM))
+        return Availability(False, f"openvino {version} is older than {wanted}", f"pip install 'openvino>={wanted}'")
+    half = [kind for kind in ("BF16", "FP16") if kind in kinds]
+    arithmetic = f"{' and '.join(half).lower()} arithmetic" if half else "no half-precision arithmetic here"
+    return Availability(True, f"openvino {version}, {default_threads()} threads, {arithmetic}")
+
+
+def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
+    return Availability(True, f"runs {bundle.manifest.precision}")
+
+
+def create(name: str, *, device: str | None, threads: int | None, engines: Path | None = None) -> OpenVino:
+    return OpenVino(check_options(name, device, threads, engines))
+
+
+class OpenVino(HostBackend):
+    """Backend on `threads` threads."""
+
+    name = "openvino"
+    precisions = PRECISIONS
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._core: Any = importlib.import_module("openvino").Core()
+
+    def prepared(self, bundle: Bundle, graph: str) -> bool:
+        return True
+
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OpenVinoGraph:
+        """`once` changes nothing: a graph is always compiled, its weights always repacked."""
+        settings = {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",  # of what is typed float32; left out, it would be rounded to bfloat16
+        }
+        return OpenVinoGraph(self._core, bundle.graph_file(graph), bundle.graph(graph), settings)
+
+
+class OpenVinoGraph:
+    """One compiled model for all shapes: kernels are prepared when a shape is first met, and kept."""
+
+    most_images = None  # any number
+
+    def __init__(self, core: Any, path: Path, spec: GraphSpec, settings: dict[str, Any]) -> None:
+        self.spec, self.name = spec, path.name
+        self._tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+        self._library: Any = importlib.import_module("openvino")
+        with _errors(self.name):
+            self._model: Any = core.compile_model(core.read_model(str(path)), "CPU", settings)
+        if any("past" in tensor.axes for tensor in spec.inputs):
+            self._meet_a_past()
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound:
+        if self._model is None:
+            raise InvalidInput(f"{self.name}, closed", expected="an open graph", fix="open the bundle again")
+        check_bindings(self.spec, inputs, outputs)
+        with _errors(self.name):
+            request = self._model.create_infer_request()  # 0.05 ms; it forgets what an earlier one had bound
+            for name, array in (*inputs.items(), *outputs.items()):
+                request.set_tensor(name, self._shared(name, require_contiguous(array)))
+        return OpenVinoBound(self, request, (inputs, outputs))
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        self.bind(inputs, outputs).run()
+
+    def close(self) -> None:
+        self._model = None
+
+    def _shared(self, name: str, array: NDArray[Any]) -> Any:
+        kind = getattr(self._library.Type, _TYPES[self._tensors[name].dtype])
+        return self._library.Tensor(array, self._library.Shape(list(array.shape)), kind)
+
+    def _meet_a_past(self) -> None:
+        """One run with a single token in the past. A dynamic model whose very first call has none goes on to compute
+        garbage (OpenVINO 2026.4); after one with a past it never does."""
+        inputs, outputs = (
+            {
+                tensor.name: np.zeros(
+                    [axis if isinstance(axis, int) else 1 for axis in tensor.axes], host_dtype(tensor.dtype)
+                )
+                for tensor in tensors
+            }
+            for tensors in (self.spec.inputs, self.spec.outputs)
+        )
+        self.run(inputs, outputs)
+
+
+class OpenVinoBound:
+    """A request with its tensors. It keeps the arrays, which they only point into."""
+
+    def __init__(self, graph: OpenVinoGraph, request: Any, arrays: object) -> None:
+        self._graph, self._request, self._arrays = graph, request, arrays
+
+    def run(self) -> None:
+        with _errors(self._graph.name):
+            self._request.infer()
+
+    def close(self) -> None:
+        self._request = self._arrays = None
+
+
+@contextmanager
+def _errors(name: str) -> Iterator[None]:
+    """OpenVINO raises RuntimeError for everything: out of memory has a meaning of its own, the rest is the graph's."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = next((line for line in lines if not line.startswith("Exception from")), type(error).__name__)[:300]
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+            fix = "use a smaller batch or schedule"
+            raise OutOfMemory(f"{name}: {said}", expected="a request that fits in memory", fix=fix) from error
+        raise ArtifactRefused(
+            f"{name}: {said}", expected="a graph this OpenVINO can run", fix="export the bundle again"
+        ) from error

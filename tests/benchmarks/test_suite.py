@@ -1,0 +1,239 @@
+"""Several models in one run: from options matched by position, from a suite, and made where the suite brings none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flexvar_bench import session
+from flexvar_bench.models import make, model_of
+from flexvar_bench.plans import Extent, Model, Plan, plan
+from flexvar_bench.records import Ceiling, Measured, Quality, Scenario, read
+from flexvar_bench.run import Costs
+from flexvar_bench.suite import Entry, from_options, read_suite
+from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
+from flexvar_runtime.cli.main import main
+
+STANDARD = Path(__file__).parents[2] / "benchmarks" / "standard.toml"
+SECONDS_OF_D16 = {"ort-cpu": 8, "openvino": 8, "ort-plain": 10, "torch-eager": 20}  # slow ones
+
+
+def options(bundles: list[Path], **given: list[str]) -> tuple[Entry, ...]:
+    return from_options(bundles, **({"names": [], "checkpoints": [], "vaes": [], "quality": []} | given))
+
+
+def test_options_belong_to_bundles_by_position() -> None:
+    one, two = options(
+        [Path("a.bundle"), Path("b.bundle")],
+        names=["a", "b"],
+        checkpoints=["-", "b.pth"],
+        vaes=["-", "vae.pth"],
+        quality=["a.json", "-"],
+    )
+    assert one == Entry(name="a", bundle="a.bundle", quality="a.json")
+    assert two == Entry(name="b", bundle="b.bundle", checkpoint="b.pth", vae="vae.pth")
+
+
+def test_a_bundle_without_a_name_is_called_by_its_size(tiny_bundle: Path) -> None:
+    [entry] = options([tiny_bundle])
+    assert entry.name == "d2"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"names": ["a"]}, "1 of --name for 2 bundles"),
+        ({"names": ["a", "b"], "quality": ["q.json"] * 3}, "3 of --quality for 2 bundles"),
+        ({"names": ["a", "a"]}, "models 'a', 'a'"),
+        ({"names": ["a", "b"], "checkpoints": ["c.pth", "-"]}, "model 'a' with bundle and checkpoint"),
+        ({"names": ["a", "b"], "checkpoints": ["c.pth", "-"], "vaes": ["-", "v.pth"]}, "bundle and checkpoint"),
+    ],
+)
+def test_options_refused(given: dict[str, list[str]], text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        options([Path("a.bundle"), Path("b.bundle")], **given)
+
+
+def test_no_model_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="no model"):
+        options([])
+
+
+def test_a_suite(tmp_path: Path) -> None:
+    """Files are relative to it, and what it leaves out is as the options say."""
+    path = tmp_path / "suite.toml"
+    path.write_text(
+        '[[model]]\nname = "a"\nbundle = "a.bundle"\nquality = "/q.json"\nrepeats = 3\nsteps = [4]\ncosts = []\n'
+        '[[model]]\nname = "b"\nrandom = "d16"\nseconds = 60\n'
+    )
+    a, b = read_suite(path)
+    assert a.bundle == str(tmp_path / "a.bundle") and a.quality == "/q.json" and b.bundle is None
+    asked = Extent(repeats=9, requests=1)
+    assert a.extent(asked) == replace(asked, repeats=3, steps=(4,), costs=())
+    assert b.extent(asked) == replace(asked, seconds=60.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model = 3",
+        "[[model]",
+        '[[model]]\nname = "a"\nbundel = "a.bundle"',
+        '[[model]]\nname = "a"\nbundle = "a.bundle"\nrepeats = "3"',
+        '[[model]]\nname = "a"',
+        '[[model]]\nname = ""\nrandom = "d16"',
+        '[[model]]\nname = "a"\nrandom = "d16"\nbundle = "a.bundle"',
+        '[[model]]\nname = "a"\ncheckpoint = "a.pth"',
+        '[[model]]\nname = "a"\nrandom = "d16"\n[[model]]\nname = "a"\nrandom = "d20"',
+    ],
+)
+def test_suites_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "suite.toml"
+    path.write_text(text)
+    with pytest.raises((ArtifactRefused, InvalidInput)) as refusal:
+        read_suite(path)
+    assert "bundle again" not in refusal.value.fix
+
+
+def test_models_of_a_suite_never_share_a_file(tmp_path: Path) -> None:
+    names = ("a b", "a-b", "../a", "模")
+    models = [model_of(Entry(name=name, random="d16"), tmp_path) for name in names]
+    files = [file for one in models for file in (one.bundle, one.transformer)]
+    assert len(set(files)) == len(files)
+    assert {one.bundle.parent for one in models} == {tmp_path}
+    with pytest.raises(InvalidInput, match="random = 'd1000'"):
+        model_of(Entry(name="a", random="d1000"), tmp_path)
+
+
+def test_the_standard_suite_is_small_enough() -> None:
+    """Two models that are made for the run. Of d16's size every call is counted at what it takes on a slow machine, and
+    every case ends once its time is used up."""
+    demo, d16 = read_suite(STANDARD)
+    assert all(Path(file).is_file() for file in (demo.checkpoint, demo.vae, demo.quality) if file is not None)
+    assert demo.bundle is None and d16.random == "d16"
+    assert plan(model_of(demo, Path()), demo.extent(Extent())).calls < 1500
+    wanted = plan(model_of(d16, Path()), d16.extent(Extent()))
+    seconds = 0.0
+    for case in wanted.cases:
+        turn = case.work.batch * sum(SECONDS_OF_D16[name] for name in case.variants)
+        turns = min(case.repeats, max(3, math.ceil(case.seconds / turn)))
+        seconds += (1 + turns) * turn
+    assert wanted.costs is not None and wanted.costs.batches == (1,) and not wanted.loads
+    seconds += 2 * 4 * (1 + wanted.costs.repeats) * SECONDS_OF_D16["ort-cpu"]  # two backends, four schedules
+    assert seconds < 20 * 60
+
+
+@pytest.mark.timeout(300)
+def test_a_model_is_made_for_the_run_and_made_again(tmp_path: Path) -> None:
+    """Random weights of the tiny size stand in for d16's, and the order of its schedules goes with it."""
+    table = tmp_path / "quality.json"
+    table.write_text(json.dumps({"1_4_16": {"frechet": 2.0}, "1_2_16": {"frechet": 1.0}, "1_2_4": {"frechet": 0.5}}))
+    entry = Entry(name="t", random="tiny", quality=str(table))
+    model, said = model_of(entry, tmp_path / "made"), list[str]()
+    make(entry, model, 1, said.append)
+    assert said == ["t: random weights, export and proof"]
+    manifest = Bundle.open(model.bundle).manifest
+    assert manifest.parity.passed and manifest.defaults.quality_order == ("1_2_16", "1_4_16")
+    assert model.transformer is not None and model.transformer.is_file()
+    bare = Entry(name="t", checkpoint="none.pth", vae="none.pth")
+    with pytest.raises(ArtifactRefused, match=r"none\.pth"):  # as the process that exports said it
+        make(bare, model_of(bare, tmp_path / "made"), 1)
+    assert Bundle.open(model.bundle).manifest == manifest
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Nothing is measured or made: what was measured, in order, with the calls of its plan."""
+    done: list[tuple[str, int]] = []
+
+    def ceiling(threads: int) -> Ceiling:
+        done.append(("ceiling", threads))
+        return Ceiling(copy_bytes_per_second=1e9, flops_per_second={"fp32": 1e11})
+
+    def measure(wanted: Plan, threads: int, progress: Callable[[str], None]) -> list[Measured | Costs]:
+        done.append((wanted.model.name, wanted.calls))
+        costs = Costs(model=wanted.model.name, backend="ort-cpu", file="f", rows=4, note="")
+        return [row(wanted.model.name), *([costs] if wanted.costs else [])]
+
+    def made(entry: Entry, model: Model, threads: int, progress: Callable[[str], None]) -> None:
+        if entry.bundle is None:
+            done.append((f"made {model.name}", threads))
+
+    monkeypatch.setattr(session, "ceiling", ceiling)
+    monkeypatch.setattr(session, "measure", measure)
+    monkeypatch.setattr(session, "make", made)
+    return done
+
+
+def row(model: str) -> Measured:
+    return Measured(
+        scenario=Scenario(
+            name=model, model=model, variant="v", precision="fp32", schedule="1_2", batch=1, guided=True, threads=1
+        ),
+        bundle_sha256=None,
+        seconds=(1.0,),
+        turns=(0,),
+        condition=None,
+        scales=None,
+        sampling=None,
+        decode=None,
+        peak_memory_bytes=None,
+        flops=None,
+        joules=None,
+        note="",
+    )
+
+
+def ended(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+def test_two_bundles_in_one_command_then_a_third(
+    tiny_bundle: Path, tmp_path: Path, faked: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine is measured once a file, whoever comes later."""
+    table, results = tmp_path / "q.json", tmp_path / "results.jsonl"
+    table.write_text(json.dumps({"1_2_16": {"frechet": 3.0}}))
+    bundle, output = str(tiny_bundle), ["-o", str(results), "--threads", "1", "--requests", "0", "--json"]
+    two = ["bench", "run", bundle, bundle, "--name", "a", "--name", "b", "--quality", "-", "--quality", str(table)]
+    assert ended([*two, *output]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["models"] == ["a", "b"] and [costs["model"] for costs in said["costs"]] == ["a", "b"]
+    assert faked == [("ceiling", 1), ("a", 44), ("b", 44)]
+    assert ended(["bench", "run", bundle, "--name", "c", "--append", "--no-costs", *output]) == 0
+    assert json.loads(capsys.readouterr().out)["costs"] == []
+    assert [name for name, _ in faked] == ["ceiling", "a", "b", "c"]
+    found = read(results)
+    assert [one.scenario.model for one in found.measured] == ["a", "b", "c"]
+    assert found.quality == (Quality(model="b", schedule="1_2_16", accuracy=None, frechet=3.0),)
+
+
+def test_a_suite_in_one_command(
+    tmp_path: Path, faked: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All models are made before the machine is measured."""
+    suite, results = tmp_path / "suite.toml", tmp_path / "results.jsonl"
+    suite.write_text(
+        '[[model]]\nname = "a"\nrandom = "tiny"\nrepeats = 1\n[[model]]\nname = "b"\nrandom = "d16"\nsteps = [4]\n'
+    )
+    command = ["bench", "run", "--suite", str(suite), "-o", str(results), "--threads", "1", "--requests", "0"]
+    assert ended(command) == 0
+    assert [name for name, _ in faked] == ["made a", "made b", "ceiling", "a", "b"]
+    assert "2 models, " in capsys.readouterr().err
+    assert ended([*command, "--force", "--name", "a"]) == 2
+    assert "--suite with a bundle or its options" in capsys.readouterr().err
+
+
+def test_a_bundle_that_is_not_there_is_refused_before_anything_is_measured(
+    tmp_path: Path, faked: list[tuple[str, int]]
+) -> None:
+    results = tmp_path / "results.jsonl"
+    command = ["bench", "run", str(tmp_path / "no.bundle"), "--name", "a", "-o", str(results)]
+    assert ended(command) != 0 and not faked and not results.exists()

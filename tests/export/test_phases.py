@@ -1,0 +1,176 @@
+"""The decoder in phases: the reference's numbers, in torch and as a graph, and what says which one a bundle has."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from flexvar_export.bundle import export_bundle
+from flexvar_export.modules import graph_module
+from flexvar_export.parity import relative_error
+from flexvar_export.phases import PhaseUpsample, phase_kernels, upsample_in_phases
+from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig
+from flexvar_ref.tokenizer import Upsample
+from flexvar_runtime import Bundle, FlexVARPipeline, InvalidInput
+
+Pair = tuple[FlexVAR, Tokenizer]
+SIZES = [(1, 1), (1, 4), (3, 5), (8, 8)]
+CONFIGS = [((8, 16, 8), 2), ((4, 4, 12, 8), 4), ((24, 24), 8)]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def random_tokenizer(channels: tuple[int, ...], groups: int) -> Tokenizer:
+    torch.manual_seed(len(channels))
+    config = TokenizerConfig(
+        channels=1, multipliers=channels, groups=groups, encoder_blocks=1, decoder_blocks=1, latent_channels=8
+    )
+    return Tokenizer(config).eval()
+
+
+def in_phases(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
+    other = copy.deepcopy(tokenizer)
+    upsample_in_phases(other.decoder, dtype)
+    return other.to(dtype)
+
+
+# In torch
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("channels", "groups"), CONFIGS)
+@torch.inference_mode()
+def test_exact(channels: tuple[int, ...], groups: int, dtype: torch.dtype, noise: float) -> None:
+    """Noise: sums in another order, once an upsampling."""
+    plain = random_tokenizer(channels, groups).to(torch.float64)
+    phases = in_phases(plain, dtype)
+    assert sum(isinstance(part, PhaseUpsample) for part in phases.modules()) == len(channels) - 1
+    assert not any(isinstance(part, Upsample) for part in phases.modules())
+    for h, w in SIZES:
+        codes = torch.randn(2, h, w, plain.config.code_dim, dtype=dtype)
+        expected = plain.decode_codes(codes.double())
+        assert error(phases.decode_codes(codes), expected) < noise
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.inference_mode()
+def test_every_pixel_of_one_upsampling(size: tuple[int, int]) -> None:
+    """To the last digits, at the border too: there are only zeros outside."""
+    torch.manual_seed(0)
+    plain = Upsample(6).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    got = PhaseUpsample(plain, torch.float64)(x)
+    assert torch.allclose(got, plain(x), rtol=0, atol=1e-14)
+
+
+def test_kernels_by_hand() -> None:
+    """The taps 1 to 9 of one channel. Even rows: the first tap above, the other two on the pixel itself."""
+    kernels = phase_kernels(torch.arange(1.0, 10).view(1, 1, 3, 3))[:, :, 0, 0]
+    assert kernels.dtype == torch.float64
+    assert kernels[0, 0].tolist() == [[1, 2 + 3], [4 + 7, 5 + 6 + 8 + 9]]
+    assert kernels[0, 1].tolist() == [[1 + 2, 3], [4 + 5 + 7 + 8, 6 + 9]]
+    assert kernels[1, 0].tolist() == [[1 + 4, 2 + 3 + 5 + 6], [7, 8 + 9]]
+    assert kernels[1, 1].tolist() == [[1 + 2 + 4 + 5, 3 + 6], [7 + 8, 9]]
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(("00", "01", "10", "11"), 2)))
+@torch.inference_mode()
+def test_swapped_phases_are_noticed(one: str, other: str) -> None:
+    torch.manual_seed(0)
+    plain = Upsample(6)
+    phases, x = PhaseUpsample(plain, torch.float32), torch.randn(2, 6, 3, 5)
+    assert error(phases(x), plain(x)) < 1e-5
+    first, second = (phases.get_buffer(f"weight_{name}") for name in (one, other))
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
+    assert error(phases(x), plain(x)) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_summed_before_they_are_rounded(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = Upsample(8)
+    exact = phase_kernels(plain.conv.weight)
+    phases = PhaseUpsample(plain, dtype)
+    half_a_digit = torch.finfo(dtype).eps / 2
+    for a, b in itertools.product(range(2), repeat=2):
+        weight = phases.get_buffer(f"weight_{a}{b}")
+        assert weight.dtype == dtype and weight.is_contiguous()
+        assert ((weight.double() - exact[a, b]).abs() <= half_a_digit * exact[a, b].abs() + 1e-7).all()
+    twice = phase_kernels(plain.conv.weight.to(dtype))  # what must not be: taps rounded, then their sums
+    assert not torch.equal(twice.to(dtype)[1, 1], phases.get_buffer("weight_11"))
+
+
+def test_the_reference_is_left_alone(tiny_pair: Pair) -> None:
+    before = {name: value.clone() for name, value in tiny_pair[1].state_dict().items()}
+    graph_module("decode", *tiny_pair, torch.float16, decoder="phases")
+    after = tiny_pair[1].state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+# As a graph
+
+
+@pytest.fixture
+def plain_export(quick_export: None, tiny_checkpoint: tuple[Path, Path], tmp_path: Path) -> Bundle:
+    """The tiny model with a plain decoder, in float32."""
+    return export_bundle(*tiny_checkpoint, tmp_path / "plain", decoder="plain")
+
+
+@pytest.mark.parametrize(("precision", "worst"), [("fp32", 100), ("fp16", 50), ("bf16", 40)])
+def test_every_precision_holds_its_gate(tiny_bundles: Callable[[str], Path], precision: str, worst: float) -> None:
+    """PSNR in dB; in float32 a hundred: a thousandth of a grey level."""
+    manifest = Bundle.open(tiny_bundles(precision)).manifest
+    rows = [row for row in manifest.parity.rows if row.graph == "decode"]
+    assert manifest.decoder == "phases" and manifest.parity.passed
+    assert len(rows) == 2 and all(row.value > worst for row in rows)
+
+
+def test_decodes_as_the_reference(tiny_bundle: Path, tiny_pair: Pair) -> None:
+    rng = np.random.default_rng(0)
+    with FlexVARPipeline.from_bundle(tiny_bundle, backend="ort-cpu", threads=1) as pipeline:
+        for size in ((1, 1), (3, 5), (6, 9)):
+            tokens = rng.integers(0, tiny_pair[1].config.vocabulary, (2, *size), dtype=np.int32)
+            with torch.inference_mode():
+                expected = tiny_pair[1].decode(torch.from_numpy(tokens)).numpy()
+            got = np.concatenate([part.copy() for part in pipeline.engine.decode(tokens)])
+            assert relative_error(got, expected) < 1e-4
+
+
+def test_a_bundle_says_which_decoder_it_has(
+    plain_export: Bundle, tiny_bundle: Path, tiny_pair: Pair, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Both pass; one doubles the map before every large convolution, the other has four small ones."""
+    upsamplings = len(tiny_pair[1].config.level_channels) - 1
+    phases = Bundle.open(tiny_bundle)
+    assert plain_export.manifest.parity.passed and plain_export.manifest.graphs == phases.manifest.graphs
+    for bundle, name, doubled, small in ((plain_export, "plain", upsamplings, 0), (phases, "phases", 0, upsamplings)):
+        assert bundle.manifest.decoder == name
+        nodes = onnx.load(str(bundle.graph_file("decode")), load_external_data=False).graph.node
+        kernels = [list(a.ints) for node in nodes for a in node.attribute if a.name == "kernel_shape"]
+        assert sum(node.op_type == "Resize" for node in nodes) == doubled
+        assert kernels.count([2, 2]) == 4 * small
+        code, text, _ = run_cli("inspect", bundle.path)
+        assert code == 0 and f"decoder {name}" in " ".join(text.replace("│", "").split())
+
+
+def test_unknown_decoders_are_refused(
+    tiny_checkpoint: tuple[Path, Path], tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    with pytest.raises(InvalidInput, match="got decoder 'fast'; expected plain or phases"):
+        export_bundle(*tiny_checkpoint, tmp_path / "bundle", decoder="fast")
+    transformer, vae = tiny_checkpoint
+    code, _, err = run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "bundle", "--decoder", "Phases")
+    assert code == 2 and "decoder 'Phases'" in err and "plain or phases" in err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,102 @@
+"""Schedules by quality: tables read, refused, put best first, and written into a bundle's defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flexvar_export import bundle
+from flexvar_export.commands import _read_order
+from flexvar_export.facts import PUBLISHED_DEFAULTS, ordered_defaults
+from flexvar_export.quality import best_first, read_quality
+from flexvar_runtime import ArtifactRefused, InvalidInput, ScaleSchedule
+from flexvar_runtime.cli.main import main
+
+DEFAULT = ScaleSchedule.parse("1_2_3_16")
+DEMO = Path(__file__).parents[2] / "demo" / "model" / "quality.json"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return tmp_path / "quality.json"
+
+
+def test_a_plain_table(table: Path) -> None:
+    table.write_text(json.dumps({"1_2_4": {"frechet": 3}, "1_2x3": {"accuracy": 0.5, "frechet": None}}))
+    one, two = read_quality(table)
+    assert (str(one.schedule), one.accuracy, one.frechet) == ("1_2_4", None, 3.0)
+    assert (str(two.schedule), two.accuracy, two.frechet) == ("1_2x3", 0.5, None)
+
+
+def test_of_the_demos_evaluation_only_what_differs_in_its_steps() -> None:
+    """Neither other precisions and guidance nor other sizes nor real scenes."""
+    rated = read_quality(DEMO)
+    assert sorted(len(one.schedule) for one in rated) == [4, 5, 6, 7, 8, 9, 10]
+    assert all(one.schedule[-1] == (16, 16) for one in rated)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        "{",
+        '{"1_x": {"frechet": 1}}',
+        '{"1_2": 3}',
+        '{"1_2": {"frechet": "3"}}',
+        '{"1_2": {"frechet": true}}',
+        '{"1_2": {"frechet": -1}}',
+        '{"1_2": {"frechet": NaN}}',
+        '{"1_2": {"frechet": 1}, "1x1_2x2": {"frechet": 2}}',
+        '{"rows": [{"name": "4 steps"}]}',
+    ],
+)
+def test_tables_refused(table: Path, text: str) -> None:
+    table.write_text(text)
+    with pytest.raises(ArtifactRefused, match=r"quality\.json"):
+        read_quality(table)
+
+
+def test_best_first(table: Path) -> None:
+    """The smallest distance first, of equal ones the shorter; what ends elsewhere or has no distance is left out."""
+    distances = {"1_2_3_16": 2.0, "1_4_16": 1.0, "1_16": 2.0, "1_2_3_8": 0.1, "1_8_16": None, "1_2_8x16": 0.2}
+    table.write_text(json.dumps({text: {"frechet": value} for text, value in distances.items()}))
+    assert best_first(read_quality(table), DEFAULT) == ("1_4_16", "1_16", "1_2_3_16")
+    with pytest.raises(InvalidInput, match="no Fréchet distance of a schedule that ends at 7x7"):
+        best_first(read_quality(table), ScaleSchedule.parse("1_7"))
+
+
+def test_an_order_becomes_a_bundles_default() -> None:
+    order = _read_order(DEMO)
+    assert order[0] == "1_3_8_16" and len(order) == 7
+    assert ordered_defaults(order).quality_order == order
+    assert ordered_defaults(()) == PUBLISHED_DEFAULTS
+    with pytest.raises(ArtifactRefused, match="quality_order"):
+        ordered_defaults(("1_2_4",))
+
+
+def test_the_command_passes_the_order_on_and_refuses_before_it_exports(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def export_bundle(*arguments: object, quality_order: tuple[str, ...], **options: object) -> None:
+        asked.append(quality_order)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "export_bundle", export_bundle)
+
+    def export(*options: str) -> object:
+        with pytest.raises(SystemExit) as end:
+            main(["export", "a.pth", "--vae", "b.pth", "-o", str(table.parent / "a.bundle"), *options])
+        return end.value.code
+
+    assert export("--quality", str(DEMO)) == export() == 130
+    assert [len(order) for order in asked] == [7, 0] and asked[0][0] == "1_3_8_16"
+    table.write_text("[]")
+    assert export("--quality", str(table)) == 5
+    table.write_text('{"1_2_4": {"frechet": 1}}')
+    assert export("--quality", str(table)) == 2
+    assert "ends at 16x16" in capsys.readouterr().err and len(asked) == 2

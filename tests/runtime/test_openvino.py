@@ -1,0 +1,154 @@
+"""OpenVINO: what it needs, that it takes every precision, and that its results are those of the reference."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, Guidance
+from flexvar_runtime.backends import create, probe
+from flexvar_runtime.backends.host import default_threads
+from flexvar_runtime.backends.openvino import OpenVino
+from flexvar_runtime.backends.ort_cpu import OrtCpu
+from flexvar_runtime.graphs import STEP
+
+FLEXVAR = Path(sys.executable).with_name("flexvar")
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend that importing openvino gives this version, on a processor of these capabilities, or raises."""
+    real = importlib.import_module
+
+    def pretend(version: str | Exception, *capabilities: str) -> None:
+        def load(name: str, package: str | None = None) -> Any:
+            if name != "openvino":
+                return real(name, package)
+            if isinstance(version, Exception):
+                raise version
+            core = types.SimpleNamespace(get_property=lambda *_: list(capabilities))
+            return types.SimpleNamespace(__version__=version, Core=lambda: core)
+
+        monkeypatch.setattr(importlib, "import_module", load)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "said"),
+    [
+        (("FP32", "INT8"), "no half-precision arithmetic here"),
+        (("FP32", "BF16"), "bf16 arithmetic"),
+        (("FP32", "FP16", "BF16"), "bf16 and fp16 arithmetic"),
+    ],
+)
+def test_what_the_processor_computes_in_is_said(
+    library: Callable[..., None], capabilities: tuple[str, ...], said: str
+) -> None:
+    library("2026.4.1-22982-abc", *capabilities)
+    state = probe("openvino")
+    assert state.available and state.detail == f"openvino 2026.4.1, {default_threads()} threads, {said}"
+
+
+@pytest.mark.parametrize(
+    ("version", "detail", "fix"),
+    [
+        (ModuleNotFoundError("x"), "openvino is not installed", "pip install 'flexvar-deploy[openvino]'"),
+        ("2025.4.0", "openvino 2025.4.0 is older than 2026.4", "pip install 'openvino>=2026.4'"),
+        (
+            ImportError("libopenvino.so: cannot open\nmore"),
+            "openvino cannot be loaded (libopenvino.so: cannot open)",
+            "pip install --force-reinstall openvino",
+        ),
+    ],
+)
+def test_what_does_not_work(
+    library: Callable[..., None], version: str | Exception, detail: str, fix: str, tiny_bundle: Path
+) -> None:
+    library(version)
+    state = probe("openvino")
+    assert (state.available, state.detail, state.fix) == (False, detail, fix)
+    with pytest.raises(BackendUnavailable) as refusal:
+        FlexVARPipeline.from_bundle(tiny_bundle, backend="openvino")
+    assert str(refusal.value) == f"got backend openvino: {detail}; expected a backend that works here; fix: {fix}"
+
+
+def test_auto_takes_it_for_what_onnx_runtime_cannot_run(tiny_bundles: Callable[[str], Path]) -> None:
+    chosen = {name: create("auto", Bundle.open(tiny_bundles(name))).name for name in ("fp32", "fp16", "bf16")}
+    assert chosen == {"fp32": "ort-cpu", "fp16": "ort-cpu", "bf16": "openvino"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_first_call_of_a_fresh_process_passes_the_gates(
+    tiny_bundles: Callable[[str], Path], precision: str
+) -> None:
+    command = [FLEXVAR, "verify", tiny_bundles(precision), "--backend", "openvino", "--threads", "1", "--json"]
+    ended = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads(ended.stdout)["parity"]
+    assert record["passed"] is True and record["backend"] == "openvino" and record["emulated"] is False
+    assert {row["graph"] for row in record["rows"]} == {"condition", "step", "prefill", "decode", "encode"}
+
+
+def test_calls_of_any_size_in_any_order(tiny_bundle: Path) -> None:
+    """With and without a past: OpenVINO's own fault is to remember a first call without one."""
+    bundle, random = Bundle.open(tiny_bundle), np.random.default_rng(0)
+    spec, graphs = bundle.graph(STEP), [backend.open(bundle, STEP) for backend in (OpenVino(1), OrtCpu(1))]
+    for past in (0, 1, 0, 5, 30, 0, 7, 2, 0, 14):
+        B, L = int(random.integers(1, 4)), int(random.integers(1, 30))
+        sizes = {"sequences": 2 * B, "images": B, "new": L, "past": past}
+        shapes = {t.name: tuple(sizes[a] if isinstance(a, str) else a for a in t.axes) for t in spec.inputs}
+        inputs: dict[str, Any] = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        inputs |= {"cond_rows": np.arange(B, dtype=np.int32), "uncond_rows": np.arange(B, 2 * B, dtype=np.int32)}
+        results = []
+        for graph in graphs:
+            outputs = {
+                t.name: np.full([sizes[a] if isinstance(a, str) else a for a in t.axes], np.nan, np.float32)
+                for t in spec.outputs
+            }
+            graph.run(inputs, outputs)
+            results.append(outputs)
+        for name, expected in results[1].items():
+            error = np.linalg.norm(results[0][name] - expected) / np.linalg.norm(expected)
+            assert error < 1e-5, (past, L, B, name)
+
+
+def test_the_same_tokens_as_onnx_runtime(tiny_bundle: Path) -> None:
+    """Float32 on both: what they differ in is too little to move a draw here, guided or not, alone or in a batch."""
+    made = {}
+    for name in ("ort-cpu", "openvino"):
+        with FlexVARPipeline.from_bundle(tiny_bundle, backend=name, threads=1) as pipe:
+            made[name] = [
+                pipe([1, 2], "1_2_3_4", seed=5),
+                pipe([3], "1_2_3x5", Guidance(0.0), seed=6),
+                pipe([2], "1_2_3_4", seed=5, first_index=1),
+            ]
+    for ours, theirs in zip(made["openvino"], made["ort-cpu"], strict=True):
+        for tokens, expected in zip(ours.tokens, theirs.tokens, strict=True):
+            np.testing.assert_array_equal(tokens, expected)
+        assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+
+
+def test_outputs_that_are_not_wanted_are_not_written(tiny_bundle: Path) -> None:
+    """A request forgets what an earlier one had bound."""
+    bundle = Bundle.open(tiny_bundle)
+    spec, graph = bundle.graph("condition"), OpenVino(1).open(bundle, "condition")
+    every = {
+        t.name: np.full([2 if isinstance(a, str) else a for a in t.axes], np.nan, np.float32) for t in spec.outputs
+    }
+    graph.run({"labels": np.array([1, 2], np.int32)}, every)
+    kept = {name: array.copy() for name, array in every.items()}
+    some = {"first_input": np.empty((3, *every["first_input"].shape[1:]), np.float32)}
+    graph.run({"labels": np.array([3, 2, 1], np.int32)}, some)
+    np.testing.assert_allclose(some["first_input"][[2, 1]], kept["first_input"], rtol=1e-6)
+    for name, array in every.items():
+        np.testing.assert_array_equal(array, kept[name])
