@@ -44,6 +44,18 @@ def ceiling(threads: int) -> Ceiling:
     )
 
 
+def best(one: Ceiling, other: Ceiling) -> Ceiling:
+    """The higher of two measurements of the same machine."""
+    kinds = one.flops_per_second.keys() | other.flops_per_second.keys()
+    return Ceiling(
+        copy_bytes_per_second=max(one.copy_bytes_per_second, other.copy_bytes_per_second),
+        flops_per_second={
+            kind: max(one.flops_per_second.get(kind, 0.0), other.flops_per_second.get(kind, 0.0))
+            for kind in sorted(kinds)
+        },
+    )
+
+
 def _torch_flops_per_second(threads: int, side: int = 2048) -> float:
     import torch
 

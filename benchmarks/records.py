@@ -38,8 +38,8 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """What this machine does at best, measured before anything else: bytes/s of a copy (read and written counted), and
-    operations/s of a large matrix product by precision (a multiply-add is two)."""
+    """What this machine does at best, measured before and after everything else: bytes/s of a copy (read and written
+    counted), and operations/s of a large matrix product by precision (a multiply-add is two)."""
 
     copy_bytes_per_second: float
     flops_per_second: dict[str, float]

@@ -14,7 +14,7 @@ from flexvar_runtime import Bundle
 from flexvar_runtime.backends import BACKENDS
 from flexvar_runtime.manifest import ModelFacts
 
-from .limits import decoder_flops, transformer_flops
+from .limits import PHASE_SAVING, decoder_flops, transformer_flops
 from .plans import LEAST, Case, Load, Plan, calls_of
 from .records import Measured, Scenario, Served
 from .variants import CostWork, Sample, Subject, Work
@@ -168,11 +168,11 @@ def serve(load: Load, make: Callable[[Work], Sample | str], scenario: Scenario) 
 
 
 def call_flops(model: ModelFacts, work: Work) -> float:
-    """Operations of one call. Of another decoder than the published one none are counted: the figure is then a lower
-    bound, and a share of the limit too small."""
+    """Operations a call cannot avoid, upsampling counted in phases. Of another decoder than the published one none are
+    counted: the figure is then too low, and so is a share of the limit."""
     flops = transformer_flops(model, work.schedule, guided=work.guided)
     if model.downsampling == PUBLISHED_DOWNSAMPLING:
-        flops += decoder_flops(work.schedule)
+        flops += decoder_flops(work.schedule) * (1 - PHASE_SAVING)
     return work.batch * flops
 
 
