@@ -65,8 +65,9 @@ class Measured:
     each among all calls of the run, since variants take turns.
 
     Medians in seconds, None where a variant does not tell: `scales` one a scale (the transformer's step, without
-    sampling), `condition`, `sampling` (all scales), `decode`. flops: operations of one call that cannot be avoided;
-    joules: of one call, where a counter says. note: "not measured" and why, where `seconds` is empty.
+    sampling), `condition`, `sampling` (all scales), `decode`. told: the share of a call that all these add up to, as
+    the median over calls (a sum of medians says less where times scatter). flops: operations of one call that cannot
+    be avoided; joules: of one call, where a counter says. note: "not measured" and why, where `seconds` is empty.
     """
 
     scenario: Scenario
@@ -81,6 +82,7 @@ class Measured:
     flops: float | None
     joules: float | None
     note: str
+    told: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

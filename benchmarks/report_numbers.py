@@ -33,11 +33,16 @@ def limit_of(measured: Measured, ceiling: Ceiling) -> float | None:
 
 
 def parts_gap(measured: Measured) -> float | None:
-    """How far the parts' sum is from the whole, as a share of the median; None unless every part is told."""
+    """How far the parts' sum is from the whole, as a share of it; None unless every part is told.
+
+    Of results that do not say it call by call, of the medians.
+    """
     scales, parts = measured.scales, (measured.condition, measured.sampling, measured.decode)
     known = [part for part in parts if part is not None]
     if not measured.seconds or scales is None or len(known) < len(parts):
         return None
+    if measured.told is not None:
+        return abs(measured.told - 1)
     median = median_of(measured)
     return abs(sum(known) + sum(scales) - median) / median
 

@@ -129,7 +129,15 @@ def measured(
         flops=flops,
         joules=None,
         note=f"not measured: {note}" if note and not only else note,
+        told=median([_told(sample) for sample in only]),
     )
+
+
+def _told(sample: Sample) -> float | None:
+    """The share of a call that its parts add up to; None where the variant does not tell them all."""
+    if sample.scales is None or sample.condition is None or sample.sampling is None or sample.decode is None:
+        return None
+    return (sample.condition + sum(sample.scales) + sample.sampling + sample.decode) / sample.total
 
 
 def serve(load: Load, make: Callable[[Work], Sample | str], scenario: Scenario) -> Served | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,25 +20,46 @@ def golden() -> Path:
     return GOLDEN
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """transformer.pth and vae.pth of the tiny model, in the published layouts."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run alone and of all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(shared_folder: Path) -> tuple[Path, Path]:
+    """transformer.pth and vae.pth of the tiny model, in the published layouts. Read-only."""
     from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 
-    return write_checkpoints(tmp_path_factory.mktemp("tiny"), tiny_transformer(), TINY_TOKENIZER)
+    folder = shared_folder / "checkpoint"
+    with locked(shared_folder / "checkpoint.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            return write_checkpoints(folder, tiny_transformer(), TINY_TOKENIZER)
+    return folder / "transformer.pth", folder / "vae.pth"
 
 
 @pytest.fixture(scope="session")
-def tiny_bundles(tiny_checkpoint: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """precision -> a bundle of the tiny model, exported and proved when first asked for. Read-only."""
+def tiny_bundles(tiny_checkpoint: tuple[Path, Path], shared_folder: Path) -> Callable[[str], Path]:
+    """precision -> a bundle of the tiny model, exported and proved when a worker first asks for it. Read-only."""
     from flexvar_export.bundle import export_bundle
 
-    root = tmp_path_factory.mktemp("bundles")
-
     def bundle(precision: str) -> Path:
-        path = root / precision
-        if not path.exists():
-            export_bundle(*tiny_checkpoint, path, precision=precision)
+        path = shared_folder / precision
+        with locked(shared_folder / f"{precision}.lock"):
+            if not path.exists():
+                export_bundle(*tiny_checkpoint, path, precision=precision)
         return path
 
     return bundle

@@ -259,3 +259,4 @@ def test_parts_gap() -> None:
     for part in ("condition", "scales", "sampling", "decode"):
         assert parts_gap(replace(one, **{part: None})) is None
     assert parts_gap(replace(one, seconds=())) is None
+    assert parts_gap(replace(one, told=0.98)) == pytest.approx(0.02)  # call by call, whatever the medians add up to

@@ -266,6 +266,8 @@ def test_the_whole_command(
     told = [row for row in found.measured if row.scales is not None]
     assert {row.scenario.variant for row in told} == {"ort-cpu", "ort-plain"}
     assert all(len(row.scales or ()) == 4 for row in told)
+    assert all((row.told is not None) == (row in told) for row in found.measured)
+    assert all(0.5 < row.told <= 1 + 1e-6 for row in told if row.told is not None)
     turns = [turn for row in found.measured if row.scenario.guided for turn in row.turns]
     assert sorted(turns) == list(range(9))  # one at a time, in turns
     assert [load.mode for load in found.served] == ["single-stream", "offline", "server"]
