@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle, CostRow, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
-from flexvar_runtime.backends import BACKENDS
+from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 from flexvar_runtime.graphs import CONDITION, DECODE, STEP, TABLES_FILE, new_names, past_names
 from flexvar_runtime.images import to_uint8
@@ -105,7 +105,7 @@ def opened(subject: Subject) -> Iterator[Make]:
     elif subject.variant in PLAIN_PEERS:
         yield _plain_peer(subject)
     else:
-        threads = subject.threads if subject.variant in ("ort-cpu", "openvino") else None
+        threads = subject.threads if subject.variant in CPU_BACKENDS else None
         with FlexVARPipeline.from_bundle(subject.bundle, backend=subject.variant, threads=threads) as pipeline:
             yield RuntimeMake(pipeline)
 

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from .backends import MAX_THREADS, check_name, create
+from .backends import check_name, create
 from .backends.base import Backend
+from .backends.host import MAX_THREADS
 from .bundle import Bundle
 from .costs import CostRow, CostTable, processor_name
 from .deadline import Choice, choose, quality_order, seconds_of

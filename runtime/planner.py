@@ -70,7 +70,8 @@ class MemoryPlan:
 
     def parts(self, opened: Collection[str] = ()) -> dict[str, int]:
         """What the decoder's phase takes in few words, `runtime` left out: the highest of nearly every generation."""
-        weights = sum(size for graph, size in self.weights.items() if graph in (STEP, DECODE) and graph not in opened)
+        held = {STEP, DECODE, *self.kept} - {*opened}
+        weights = sum(size for graph, size in self.weights.items() if graph in held)
         return {
             "weights": weights,
             "keys and values": self.kv,
@@ -216,7 +217,7 @@ class _OpenVino(_Ort):
     KEPT = frozenset({CONDITION})  # opening it is repacking it: that would cost every new class a tenth of a second
     RUNTIME = 132 * _MIB
     PRODUCTS = 2.1
-    HALF_PRODUCTS = 3.1  # the file, and float32 of twice its size
+    HALF_PRODUCTS = 3.1  # the file, and float32 of twice its size; half precision was measured at the tiny size only
     CONVOLUTIONS = 5.5  # in several layouts at once when they are first run
     HALF_CONVOLUTIONS = 11.0
     HALF = 1.35  # working memory, with keys and values widened

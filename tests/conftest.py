@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,21 @@ def tiny_bundles(tiny_checkpoint: tuple[Path, Path], shared_folder: Path) -> Cal
 def tiny_bundle(tiny_bundles: Callable[[str], Path]) -> Path:
     """The fp32 bundle of the tiny model. Read-only: see `bundle_copy`."""
     return tiny_bundles("fp32")
+
+
+@pytest.fixture(scope="session")
+def ordered_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sequence[str]], Path]:
+    """(default schedule, quality order) -> a bundle of the tiny model that has them."""
+    from flexvar_runtime.manifest import MANIFEST, Manifest
+
+    def bundle(schedule: str, order: Sequence[str]) -> Path:
+        folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("ordered") / "bundle"))
+        manifest = Manifest.from_bytes((folder / MANIFEST).read_bytes())
+        defaults = replace(manifest.defaults, schedule=schedule, quality_order=tuple(order))
+        (folder / MANIFEST).write_bytes(replace(manifest, defaults=defaults).to_bytes())
+        return folder
+
+    return bundle
 
 
 @pytest.fixture

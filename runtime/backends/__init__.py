@@ -10,7 +10,6 @@ from typing import cast
 from ..bundle import Bundle
 from ..errors import BackendUnavailable, InvalidInput
 from .base import Availability, Backend, BackendModule
-from .host import MAX_THREADS as MAX_THREADS
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """OpenVINO on the CPU: every precision, and bfloat16 arithmetic where the processor has it.
 
-Arrays are shared with the library: inputs are read and outputs written in place. A graph runs in the types it declares
-(those that the processor lacks are computed in float32): float32 parts of a half-precision graph are never rounded.
+Arrays are shared with the library: inputs are read and outputs written in place. Asked for float32, the library leaves
+bfloat16 products of a graph as they are where the processor has them, and computes all other half precision in float32:
+what a graph declares float32 is never rounded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .base import Array, Availability, check_bindings, host_dtype
 from .host import HostBackend, check_options, default_threads, require_contiguous
 
 PRECISIONS = frozenset({"fp32", "fp16", "bf16"})
-MINIMUM = (2026, 4)  # older ones lack the Attention of ONNX
+MINIMUM = (2026, 4)  # what was tested: it reads the Attention of ONNX
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 _NO_MEMORY = ("bad_alloc", "allocate", "out of memory")
 
@@ -43,8 +44,7 @@ def probe(name: str) -> Availability:
     if number < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))
         return Availability(False, f"openvino {version} is older than {wanted}", f"pip install 'openvino>={wanted}'")
-    half = [kind for kind in ("BF16", "FP16") if kind in kinds]
-    arithmetic = f"{' and '.join(half).lower()} arithmetic" if half else "no half-precision arithmetic here"
+    arithmetic = "bf16 arithmetic" if "BF16" in kinds else "no bf16 arithmetic here"
     return Availability(True, f"openvino {version}, {default_threads()} threads, {arithmetic}")
 
 

@@ -53,8 +53,8 @@ def doctor(as_json: JsonOption = False) -> None:
             say(f"{name:<13}{'works' if state.available else 'no'}: {state.detail}")
             if state.fix:  # on a line of its own, to be copied
                 say(f"{'':<13}fix: {state.fix}")
-        others = {name: kind for kind, name in by_precision.items() if name not in (None, auto)}
-        instead = "".join(f", {name} for {kind} bundles" for name, kind in others.items())
+        others = [(kind, name) for kind, name in by_precision.items() if name not in (None, auto)]
+        instead = "".join(f", {name} for {kind} bundles" for kind, name in others)
         say(f"--backend auto uses {auto}{instead}" if auto else "no backend works")
 
     emit(data, as_json, show)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +11,14 @@ import pytest
 
 from flexvar_bench.deadlines import Answer, ask, by_schedule, deadlines, main, share
 from flexvar_runtime import CostRow, FlexVARPipeline, ScaleSchedule
-from flexvar_runtime.manifest import MANIFEST, Manifest
 
 ORDER = GOOD, FAST = "1_2_4_8", "1_8"
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with two small schedules."""
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("ordered") / "bundle"))
-    manifest = Manifest.from_bytes((folder / MANIFEST).read_bytes())
-    defaults = replace(manifest.defaults, schedule=GOOD, quality_order=ORDER)
-    (folder / MANIFEST).write_bytes(replace(manifest, defaults=defaults).to_bytes())
-    return folder
+def bundle(ordered_bundle: Callable[[str, Sequence[str]], Path]) -> Path:
+    """With two small schedules."""
+    return ordered_bundle(GOOD, ORDER)
 
 
 def answer(schedule: str, deadline: float, expected: float, seconds: float) -> Answer:

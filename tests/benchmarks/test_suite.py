@@ -14,8 +14,9 @@ from flexvar_bench import session
 from flexvar_bench.models import make, model_of
 from flexvar_bench.plans import Extent, Model, Plan, plan
 from flexvar_bench.records import Ceiling, Measured, Quality, Scenario, read
-from flexvar_bench.run import Costs
+from flexvar_bench.run import Costs, measured
 from flexvar_bench.suite import Entry, from_options, read_suite
+from flexvar_bench.variants import Sample
 from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
 from flexvar_runtime.cli.main import main
 
@@ -171,22 +172,10 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def row(model: str) -> Measured:
-    return Measured(
-        scenario=Scenario(
-            name=model, model=model, variant="v", precision="fp32", schedule="1_2", batch=1, guided=True, threads=1
-        ),
-        bundle_sha256=None,
-        seconds=(1.0,),
-        turns=(0,),
-        condition=None,
-        scales=None,
-        sampling=None,
-        decode=None,
-        peak_memory_bytes=None,
-        flops=None,
-        joules=None,
-        note="",
+    scenario = Scenario(
+        name=model, model=model, variant="v", precision="fp32", schedule="1_2", batch=1, guided=True, threads=1
     )
+    return measured(scenario, "0" * 64, [(0, Sample(1.0))], peak=None, flops=1.0, note="")
 
 
 def ended(arguments: list[str]) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,15 @@ import numpy as np
 import pytest
 
 from flexvar_runtime import CostRow, CostTable, CostUnknown, FlexVARPipeline, Guidance, InvalidInput
-from flexvar_runtime.manifest import MANIFEST, Manifest
 
 BEST, GOOD, FAST = ORDER = ("1_2_3x4_6_8x10", "1_2_4_8x10", "1_8x10")
 OFF = Guidance(0.0, "ramp")
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with a small default and an order of its own."""
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("ordered") / "bundle"))
-    manifest = Manifest.from_bytes((folder / MANIFEST).read_bytes())
-    defaults = replace(manifest.defaults, schedule=GOOD, quality_order=ORDER)
-    (folder / MANIFEST).write_bytes(replace(manifest, defaults=defaults).to_bytes())
-    return folder
+def bundle(ordered_bundle: Callable[[str, Sequence[str]], Path]) -> Path:
+    """With a small default and an order of its own."""
+    return ordered_bundle(GOOD, ORDER)
 
 
 @pytest.fixture

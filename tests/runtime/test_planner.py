@@ -147,6 +147,18 @@ def test_phases(d16: Manifest) -> None:
     assert 1.4e9 < p.total < 1.9e9 and p.weights[STEP] == 843 * MIB
 
 
+def test_openvino_keeps_the_condition(d16: Manifest) -> None:
+    """Its weights stay beside everything that follows, and are among the parts that a refusal names."""
+    p = plan(d16, TEN, 1, True, backend="openvino")
+    condition = p.weights["condition"]
+    assert p.phases["condition"] == p.runtime + condition + p.scratch["condition"]
+    assert p.total == p.phases["decode"] == p.runtime + sum(p.parts().values())
+    assert p.total - replace(p, kept=frozenset()).total == condition
+    assert p.needed({"condition"}) == p.needed() - condition
+    assert p.phases["next"] == p.total + p.again + p.scratch["condition"]
+    assert p.total > plan(d16, TEN, 1, True).total
+
+
 def test_one_phase_can_be_higher_than_the_last(d16: Manifest) -> None:
     p = plan(d16, ScaleSchedule.parse("1"), 1, False)
     huge = replace(p, weights={**p.weights, "condition": 100 * GIB})
