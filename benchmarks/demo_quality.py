@@ -37,6 +37,7 @@ from .scene_classifier import FLOOR_SEED, HELD_OUT_SEED, REFERENCE_SEED, Judged,
 
 BATCH, SEED = 20, 2026
 DEFAULT = PUBLISHED["10"]
+OTHER_PRECISIONS = ("fp16", "bf16", "int8")
 STEPS = {4: "1_3_8_16", 5: "1_2_5_10_16", 7: "1_2_3_5_8_13_16", **{n: PUBLISHED[str(n)] for n in (6, 8, 9, 10)}}
 """Those of the paper, and of ours where it has none."""
 SIZES = {
@@ -210,7 +211,7 @@ def evaluate(model: Path, work: Path, images: int, others: int, options: Options
     judge.add("real scenes through the tokenizer", "16", reconstruction.pixels)
     judge.add("untrained control", DEFAULT, generated(untrained(model, work), DEFAULT, classes, options))
     judge.add("10 steps", DEFAULT, generated(fp32, DEFAULT, classes, options))
-    for precision in ("fp16", "bf16"):
+    for precision in OTHER_PRECISIONS:
         bundle = exported(model, work, precision)
         judge.add(f"10 steps, {precision}", DEFAULT, generated(bundle, DEFAULT, classes, options))
     judge.add("10 steps, no guidance", DEFAULT, generated(fp32, DEFAULT, classes, replace(options, cfg=0.0)))
@@ -271,8 +272,8 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
-    parser.add_argument("--images", type=int, default=500, help="a row (default 500)")
-    parser.add_argument("--others", type=int, default=120, help="a row of other steps or another size (default 120)")
+    parser.add_argument("--images", type=int, default=2000, help="a row (default 2000)")
+    parser.add_argument("--others", type=int, default=240, help="a row of other steps or another size (default 240)")
     arguments = parser.parse_args()
     options = prepare(arguments)
     result = evaluate(arguments.model, arguments.work, arguments.images, arguments.others, options)

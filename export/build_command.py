@@ -48,6 +48,8 @@ def build(
     Every scale of the schedules gets a profile of its own, any other schedule up to the largest shares a wide one.
     Without --target, engines are for this machine's GPU; TensorRT-RTX builds without one, for a set of its own choice.
     """
+    from flexvar_runtime.backends import precisions
+    from flexvar_runtime.backends.base import runs_precision
     from flexvar_runtime.backends.trt_library import FLAVOURS, load
     from flexvar_runtime.bundle import Bundle
     from flexvar_runtime.cuda.buffers import Shape
@@ -57,11 +59,14 @@ def build(
 
     if backend not in FLAVOURS:
         raise InvalidInput(f"backend {backend!r:.100}", expected=" or ".join(FLAVOURS), fix="name one of them")
+    opened = Bundle.open(bundle)
+    runs = runs_precision(backend, opened.manifest.precision, precisions(backend))
+    if not runs.available:
+        raise InvalidInput(runs.detail, expected="a bundle that it runs", fix=runs.fix or "export again")
     library = load(backend)
     chosen = choose_target(library, target or [], present_gpu)
     cache = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{library.version}-{chosen}.cache"
-    opened, here = Bundle.open(bundle), None if target else gpu_facts()
-    schedules = read_schedules(opened, schedule or [])
+    here, schedules = None if target else gpu_facts(), read_schedules(opened, schedule or [])
     if here is not None:
         largest = max(schedules, key=lambda one: one.tokens)
         require_on_device(opened, Shape(largest, max_batch, guided=True), here.total_bytes, here.name, prefill)

@@ -39,7 +39,7 @@ from .parity import prove, require_parity
 from .proof import PROOF_FILE, make_proof
 from .sensitivity import parts_to_keep, rounding_errors, step_excess
 
-TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 UNPROVEN = ParityRecord(backend="none", emulated=False, passed=False, rows=(), free_running_agreement=None)
 
@@ -62,8 +62,8 @@ def export_bundle(
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
 
-    float32_parts: what a half-precision step keeps in float32 (names of `modules.block_parts`); None: nothing, or where
-    that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
+    float32_parts: what the step keeps in float32 in another precision (names of `modules.block_parts`); None: nothing,
+    or where that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
     quality_order: schedules to the size of the default one, best first, for deadlines.
     decoder: "phases", or "plain" for a graph that upsamples as the reference does (see `phases`).
 
@@ -73,7 +73,9 @@ def export_bundle(
     if precision not in PRECISIONS:
         raise InvalidInput(f"precision {precision!r}", expected=" or ".join(PRECISIONS), fix="name one of them")
     if float32_parts and precision == "fp32":
-        raise InvalidInput(f"{float32_parts[0]!r:.100} to keep in float32", expected="fp16 or bf16", fix="leave it out")
+        raise InvalidInput(
+            f"{float32_parts[0]!r:.100} kept in float32", expected="fp16, bf16 or int8", fix="leave it out"
+        )
     if decoder not in DECODERS:
         raise InvalidInput(f"decoder {decoder!r:.100}", expected=" or ".join(DECODERS), fix="name one of them")
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
@@ -116,7 +118,8 @@ def export_bundle(
         if precision != "fp32" and float32_parts is None and (excess := step_excess(record)):
             progress("finding what must stay float32")
             model, vae = load_reference(transformer, tokenizer)
-            for kept in parts_to_keep(rounding_errors(model, proof), excess):
+            rounded = torch.int8 if precision == "int8" else torch.bfloat16
+            for kept in parts_to_keep(rounding_errors(model, proof, rounded), excess):
                 progress(f"keeping {', '.join(kept)} in float32")
                 for name in (STEP, PREFILL):
                     _export(name, specs, graph_module(name, model, vae, TORCH_PRECISIONS[precision], kept), directory)

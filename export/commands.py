@@ -45,12 +45,14 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Transformer: a published .pth, or .safetensors with its .json.")],
     vae: Annotated[Path, typer.Option(help="Tokenizer: FlexVAE.pth, or .safetensors with its .json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, or int8: the transformer's products in eight bits, for ort-cpu.")
+    ] = "fp32",
     float32: Annotated[
         str,
         typer.Option(
-            help="What stays float32 in half precision: auto (the parts that rounding hurts most, where the gate asks "
-            "for it), none, or names as in blocks.0.mlp,blocks.1.attention."
+            help="What stays float32 in other precisions: auto (the parts that rounding hurts most, where the gate "
+            "asks for it), none, or names as in blocks.0.mlp,blocks.1.attention."
         ),
     ] = "auto",
     decoder: Annotated[

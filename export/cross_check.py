@@ -49,7 +49,7 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
     others: dict[str, Graph] = {}
     try:
         rows = []
-        bound = 2 * GATES[bundle.manifest.precision].relative
+        gate = GATES[bundle.manifest.precision]
         for graph, scale, feed in _feeds(engine, proof, second.labels_per_run):
             if graph not in others:
                 others[graph] = second.open(bundle, graph)
@@ -61,7 +61,7 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
                     output=name,
                     metric="relative_error",
                     value=relative_error(got[1][name].astype(np.float32), exact.astype(np.float32)),
-                    bound=bound,
+                    bound=2 * gate.error(graph),
                 )
                 for name, exact in got[0].items()
             ]

@@ -4,7 +4,8 @@ Shapes: N sequences, B images, L new and P past tokens, H heads, C width, D code
 Precision is a property of the graph: matrix products, convolutions and attention run in `dtype`; normalisations, q/k
 normalisation, guidance and logits stay float32, and so does the residual stream of the transformer and the encoder. The
 decoder's is in `dtype`: it passes its gate, and float32 maps of full size would double its memory traffic. What a
-trained model is too sensitive in can stay float32 by halves of a block: see `block_parts` and `sensitivity`.
+trained model is too sensitive in can stay float32 by halves of a block: see `block_parts` and `sensitivity`. The
+precision int8 is that of the linear layers of the blocks alone (`int8`), everything else is float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
 from flexvar_runtime.graphs import CONDITION, ENCODE, PREFILL, STEP
 from flexvar_runtime.manifest import PHASES, PLAIN
 
+from .int8 import Int8Dense
 from .phases import upsample_in_phases
 
 L2_EPS = 1e-12
@@ -54,12 +56,24 @@ class Dense(nn.Module):
         self.register_buffer("weight", weight_IO)
         self.register_buffer("bias", bias_O)
 
-    @classmethod
-    def of(cls, layer: nn.Linear, dtype: torch.dtype) -> Dense:
-        return cls(_matrix(layer, dtype), _vector(layer.bias, dtype))
-
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.weight.dtype) @ self.weight + self.bias
+
+
+def _dense(weight_IO: Tensor, bias_O: Tensor, dtype: torch.dtype) -> Dense | Int8Dense:
+    if dtype == torch.int8:
+        return Int8Dense(weight_IO, bias_O)
+    return Dense(weight_IO.to(dtype).contiguous(), _vector(bias_O, dtype))
+
+
+def linear(layer: nn.Linear, dtype: torch.dtype) -> Dense | Int8Dense:
+    """A layer of the reference, its product in `dtype` (torch.int8: see `int8`)."""
+    return _dense(_matrix(layer, torch.float32), layer.bias, dtype)
+
+
+def _floating(dtype: torch.dtype) -> torch.dtype:
+    """What surrounds products in `dtype`: with products in int8 everything else is float32."""
+    return torch.float32 if dtype == torch.int8 else dtype
 
 
 class Modulation(nn.Module):
@@ -111,7 +125,8 @@ class Condition(nn.Module):
 class StepBlock(nn.Module):
     """One transformer block over new tokens, with the past keys and values token-major.
 
-    dtype: of keys and values; `attention` and `mlp`: of the arithmetic of these parts.
+    dtype: of keys and values; `attention` and `mlp`: of the arithmetic of these parts. torch.int8 is that of the
+    linear layers alone: keys, values and attention are float32 then.
     """
 
     temperature: Tensor
@@ -120,15 +135,13 @@ class StepBlock(nn.Module):
         super().__init__()
         attn = block.attn
         self.width, self.heads = block.width, attn.heads
-        self.dtype, self.attention_dtype = dtype, attention
+        self.dtype, self.attention_dtype = _floating(dtype), _floating(attention)
         self.head_size = self.width // self.heads
-        weights = _matrix(attn.mat_qkv, attention).chunk(3, dim=1)
+        weights = _matrix(attn.mat_qkv, torch.float32).chunk(3, dim=1)
         biases = (attn.q_bias, attn.zero_k_bias, attn.v_bias)
-        self.q, self.k, self.v = (
-            Dense(w.contiguous(), _vector(b, attention)) for w, b in zip(weights, biases, strict=True)
-        )
-        self.proj = Dense.of(attn.proj, attention)
-        self.fc1, self.fc2 = (Dense.of(layer, mlp) for layer in (block.ffn.fc1, block.ffn.fc2))
+        self.q, self.k, self.v = (_dense(w, b, attention) for w, b in zip(weights, biases, strict=True))
+        self.proj = linear(attn.proj, attention)
+        self.fc1, self.fc2 = (linear(layer, mlp) for layer in (block.ffn.fc1, block.ffn.fc2))
         temperature = attn.scale_mul_1H11.detach().clamp_max(LOGIT_SCALE_LIMIT).exp()
         self.register_buffer("temperature", _vector(temperature.view(attn.heads, 1), torch.float32))
 
@@ -189,10 +202,10 @@ class Step(nn.Module):
 
     def __init__(self, model: FlexVAR, dtype: torch.dtype, kept: Kept = ()) -> None:
         super().__init__()
-        self.width, self.dtype = model.config.width, dtype
+        self.width, self.dtype = model.config.width, _floating(dtype)
         self.register_buffer("embed", _matrix(model.word_embed, torch.float32))
         self.blocks = _blocks(model, dtype, kept)
-        self.head = Dense.of(model.head, dtype)
+        self.head = linear(model.head, _floating(dtype))
 
     def forward(
         self,
@@ -335,6 +348,7 @@ def graph_module(
     PLAIN or PHASES."""
     if graph in (STEP, PREFILL):
         return {STEP: Step, PREFILL: Prefill}[graph](model, dtype, kept).eval()
+    dtype = _floating(dtype)
     if graph == CONDITION:
         return Condition(model, dtype).eval()
     return (Encode(tokenizer, dtype) if graph == ENCODE else Decode(tokenizer, dtype, decoder)).eval()

@@ -16,6 +16,8 @@ from torch.export import Dim
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.manifest import GraphSpec, TensorSpec
 
+from .int8 import TRANSLATIONS
+
 OPSET = 23  # the first with Attention; every runtime in use takes it
 INLINE_BYTES = 2**20  # weights beyond this go to a file of their own, which runtimes map into memory
 MADE_UP_BYTES = 2**16  # constants of the exporter's own, such as the ones that a normalisation is scaled by
@@ -49,6 +51,7 @@ def export_graph(module: nn.Module, spec: GraphSpec, directory: Path, weights_of
             dynamic_shapes=tuple(_map(group, lambda tensor: _dynamic(tensor, axes)) for group in grouped),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     assert program is not None  # with dynamo=True a program is always returned

@@ -1,4 +1,4 @@
-"""Which parts of a trained model half precision hurts most, and which of them to keep in float32.
+"""Which parts of a trained model half precision or int8 hurts most, and which of them to keep in float32.
 
 Guidance subtracts two branches that a trained model makes almost equal, so what rounding adds to either is amplified;
 a few parts can carry most of it (a first MLP, an attention with a high temperature). Their errors add like independent
@@ -23,13 +23,13 @@ from .proof import Proof
 from .teacher_forcing import teacher_forced
 
 HEADROOM = 0.9  # of the gate: other hardware rounds elsewhere
-MOST_KEPT = 0.5  # of the parts: beyond that a half-precision bundle is not worth its name
+MOST_KEPT = 0.5  # of the parts: beyond that the bundle is not worth its name
 
 
-def rounding_errors(model: FlexVAR, proof: Proof) -> dict[str, float]:
-    """What each part alone in bfloat16 does to the guided logits: the largest relative error of any scale."""
+def rounding_errors(model: FlexVAR, proof: Proof, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+    """What each part alone in `dtype` does to the guided logits: the largest relative error of any scale."""
     parts = frozenset(block_parts(model.config.depth))
-    return {part: _worst_error(Step(model, torch.bfloat16, parts - {part}).eval(), model, proof) for part in parts}
+    return {part: _worst_error(Step(model, dtype, parts - {part}).eval(), model, proof) for part in parts}
 
 
 def _worst_error(step: Step, model: FlexVAR, proof: Proof) -> float:

@@ -16,7 +16,7 @@ GRAPHS = (*REQUIRED, PREFILL)
 WEIGHTS_OF = {PREFILL: STEP}
 """Graphs that take their weights from another's file."""
 TABLES_FILE = "tables.npz"
-DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
 
 
 def past_names(depth: int) -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def new_names(depth: int) -> tuple[str, ...]:
 
 
 def graph_specs(model: ModelFacts, precision: str) -> dict[str, GraphSpec]:
-    """Inputs and outputs of every graph of a model at a precision ("fp32", "fp16", "bf16").
+    """Inputs and outputs of every graph of a model at a precision ("fp32", "fp16", "bf16", "int8").
 
     Only keys and values travel in half precision; everything else that crosses a graph's border is float32 or int32.
     """

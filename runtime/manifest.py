@@ -20,7 +20,7 @@ ENGINES = "engines"  # at the top of a bundle, outside the manifest
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 GUIDANCE_RULES = ("ramp", "constant")
 PLAIN, PHASES = DECODERS = ("plain", "phases")
 
@@ -237,7 +237,7 @@ class FileRecord:
 class Manifest:
     """Everything `manifest.json` says. `files` is empty until the bundle is sealed.
 
-    float32_parts: parts of the step that a half-precision bundle computes in float32 (`blocks.I.attention`,
+    float32_parts: parts of the step that a bundle of another precision computes in float32 (`blocks.I.attention`,
     `blocks.I.mlp`), because the gate asked for it; manifests without the key have none.
     decoder: how the decoder doubles a map and convolves it, as the reference does or in four phases; without the key
     plain.

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import OutOfMemory
-from .graphs import CONDITION, DECODE, ENCODE, STEP, TABLES_FILE, graph_specs, new_names, past_names
+from .graphs import (
+    CONDITION,
+    DECODE,
+    DTYPE_OF_PRECISION,
+    ENCODE,
+    STEP,
+    TABLES_FILE,
+    graph_specs,
+    new_names,
+    past_names,
+)
 from .manifest import PHASES, GraphSpec, Manifest, TensorSpec
 from .schedule import ScaleSchedule
 
@@ -188,7 +198,7 @@ class _Ort:
     @classmethod
     def weights(cls, manifest: Manifest, graph: str) -> int:
         """There are no kernels for half precision: its weights are widened to float32 when they are loaded."""
-        size, half = _file_bytes(manifest, f"{graph}.onnx"), manifest.precision != "fp32"
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), _is_half(manifest)
         if graph in (DECODE, ENCODE):
             return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
         return 2 * size if half else size
@@ -208,7 +218,7 @@ class _Ort:
         """Working memory of decoding an image of so many pixels."""
         alive = cls.PHASE_MAPS if manifest.decoder == PHASES else cls.DECODER_MAPS
         maps = max(maps * channel for maps, channel in zip(alive, channels, strict=True))
-        return int(pixels * 4 * maps * (1 if manifest.precision == "fp32" else cls.HALF_DECODER))
+        return int(pixels * 4 * maps * (cls.HALF_DECODER if _is_half(manifest) else 1))
 
 
 class _OpenVino(_Ort):
@@ -224,7 +234,7 @@ class _OpenVino(_Ort):
 
     @classmethod
     def weights(cls, manifest: Manifest, graph: str) -> int:
-        size, half = _file_bytes(manifest, f"{graph}.onnx"), manifest.precision != "fp32"
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), _is_half(manifest)
         if graph in (DECODE, ENCODE):
             return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
         return int(size * (cls.HALF_PRODUCTS if half else cls.PRODUCTS))
@@ -232,7 +242,11 @@ class _OpenVino(_Ort):
     @classmethod
     def step(cls, manifest: Manifest, sequences: int, new: int, tokens: int) -> int:
         once = super().step(manifest, sequences, new, tokens)
-        return once if manifest.precision == "fp32" else int(cls.HALF * once)
+        return int(cls.HALF * once) if _is_half(manifest) else once
+
+
+def _is_half(manifest: Manifest) -> bool:
+    return DTYPE_OF_PRECISION[manifest.precision] != "float32"
 
 
 def _library(backend: str) -> type[_Ort]:

@@ -31,7 +31,7 @@ def probe(name: str) -> Availability:
 
 
 def precisions(name: str) -> frozenset[str]:
-    """What a backend runs, of "fp32", "fp16" and "bf16"."""
+    """What a backend runs, of `manifest.PRECISIONS`."""
     return _module(name).PRECISIONS
 
 

@@ -17,7 +17,7 @@ from .base import Availability, runs_precision
 from .host import HostBackend, check_options, default_threads, require_contiguous
 from .ort import OrtGraph, probe_onnxruntime
 
-PRECISIONS = frozenset({"fp32", "fp16"})
+PRECISIONS = frozenset({"fp32", "fp16", "int8"})
 
 
 def probe(name: str) -> Availability:

@@ -27,7 +27,7 @@ from flexvar_export.engine_builder import build_engine, supported_targets
 from flexvar_export.engine_precision import Layer, inspect_precision, prove_precision
 from flexvar_export.engine_profiles import profiles, step_pairs
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts
-from flexvar_export.modules import Dense, graph_module
+from flexvar_export.modules import graph_module, linear
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_export.onnx_scan import Node, scan
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
@@ -317,7 +317,7 @@ def test_one_layer_in_float32(
     path.mkdir()
     manifest = Bundle.open(tiny_bundles("fp16")).manifest
     module = graph_module("step", *tiny_pair, torch.float16)
-    module.blocks[1].fc1 = Dense.of(tiny_pair[0].blocks[1].ffn.fc1, torch.float32)  # type: ignore[index, union-attr]
+    module.blocks[1].fc1 = linear(tiny_pair[0].blocks[1].ffn.fc1, torch.float32)  # type: ignore[index, union-attr]
     export_graph(module, manifest.graphs["step"], path)
     graphs = {"step": manifest.graphs["step"]}
     bundle = seal(path, replace(manifest, graphs=graphs, largest_activation={}))
