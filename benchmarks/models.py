@@ -73,7 +73,15 @@ def _make(entry: Entry, model: Model, threads: int) -> None:
     order: tuple[str, ...] = ()
     if entry.quality is not None:
         order = best_first(read_quality(Path(entry.quality)), ScaleSchedule.parse(PUBLISHED_DEFAULTS.schedule))
-    export_bundle(model.transformer, model.vae, model.bundle, force=True, threads=threads, quality_order=order)
+    export_bundle(
+        model.transformer,
+        model.vae,
+        model.bundle,
+        precision=entry.precision or "fp32",
+        force=True,
+        threads=threads,
+        quality_order=order,
+    )
 
 
 def _write_random(size: str, folder: Path) -> None:

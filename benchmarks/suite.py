@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.manifest import PRECISIONS
 from flexvar_runtime.strict_json import decode
 
 from .plans import Extent, names_of
@@ -19,7 +20,8 @@ NONE = "-"  # in place of a value: this bundle has none
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """A model: a `bundle`, or one that is exported for the run from `checkpoint` and `vae`, or from `random` weights of
-    a size ("d16"). The torch peers need one of the latter two. quality: a table of quality by schedule.
+    a size ("d16"), in `precision` (fp32). The torch peers need one of the latter two. quality: a table of quality by
+    schedule.
 
     The rest is how much of it is measured, as in `Extent`; None is what the options say.
     """
@@ -29,6 +31,7 @@ class Entry:
     random: str | None = None
     checkpoint: str | None = None
     vae: str | None = None
+    precision: str | None = None
     quality: str | None = None
     variants: tuple[str, ...] | None = None
     steps: tuple[int, ...] | None = None
@@ -47,6 +50,12 @@ class Entry:
                 f"model {self.name!r:.100} with {' and '.join(given) or 'nothing to measure'}",
                 expected="a name, and a bundle, or a checkpoint with its vae, or random weights",
                 fix="give the checkpoint and its vae together, or random alone",
+            )
+        if self.precision is not None and (self.bundle is not None or self.precision not in PRECISIONS):
+            raise InvalidInput(
+                f"model {self.name!r:.100} with precision {self.precision!r:.100}",
+                expected=f"{', '.join(PRECISIONS)}, of a model that is exported for the run",
+                fix="leave it out where a bundle is given",
             )
 
     def extent(self, options: Extent) -> Extent:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import torch
 from onnxscript import opset23 as op
 from torch import Tensor, nn
@@ -20,34 +21,6 @@ from torch import Tensor, nn
 ZERO = 128  # what stands for 0 among the levels of a weight
 LEVELS = 255
 SMALLEST = 1e-12  # step of a row in which all is equal
-
-
-@torch.library.custom_op("flexvar::integer_product", mutates_args=())
-def integer_product(levels: Tensor, weight: Tensor) -> Tensor:
-    """levels (…, I) uint8 · (weight (I, O) uint8 − ZERO) -> (…, O) int32, exact."""
-    return (levels.double() @ (weight.double() - ZERO)).to(torch.int32)  # float64 holds such sums exactly
-
-
-@integer_product.register_fake
-def _(levels: Tensor, weight: Tensor) -> Tensor:
-    return levels.new_empty((*levels.shape[:-1], weight.shape[1]), dtype=torch.int32)
-
-
-def _matmul_integer(levels: Any, weight: Any) -> Any:
-    zeros = [op.Constant(value=_uint8(value)) for value in (0, ZERO)]
-    return op.MatMulInteger(levels, weight, *zeros)
-
-
-def _uint8(value: int) -> Any:
-    import onnx
-
-    return onnx.helper.make_tensor("", onnx.TensorProto.UINT8, [], [value])
-
-
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.flexvar.integer_product.default: _matmul_integer,
-}
-"""For the exporter: what stands in a graph for the operations declared here."""
 
 
 class Int8Dense(nn.Module):
@@ -69,7 +42,39 @@ class Int8Dense(nn.Module):
         self.register_buffer("bias", bias_O.detach().float().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        low = x.amin(-1, keepdim=True)
-        step = ((x.amax(-1, keepdim=True) - low) / LEVELS).clamp_min(SMALLEST)
-        levels = ((x - low) / step).round().to(torch.uint8)
-        return integer_product(levels, self.weight).float() * self.scale * step + (low * self.sums + self.bias)
+        result: Tensor = int8_linear(x, self.weight, self.scale, self.sums, self.bias)
+        return result
+
+
+@torch.library.custom_op("flexvar::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor) -> Tensor:
+    """The layer's arithmetic. One operation: the exporter would trace each of its fifteen for every layer."""
+    low = x.amin(-1, keepdim=True)
+    step = ((x.amax(-1, keepdim=True) - low) * (1 / LEVELS)).clamp_min(SMALLEST)
+    levels = ((x - low) / step).round()
+    product = levels.double() @ (weight.double() - ZERO)  # exact: float64 holds such sums
+    return product.float() * scale * step + (low * sums + bias)
+
+
+@int8_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+def _int8_linear(x: Any, weight: Any, scale: Any, sums: Any, bias: Any) -> Any:
+    last = op.Constant(value_ints=[-1])
+    low = op.ReduceMin(x, last, keepdims=1)
+    spread = op.Sub(op.ReduceMax(x, last, keepdims=1), low)
+    step = op.Max(op.Mul(spread, op.Constant(value_float=1 / LEVELS)), op.Constant(value_float=SMALLEST))
+    levels = op.Cast(op.Round(op.Div(op.Sub(x, low), step)), to=onnx.TensorProto.UINT8)
+    product = op.MatMulInteger(levels, weight, _uint8(0), _uint8(ZERO))
+    scaled = op.Mul(op.Mul(op.Cast(product, to=onnx.TensorProto.FLOAT), scale), step)
+    return op.Add(scaled, op.Add(op.Mul(low, sums), bias))
+
+
+def _uint8(value: int) -> Any:
+    return op.Constant(value=onnx.helper.make_tensor("zero_point", onnx.TensorProto.UINT8, [], [value]))
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.flexvar.int8_linear.default: _int8_linear}
+"""For the exporter: what stands in a graph for the operations declared here."""
