@@ -76,6 +76,8 @@ def assert_close_above(estimate: int, measured: int) -> None:
         ("fp32", "512px", 1, True),
         ("fp16", TEN, 1, False),
         ("fp16", THIRTEEN, 8, True),
+        ("int8", TEN, 1, True),
+        ("int8", TEN, 16, True),
     ],
 )
 def test_tiny(tiny_bundles: Callable[[str], Path], precision: str, schedule: str, images: int, guided: bool) -> None:
