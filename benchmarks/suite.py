@@ -51,11 +51,15 @@ class Entry:
                 expected="a name, and a bundle, or a checkpoint with its vae, or random weights",
                 fix="give the checkpoint and its vae together, or random alone",
             )
-        if self.precision is not None and (self.bundle is not None or self.precision not in PRECISIONS):
+        if self.precision not in (None, *PRECISIONS):
             raise InvalidInput(
-                f"model {self.name!r:.100} with precision {self.precision!r:.100}",
-                expected=f"{', '.join(PRECISIONS)}, of a model that is exported for the run",
-                fix="leave it out where a bundle is given",
+                f"precision {self.precision!r:.100}", expected=" or ".join(PRECISIONS), fix="name one of them"
+            )
+        if self.precision is not None and self.bundle is not None:
+            raise InvalidInput(
+                f"model {self.name!r:.100} with a bundle and precision {self.precision}",
+                expected="a precision for what is exported for the run",
+                fix="leave it out: the bundle has one",
             )
 
     def extent(self, options: Extent) -> Extent:

@@ -49,7 +49,6 @@ def build(
     Without --target, engines are for this machine's GPU; TensorRT-RTX builds without one, for a set of its own choice.
     """
     from flexvar_runtime.backends import precisions
-    from flexvar_runtime.backends.base import runs_precision
     from flexvar_runtime.backends.trt_library import FLAVOURS, load
     from flexvar_runtime.bundle import Bundle
     from flexvar_runtime.cuda.buffers import Shape
@@ -59,12 +58,15 @@ def build(
 
     if backend not in FLAVOURS:
         raise InvalidInput(f"backend {backend!r:.100}", expected=" or ".join(FLAVOURS), fix="name one of them")
-    opened = Bundle.open(bundle)
-    runs = runs_precision(backend, opened.manifest.precision, precisions(backend))
-    if not runs.available:
-        raise InvalidInput(runs.detail, expected="a bundle that it runs", fix=runs.fix or "export again")
     library = load(backend)
     chosen = choose_target(library, target or [], present_gpu)
+    opened, known = Bundle.open(bundle), sorted(precisions(backend))
+    if opened.manifest.precision not in known:
+        raise InvalidInput(
+            f"a bundle in {opened.manifest.precision} for {backend}",
+            expected=f"one in {' or '.join(known)}",
+            fix="export it with one of these",
+        )
     cache = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{library.version}-{chosen}.cache"
     here, schedules = None if target else gpu_facts(), read_schedules(opened, schedule or [])
     if here is not None:

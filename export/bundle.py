@@ -39,6 +39,7 @@ from .parity import prove, require_parity
 from .proof import PROOF_FILE, make_proof
 from .sensitivity import parts_to_keep, rounding_errors, step_excess
 
+# int8: what `modules` takes for it; the weights are unsigned
 TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 UNPROVEN = ParityRecord(backend="none", emulated=False, passed=False, rows=(), free_running_agreement=None)
@@ -62,7 +63,7 @@ def export_bundle(
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
 
-    float32_parts: what the step keeps in float32 in another precision (names of `modules.block_parts`); None: nothing,
+    float32_parts: what the step keeps in float32 where the rest is not (names of `modules.block_parts`); None: nothing,
     or where that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
     quality_order: schedules to the size of the default one, best first, for deadlines.
     decoder: "phases", or "plain" for a graph that upsamples as the reference does (see `phases`).

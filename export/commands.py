@@ -51,7 +51,7 @@ def export(
     float32: Annotated[
         str,
         typer.Option(
-            help="What stays float32 in other precisions: auto (the parts that rounding hurts most, where the gate "
+            help="What stays float32 where the rest is not: auto (the parts that rounding hurts most, where the gate "
             "asks for it), none, or names as in blocks.0.mlp,blocks.1.attention."
         ),
     ] = "auto",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.backends.base import Backend, Graph, host_dtype
-from flexvar_runtime.engine import Engine
+from flexvar_runtime.engine import Engine, require_precision
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
 from flexvar_runtime.loop import ScaleLoop
@@ -30,8 +30,8 @@ Arrays = dict[str, NDArray[Any]]
 def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -> ParityRecord:
     """Every output of every graph on `second` against `first`, teacher-forced over the proof's first case.
 
-    Bounds are twice those of the proof: both differ from the reference. Raises InvalidInput for a bf16 bundle on a
-    backend whose arrays NumPy cannot hold, BackendUnavailable where Polygraphy is missing.
+    Bounds are twice those of the proof: both differ from the reference. Raises InvalidInput for a bf16 bundle, whose
+    arrays NumPy cannot hold; BackendUnavailable where a backend does not run the precision or Polygraphy is missing.
     """
     if first.device is not None:
         raise InvalidInput(
@@ -42,9 +42,10 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
     if bundle.manifest.precision == "bf16":
         raise InvalidInput(
             "a bf16 bundle to compare between backends",
-            expected="fp32 or fp16, which arrays on the host can hold",
+            expected="another precision, which arrays on the host can hold",
             fix="flexvar verify without --against compares with the reference",
         )
+    require_precision(bundle, second)
     engine = Engine(bundle, first)
     others: dict[str, Graph] = {}
     try:

@@ -1,11 +1,11 @@
 """Matrix products in eight bits, for processors: weights rounded per output, what they multiply per token.
 
-W ≈ s·(Q − 128) with an s of every output, x ≈ low + step·q with a low and a step of every row, both Q and q in 0…255.
-Hence x·W ≈ step·s·(q·(Q − 128)) + low·(s·Σ(Q − 128)), where the product of integers is exact: a token's result does not
-depend on what else is in its batch.
+W ≈ s·(Q − 128) with an s of every output and Q in 1…255; x ≈ low + step·q with a low and a step of every row and q in
+0…255. Hence x·W ≈ step·s·(q·(Q − 128)) + low·(s·Σ(Q − 128)), where the product of integers is exact: a token's result
+does not depend on what else is in its batch.
 
-Eight bits for weights and input both: in processors without dot products of bytes ONNX Runtime adds pairs of them in
-sixteen bits, which only unsigned by unsigned cannot overflow.
+Both are unsigned: where a processor has no dot products of bytes, ONNX Runtime adds pairs of unsigned by signed
+products in sixteen bits that saturate; of unsigned by unsigned it does not.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from onnxscript import opset23 as op
 from torch import Tensor, nn
 
 ZERO = 128  # what stands for 0 among the levels of a weight
-LEVELS = 255
-SMALLEST = 1e-12  # step of a row in which all is equal
+STEPS = 255  # between the smallest and the largest of a row
+SMALLEST = 1e-30  # of a step, where all is equal, and of a scale, where all is 0
 
 
 class Int8Dense(nn.Module):
-    """x (…, I) float32 · weight (I, O) + bias (O), in eight bits as the file says -> float32."""
+    """x (…, I) float32 -> x · W (I, O) + bias (O), (…, O) float32, in eight bits.
+
+    weight (I, O) uint8 is Q; scale (O), sums (O) = s·Σ(Q − 128) and bias (O) are float32.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -34,7 +37,7 @@ class Int8Dense(nn.Module):
     def __init__(self, weight_IO: Tensor, bias_O: Tensor) -> None:
         super().__init__()
         exact = weight_IO.detach().double()
-        scale = (exact.abs().amax(0) / (LEVELS // 2)).clamp_min(SMALLEST)
+        scale = (exact.abs().amax(0) / (STEPS // 2)).clamp_min(SMALLEST)
         levels = (exact / scale).round()
         self.register_buffer("weight", (levels + ZERO).to(torch.uint8).contiguous())
         self.register_buffer("scale", scale.float())
@@ -48,9 +51,12 @@ class Int8Dense(nn.Module):
 
 @torch.library.custom_op("flexvar::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor) -> Tensor:
-    """The layer's arithmetic. One operation: the exporter would trace each of its fifteen for every layer."""
-    low = x.amin(-1, keepdim=True)
-    step = ((x.amax(-1, keepdim=True) - low) * (1 / LEVELS)).clamp_min(SMALLEST)
+    """The layer's arithmetic, shapes and types as there. A row with anything that is not finite becomes NaN.
+
+    One operation, because the exporter would take seconds a layer for all that is in it.
+    """
+    low = x.amin(-1, keepdim=True) + x.sum(-1, keepdim=True) * 0
+    step = ((x.amax(-1, keepdim=True) - low) * (1 / STEPS)).clamp_min(SMALLEST)
     levels = ((x - low) / step).round()
     product = levels.double() @ (weight.double() - ZERO)  # exact: float64 holds such sums
     return product.float() * scale * step + (low * sums + bias)
@@ -62,10 +68,11 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor) -> T
 
 
 def _int8_linear(x: Any, weight: Any, scale: Any, sums: Any, bias: Any) -> Any:
-    last = op.Constant(value_ints=[-1])
-    low = op.ReduceMin(x, last, keepdims=1)
+    last: Any = op.Constant(value_ints=[-1])
+    not_finite = op.Mul(op.ReduceSum(x, last, keepdims=1), op.Constant(value_float=0.0))  # ReduceMin leaves NaN out
+    low = op.Add(op.ReduceMin(x, last, keepdims=1), not_finite)
     spread = op.Sub(op.ReduceMax(x, last, keepdims=1), low)
-    step = op.Max(op.Mul(spread, op.Constant(value_float=1 / LEVELS)), op.Constant(value_float=SMALLEST))
+    step = op.Max(op.Mul(spread, op.Constant(value_float=1 / STEPS)), op.Constant(value_float=SMALLEST))
     levels = op.Cast(op.Round(op.Div(op.Sub(x, low), step)), to=onnx.TensorProto.UINT8)
     product = op.MatMulInteger(levels, weight, _uint8(0), _uint8(ZERO))
     scaled = op.Mul(op.Mul(op.Cast(product, to=onnx.TensorProto.FLOAT), scale), step)

@@ -5,7 +5,7 @@ Precision is a property of the graph: matrix products, convolutions and attentio
 normalisation, guidance and logits stay float32, and so does the residual stream of the transformer and the encoder. The
 decoder's is in `dtype`: it passes its gate, and float32 maps of full size would double its memory traffic. What a
 trained model is too sensitive in can stay float32 by halves of a block: see `block_parts` and `sensitivity`. The
-precision int8 is that of the linear layers of the blocks alone (`int8`), everything else is float32.
+precision int8 is that of the linear layers of the blocks alone (`int8`); everything else is float32.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Kept = Collection[str]  # of `block_parts`: what stays float32
 
 
 def block_parts(depth: int) -> tuple[str, ...]:
-    """Names of what a half-precision step can keep in float32: `blocks.I.attention` (with its projections; keys and
-    values are cached in half precision all the same) and `blocks.I.mlp`."""
+    """Names of what a step in another precision can keep in float32: `blocks.I.attention` (with its projections; keys
+    and values are cached in half precision all the same) and `blocks.I.mlp`."""
     return tuple(f"blocks.{i}.{part}" for i in range(depth) for part in (ATTENTION, MLP))
 
 
@@ -344,8 +344,8 @@ class Encode(nn.Module):
 def graph_module(
     graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype, kept: Kept = (), decoder: str = PLAIN
 ) -> nn.Module:
-    """The module behind a graph of the bundle. kept: parts of the blocks that stay float32; decoder: how it upsamples,
-    PLAIN or PHASES."""
+    """The module behind a graph of the bundle. dtype: of its precision, torch.int8 for int8; kept: parts of the blocks
+    that stay float32; decoder: how it upsamples, PLAIN or PHASES."""
     if graph in (STEP, PREFILL):
         return {STEP: Step, PREFILL: Prefill}[graph](model, dtype, kept).eval()
     dtype = _floating(dtype)

@@ -26,7 +26,7 @@ PSNR_CAP = 200.0  # dB: equal images
 class Gate:
     """Bounds of one precision: relative error ‖Δ‖ / ‖reference − row mean‖, and the decoder's PSNR in dB (peak 2).
 
-    logits: of the transformer's blocks, where they are computed in less than the rest.
+    logits: of `step` and `prefill`, where only their products are rounded; None: as everything else.
     """
 
     relative: float
@@ -167,10 +167,12 @@ def require_parity(record: ParityRecord) -> None:
     if failed:
         first = failed[0]
         place = first.graph + (f", scale {first.scale}" if first.scale else "") + f", output {first.output}"
+        rounded = first.graph in (STEP, PREFILL) and first.bound > GATES["fp32"].relative
+        more = ", or keep more of it in float32: flexvar export --float32" if rounded else ""
         relation = "at least" if first.metric == "psnr_db" else "at most"
         raise ParityFailed(
             f"{place}: {first.metric} {first.value:.3g} on {record.backend} "
             f"({len(failed)} of {len(record.rows)} checks fail)",
             expected=f"{relation} {first.bound:g}",
-            fix="export again; if it persists, compare tool versions with the bundle's provenance",
+            fix="export again; if it persists, compare tool versions with the bundle's provenance" + more,
         )

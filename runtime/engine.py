@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .backends.base import Backend, Graph
 from .bundle import Bundle
 from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
-from .graphs import CONDITION, DECODE, ENCODE, PREFILL, REQUIRED, STEP, TABLES_FILE, graph_specs
+from .graphs import CONDITION, DECODE, ENCODE, PREFILL, REQUIRED, STEP, TABLES_FILE, graph_specs, is_half
 from .guidance import Guidance
 from .loop import Condition, Draws, Loop, LoopBuffers, ScaleLoop
 from .planner import IMAGES_PER_RUN, MemoryPlan, batch_that_fits, plan, require_fits
@@ -34,17 +34,23 @@ Float32 = NDArray[np.float32]
 CONDITIONS_KEPT = 32  # classes whose condition is remembered (0.4 MB each for d16)
 
 
+def require_precision(bundle: Bundle, backend: Backend) -> None:
+    """Raise BackendUnavailable where a backend does not run what a bundle computes in."""
+    precision = bundle.manifest.precision
+    if precision not in backend.precisions:
+        raise BackendUnavailable(
+            f"a {precision} bundle on {backend.name}",
+            expected=f"one of {', '.join(sorted(backend.precisions))}",
+            fix="export with --precision fp32, or name a backend that runs it (flexvar doctor)",
+        )
+
+
 class Engine:
     """A bundle's graphs, opened when first used, on one backend."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        require_precision(bundle, backend)
         precision = bundle.manifest.precision
-        if precision not in backend.precisions:
-            raise BackendUnavailable(
-                f"a {precision} bundle on {backend.name}",
-                expected=f"one of {', '.join(sorted(backend.precisions))}",
-                fix="export with --precision fp32, or name a backend that runs it (flexvar doctor)",
-            )
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
         for name, spec in graph_specs(self.model, precision).items():
             if name not in REQUIRED and name not in bundle.manifest.graphs:
@@ -253,7 +259,7 @@ class Engine:
             return self.graph(PREFILL)
         available, mappable = self.backend.available_bytes(), self.backend.maps_weights
         roomy = available is None or wanted.needed(self._graphs) + wanted.weights[STEP] <= available
-        self._prefill_mapped = mappable and self.bundle.manifest.precision == "fp32" and (held is None or not roomy)
+        self._prefill_mapped = mappable and not is_half(self.bundle.manifest.precision) and (held is None or not roomy)
         if not roomy and not self._prefill_mapped:
             log.info("given scales run one by one: no room for the weights of %s", PREFILL)
             return None

@@ -17,6 +17,12 @@ WEIGHTS_OF = {PREFILL: STEP}
 """Graphs that take their weights from another's file."""
 TABLES_FILE = "tables.npz"
 DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
+"""Type of keys and values, and of what a graph computes in; int8 is that of some products only."""
+
+
+def is_half(precision: str) -> bool:
+    """Whether keys, values and weights are in half precision."""
+    return DTYPE_OF_PRECISION[precision] != "float32"
 
 
 def past_names(depth: int) -> tuple[str, ...]:

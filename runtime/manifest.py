@@ -237,7 +237,7 @@ class FileRecord:
 class Manifest:
     """Everything `manifest.json` says. `files` is empty until the bundle is sealed.
 
-    float32_parts: parts of the step that a bundle of another precision computes in float32 (`blocks.I.attention`,
+    float32_parts: parts of the step that a bundle in another precision computes in float32 (`blocks.I.attention`,
     `blocks.I.mlp`), because the gate asked for it; manifests without the key have none.
     decoder: how the decoder doubles a map and convolves it, as the reference does or in four phases; without the key
     plain.

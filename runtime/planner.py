@@ -17,11 +17,11 @@ from .errors import OutOfMemory
 from .graphs import (
     CONDITION,
     DECODE,
-    DTYPE_OF_PRECISION,
     ENCODE,
     STEP,
     TABLES_FILE,
     graph_specs,
+    is_half,
     new_names,
     past_names,
 )
@@ -198,7 +198,7 @@ class _Ort:
     @classmethod
     def weights(cls, manifest: Manifest, graph: str) -> int:
         """There are no kernels for half precision: its weights are widened to float32 when they are loaded."""
-        size, half = _file_bytes(manifest, f"{graph}.onnx"), _is_half(manifest)
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), is_half(manifest.precision)
         if graph in (DECODE, ENCODE):
             return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
         return 2 * size if half else size
@@ -218,7 +218,7 @@ class _Ort:
         """Working memory of decoding an image of so many pixels."""
         alive = cls.PHASE_MAPS if manifest.decoder == PHASES else cls.DECODER_MAPS
         maps = max(maps * channel for maps, channel in zip(alive, channels, strict=True))
-        return int(pixels * 4 * maps * (cls.HALF_DECODER if _is_half(manifest) else 1))
+        return int(pixels * 4 * maps * (cls.HALF_DECODER if is_half(manifest.precision) else 1))
 
 
 class _OpenVino(_Ort):
@@ -234,7 +234,7 @@ class _OpenVino(_Ort):
 
     @classmethod
     def weights(cls, manifest: Manifest, graph: str) -> int:
-        size, half = _file_bytes(manifest, f"{graph}.onnx"), _is_half(manifest)
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), is_half(manifest.precision)
         if graph in (DECODE, ENCODE):
             return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
         return int(size * (cls.HALF_PRODUCTS if half else cls.PRODUCTS))
@@ -242,11 +242,7 @@ class _OpenVino(_Ort):
     @classmethod
     def step(cls, manifest: Manifest, sequences: int, new: int, tokens: int) -> int:
         once = super().step(manifest, sequences, new, tokens)
-        return int(cls.HALF * once) if _is_half(manifest) else once
-
-
-def _is_half(manifest: Manifest) -> bool:
-    return DTYPE_OF_PRECISION[manifest.precision] != "float32"
+        return int(cls.HALF * once) if is_half(manifest.precision) else once
 
 
 def _library(backend: str) -> type[_Ort]:

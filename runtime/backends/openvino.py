@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: every precision, and bfloat16 arithmetic where the processor has it.
+"""OpenVINO on the CPU: float32, both half precisions, and bfloat16 arithmetic where the processor has it.
 
 Arrays are shared with the library: inputs are read and outputs written in place. Asked for float32, the library leaves
 bfloat16 products of a graph as they are where the processor has them, and computes all other half precision in float32:
@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from ..bundle import Bundle
 from ..errors import ArtifactRefused, InvalidInput, OutOfMemory
 from ..manifest import GraphSpec
-from .base import Array, Availability, check_bindings, host_dtype
+from .base import Array, Availability, check_bindings, host_dtype, runs_precision
 from .host import HostBackend, check_options, default_threads, require_contiguous
 
-PRECISIONS = frozenset({"fp32", "fp16", "bf16"})
+PRECISIONS = frozenset(
+    {"fp32", "fp16", "bf16"}
+)  # it takes int8 graphs too: neither its speed nor memory there is known
 MINIMUM = (2026, 4)  # what was tested: it reads the Attention of ONNX
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 _NO_MEMORY = ("bad_alloc", "allocate", "out of memory")
@@ -49,7 +51,7 @@ def probe(name: str) -> Availability:
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    return Availability(True, f"runs {bundle.manifest.precision}")
+    return runs_precision(name, bundle.manifest.precision, PRECISIONS)
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None = None) -> OpenVino:

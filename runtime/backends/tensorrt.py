@@ -21,7 +21,7 @@ from ..engines import PORTABLE, WIDE, EngineId, Found, build_line, find_engine, 
 from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 from ..graphs import REQUIRED
 from ..manifest import GraphSpec
-from .base import Availability, check_bindings
+from .base import Availability, check_bindings, runs_precision
 from .trt_library import TENSORRT_RTX, TrtLibrary, known_targets, load, probe_library
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ def probe(name: str) -> Availability:
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
     """Whether engines of every graph are there for this GPU and library."""
+    runs = runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    if not runs.available:
+        return runs
     try:
         library, gpu = load(name), find_gpu(device)
         for graph in REQUIRED:

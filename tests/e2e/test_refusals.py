@@ -128,7 +128,7 @@ def test_a_file_that_is_intact_but_no_graph(
 
 def test_a_precision_without_kernels(refused: Callable[..., str], bundle_copy: Path) -> None:
     edit(lambda manifest: manifest.update(precision="bf16"))(bundle_copy)
-    assert "a bf16 bundle on ort-cpu | one of fp16, fp32 | export with --precision fp32" in refused(
+    assert "a bf16 bundle on ort-cpu | one of fp16, fp32, int8 | export with --precision fp32" in refused(
         4, bundle_copy, "--backend", "ort-cpu"
     )
 
