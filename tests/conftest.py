@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden"
+if TYPE_CHECKING:
+    from graph_cache import GraphCache
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+
+# Files that take longest, in two rows for two workers, so that neither ends with one of them alone. The tiny bundles
+# are made in the first row, in the first of its files, while the second is at what needs none of them.
+LONGEST = (
+    ("runtime/test_openvino.py", "e2e/test_readme.py", "export/test_build_command.py", "e2e/test_demo.py"),
+    ("e2e/test_golden.py", "flexvar_ref/training/test_train_runs.py", "flexvar_ref/test_golden.py"),
+)
+
+
+def pytest_configure() -> None:
+    """A processor of its own for every worker and what it starts: graphs of the tests' size gain nothing from a second
+    thread, which waits by spinning and takes twice the time of both."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each row at the beginning of its half: a worker starts with one half and takes from the other's end."""
+    rows = [[item for name in row for item in items if item.path == TESTS / name] for row in LONGEST]
+    long = {*rows[0], *rows[1]}
+    others = [item for item in items if item not in long]
+    half = max(0, len(items) // 2 - len(rows[0]))
+    items[:] = [*rows[0], *others[:half], *rows[1], *others[half:]]
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder with the recordings of the published implementation."""
     return GOLDEN
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +62,8 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(shared_folder: Path) -> tuple[Path, Path]:
     """transformer.pth and vae.pth of the tiny model, in the published layouts. Read-only."""
+    from graph_cache import locked
+
     from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 
     folder = shared_folder / "checkpoint"
@@ -52,15 +75,41 @@ def tiny_checkpoint(shared_folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundles(tiny_checkpoint: tuple[Path, Path], shared_folder: Path) -> Callable[[str], Path]:
+def graph_cache(shared_folder: Path) -> GraphCache:
+    """What exports graphs for the tests whose subject is another: each form of graph once a run."""
+    from graph_cache import GraphCache
+
+    folder = shared_folder / "graphs"
+    folder.mkdir(exist_ok=True)
+    return GraphCache(folder)
+
+
+@pytest.fixture
+def cached_exports(graph_cache: GraphCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of this test, and of the processes it starts, take their graphs from there."""
+    from flexvar_export import bundle as exporter
+
+    monkeypatch.setattr(exporter, "export_graph", graph_cache.export_graph)
+    for name, value in graph_cache.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(
+    tiny_checkpoint: tuple[Path, Path], graph_cache: GraphCache, shared_folder: Path
+) -> Callable[[str], Path]:
     """precision -> a bundle of the tiny model, exported and proved when a worker first asks for it. Read-only."""
-    from flexvar_export.bundle import export_bundle
+    from graph_cache import locked
+
+    from flexvar_export import bundle as exporter
 
     def bundle(precision: str) -> Path:
         path = shared_folder / precision
         with locked(shared_folder / f"{precision}.lock"):
             if not path.exists():
-                export_bundle(*tiny_checkpoint, path, precision=precision)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(exporter, "export_graph", graph_cache.export_graph)
+                    exporter.export_bundle(*tiny_checkpoint, path, precision=precision)
         return path
 
     return bundle

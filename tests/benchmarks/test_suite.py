@@ -70,10 +70,11 @@ def test_a_suite(tmp_path: Path) -> None:
     path = tmp_path / "suite.toml"
     path.write_text(
         '[[model]]\nname = "a"\nbundle = "a.bundle"\nquality = "/q.json"\nrepeats = 3\nsteps = [4]\ncosts = []\n'
-        '[[model]]\nname = "b"\nrandom = "d16"\nseconds = 60\n'
+        '[[model]]\nname = "b"\nrandom = "d16"\nprecision = "int8"\nseconds = 60\n'
     )
     a, b = read_suite(path)
     assert a.bundle == str(tmp_path / "a.bundle") and a.quality == "/q.json" and b.bundle is None
+    assert (a.precision, b.precision) == (None, "int8")
     asked = Extent(repeats=9, requests=1)
     assert a.extent(asked) == replace(asked, repeats=3, steps=(4,), costs=())
     assert b.extent(asked) == replace(asked, seconds=60.0)
@@ -90,6 +91,8 @@ def test_a_suite(tmp_path: Path) -> None:
         '[[model]]\nname = ""\nrandom = "d16"',
         '[[model]]\nname = "a"\nrandom = "d16"\nbundle = "a.bundle"',
         '[[model]]\nname = "a"\ncheckpoint = "a.pth"',
+        '[[model]]\nname = "a"\nrandom = "d16"\nprecision = "int4"',
+        '[[model]]\nname = "a"\nbundle = "a.bundle"\nprecision = "int8"',
         '[[model]]\nname = "a"\nrandom = "d16"\n[[model]]\nname = "a"\nrandom = "d20"',
     ],
 )
@@ -130,16 +133,17 @@ def test_the_standard_suite_is_small_enough() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_model_is_made_for_the_run_and_made_again(tmp_path: Path) -> None:
+def test_a_model_is_made_for_the_run_and_made_again(cached_exports: None, tmp_path: Path) -> None:
     """Random weights of the tiny size stand in for d16's, and the order of its schedules goes with it."""
     table = tmp_path / "quality.json"
     table.write_text(json.dumps({"1_4_16": {"frechet": 2.0}, "1_2_16": {"frechet": 1.0}, "1_2_4": {"frechet": 0.5}}))
-    entry = Entry(name="t", random="tiny", quality=str(table))
+    entry = Entry(name="t", random="tiny", precision="int8", quality=str(table))
     model, said = model_of(entry, tmp_path / "made"), list[str]()
     make(entry, model, 1, said.append)
     assert said == ["t: random weights, export and proof"]
     manifest = Bundle.open(model.bundle).manifest
-    assert manifest.parity.passed and manifest.defaults.quality_order == ("1_2_16", "1_4_16")
+    assert manifest.parity.passed and manifest.precision == "int8"
+    assert manifest.defaults.quality_order == ("1_2_16", "1_4_16")
     assert model.transformer is not None and model.transformer.is_file()
     bare = Entry(name="t", checkpoint="none.pth", vae="none.pth")
     with pytest.raises(ArtifactRefused, match=r"none\.pth"):  # as the process that exports said it

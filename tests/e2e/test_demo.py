@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from graph_cache import GraphCache
 from PIL import Image
+
+import flexvar_ref
+from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_demo_leaves_pictures_and_a_parity_table(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "demo" / "run.py"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def with_tiny_weights(folder: Path) -> Path:
+    """A copy of the demo whose twelve classes are those of an untrained model of the tests' size."""
+    shutil.copytree(ROOT / "demo", folder, ignore=shutil.ignore_patterns("out", "__pycache__"))
+    pair = flexvar_ref.load(*write_checkpoints(folder, tiny_transformer(classes=12), TINY_TOKENIZER))
+    for network, name in zip(pair, ("transformer", "vae"), strict=True):
+        flexvar_ref.save(network, folder / "model" / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["tiny", pytest.param("trained", marks=pytest.mark.slow)])
+def test_demo_leaves_pictures_and_a_parity_table(weights: str, graph_cache: GraphCache, tmp_path: Path) -> None:
+    demo, environment = ROOT / "demo", dict(os.environ)
+    if weights == "tiny":
+        demo, environment = with_tiny_weights(tmp_path / "demo"), environment | graph_cache.environment
+    command = [sys.executable, str(demo / "run.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
     parity = json.loads((out / "parity.json").read_text())["parity"]

@@ -92,7 +92,9 @@ def test_the_evaluation_is_of_these_weights_and_complete(quality: dict[str, Any]
     assert rows["real scenes"]["frechet"] < default["frechet"] < rows["untrained control"]["frechet"]
     for precision in demo_quality.OTHER_PRECISIONS:
         row = rows[f"10 steps, {precision}"]
-        assert row["images"] == IMAGES and abs(recognised(row) - recognised(default)) <= POINTS[precision] * IMAGES // 100
+        assert (
+            row["images"] == IMAGES and abs(recognised(row) - recognised(default)) <= POINTS[precision] * IMAGES // 100
+        )
 
 
 def recognised(row: dict[str, Any]) -> int:

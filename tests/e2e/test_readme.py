@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graph_cache import GraphCache
 from PIL import Image
 
 README = Path(__file__).parents[2] / "README.md"
@@ -26,8 +27,9 @@ def commands(language: str = "bash") -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with checkpoints of the published names and layouts, 1000 classes, and tiny sizes."""
+def desk(graph_cache: GraphCache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with checkpoints of the published names and layouts, 1000 classes, and tiny sizes. Their graphs are
+    those of the tiny bundles but for `condition`: what is traced here again is only that."""
     from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 
     folder = tmp_path_factory.mktemp("desk")
@@ -41,6 +43,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Image.fromarray(mask).save(folder / "mask.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))  # receipts of engines
+        for name, value in graph_cache.environment.items():
+            patch.setenv(name, value)
         yield folder
 
 

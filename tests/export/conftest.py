@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -16,15 +15,12 @@ from numpy.typing import NDArray
 
 import flexvar_ref
 from flexvar_export import bundle as exporter
-from flexvar_export.bundle import TORCH_PRECISIONS
-from flexvar_export.modules import graph_module
-from flexvar_export.onnx_graphs import export_graph
 from flexvar_export.proof import PROOF_FILE, Proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle
 from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.graphs import GRAPHS, WEIGHTS_OF
-from flexvar_runtime.manifest import PHASES, GraphSpec, TensorSpec
+from flexvar_runtime.graphs import WEIGHTS_OF
+from flexvar_runtime.manifest import TensorSpec
 
 Pair = tuple[FlexVAR, Tokenizer]
 Edit = Callable[[onnx.ModelProto], None]
@@ -125,50 +121,14 @@ def _bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return torch.from_numpy(values).bfloat16().float().numpy()
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256(type(module).__name__.encode())
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@pytest.fixture
-def known_graphs(
-    tiny_pair: Pair, tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], None]:
-    """precision -> from now on, exporting a graph of the tiny model at that precision copies it from its bundle.
-
-    torch.onnx.export takes nine tenths of an export; graphs with other weights are exported for real.
-    """
-    known: dict[str, Path] = {}
-
-    def export(module: torch.nn.Module, spec: GraphSpec, directory: Path, weights_of: GraphSpec | None = None) -> None:
-        source = known.get(fingerprint(module))
-        if source is None:
-            export_graph(module, spec, directory, weights_of)
-            return
-        for path in source.glob(f"{spec.file}*"):
-            shutil.copy(path, directory)
-
-    def use(precision: str) -> None:
-        for graph in GRAPHS:
-            module = graph_module(graph, *tiny_pair, TORCH_PRECISIONS[precision], decoder=PHASES)
-            known[fingerprint(module)] = tiny_bundles(precision)
-        monkeypatch.setattr(exporter, "export_graph", export)
-
-    return use
-
-
 @pytest.fixture
 def quick_export(
-    known_graphs: Callable[[str], None],
+    cached_exports: None,
     tiny_proof: Proof,
     tiny_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Exporting the tiny model in fp32 takes a second: its graphs, proof and activations are at hand."""
-    known_graphs("fp32")
     largest = Bundle.open(tiny_bundle).manifest.largest_activation
     monkeypatch.setattr(exporter, "make_proof", lambda *_: tiny_proof)
     monkeypatch.setattr(exporter, "largest_activations", lambda *_: largest)

@@ -214,7 +214,7 @@ def loud_checkpoint(pair: Pair, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_fp16_is_refused_where_bf16_is_accepted(
     loud_checkpoint: tuple[Path, Path],
-    known_graphs: Callable[[str], None],
+    cached_exports: None,
     tiny_bundles: Callable[[str], Path],
     tmp_path: Path,
     run_cli: Callable[..., tuple[int, str, str]],
@@ -226,7 +226,6 @@ def test_fp16_is_refused_where_bf16_is_accepted(
     assert "activations up to" in err and "in step, blocks.0" in err and "export with --precision bf16" in err
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
-    known_graphs("bf16")
     loud = export_bundle(transformer, vae, out, precision="bf16").manifest
     assert loud.largest_activation["step"].value > LIMIT
     quiet = Bundle.open(tiny_bundles("bf16")).manifest

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_cache import GraphCache
 from torch import Tensor
 
 import flexvar_ref
@@ -36,27 +37,41 @@ def states(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]
 # flexvar export
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """Bundle, standard output and standard error of one real export in a process of its own: of the tiny model, as
-    bare states with a mask buffer, published with class names."""
+@pytest.fixture(scope="module", params=["transformer", pytest.param("both", marks=pytest.mark.slow)])
+def exported(
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Checkpoint,
+    tiny_bundle: Path,
+    graph_cache: GraphCache,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, str, str]:
+    """Bundle, standard output and standard error of one export in a process of its own: of the tiny model, as bare
+    states with a mask buffer, published with class names. The graphs of the transformer, or of both networks, are
+    exported for real; the tokenizer's take longest."""
     directory = tmp_path_factory.mktemp("exported")
+    known = GraphCache(directory / "graphs")
+    known.folder.mkdir()
+    for path in graph_cache.folder.glob("*/*code.onnx") if request.param == "transformer" else ():
+        shutil.copytree(path.parent, known.folder / path.parent.name)
     transformer, tokenizer = states(tiny_checkpoint)
     tokens = ScaleSchedule.parse("1_2_3_4_5_6_8_10_13_16").tokens
     torch.save({**transformer, "attn_bias_for_masking": torch.zeros(1, 1, tokens, tokens)}, directory / "bare.pth")
     torch.save(tokenizer, directory / "vae.pth")
     (directory / "names.json").write_text(json.dumps([f"clás {i}" for i in range(10)], ensure_ascii=False), "utf-8")
     command = "export bare.pth --vae vae.pth -o named.bundle --class-names names.json --json"
-    done = run_flexvar(command.split(), directory)
+    done = run_flexvar(command.split(), directory, known=known)
     assert done.returncode == 0, done.stderr
     return directory / "named.bundle", done.stdout, done.stderr
 
 
-def run_flexvar(arguments: list[str], directory: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
+def run_flexvar(
+    arguments: list[str], directory: Path, prelude: str = "", known: GraphCache | None = None
+) -> subprocess.CompletedProcess[str]:
     """`flexvar …` in a fresh process, where text files default to ASCII; `prelude` runs first."""
     program = f"{prelude}\nfrom flexvar_runtime.cli.main import main\nmain()"
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment = {**os.environ, **ascii_only, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    environment |= known.environment if known is not None else {}
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
@@ -94,13 +109,12 @@ def test_every_layout_and_every_process_gives_the_same_files(
 
 
 def test_weights_in_half_precision_are_exported_as_the_numbers_they_are(
-    known_graphs: Callable[[str], None], tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
+    cached_exports: None, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
 ) -> None:
     """Half of a state may be half: that of the condition is, so its graph is another, and it is proved."""
     transformer, _ = states(tiny_checkpoint)
     half = {k: v.half() if "ada_lin" in k or k == "class_emb.weight" else v for k, v in transformer.items()}
     torch.save({"trainer": {"var_wo_ddp": half}}, tmp_path / "half.pth")
-    known_graphs("fp32")
     code, out, _ = run_cli("export", tmp_path / "half.pth", "--vae", tiny_checkpoint[1], "-o", tmp_path / "b", "--json")
     assert code == 0 and json.loads(out)["parity"]["passed"]
     code, out, _ = run_cli("verify", tmp_path / "b", "--checkpoint", tmp_path / "half.pth", "--vae", tiny_checkpoint[1])

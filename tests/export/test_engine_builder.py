@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from graph_cache import GraphCache
 from onnx import TensorProto, helper
 
 from flexvar_export import engine_builder
@@ -27,8 +28,7 @@ from flexvar_export.engine_builder import build_engine, supported_targets
 from flexvar_export.engine_precision import Layer, inspect_precision, prove_precision
 from flexvar_export.engine_profiles import profiles, step_pairs
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts
-from flexvar_export.modules import graph_module, linear
-from flexvar_export.onnx_graphs import export_graph
+from flexvar_export.modules import graph_module
 from flexvar_export.onnx_scan import Node, scan
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_runtime import (
@@ -40,12 +40,13 @@ from flexvar_runtime import (
     ScaleSchedule,
 )
 from flexvar_runtime.backends.trt_library import TrtLibrary, load
-from flexvar_runtime.bundle_writer import seal, write_bundle
+from flexvar_runtime.bundle_writer import seal
 from flexvar_runtime.engines import PORTABLE, RECIPE, EngineId, PrecisionReport, graph_files, graph_sha256
-from flexvar_runtime.graphs import GRAPHS, graph_specs
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, GRAPHS, PREFILL, STEP, graph_specs
 from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, ModelFacts, Provenance
 from flexvar_runtime.schedule import PUBLISHED
 
+Spoil = Callable[..., Bundle]
 TEN_STEPS = [ScaleSchedule.parse(PUBLISHED["10"])]
 SMALL = [ScaleSchedule.parse("1_2x3")]
 ALL = [ScaleSchedule.parse(text) for text in PUBLISHED.values()]
@@ -188,37 +189,35 @@ def test_scan_refuses(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def wide_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """precision -> a bundle of two blocks of d16. Its graphs are exported, not proved."""
+def wide_bundles(graph_cache: GraphCache, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
+    """(precision, graph) -> two blocks of d16, exported and not proved: a bundle of that one graph."""
     tokenizer = Tokenizer(TokenizerConfig(multipliers=(1, 4), encoder_blocks=1, decoder_blocks=1)).eval()
     model = FlexVAR(TransformerConfig(depth=2, heads=16), tokenizer.codebook_VD).eval()
-    root = tmp_path_factory.mktemp("wide")
+    facts = model_facts(model, tokenizer)
 
-    def bundle(precision: str) -> Bundle:
-        path = root / precision
-        if not path.exists():
-            with write_bundle(path) as directory:
-                specs = graph_specs(model_facts(model, tokenizer), precision)
-                for graph, spec in specs.items():
-                    export_graph(graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision]), spec, directory)
-                provenance = Provenance(transformer_sha256="0" * 64, tokenizer_sha256="0" * 64, tools={})
-                manifest = Manifest(
-                    schema_version=SCHEMA_VERSION,
-                    precision=precision,
-                    model=model_facts(model, tokenizer),
-                    graphs=specs,
-                    defaults=PUBLISHED_DEFAULTS,
-                    provenance=provenance,
-                    parity=UNPROVEN,
-                    largest_activation={},
-                    files={},
-                )
-                seal(directory, manifest)
-        return Bundle.open(path)
+    def bundle(precision: str, graph: str) -> Bundle:
+        directory = tmp_path_factory.mktemp(f"wide_{precision}_{graph}")
+        spec = graph_specs(facts, precision)[graph]
+        module = graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision])
+        graph_cache.export_graph(module, spec, directory)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            precision=precision,
+            model=facts,
+            graphs={graph: spec},
+            defaults=PUBLISHED_DEFAULTS,
+            provenance=Provenance(transformer_sha256="0" * 64, tokenizer_sha256="0" * 64, tools={}),
+            parity=UNPROVEN,
+            largest_activation={},
+            files={},
+        )
+        return seal(directory, manifest)
 
     return bundle
 
 
+HALVES = [("fp16", "float16"), ("bf16", "bfloat16")]
+QUICK = [("fp16", CONDITION), ("fp16", PREFILL)]
 LAYERS: dict[str, dict[str, dict[str, int]]] = {  # "half" is what the bundle claims
     "condition": {"matmul": {"half": 3}},
     "step": {"matmul": {"half": 13, "float32": 1}, "attention": {"half": 2}},
@@ -228,13 +227,19 @@ LAYERS: dict[str, dict[str, dict[str, int]]] = {  # "half" is what the bundle cl
 }
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
+FULL_WIDTH = [  # of the others, test_half_precision builds the same layers, smaller
+    pytest.param(precision, dtype, graph, marks=() if (precision, graph) in QUICK else pytest.mark.slow)
+    for precision, dtype in HALVES
+    for graph in GRAPHS
+]
+
+
+@pytest.mark.parametrize(("precision", "dtype", "graph"), FULL_WIDTH)
 def test_half_precision_at_full_width(
-    wide_bundles: Callable[[str], Bundle], library: TrtLibrary, graph: str, precision: str, dtype: str
+    wide_bundles: Callable[[str, str], Bundle], library: TrtLibrary, graph: str, precision: str, dtype: str
 ) -> None:
     """Every graph for the ten steps: built, in the precision it claims, attention of the transformer in one kernel."""
-    bundle = wide_bundles(precision)
+    bundle = wide_bundles(precision, graph)
     wanted = engine_id(library, bundle, graph, TEN_STEPS, 8)
     ticks: list[int] = []
     plan = build_engine(library, bundle, wanted, tick=lambda: ticks.append(1))
@@ -254,6 +259,28 @@ def test_half_precision_at_full_width(
 
 
 # The tiny model: other precisions, and what is refused
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize(("precision", "dtype"), HALVES)
+def test_half_precision(
+    tiny_bundles: Callable[[str], Path], library: TrtLibrary, graph: str, precision: str, dtype: str
+) -> None:
+    """For the ten steps as at full width: built in the precision it claims. All attention is in one kernel: the
+    tokenizer's is narrow enough here."""
+    bundle = Bundle.open(tiny_bundles(precision))
+    report = build_engine(library, bundle, engine_id(library, bundle, graph, TEN_STEPS, 8)).precision
+    assert report.claimed == dtype
+    assert report.fused_attention == {CONDITION: 0, PREFILL: 1}.get(graph, 2)
+    if graph in (CONDITION, STEP, PREFILL):  # of as many blocks
+        assert report.layers == {
+            kind: {dtype if name == "half" else name: count for name, count in counts.items()}
+            for kind, counts in LAYERS[graph].items()
+        }
+    else:
+        wide = sum(counts.get("float32", 0) for counts in report.layers.values())
+        kinds = {dtype for counts in report.layers.values() for dtype in counts}
+        assert (wide, kinds) == {DECODE: (0, {dtype}), ENCODE: (2, {dtype, "float32"})}[graph]
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -309,18 +336,22 @@ def test_a_float32_graph_passed_off_as_half(
     assert expected in str(refusal.value) and "export the bundle again with --precision fp16" in str(refusal.value)
 
 
-def test_one_layer_in_float32(
-    tiny_pair: tuple[FlexVAR, Tokenizer], tiny_bundles: Callable[[str], Path], library: TrtLibrary, tmp_path: Path
-) -> None:
+def test_one_layer_in_float32(spoil: Spoil, library: TrtLibrary) -> None:
     """The wider layer is named."""
-    path = tmp_path / "bundle"
-    path.mkdir()
-    manifest = Bundle.open(tiny_bundles("fp16")).manifest
-    module = graph_module("step", *tiny_pair, torch.float16)
-    module.blocks[1].fc1 = linear(tiny_pair[0].blocks[1].ffn.fc1, torch.float32)  # type: ignore[index, union-attr]
-    export_graph(module, manifest.graphs["step"], path)
-    graphs = {"step": manifest.graphs["step"]}
-    bundle = seal(path, replace(manifest, graphs=graphs, largest_activation={}))
+
+    def widen(model: onnx.ModelProto) -> None:
+        nodes = model.graph.node
+        at, node = next(
+            (i, n) for i, n in enumerate(nodes) if n.op_type == "MatMul" and "blocks.1.fc1.weight" in n.input
+        )
+        casts = [helper.make_node("Cast", [name], [f"{name}_wide"], to=TensorProto.FLOAT) for name in node.input]
+        back = helper.make_node("Cast", ["wide"], list(node.output), to=TensorProto.FLOAT16)
+        node.input[:], node.output[:] = [cast.output[0] for cast in casts], ["wide"]
+        for cast in casts:
+            nodes.insert(at, cast)
+        nodes.insert(at + 3, back)
+
+    bundle = spoil("step", widen, "fp16")
     with pytest.raises(ArtifactRefused, match=r"step: 14 of 16 matmul, .* in float16 \(matmul node_\S+ in float32\)"):
         build_engine(library, bundle, engine_id(library, bundle, "step"))
 
@@ -330,6 +361,7 @@ def test_one_layer_in_float32(
     [("step", {"float16": 7, "float32": 9}, 1), ("prefill", {"float16": 2, "float32": 9}, 0)],
 )
 def test_parts_kept_in_float32(
+    graph_cache: GraphCache,
     tiny_pair: tuple[FlexVAR, Tokenizer],
     tiny_bundles: Callable[[str], Path],
     library: TrtLibrary,
@@ -346,7 +378,7 @@ def test_parts_kept_in_float32(
     graphs = {name: manifest.graphs[name] for name in ("step", "prefill")}
     for name, spec in graphs.items():
         module = graph_module(name, *tiny_pair, torch.float16, kept)
-        export_graph(module, spec, path, graphs["step"] if name == "prefill" else None)
+        graph_cache.export_graph(module, spec, path, graphs["step"] if name == "prefill" else None)
 
     def build(parts: tuple[str, ...]) -> PrecisionReport:
         named = replace(manifest, graphs=graphs, largest_activation={}, float32_parts=parts)
@@ -383,9 +415,6 @@ def test_an_island_elsewhere_is_none() -> None:
             prove_precision("step", "fp16", [half, island, wrong], 0)
     with pytest.raises(ArtifactRefused):  # nor may it be half
         prove_precision("step", "fp16", [half, replace(island, dtype="float16")], 0)
-
-
-Spoil = Callable[..., Bundle]
 
 
 def test_a_length_that_the_parser_ignores(spoil: Spoil, library: TrtLibrary) -> None:
@@ -469,9 +498,9 @@ def test_interrupted(tiny_bundles: Callable[[str], Path], library: TrtLibrary) -
     build_engine(library, bundle, engine_id(library, bundle, "condition"))
 
 
-def test_memory_is_given_back(wide_bundles: Callable[[str], Bundle], library: TrtLibrary) -> None:
+def test_memory_is_given_back(wide_bundles: Callable[[str, str], Bundle], library: TrtLibrary) -> None:
     """Builds one after another take no more than one."""
-    bundle = wide_bundles("fp16")
+    bundle = wide_bundles("fp16", CONDITION)
     peaks = []
     for _ in range(4):
         build_engine(library, bundle, engine_id(library, bundle, "condition"))

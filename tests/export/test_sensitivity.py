@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import flexvar_ref
 from flexvar_export.bundle import export_bundle
 from flexvar_export.modules import Step, block_parts
-from flexvar_export.parity import holds
+from flexvar_export.parity import GATES, holds
 from flexvar_export.proof import Proof, make_proof
 from flexvar_export.sensitivity import HEADROOM, MOST_KEPT, parts_to_keep, rounding_errors, step_excess
 from flexvar_export.teacher_forcing import teacher_forced
@@ -63,10 +64,11 @@ def test_teacher_forced_in_float32_is_the_reference(tiny_pair: Pair, tiny_bundle
             assert torch.allclose(logits[:, rows], torch.from_numpy(expected), atol=1e-3)
 
 
-def test_the_part_that_rounding_hurts_is_found(sensitive: FlexVAR, tiny_pair: Pair) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_the_part_that_rounding_hurts_is_found(sensitive: FlexVAR, tiny_pair: Pair, dtype: torch.dtype) -> None:
     model, tokenizer = sensitive, tiny_pair[1]
     proof = make_proof(model, tokenizer, ScaleSchedule.parse("1_2_3"), Guidance(2.5))
-    errors = rounding_errors(model, proof)
+    errors = rounding_errors(model, proof, dtype)
     assert set(errors) == set(PARTS)
     assert all(errors[SENSITIVE] > 3 * error > 0 for part, error in errors.items() if part != SENSITIVE)
 
@@ -129,15 +131,21 @@ def test_only_the_step_is_helped(rows: tuple[ParityRow, ...], excess: float) -> 
 # Exporting
 
 
+@pytest.mark.parametrize(
+    ("precision", "rounded"), [("bf16", onnx.TensorProto.BFLOAT16), ("int8", onnx.TensorProto.UINT8)]
+)
 def test_export_keeps_what_the_gate_asks_for(
     sensitive_checkpoint: tuple[Path, Path],
-    known_graphs: Callable[[str], None],
+    cached_exports: None,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    rounded: int,
 ) -> None:
     """Without it the gate is missed; a bundle says what it keeps, and it is in the graphs."""
-    known_graphs("bf16")
+    monkeypatch.setitem(GATES, "int8", replace(GATES["int8"], logits=2e-2))  # its own lets this model's 0.044 through
     said: list[str] = []
-    bundle = export_bundle(*sensitive_checkpoint, tmp_path / "auto", precision="bf16", progress=said.append)
+    bundle = export_bundle(*sensitive_checkpoint, tmp_path / "auto", precision=precision, progress=said.append)
     assert bundle.manifest.float32_parts == (SENSITIVE,)
     assert bundle.manifest.parity.passed and said[-2:] == [
         "finding what must stay float32",
@@ -149,32 +157,31 @@ def test_export_keeps_what_the_gate_asks_for(
         assert {
             name for name, kind in types.items() if kind == onnx.TensorProto.FLOAT and name.startswith("blocks.")
         } >= {"blocks.0.fc1.weight", "blocks.0.fc2.weight"}
-        assert types["blocks.0.proj.weight"] == onnx.TensorProto.BFLOAT16
+        assert types["blocks.0.proj.weight"] == rounded
     with pytest.raises(ParityFailed):  # what was asked for by name is all that is kept
-        export_bundle(*sensitive_checkpoint, tmp_path / "none", precision="bf16", float32_parts=())
+        export_bundle(*sensitive_checkpoint, tmp_path / "none", precision=precision, float32_parts=())
     assert not (tmp_path / "none").exists()
 
 
 def test_what_passes_keeps_nothing(tiny_bundles: Callable[[str], Path]) -> None:
-    for precision in ("fp16", "bf16"):
+    for precision in ("fp16", "bf16", "int8"):
         assert Bundle.open(tiny_bundles(precision)).manifest.float32_parts == ()
 
 
 def test_parts_by_name(
     tiny_checkpoint: tuple[Path, Path],
-    known_graphs: Callable[[str], None],
+    cached_exports: None,
     run_cli: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
 ) -> None:
-    known_graphs("fp16")
     transformer, vae = tiny_checkpoint
     call = ("export", transformer, "--vae", vae, "-o", tmp_path / "named", "--precision", "fp16", "--json")
-    code, text, _ = run_cli(*call, "--float32", "blocks.1.mlp,blocks.0.attention")
-    assert code == 0 and json.loads(text)["float32_parts"] == ["blocks.0.attention", "blocks.1.mlp"]
+    code, text, _ = run_cli(*call, "--float32", "blocks.0.mlp,blocks.0.attention")
+    assert code == 0 and json.loads(text)["float32_parts"] == ["blocks.0.attention", "blocks.0.mlp"]
     code, _, errors = run_cli(*call, "--force", "--float32", "blocks.2.mlp")
     assert code == 2 and "'blocks.2.mlp'" in errors and "blocks.0.attention to blocks.1.mlp" in errors
 
 
 def test_float32_bundles_have_no_parts_to_keep(tiny_checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="expected fp16 or bf16"):
+    with pytest.raises(InvalidInput, match="expected fp16, bf16 or int8"):
         export_bundle(*tiny_checkpoint, tmp_path / "bundle", float32_parts=["blocks.0.mlp"])

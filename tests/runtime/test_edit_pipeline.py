@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,3 +256,19 @@ def test_a_second_copy_of_the_weights_is_taken_where_there_is_room(
     assert once == opened
     for output in made:
         assert all(np.array_equal(a, b) for a, b in zip(output.tokens, expected.tokens, strict=True))
+
+
+@pytest.mark.parametrize(("precision", "mapped"), [("fp16", False), ("int8", True)])
+def test_weights_that_are_widened_are_not_left_in_the_file(
+    tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, precision: str, mapped: bool
+) -> None:
+    with FlexVARPipeline.from_bundle(tiny_bundles(precision), "ort-cpu", threads=1) as pipe:
+        real, once = pipe.backend.open, dict[str, bool]()
+
+        def opening(bundle: Any, graph: str, **how: bool) -> Any:
+            once[graph] = how.get("once", False)
+            return real(bundle, graph, **how)
+
+        monkeypatch.setattr(pipe.backend, "open", opening)
+        edit(pipe, "refine", strength=0.5)
+    assert once["prefill"] is mapped

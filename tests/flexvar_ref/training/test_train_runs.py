@@ -154,6 +154,22 @@ def test_what_a_run_leaves(trained: Result, generator: Result, folder: Path) -> 
     assert all(torch.equal(value, weights(trained.path)[name]) for name, value in weights(copied).items())
 
 
+def test_losses_fall(trained: Result, generator: Result, folder: Path, tokenizer_run: TokenizerRun) -> None:
+    """On what is held out, every eight steps; one step alone is worse than any of them."""
+
+    def held_out(result: Result, name: str) -> list[float]:
+        lines = (result.path.parent / "metrics.jsonl").read_text().splitlines()
+        return [row[name] for row in map(json.loads, lines) if row["kind"] == "held out"]
+
+    once = replace(tokenizer_run, loop=replace(tokenizer_run.loop, steps=1))
+    place = Place(out=folder / "once", cache=folder / "cache", quiet=True)
+    psnr = [train_tokenizer(once, "scenes", place).metrics["psnr"], *held_out(trained, "psnr")]
+    assert psnr == sorted(psnr) and psnr[0] + 1 < psnr[1]
+    loss = held_out(generator, "loss")
+    assert loss == sorted(loss, reverse=True)
+    assert loss[0] + 0.1 < math.log(32) and loss[-1] + 0.3 < math.log(32)  # of codes equally likely
+
+
 def test_the_result_is_the_average_and_not_the_last_weights(trained: Result) -> None:
     state = torch.load(found(trained.path.parent / "checkpoints")[-1], weights_only=True)
     result = weights(trained.path)

@@ -16,7 +16,7 @@ def test_this_machine(flexvar: Any) -> None:
     data = ended.json
     assert ended.code == 0 and ended.err == ""
     assert data["version"] == __version__ and data["processors"] == default_threads()
-    assert data["auto_by_precision"] == {"fp32": "ort-cpu", "fp16": "ort-cpu", "bf16": "openvino"}
+    assert data["auto_by_precision"] == {"fp32": "ort-cpu", "fp16": "ort-cpu", "bf16": "openvino", "int8": "ort-cpu"}
     assert data["auto"] == "ort-cpu" and list(data["backends"]) == list(BACKENDS)
     assert data["backends"]["ort-cpu"]["available"] is True and data["backends"]["ort-cpu"]["fix"] is None
     assert {"python", "platform", "available_memory_bytes"} <= data.keys()
