@@ -153,7 +153,7 @@ def test_export_refuses_with_the_code_of_the_reason(
     names.write_bytes(b'["\xff"]')
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)[0] == 2
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", tmp_path / "none.json")[0] == 2
-    assert run_cli("export", transformer, "--vae", vae, "-o", out, "--precision", "int8")[0] == 2
+    assert run_cli("export", transformer, "--vae", vae, "-o", out, "--precision", "int4")[0] == 2
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--threads", "0")[0] == 2
     assert run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "no" / "where")[0] == 2
     assert run_cli("export", transformer, "-o", out)[0] == 2
