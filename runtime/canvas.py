@@ -142,13 +142,24 @@ def _resized(pixels: Pixels, size: Size) -> Pixels:
 def _fitted_mask(mask: Pixels, size: Size, fit: str, used: Box) -> Pixels:
     """A mask brought to size as its picture was; padding is kept, for it is cut off."""
     top, left, h, w = used
-    source = Image.fromarray(np.ascontiguousarray(mask[top : top + h, left : left + w]))
+    source = mask[top : top + h, left : left + w]
     if fit != "pad":
-        return np.asarray(source.resize((size[1], size[0]), Image.Resampling.BOX))
+        return _whitest(source, size)
     top, left, h, w = _proportional((h, w), size)
     placed = np.zeros(size, np.uint8)
-    placed[top : top + h, left : left + w] = np.asarray(source.resize((w, h), Image.Resampling.BOX))
+    placed[top : top + h, left : left + w] = _whitest(source, (h, w))
     return placed
+
+
+def _whitest(mask: Pixels, size: Size) -> Pixels:
+    """A mask brought to size: every pixel as white as the whitest of those it covers, so that no thin line is lost."""
+    for axis, cells in enumerate(size):
+        side, cell = mask.shape[axis], np.arange(cells)
+        first, end = cell * side // cells, -(-(cell + 1) * side // cells)
+        closed = np.pad(mask, [(0, int(axis == i)) for i in (0, 1)])  # reduceat takes no index behind the last
+        reduced = np.maximum.reduceat(closed, np.stack([first, end], 1).ravel(), axis=axis)
+        mask = reduced.take(2 * cell, axis=axis)
+    return mask
 
 
 def _outpainted(pixels: Pixels, cut: Box, edit: Edit, factor: int) -> Canvas:
@@ -190,6 +201,17 @@ def _feathered(mask: Pixels, feather: int) -> Pixels:
     if feather == 0:
         return mask
     grown, blurred = (feather + 1) // 2, feather // 2
-    image = Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * grown + 1))
+    image = Image.fromarray(_grown(mask, grown))
     faded: Pixels = np.maximum(np.asarray(image.filter(ImageFilter.BoxBlur(blurred))), mask)
     return faded
+
+
+def _grown(mask: Pixels, by: int) -> Pixels:
+    """Every pixel as white as the whitest within `by` rows and columns: axis by axis, in windows that double."""
+    for axis in (0, 1):
+        mask, covered = np.pad(mask, [(by * (axis == i),) * 2 for i in (0, 1)]), 1
+        while covered < 2 * by + 1:
+            shift = min(covered, 2 * by + 1 - covered)
+            kept = np.arange(mask.shape[axis] - shift)
+            mask, covered = np.maximum(mask.take(kept, axis), mask.take(kept + shift, axis)), covered + shift
+    return mask

@@ -5,6 +5,7 @@ A cost is that of a whole generation in a pipeline that is warm: images out, gra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -23,8 +24,9 @@ from .schedule import ScaleSchedule
 from .strict_json import decode, encode, loads, short
 from .user_folders import check_private, read_private, user_folder
 
-COSTS_VERSION = 1
+COSTS_VERSION = 2
 QUANTILE = 0.9
+FILTERS = ("top-k", "top-p", "top-k, top-p", "none")
 MAX_COSTS_BYTES = 4 * 2**20
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -38,7 +40,7 @@ def _require(ok: bool, field: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """Seconds of `batch` images at once with a schedule, over `samples` generations.
+    """Seconds of `batch` images at once with a schedule, over `samples` generations. filters: `Sampling.filters`.
 
     p90: 9 of 10 took no longer; of fewer than 10 samples the slowest. scales: the median of every scale, where the host
     drives them one by one; it leaves out the condition and the decoder.
@@ -47,6 +49,7 @@ class CostRow:
     schedule: str
     batch: int
     guided: bool
+    filters: str
     p90: float
     median: float
     samples: int
@@ -58,6 +61,7 @@ class CostRow:
         except InvalidInput as error:
             raise ArtifactRefused(f"schedule: {error.got}", expected=error.expected, fix="measure again") from error
         _require(self.batch >= 1, "batch", self.batch, "at least 1")
+        _require(self.filters in FILTERS, "filters", self.filters, f"one of {', '.join(map(repr, FILTERS))}")
         _require(self.samples >= 1, "samples", self.samples, "at least 1")
         _require(0 < self.median <= self.p90 < math.inf, "median", self.median, "above 0, and at most p90")
         _require(len(self.scales) in (0, count), "scales of length", len(self.scales), f"0 or {count}")
@@ -68,6 +72,7 @@ class CostRow:
         schedule: ScaleSchedule,
         batch: int,
         guided: bool,
+        filters: str,
         seconds: Sequence[float],
         scales: Sequence[Sequence[float]] = (),
     ) -> Self:
@@ -76,6 +81,7 @@ class CostRow:
             schedule=str(schedule),
             batch=batch,
             guided=guided,
+            filters=filters,
             p90=sorted(seconds)[math.ceil(QUANTILE * len(seconds)) - 1],
             median=statistics.median_low(seconds),
             samples=len(seconds),
@@ -83,8 +89,8 @@ class CostRow:
         )
 
     @property
-    def key(self) -> tuple[ScaleSchedule, int, bool]:
-        return ScaleSchedule.parse(self.schedule), self.batch, self.guided
+    def key(self) -> tuple[ScaleSchedule, int, bool, str]:
+        return ScaleSchedule.parse(self.schedule), self.batch, self.guided, self.filters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,19 +112,20 @@ class CostTable:
         keys = [row.key for row in self.rows]
         _require(len(set(keys)) == len(keys), "rows", len(keys), "every schedule once a batch")
 
-    def cost(self, schedule: ScaleSchedule, batch: int, guided: bool) -> float | None:
+    def cost(self, schedule: ScaleSchedule, batch: int, guided: bool, filters: str) -> float | None:
         """Seconds that 9 of 10 generations keep to; None where that was not measured."""
-        return next((row.p90 for row in self.rows if row.key == (schedule, batch, guided)), None)
+        return next((row.p90 for row in self.rows if row.key == (schedule, batch, guided, filters)), None)
 
     def with_rows(self, rows: Iterable[CostRow]) -> CostTable:
-        """With these rows too, in place of earlier ones of the same schedule, batch and guidance."""
+        """With these rows too, in place of earlier ones of the same key."""
         merged = {row.key: row for row in (*self.rows, *rows)}
         return replace(self, rows=tuple(merged.values()))
 
     def path(self, environ: Mapping[str, str] = os.environ) -> Path:
         """Where it is kept: `$XDG_CACHE_HOME/flexvar/costs`, by default in `~/.cache`."""
         folder = user_folder("XDG_CACHE_HOME", ".cache", environ) / "costs"
-        return folder / f"{self.bundle}-{self.backend}-{self.threads}.json"
+        device = hashlib.sha256(self.device.encode()).hexdigest()[:16]
+        return folder / f"{self.bundle}-{self.backend}-{self.threads}-{device}.json"
 
     def save(self, environ: Mapping[str, str] = os.environ) -> Path:
         """Keep it, in place of an earlier one. Raises ArtifactRefused, EnvironmentFailed, OSError."""
@@ -138,7 +145,7 @@ class CostTable:
         try:
             check_private(path.parent)
             data = read_private(path, MAX_COSTS_BYTES + 1)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise ArtifactRefused(

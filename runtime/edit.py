@@ -23,6 +23,7 @@ _OWN = {
     "strength": ("refine",),
     "sides": ("outpaint",),
     "anchor": ("expand",),
+    "fit": ("refine", "inpaint", "outpaint"),
     "paste": TASKS[1:],
     "feather": TASKS[1:],
 }
@@ -35,7 +36,7 @@ class Edit:
 
     size: (height, width) in pixels that the picture is brought to, of "expand" those of the canvas; None is the area
     of the bundle's default, in the picture's own proportions. fit: how proportions that differ are met: "resize"
-    stretches, "crop" cuts from the middle, "pad" continues the edges and cuts the result again.
+    stretches, "crop" cuts from the middle, "pad" continues the edges and cuts the result again; not of "expand".
     strength (refine): share of the scales that are generated, 0 … 1, at least one; None forces the scales up to
     halfway, in octaves, from the picture's own size to the result's. sides (outpaint): pixels to add above, right,
     below, left. anchor (expand): where the picture lies. paste: the kept pixels themselves in the result, blended over
@@ -77,10 +78,19 @@ class Edit:
             raise InvalidInput("outpaint without sides", expected="pixels to add", fix="say how many, and where")
         if self.task == "expand" and self.size is None:
             raise InvalidInput("expand without a size", expected="that of the canvas", fix="say it, as 256x512")
-        if self.task == "expand" and self.fit == "pad":
-            raise InvalidInput("fit 'pad' for expand", expected="resize or crop", fix="the canvas is larger anyway")
         if self.feather and not self.paste:
             raise InvalidInput("a feather without paste", expected="paste as well", fix="turn paste on")
+
+    def changed(self, **given: Any) -> Edit:
+        """This edit with other options; what the task, or an edit that does not paste, has no use for is left behind.
+
+        Raises InvalidInput.
+        """
+        task, paste = given.get("task", self.task), given.get("paste", self.paste)
+        kept = {name: value for name, value in vars(self).items() if task in _OWN.get(name, TASKS)}
+        if not paste:
+            kept.pop("feather", None)
+        return Edit(**{**kept, **given})
 
     def to_json(self) -> dict[str, Any]:
         """All that decides something for this task."""

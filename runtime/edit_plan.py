@@ -87,13 +87,15 @@ def plan_edit(
         photo, cover = read_photo(picture), None if mask is None else read_mask(mask)
         canvases.append(make_canvas(photo, cover, edit, model.downsampling, area))
         sources.append((photo.sha256, None if cover is None else _sha256(cover)))
-    if len({canvas.size for canvas in canvases}) > 1:
-        raise InvalidInput("pictures of several sizes", expected="one size", fix="give a size, or edit them apart")
+    if len({(canvas.size, canvas.cut[2:]) for canvas in canvases}) > 1:
+        raise InvalidInput(
+            "pictures of several sizes", expected="one size", fix="give a size and no padding, or edit them apart"
+        )
     size = tuple(pixels // model.downsampling for pixels in canvases[0].size)
     chosen = _schedule((size[0], size[1]), default, schedule, steps, side)
     if max(size) > TEXTURES_BREAK * side:
         log.warning("more than %d times the default size: textures may repeat", TEXTURES_BREAK)
-    forced = _forced(edit, canvases, chosen, model.downsampling) if edit.task == "refine" else None
+    forced = _forced_alike(edit, canvases, chosen, model.downsampling) if edit.task == "refine" else None
     return EditPlan(edit, tuple(canvases), tuple(sources), chosen, forced)
 
 
@@ -120,14 +122,26 @@ def _schedule(
     return chosen
 
 
-def _forced(edit: Edit, canvases: Sequence[Canvas], schedule: ScaleSchedule, factor: int) -> int:
+def _forced_alike(edit: Edit, canvases: Sequence[Canvas], schedule: ScaleSchedule, factor: int) -> int:
+    """`_forced` of all pictures. Raises InvalidInput where they differ: each is to be the same as it is alone."""
+    counts = sorted({_forced(edit, canvas, schedule, factor) for canvas in canvases})
+    if len(counts) > 1:
+        raise InvalidInput(
+            f"pictures of which {' or '.join(map(str, counts))} scales are kept, by their sizes",
+            expected="as many of each",
+            fix="give a strength, or edit them apart",
+        )
+    return counts[0]
+
+
+def _forced(edit: Edit, canvas: Canvas, schedule: ScaleSchedule, factor: int) -> int:
     """Scales that a refinement keeps: all but the share that is generated, or those up to halfway, in octaves, from the
     sides that the picture itself would have in tokens to those of the result."""
     count = len(schedule)
     if edit.strength is not None:
         return count - max(1, round(edit.strength * count))
-    sizes = [canvas.resolved for canvas in canvases if canvas.resolved is not None]
-    height, width = (min(size[axis] for size in sizes) * schedule[-1][axis] / factor for axis in (0, 1))
+    assert canvas.resolved is not None
+    height, width = (own * last / factor for own, last in zip(canvas.resolved, schedule[-1], strict=True))
     kept = sum(h * h <= height and w * w <= width for h, w in schedule)
     return min(max(1, kept), count - 1)
 

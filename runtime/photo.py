@@ -79,20 +79,22 @@ def _read_file(path: Path) -> Photo:
                 return _normalised(image, path.name)
     except FileNotFoundError as error:
         raise InvalidInput(f"no file {path}", expected="a picture", fix="check the path") from error
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise _too_large(path.name) from error
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise InvalidInput(
             f"{path} ({error})", expected="a readable picture: PNG, JPEG, WebP …", fix="save it again as PNG"
         ) from error
 
 
+def _too_large(what: str) -> InvalidInput:
+    return InvalidInput(what, expected=f"at most {MOST_PIXELS:,} pixels", fix="make it smaller first")
+
+
 def _normalised(image: Image.Image, name: str) -> Photo:
     width, height = image.size
     if width * height > MOST_PIXELS:
-        raise InvalidInput(
-            f"{name} of {width}x{height} pixels",
-            expected=f"at most {MOST_PIXELS:,} pixels",
-            fix="make it smaller first",
-        )
+        raise _too_large(f"{name} of {width}x{height} pixels")
     turned = ImageOps.exif_transpose(image)
     if turned.mode in _SIXTEEN_BITS or turned.mode == "I":
         return Photo(_eight_bits(np.asarray(turned), name))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from .deadline import Choice, choose, quality_order, seconds_of
 from .edit import Edit
 from .edit_plan import finish, plan_edit
 from .engine import Engine
-from .errors import ArtifactRefused, InvalidInput
+from .errors import ArtifactRefused, CostUnknown, FlexVARError, InvalidInput
 from .given import Given
 from .guidance import UNGUIDED, Guidance
 from .images import from_uint8, refuse_pixels, to_uint8
@@ -37,6 +38,8 @@ from .output import GenerationOutput, ScaleTime, Settings, Timings
 from .photo import PictureLike
 from .sampling import Sampling
 from .schedule import MAX_SIDE, ScaleSchedule, ScheduleLike
+
+log = logging.getLogger(__name__)
 
 Tokens = NDArray[np.int32]
 Pixels = NDArray[np.uint8]
@@ -155,7 +158,7 @@ class FlexVARPipeline:
                 expected="a generation that runs as a whole, as it was measured",
                 fix="leave out on_scale or deadline_ms",
             )
-        choice = self.choose_schedule(len(request), deadline_ms, request[0].guidance)
+        choice = self.choose_schedule(len(request), deadline_ms, request[0].guidance, request[0].sampling)
         request = tuple(replace(one, schedule=choice.schedule) for one in request)
         return replace(self._generate(request, keep_decoded, on_scale, start), choice=choice)
 
@@ -305,16 +308,24 @@ class FlexVARPipeline:
             tokens, spent = loop.advance(draws, given)
             yield ScaleStep(i, len(schedule), schedule[i], tokens, spent, partial(self.decode, tokens))
 
-    def warmup(self, schedule: ScheduleLike | None = None, batch_sizes: Sequence[int] = (1,)) -> None:
+    def warmup(
+        self,
+        schedule: ScheduleLike | None = None,
+        batch_sizes: Collection[int] = (1,),
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
         """Open the graphs and run every scale of a schedule once per batch size, so that no request pays for it.
 
         On a CPU a class asked for the first time still costs its condition: its weights do not stay in memory. On a
-        device this captures a generation with the default options; others are captured when first asked for.
+        device this captures a generation with these options; others are captured when first asked for.
         """
         for batch in batch_sizes:
-            self([self.model.null_class] * check_whole("batch size", batch, 1), schedule=schedule, seed=0)
+            self([self.model.null_class] * check_whole("batch size", batch, 1), schedule, guidance, sampling, seed=0)
 
-    def choose_schedule(self, images: int, deadline_ms: float, guidance: Guidance | None = None) -> Choice:
+    def choose_schedule(
+        self, images: int, deadline_ms: float, guidance: Guidance | None = None, sampling: Sampling | None = None
+    ) -> Choice:
         """The best schedule of the bundle's quality order in which `images` at once are done in time, as measured here.
 
         Costs are those of a warm pipeline that 9 of 10 generations keep to: a forecast, not a guarantee. Raises
@@ -324,14 +335,23 @@ class FlexVARPipeline:
         deadline = seconds_of(deadline_ms)
         images = check_whole("images", images, 1)
         guidance = self.guidance if guidance is None else guidance
-        table = self._cost_table()
+        filters = (self.sampling if sampling is None else sampling).filters
         more = "" if guidance == self.guidance else f", guidance={guidance}"
-        return choose(
-            quality_order(self.bundle.manifest),
-            lambda schedule: table.cost(schedule, images, _acts(guidance, schedule)),
-            deadline,
-            measure=f"pipe.measure_costs(batch_sizes=({images},){more})",
-        )
+        more += "" if filters == self.sampling.filters else f", sampling={sampling}"
+
+        def chosen(table: CostTable) -> Choice:
+            return choose(
+                quality_order(self.bundle.manifest),
+                lambda schedule: table.cost(schedule, images, _acts(guidance, schedule), filters),
+                deadline,
+                measure=f"pipe.measure_costs(batch_sizes=({images},){more})",
+            )
+
+        try:
+            return chosen(self._cost_table())
+        except CostUnknown:  # another process may have measured it meanwhile
+            self._costs = self._kept_costs()
+            return chosen(self._costs)
 
     def measure_costs(
         self,
@@ -339,6 +359,7 @@ class FlexVARPipeline:
         schedules: Sequence[ScheduleLike] | None = None,
         repeats: int = 10,
         guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
         *,
         clock: Callable[[], float] = time.perf_counter,
         on_row: Callable[[CostRow], None] | None = None,
@@ -348,7 +369,9 @@ class FlexVARPipeline:
 
         Each is run once to be warm, then `repeats` times for classes not asked for lately, as far as there are so many:
         their conditions are in the times. on_row is called after every schedule and batch size. Nothing else should
-        run on the machine meanwhile. Raises InvalidInput, OutOfMemory, ArtifactRefused (earlier costs).
+        run on the machine meanwhile. What was measured is kept even where a later schedule fails; where the cache
+        folder cannot be written, in this pipeline alone, with a warning. Raises InvalidInput, OutOfMemory,
+        ArtifactRefused (earlier costs).
         """
         repeats = check_whole("repeats", repeats, 1)
         sizes = [check_whole("batch size", batch, 1) for batch in batch_sizes]
@@ -358,39 +381,58 @@ class FlexVARPipeline:
             else tuple(ScaleSchedule.parse(schedule) for schedule in schedules)
         )
         guidance = self.guidance if guidance is None else guidance
-        table, rows, classes = self._cost_table(), [], itertools.cycle(range(self.model.classes))
-        for batch, schedule in itertools.product(sizes, wanted):
-            seconds: list[float] = []
-            scales: list[list[float]] = []
-            self(list(itertools.islice(classes, batch)), schedule, guidance, seed=0)
-            for _ in range(repeats):
-                labels = list(itertools.islice(classes, batch))
-                start = clock()
-                timings = self(labels, schedule, guidance, seed=0).timings
-                seconds.append(clock() - start)
-                scales.append([scale.step + scale.sample for scale in timings.scales])
-            rows.append(CostRow.of(schedule, batch, _acts(guidance, schedule), seconds, scales))
-            if on_row is not None:
-                on_row(rows[-1])
-        self._costs = table.with_rows(rows)
-        self._costs.save()
-        return self._costs
+        sampling = self.sampling if sampling is None else sampling
+        self._cost_table()  # what cannot be used is refused before anything is measured
+        rows: list[CostRow] = []
+        classes = itertools.cycle(range(self.model.classes))
+        try:
+            for batch, schedule in itertools.product(sizes, wanted):
+                seconds: list[float] = []
+                scales: list[list[float]] = []
+                self(list(itertools.islice(classes, batch)), schedule, guidance, sampling, seed=0)
+                for _ in range(repeats):
+                    labels = list(itertools.islice(classes, batch))
+                    start = clock()
+                    timings = self(labels, schedule, guidance, sampling, seed=0).timings
+                    seconds.append(clock() - start)
+                    scales.append([scale.step + scale.sample for scale in timings.scales])
+                rows.append(CostRow.of(schedule, batch, _acts(guidance, schedule), sampling.filters, seconds, scales))
+                if on_row is not None:
+                    on_row(rows[-1])
+        finally:
+            if rows:
+                self._keep_costs(rows)
+        return self._cost_table()
+
+    def _keep_costs(self, rows: list[CostRow]) -> None:
+        """Put rows to those that are kept by now, of other processes too."""
+        try:
+            self._costs = self._kept_costs().with_rows(rows)
+            self._costs.save()
+        except (OSError, FlexVARError) as error:
+            self._costs = self._cost_table().with_rows(rows)
+            log.warning(
+                "costs are kept in this process alone: %s; set XDG_CACHE_HOME to a folder that can be written",
+                error.got if isinstance(error, FlexVARError) else error,
+            )
 
     def _cost_table(self) -> CostTable:
         """What was measured for this bundle, backend and machine; without rows where nothing was."""
         if self._costs is None:
-            device = self.backend.device
-            empty = CostTable(
-                bundle=self.bundle.sha256,
-                backend=self.backend.name,
-                threads=self.backend.threads,
-                device=processor_name() if device is None else device.name,
-            )
-            found = empty.load()
-            if found is None:
-                return empty
-            self._costs = found
+            self._costs = self._kept_costs()
         return self._costs
+
+    def _kept_costs(self) -> CostTable:
+        """What is on disk; after a failure to save, what this process measured. Raises ArtifactRefused."""
+        device = self.backend.device
+        empty = CostTable(
+            bundle=self.bundle.sha256,
+            backend=self.backend.name,
+            threads=self.backend.threads,
+            device=processor_name() if device is None else device.name,
+        )
+        found = empty.load() or empty
+        return found if self._costs is None else self._costs.with_rows(found.rows)
 
     def decode(self, tokens: ArrayLike) -> Pixels:
         """Tokens (B, h, w) of one scale to images (B, H, W, 3). Raises InvalidInput."""

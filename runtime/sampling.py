@@ -86,6 +86,12 @@ class Sampling:
         """The top_k in force at a scale of h x w tokens."""
         return 1 if self.greedy(h, w) else self.top_k
 
+    @property
+    def filters(self) -> str:
+        """What limits the tokens kept, and so how long drawing takes: "top-k", "top-p", "top-k, top-p" or "none"."""
+        on = [name for name, acts in (("top-k", self.top_k > 0), ("top-p", 0 < self.top_p < 1)) if acts]
+        return ", ".join(on) or "none"
+
     def to_json(self) -> dict[str, int | float | str]:
         """The options as JSON values, greedy scales as text."""
         scales = self.greedy_scales

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..edit import Edit
+from ..edit_plan import plan_edit
 from ..errors import ArtifactRefused, InvalidInput
 from ..guidance import Guidance
 from ..images import save_png
 from ..output import GenerationOutput, Settings
 from ..pipeline import FlexVARPipeline, ScaleStep
-from ..schedule import ScaleSchedule
 from .console import JsonOption, emit, err, out, steps
 from .options import (
     BackendOption,
@@ -88,13 +87,12 @@ def edit(
     as_json: JsonOption = False,
 ) -> None:
     """Edit a picture. What is not given is the bundle's default, or the value in --from."""
-    sides = (top, right, bottom, left)
     options = {
         "task": task,
         "size": None if size is None else parse_size(size),
         "fit": fit,
         "strength": strength,
-        "sides": None if sides == (None,) * 4 else tuple(side or 0 for side in sides),
+        "sides": (top, right, bottom, left),
         "anchor": anchor,
         "paste": paste,
         "feather": feather,
@@ -102,13 +100,14 @@ def edit(
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
         earlier = None if source is None else _earlier(pipeline, source)
         changes = {"top_k": top_k, "top_p": top_p, "greedy_scales": greedy_scales, "max_side": max_side}
+        wanted, labels = _edit(earlier, options), _labels(earlier, label, pipeline)
+        said = {"scale": cfg, "rule": guidance}
         request = {
-            **vars(_edit(earlier, options)),
+            **vars(wanted),
             "mask": mask,
-            "labels": _labels(earlier, label, pipeline),
-            "schedule": schedule or _earlier_schedule(earlier, options, scales),
-            "steps": scales,
-            "guidance": _guidance(earlier, pipeline, {"scale": cfg, "rule": guidance, "max_side": max_side}),
+            "labels": labels,
+            **_scales(pipeline, earlier, wanted, image, mask, schedule, scales),
+            "guidance": _guidance(earlier, pipeline, labels, said, max_side),
             "sampling": replaced(earlier.sampling if earlier else pipeline.sampling, **changes),
             "seed": earlier.seed if earlier and seed is None else seed,
             "first_index": (earlier.index if earlier else 0) if first_index is None else first_index,
@@ -148,9 +147,12 @@ def _earlier(pipeline: FlexVARPipeline, source: Path) -> Settings:
 
 def _edit(earlier: Settings | None, given: dict[str, Any]) -> Edit:
     """The edit that was said, over the earlier one. Raises InvalidInput."""
-    said = {name: value for name, value in given.items() if value is not None}
+    said = {name: value for name, value in given.items() if value is not None and name != "sides"}
+    before = earlier.edit.edit.sides if earlier is not None and earlier.edit is not None else (0, 0, 0, 0)
+    if any(side is not None for side in given["sides"]):
+        said["sides"] = tuple(old if new is None else new for old, new in zip(before, given["sides"], strict=True))
     if earlier is not None and earlier.edit is not None:
-        return replace(earlier.edit.edit, **said)
+        return earlier.edit.edit.changed(**said)
     if "task" not in said:
         raise InvalidInput("no task", expected="refine, inpaint, outpaint or expand", fix="name one with --task")
     return Edit(**said)
@@ -166,17 +168,34 @@ def _labels(earlier: Settings | None, text: str | None, pipeline: FlexVARPipelin
     return labels
 
 
-def _earlier_schedule(earlier: Settings | None, given: dict[str, Any], scales: int | None) -> ScaleSchedule | None:
-    """That of the earlier edit, unless another canvas or number of scales was said: then one is derived."""
-    moved = scales is not None or any(given[name] is not None for name in ("task", "size", "fit", "sides"))
-    return None if earlier is None or moved else earlier.schedule
+def _scales(
+    pipeline: FlexVARPipeline,
+    earlier: Settings | None,
+    edit: Edit,
+    image: Path,
+    mask: Path | None,
+    schedule: str | None,
+    steps: int | None,
+) -> dict[str, Any]:
+    """schedule and steps of the request: what was said, else the earlier schedule, or where the canvas is another now
+    as many scales as it has."""
+    if earlier is None or schedule is not None or steps is not None:
+        return {"schedule": schedule, "steps": steps}
+    derived = plan_edit(edit, [image], [mask], pipeline.model, pipeline.schedule, None, len(earlier.schedule))
+    return {"schedule": earlier.schedule if earlier.schedule[-1] == derived.schedule[-1] else derived.schedule}
 
 
-def _guidance(earlier: Settings | None, pipeline: FlexVARPipeline, given: dict[str, Any]) -> Guidance | None:
-    """None leaves it to the pipeline: the bundle's for a class, off without one."""
-    if earlier is None and all(value is None for value in given.values()):
+def _guidance(
+    earlier: Settings | None,
+    pipeline: FlexVARPipeline,
+    labels: list[int] | None,
+    said: dict[str, Any],
+    max_side: int | None,
+) -> Guidance | None:
+    """None leaves it to the pipeline: off without a class, unless a scale or rule was said."""
+    if earlier is None and labels is None and all(value is None for value in said.values()):
         return None
-    guidance: Guidance = replaced(earlier.guidance if earlier else pipeline.guidance, **given)
+    guidance: Guidance = replaced(earlier.guidance if earlier else pipeline.guidance, **said, max_side=max_side)
     return guidance
 
 

@@ -95,13 +95,15 @@ def generate(
             seed=start.seed if seed is None else seed,
             first_index=start.first_index if first_index is None else first_index,
         )
+        if not plan.labels:
+            raise InvalidInput("no class", expected="one class per image", fix="say which: --classes 7,999")
         pipeline.check(plan.labels, plan.seed, plan.first_index)
         files = [output / plan.name(i) for i in range(len(plan.labels))]
         previews = [preview / name for name in plan.preview_names()] if preview else []
         check_targets([*files, *previews, *([save_arrays] if save_arrays else [])], force)
         choice = None
         if deadline_ms is not None:
-            choice = _choose(pipeline, min(len(plan.labels), batch_size), deadline_ms, plan.guidance)
+            choice = _choose(pipeline, plan, batch_size, deadline_ms)
             plan = replace(plan, schedule=choice.schedule)
         results = _run(pipeline, plan, files, preview, show, batch_size, save_arrays is not None, force)
     if save_arrays is not None:
@@ -174,10 +176,11 @@ def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool)
         )
 
 
-def _choose(pipeline: FlexVARPipeline, images: int, deadline_ms: float, guidance: Guidance) -> Choice:
+def _choose(pipeline: FlexVARPipeline, plan: _Plan, batch_size: int, deadline_ms: float) -> Choice:
     """The best schedule for the deadline, after measuring where that was not done before; the pipeline is warm then."""
+    images, options = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
     try:
-        choice = pipeline.choose_schedule(images, deadline_ms, guidance)
+        choice = pipeline.choose_schedule(images, deadline_ms, *options)
     except CostUnknown:
         order, name = quality_order(pipeline.bundle.manifest), pipeline.backend.name
         err.print(
@@ -188,11 +191,13 @@ def _choose(pipeline: FlexVARPipeline, images: int, deadline_ms: float, guidance
         with steps(len(order), "measure") as advance:
             pipeline.measure_costs(
                 (images,),
-                guidance=guidance,
+                guidance=plan.guidance,
+                sampling=plan.sampling,
                 on_row=lambda row: advance(f"schedule {row.schedule}, {row.p90 * 1e3:.1f} ms"),
             )
-        choice = pipeline.choose_schedule(images, deadline_ms, guidance)
-    pipeline.warmup(choice.schedule, (images,))
+        choice = pipeline.choose_schedule(images, deadline_ms, *options)
+    last = len(plan.labels) % batch_size
+    pipeline.warmup(choice.schedule, {images, last or images}, *options)
     return choice
 
 
@@ -206,7 +211,7 @@ def _run(
     keep_decoded: bool,
     force: bool,
 ) -> list[GenerationOutput]:
-    """Batch by batch; every image is written as soon as its batch is done."""
+    """Batch by batch; every image is written as soon as its batch is done, and its pixels are dropped."""
     results = []
     batches = range(0, len(plan.labels), batch_size)
     with steps(len(batches) * len(plan.schedule), "generate") as advance:
@@ -239,7 +244,7 @@ def _run(
                 advance("generated")
             for i, (pixels, settings) in enumerate(zip(result.images, result.settings, strict=True)):
                 save_png(files[start + i], pixels, settings.to_json(), force=force)
-            results.append(result)
+            results.append(replace(result, images=result.images[:0]))
     return results
 
 

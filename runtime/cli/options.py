@@ -12,6 +12,7 @@ import typer
 
 from ..atomic import existing
 from ..errors import ArtifactRefused, InvalidInput
+from ..graphs import TABLES_FILE
 from ..images import read_metadata
 from ..manifest import MANIFEST
 from ..output import Settings
@@ -88,10 +89,14 @@ def read_settings(source: Path, bundle_sha256: str) -> Settings:
     return found
 
 
+def _is_bundle(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() and (folder / TABLES_FILE).exists()
+
+
 def check_targets(paths: list[Path], force: bool) -> None:
     """Refuse what could not be written in the end, and make the directories."""
     for path in paths:
-        if any((parent / MANIFEST).exists() for parent in path.absolute().parents):
+        if any(_is_bundle(parent) for parent in path.resolve().parents):
             raise InvalidInput(f"{path}, inside a bundle", expected="a place outside", fix="choose another directory")
         if os.path.lexists(path) and not force:
             raise existing(path)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from flexvar_runtime import InvalidInput
-from flexvar_runtime.canvas import Canvas, check_sides, make_canvas, natural_size
+from flexvar_runtime.canvas import Canvas, _grown, _whitest, check_sides, make_canvas, natural_size
 from flexvar_runtime.edit import Edit
 from flexvar_runtime.photo import Photo
 
@@ -160,3 +161,44 @@ def test_a_seam_is_blended() -> None:
     soft[:, 31] = 128
     result = canvas(white, soft, task="inpaint").blend(np.zeros((64, 64, 3), np.uint8), 0)[30, :, 0]
     assert result[30:33].tolist() == [255, 127, 0]  # grey in the mask is half
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop", "pad"])
+def test_no_thin_line_of_a_mask_is_lost(fit: str) -> None:
+    mask = np.zeros((256, 512), np.uint8)
+    mask[130], mask[:, 300] = 255, 255
+    made = canvas(photo(256, 512), mask, task="inpaint", size=(64, 64), fit=fit).mask
+    assert made is not None and (made == 255).all(axis=1).sum() == 1 and (made == 255).any(axis=0).all()
+    if fit != "pad":
+        assert (made == 255).all(axis=0).sum() == 1
+    assert sorted(set(made.ravel())) == [0, 255]
+
+
+@given(
+    mask=arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40))),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_a_pixel_of_a_mask_is_as_white_as_the_whitest_it_covers(mask: np.ndarray, size: tuple[int, int]) -> None:
+    made = _whitest(mask, size)
+    assert made.shape == size and made.max() == mask.max()
+    for (i, j), value in np.ndenumerate(made):
+        rows, columns = (
+            slice(k * side // cells, -(-(k + 1) * side // cells))
+            for k, side, cells in zip((i, j), mask.shape, size, strict=True)
+        )
+        assert value == mask[rows, columns].max()
+
+
+@given(mask=arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12))), by=st.integers(0, 15))
+def test_a_mask_grows_by_as_much_as_asked(mask: np.ndarray, by: int) -> None:
+    grown = _grown(mask, by)
+    for (i, j), value in np.ndenumerate(grown):
+        assert value == mask[max(0, i - by) : i + by + 1, max(0, j - by) : j + by + 1].max()
+
+
+def test_a_wide_feather_takes_no_longer_than_a_narrow_one() -> None:
+    """A window that is gone through pixel by pixel takes minutes for this."""
+    mask = np.zeros((512, 512), np.uint8)
+    mask[200:300, 200:300] = 255
+    made = canvas(photo(512, 512), mask, task="inpaint", size=(512, 512), paste=True, feather=1024)
+    assert made.blend(np.zeros((512, 512, 3), np.uint8), 1024).shape == (512, 512, 3)

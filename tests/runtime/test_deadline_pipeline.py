@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexvar_runtime import CostRow, CostTable, CostUnknown, FlexVARPipeline, Guidance, InvalidInput
+from flexvar_runtime import CostRow, CostTable, CostUnknown, FlexVARPipeline, Guidance, InvalidInput, Sampling
 
 BEST, GOOD, FAST = ORDER = ("1_2_3x4_6_8x10", "1_2_4_8x10", "1_8x10")
 OFF = Guidance(0.0, "ramp")
@@ -131,12 +131,50 @@ def test_scales_are_watched_in_time_on_a_cpu(pipe: FlexVARPipeline) -> None:
 
 
 def test_costs_are_kept_in_memory_where_they_cannot_be_saved(
-    pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(self: CostTable) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(CostTable, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        pipe.measure_costs(repeats=1, clock=clock(0.3, 0.2, 0.1))
+    assert len(pipe.measure_costs(repeats=1, clock=clock(0.3, 0.2, 0.1)).rows) == 3
+    assert "costs are kept in this process alone: [Errno 28] No space left on device; set XDG_CACHE_HOME" in caplog.text
     assert str(pipe.choose_schedule(1, 250).schedule) == GOOD
+    pipe.measure_costs((2,), repeats=1, clock=clock(0.6, 0.5, 0.4))
+    assert str(pipe.choose_schedule(1, 250).schedule) == GOOD and str(pipe.choose_schedule(2, 550).schedule) == GOOD
+
+
+def test_what_was_measured_before_an_interruption_is_kept(pipe: FlexVARPipeline, bundle: Path) -> None:
+    def stop(row: CostRow) -> None:
+        if row.schedule == GOOD:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.measure_costs(repeats=1, clock=clock(0.3, 0.2, 0.1), on_row=stop)
+    with FlexVARPipeline.from_bundle(bundle, "ort-cpu", threads=1) as later:
+        assert str(later.choose_schedule(1, 250).schedule) == GOOD
+        with pytest.raises(CostUnknown, match=FAST):
+            later.choose_schedule(1, 150)
+
+
+def test_two_that_measure_at_once_keep_the_costs_of_both(pipe: FlexVARPipeline, bundle: Path) -> None:
+    with FlexVARPipeline.from_bundle(bundle, "ort-cpu", threads=1) as other:
+        with pytest.raises(CostUnknown):
+            other.choose_schedule(1, 250)
+        pipe.measure_costs((1,), repeats=1, clock=clock(0.3, 0.2, 0.1))
+        assert str(other.choose_schedule(1, 250).schedule) == GOOD  # without being opened again
+        other.measure_costs((2,), repeats=1, clock=clock(0.6, 0.5, 0.4))
+        pipe.measure_costs((4,), repeats=1, clock=clock(1.2, 1.1, 1.0))
+    with FlexVARPipeline.from_bundle(bundle, "ort-cpu", threads=1) as later:
+        assert [str(later.choose_schedule(n, 1150).schedule) for n in (1, 2, 4)] == [BEST, BEST, GOOD]
+
+
+def test_costs_are_those_of_the_filters_that_are_asked_for(pipe: FlexVARPipeline) -> None:
+    pipe.measure_costs(repeats=1, clock=clock(0.3, 0.2, 0.1))
+    everything = Sampling(top_k=0, top_p=0)
+    with pytest.raises(CostUnknown, match=r"batch_sizes=\(1,\), sampling=Sampling\(top_k=0, top_p=0.0"):
+        pipe([1], sampling=everything, deadline_ms=500)
+    pipe.measure_costs(repeats=1, sampling=everything, clock=clock(0.6, 0.5, 0.4))
+    assert pipe([1], sampling=everything, deadline_ms=550).settings[0].sampling == everything
+    assert str(pipe.choose_schedule(1, 550, sampling=everything).schedule) == GOOD
+    assert str(pipe.choose_schedule(1, 550, sampling=Sampling(top_k=5)).schedule) == BEST  # as much work as with 900

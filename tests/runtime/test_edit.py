@@ -43,7 +43,7 @@ def test_options_survive_json(edit: Edit) -> None:
         ({"task": "outpaint", "sides": (0, 0, 0, -4)}, "got sides -4"),
         ({"task": "outpaint"}, "got outpaint without sides"),
         ({"task": "expand"}, "got expand without a size"),
-        ({"task": "expand", "size": (8, 16), "fit": "pad"}, "got fit 'pad' for expand"),
+        ({"task": "expand", "size": (8, 16), "fit": "crop"}, "got fit for expand"),
         ({"task": "inpaint", "feather": 3}, "got a feather without paste"),
         ({"task": "inpaint", "paste": True, "feather": 5000}, "got feather 5000"),
     ],
@@ -87,3 +87,15 @@ def test_settings_with_a_spoiled_edit_are_refused(change: Any) -> None:
     assert Settings.from_json({**data, "edit": record}, "x").edit == EditRecord(EDITS[0], "a", None)
     with pytest.raises(ArtifactRefused, match="settings that cannot be used"):
         Settings.from_json({**data, "edit": {**record, **change} if isinstance(change, dict) else change}, "x")
+
+
+def test_a_changed_edit_leaves_behind_what_it_has_no_use_for() -> None:
+    pasted = Edit(task="inpaint", paste=True, feather=7, fit="pad", size=(64, 64))
+    assert pasted.changed(task="refine", strength=0.5) == Edit(task="refine", strength=0.5, fit="pad", size=(64, 64))
+    assert pasted.changed(paste=False) == Edit(task="inpaint", fit="pad", size=(64, 64))
+    assert pasted.changed(task="expand") == Edit(task="expand", size=(64, 64), paste=True, feather=7)
+    assert pasted.changed() == pasted
+    with pytest.raises(InvalidInput, match="a feather without paste"):
+        pasted.changed(paste=False, feather=3)
+    with pytest.raises(InvalidInput, match="strength for inpaint"):
+        pasted.changed(strength=0.5)

@@ -85,6 +85,8 @@ def test_one_picture_in_many_ways_and_many_pictures_at_once(pipe: FlexVARPipelin
         pipe.edit(pictures, "inpaint", mask=[hole()], **options)
     with pytest.raises(InvalidInput, match="pictures of several sizes"):
         pipe.edit([picture(), picture(32, 24)], "refine", labels=[1, 2])
+    with pytest.raises(InvalidInput, match="pictures of several sizes"):  # what is left of them without padding
+        pipe.edit([picture(), picture(32, 24)], "refine", labels=[1, 2], size=(32, 32), fit="pad")
 
 
 def test_without_a_class_there_is_no_guidance_unless_it_is_said(pipe: FlexVARPipeline) -> None:
@@ -114,6 +116,15 @@ def test_a_small_picture_forces_half_the_octaves(pipe: FlexVARPipeline, monkeypa
     pipe.edit(picture()[::3, ::3], "refine", size=(24, 32), schedule=SCHEDULE, seed=1)  # 8x10: 2x2.5 of 6x8 tokens
     pipe.edit(picture()[:1, :1], "refine", size=(24, 32), schedule=SCHEDULE, seed=1)
     assert seen == [3, 1]
+
+
+def test_pictures_that_would_keep_other_scales_are_not_edited_at_once(pipe: FlexVARPipeline) -> None:
+    pictures, options = [picture(), picture()[:1, :1]], {"size": (24, 32), "schedule": SCHEDULE, "seed": 1}
+    with pytest.raises(InvalidInput, match=r"pictures of which 1 or 3 scales are kept.*fix: give a strength"):
+        pipe.edit(pictures, "refine", labels=[1, 2], **options)
+    both = pipe.edit(pictures, "refine", labels=[1, 2], strength=0.5, **options)
+    alone = pipe.edit(pictures[1], "refine", labels=[2], strength=0.5, first_index=1, **options)
+    assert np.array_equal(both.images[1], alone.images[0])
 
 
 def test_a_strength_of_one_is_a_generation(pipe: FlexVARPipeline) -> None:

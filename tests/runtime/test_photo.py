@@ -119,6 +119,13 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
         read_photo(tmp_path)
 
 
+def test_a_file_so_large_that_pillow_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    with pytest.raises(InvalidInput, match=f"got large.png; expected at most {MOST_PIXELS:,} pixels; fix: make it sm"):
+        read_photo(tmp_path / "large.png")
+
+
 def test_a_picture_too_large_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("1", (2**14, MOST_PIXELS // 2**14 + 1))
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("its pixels were read"))

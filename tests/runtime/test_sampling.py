@@ -444,3 +444,11 @@ def make_vectors() -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     VECTORS.write_text("[\n" + ",\n".join(json.dumps(case) for case in make_vectors()) + "\n]\n")
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "filters"),
+    [(900, 0.95, "top-k, top-p"), (900, 0, "top-k"), (0, 0.95, "top-p"), (0, 1, "none"), (0, 0, "none")],
+)
+def test_filters_that_act(top_k: int, top_p: float, filters: str) -> None:
+    assert Sampling(top_k, top_p).filters == filters

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexvar_runtime import FlexVARPipeline
+from flexvar_runtime import FlexVARPipeline, ScaleSchedule
 from flexvar_runtime.images import read_metadata
 
 SMALL = ("--size", "24x32", "--schedule", "1_2_3x4_6x8")
@@ -160,3 +160,43 @@ def test_settings_of_the_other_command_are_refused(
     assert ended.code == 5 and "flexvar edit --from" in ended.err
     ended = flexvar("edit", tiny_bundle, "--from", made, "--image", photo, "-o", tmp_path / "again.png")
     assert ended.code == 5 and "flexvar generate --from" in ended.err
+
+
+def test_a_side_that_is_said_leaves_the_others_of_from(
+    flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "one.png", tmp_path / "two.png"
+    more = ("--size", "16x16", "--left", 8, "--right", 8, "--steps", 4)
+    assert flexvar("edit", tiny_bundle, "--task", "outpaint", "--image", photo, "-o", first, *more).code == 0
+    ended = flexvar("edit", tiny_bundle, "--image", photo, "--from", first, "-o", second, "--left", 4, "--json")
+    assert ended.code == 0 and ended.json["edit"]["sides"] == [0, 8, 0, 4] and pixels(second).shape == (16, 28, 3)
+    scales = read_metadata(first)["schedule"].count("_") + 1
+    assert ended.json["schedule"] == str(ScaleSchedule.for_size((4, 7), scales))
+
+
+def test_another_picture_of_other_proportions(flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "one.png", tmp_path / "two.png"
+    options = ("--task", "refine", "--steps", 4, "--strength", 0.5)
+    assert flexvar("edit", tiny_bundle, "--image", photo, "-o", first, *options).code == 0
+    Image.fromarray(pixels(photo)[:, :16]).save(tmp_path / "tall.png")
+    ended = flexvar("edit", tiny_bundle, "--image", tmp_path / "tall.png", "--from", first, "-o", second, "--json")
+    assert ended.code == 0 and ended.json["schedule"].count("_") == read_metadata(first)["schedule"].count("_")
+
+
+def test_options_that_are_left_behind(flexvar: Any, tiny_bundle: Path, photo: Path, mask: Path, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"{name}.png" for name in ("one", "two", "three"))
+    options = ("--task", "inpaint", "--mask", mask, "--paste", "--feather", 4, *SMALL)
+    assert flexvar("edit", tiny_bundle, "--image", photo, "-o", first, *options).code == 0
+    plain = flexvar("edit", tiny_bundle, "--image", photo, "--mask", mask, "--from", first, "-o", second, "--no-paste")
+    assert plain.code == 0 and read_metadata(second)["edit"]["feather"] == 0
+    assert flexvar("edit", tiny_bundle, "--image", photo, "--from", first, "-o", third, "--task", "refine").code == 0
+
+
+def test_the_largest_side_alone_asks_for_no_guidance(
+    flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path
+) -> None:
+    options = ("edit", tiny_bundle, "--task", "refine", "--image", photo, *SMALL, "--max-side", 8, "--json")
+    ended = flexvar(*options, "-o", tmp_path / "one.png")
+    assert ended.json["guidance"]["scale"] == 0 and ended.json["sampling"]["max_side"] == 8
+    ended = flexvar(*options, "-o", tmp_path / "two.png", "--class", 3)
+    assert ended.json["guidance"]["scale"] > 0 and ended.json["guidance"]["max_side"] == 8

@@ -40,12 +40,24 @@ def out(tmp_path: Path) -> Path:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_written_into_a_bundle(tmp_path: Path) -> None:
+def test_nothing_is_written_into_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     """A file more would make the bundle one that is refused."""
-    (tmp_path / "manifest.json").touch()
-    with pytest.raises(InvalidInput, match="inside a bundle; expected a place outside"):
-        check_targets([tmp_path / "images" / "0.png"], force=True)
-    assert not (tmp_path / "images").exists()
+    (tmp_path / "link").symlink_to(tiny_bundle)
+    for folder in (tiny_bundle, tmp_path / "link"):
+        with pytest.raises(InvalidInput, match="inside a bundle; expected a place outside"):
+            check_targets([folder / "images" / "0.png"], force=True)
+        assert not (folder / "images").exists()
+
+
+def test_a_manifest_of_something_else_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    check_targets([tmp_path / "images" / "0.png"], force=False)
+    assert (tmp_path / "images").is_dir()
+
+
+def test_without_classes(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
+    ended = flexvar("generate", tiny_bundle, "-o", out)
+    assert ended.code == 2 and "fix: say which: --classes 7,999" in ended.err and not out.exists()
 
 
 def test_no_steps_are_not_the_default(flexvar: Any, tiny_bundle: Path, out: Path) -> None:

@@ -96,3 +96,10 @@ def test_refusals(flexvar: Any, tmp_path: Path, extra: tuple[str, ...], got: str
 def test_nothing_is_measured_for_a_request_that_is_refused(flexvar: Any, bundle: Path, tmp_path: Path) -> None:
     ended = flexvar("generate", bundle, "-o", tmp_path / "out", "--classes", "11", "--deadline-ms", "100")
     assert ended.code == 2 and "class 11" in ended.err and not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written(flexvar: Any, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    ended = flexvar("generate", bundle, "-o", tmp_path / "out", "--classes", "1", "--deadline-ms", 600_000)
+    assert ended.code == 0 and (tmp_path / "out" / "000000_class0001.png").exists()
+    assert "costs are kept in this process alone" in ended.err
