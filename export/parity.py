@@ -98,7 +98,7 @@ def _compare_prefill(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityR
     last = len(case.schedule) - 1
     if last < 2 or not engine.prefills:
         return
-    engine.graph(PREFILL, once=True)  # held, it is used however little memory is left
+    engine.graph(PREFILL)  # held, it is used however little memory is left
     with engine.loop(case.labels, case.schedule, case.guidance) as loop:
         loop.force(case.tokens[:last])
         logits = loop.logits(last, case.tokens[last - 1])[:, case.rows[last]]

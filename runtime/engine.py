@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .backends.base import Backend, Graph
 from .bundle import Bundle
 from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
-from .graphs import CONDITION, DECODE, ENCODE, PREFILL, REQUIRED, STEP, TABLES_FILE, graph_specs, is_half
+from .graphs import CONDITION, DECODE, ENCODE, PREFILL, REQUIRED, STEP, TABLES_FILE, graph_specs
 from .guidance import Guidance
 from .loop import Condition, Draws, Loop, LoopBuffers, ScaleLoop
 from .planner import IMAGES_PER_RUN, MemoryPlan, batch_that_fits, plan, require_fits
@@ -65,7 +65,7 @@ class Engine:
         self._graphs: dict[str, Graph] = {}
         self._conditions: OrderedDict[int, Condition] = OrderedDict()
         self._spare: LoopBuffers | None = None
-        self._prefill_mapped = self._closed = False
+        self._closed = False
         self._generator = self._start_generator()
 
     def _start_generator(self) -> DeviceGenerator | None:
@@ -234,11 +234,11 @@ class Engine:
         manifest, available = self.bundle.manifest, self.backend.available_bytes()
         return batch_that_fits(manifest, graph, size, available, self._graphs, self.backend.name)
 
-    def graph(self, name: str, *, once: bool = False) -> Graph:
-        """A graph of the bundle, opened when first asked for; `once` without what pays only over many runs."""
+    def graph(self, name: str) -> Graph:
+        """A graph of the bundle, opened when first asked for."""
         self._require_open()
         if name not in self._graphs:
-            self._graphs[name] = self.backend.open(self.bundle, name, once=once)
+            self._graphs[name] = self.backend.open(self.bundle, name)
         return self._graphs[name]
 
     @cached_property
@@ -249,23 +249,16 @@ class Engine:
     def _open_prefill(self, wanted: MemoryPlan | None = None) -> Graph | None:
         """The graph for given scales; None where they run one by one. wanted: what the request takes, on the host.
 
-        Its weights, repacked, are a second copy of those of `step`, and take as long as an edit saves: where they can
-        stay in the file they do the first time, and always where a copy leaves no room for what is still wanted.
+        Its weights are a second copy of those of `step`: it is opened where that leaves room for what is still wanted.
         """
         if not self.prefills:
             return None
-        held = self._graphs.get(PREFILL)
-        if wanted is None or (held is not None and not self._prefill_mapped):
-            return self.graph(PREFILL)
-        available, mappable = self.backend.available_bytes(), self.backend.maps_weights
-        roomy = available is None or wanted.needed(self._graphs) + wanted.weights[STEP] <= available
-        self._prefill_mapped = mappable and not is_half(self.bundle.manifest.precision) and (held is None or not roomy)
-        if not roomy and not self._prefill_mapped:
-            log.info("given scales run one by one: no room for the weights of %s", PREFILL)
-            return None
-        if held is not None and not self._prefill_mapped:
-            self._graphs.pop(PREFILL).close()
-        return self.graph(PREFILL, once=self._prefill_mapped)
+        if wanted is not None and PREFILL not in self._graphs:
+            available = self.backend.available_bytes()
+            if available is not None and wanted.needed(self._graphs) + wanted.weights[STEP] > available:
+                log.info("given scales run one by one: no room for the weights of %s", PREFILL)
+                return None
+        return self.graph(PREFILL)
 
     def _require_open(self) -> None:
         if self._closed:

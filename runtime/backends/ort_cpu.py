@@ -49,6 +49,7 @@ class OrtCpu(HostBackend):
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 4  # nothing but crashes: errors are raised
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")  # of weights: opens in half the time
         if once:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
