@@ -2,10 +2,11 @@
 
     python3 benchmarks/gpu_check.py --out "$OUT"
 
-needs torch, numpy, onnx, onnxscript, pillow, typer and rich there, no network, and nothing of ours installed. It says
-which of TensorRT, TensorRT-RTX and ONNX Runtime CUDA runs, and why the others do not; holds every graph and its tokens
-against the reference; and times d16, d20 and d24 with random weights at 256 px in 10 guided steps, decoder included,
-against the eager reference and torch.compile.
+needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich there, and for everything but the peers in
+torch cuda-core 1.0 or later with NVRTC; no network, and nothing of ours installed. It says which of TensorRT,
+TensorRT-RTX and ONNX Runtime CUDA runs, and why the others do not; holds every graph and its tokens against the
+reference; and times d16, d20 and d24 with random weights at 256 px in 10 guided steps, decoder included, against the
+eager reference and torch.compile.
 
 Every phase is a process with a limit of its own; DIR/gpu_check.json is complete, up to there, after each of them. The
 plan, in the order of importance, in seconds, for one backend that works:
@@ -18,11 +19,13 @@ plan, in the order of importance, in seconds, for one backend that works:
     25       the eager reference, twice
     80       torch.compile with a CUDA graph
     20       memory over 1,000 generations
+    20       the decoder in phases and plain
     70  d20: parity, times, where the time goes; reference
     70  d24: the same
-    432 of 540; TensorRT builds engines first, 70 for each model
+    452 of 540; TensorRT builds engines first, 70 for each model
 
-What does not fit says that no time was left: fewer --depths, or one of the --backends, leaves more of it.
+What does not fit says that no time was left: fewer --depths, or one of the --backends, leaves more of it. Limits grow
+with --minutes, and where less is asked for.
 
     python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR    puts a run that is over among the results
 """
@@ -32,10 +35,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,14 +61,35 @@ PACKAGES = {
     "flexvar_bench": "benchmarks",
 }
 RESULT = "gpu_check.json"
+NEEDED = {
+    "torch": "torch",
+    "numpy": "numpy",
+    "onnx": "onnx",
+    "onnxscript": "onnxscript",
+    "safetensors": "safetensors",
+    "PIL": "pillow",
+    "typer": "typer",
+    "rich": "rich",
+}  # as they are imported and as they are installed
+CUDA_PROBE = """
+import cuda.core
+from cuda.bindings import nvrtc
+nvrtc.nvrtcVersion()
+print(cuda.core.__version__)
+"""
 RESERVE_SECONDS = 6.0  # for the last process to end and the table to be printed
 
 
 def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None) -> int:
     """package_path: folder that children find our packages in, where they are not installed."""
     started = time.monotonic()
+    absent = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if absent:
+        names = " ".join(absent)
+        print(f"gpu_check: no {names} here: nothing can be measured; fix: pip install {names}", file=sys.stderr)
+        return 4
     arguments = _parse(argv)
-    from .gpu_plan import phases
+    from .gpu_plan import phases, with_limits
     from .gpu_report import merge
 
     if arguments.merge is not None:
@@ -70,14 +97,14 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
         return 0
     try:
         request = _request(arguments)
-        plan = select(phases(request), arguments.only)
+        plan = with_limits(select(phases(request), arguments.only), arguments.minutes)
     except ValueError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline = started + 60 * arguments.minutes - RESERVE_SECONDS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
-    with _work(arguments.work) as work:
+    with _work(arguments.work, arguments.precision) as work:
         return _measure(arguments, request, plan, work, deadline, started, package_path)
 
 
@@ -96,7 +123,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tiny", action="store_true", help="the tiny model only; on a machine without a GPU, a rehearsal"
     )
-    parser.add_argument("--work", type=Path, help="folder for bundles and engines, kept; by default a temporary one")
+    parser.add_argument(
+        "--work", type=Path, help="folder for bundles and engines, kept and used again; by default a temporary one"
+    )
     parser.add_argument("--merge", type=Path, metavar="DIR", help=f"measure nothing: put {RESULT} of --out into DIR")
     return parser.parse_args(argv)
 
@@ -123,12 +152,21 @@ def _measure(
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     options = {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "work", "merge")}
+    missing = without_cuda()
+    if missing:
+        print(
+            f"gpu_check: {missing}: our kernels and backends on a GPU will not be measured, only the peers in torch; "
+            "fix: pip install 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
+            file=sys.stderr,
+            flush=True,
+        )
     facts: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": options,
         "version": __version__,
         "source_sha256": source_hash(),
         "model": request.models[0],
+        "missing": missing,
     }
     seen: dict[str, str] = {}
 
@@ -152,6 +190,23 @@ def _measure(
     show(final, console)
     print(json.dumps(headline(final)), flush=True)
     return 0
+
+
+def without_cuda() -> str | None:
+    """Why our kernels cannot run for want of cuda.core or NVRTC; None where both are there. Loaded in a process of its
+    own: a broken library may end it."""
+    from flexvar_runtime.cuda.gpu import MINIMUM
+
+    try:
+        done = subprocess.run([sys.executable, "-c", CUDA_PROBE], capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return "cuda.core or NVRTC does not load within 20 s"
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return f"no cuda.core with NVRTC ({reason:.200})"
+    version = done.stdout.strip()
+    old = tuple(int(part) for part in re.findall("[0-9]+", version)[:2]) < MINIMUM
+    return f"cuda.core {version}, older than {'.'.join(map(str, MINIMUM))}" if old else None
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -213,10 +268,11 @@ def _environment(work: Path, package_path: Path | None) -> dict[str, str]:
 
 
 @contextmanager
-def _work(folder: Path | None) -> Iterator[Path]:
+def _work(folder: Path | None, precision: str) -> Iterator[Path]:
+    """A folder that is kept has one inside for each precision."""
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder.resolve()
+        (folder / precision).mkdir(parents=True, exist_ok=True)
+        yield (folder / precision).resolve()
         return
     temporary = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     try:

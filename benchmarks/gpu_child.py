@@ -80,6 +80,12 @@ def _export(work: Path, save: Save, *, model: str, precision: str, processes: in
     export_model(model, work, precision, save)
 
 
+def _plain(work: Path, save: Save, *, model: str) -> None:
+    from .gpu_models import plain_model
+
+    plain_model(model, work, save)
+
+
 def _tiny(work: Path, save: Save, *, backend: str) -> None:
     from .gpu_runs import tiny
 
@@ -123,6 +129,15 @@ def _growth(work: Path, save: Save, *, model: str, backend: str, generations: in
     growth(work, model, backend, generations, save)
 
 
+def _decoders(
+    work: Path, save: Save, *, model: str, backend: str, batches: list[int], max_batch: int, budget: dict[str, Any]
+) -> None:
+    from .gpu_runs import decoders
+    from .timing import Budget
+
+    decoders(work, model, backend, batches, max_batch, Budget(**budget), save)
+
+
 def _reference(work: Path, save: Save, *, model: str, batches: list[int], budget: dict[str, Any]) -> None:
     from .timing import Budget
     from .torch_peers import reference
@@ -142,12 +157,14 @@ def _compiled(
 JOBS: dict[str, Callable[..., None]] = {
     "machine": _machine,
     "export": _export,
+    "plain": _plain,
     "tiny": _tiny,
     "kernels": _kernels,
     "build": _build,
     "run": _run,
     "profile": _profile,
     "growth": _growth,
+    "decoders": _decoders,
     "reference": _reference,
     "compiled": _compiled,
 }

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from flexvar_export.proof import PROOF_FILE, Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_ref.checkpoint import published_name
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
-from flexvar_runtime import Guidance, ScaleSchedule
+from flexvar_runtime import Bundle, Guidance, ScaleSchedule
+from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.graphs import TABLES_FILE, WEIGHTS_OF, graph_specs
-from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, Provenance
+from flexvar_runtime.graphs import DECODE, TABLES_FILE, WEIGHTS_OF, graph_specs
+from flexvar_runtime.manifest import ENGINES, MANIFEST, PHASES, PLAIN, SCHEMA_VERSION, Manifest, Provenance
 
 from .gpu_plan import TINY
 
@@ -41,14 +43,16 @@ Save = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the bundle of a model and its proof, every row of logits kept, lie in the folder of a run."""
+    """Where the bundle of a model, the same with a plain decoder, and its proof, every row of logits kept, lie in the
+    folder of a run."""
 
     bundle: Path
+    plain: Path
     proof: Path
 
     @classmethod
     def of(cls, work: Path, model: str) -> ModelFiles:
-        return cls(work / f"{model}.bundle", work / f"{model}.{PROOF_FILE}")
+        return cls(work / f"{model}.bundle", work / f"{model}.plain.bundle", work / f"{model}.{PROOF_FILE}")
 
 
 def schedule_of(model: str) -> ScaleSchedule:
@@ -92,27 +96,45 @@ def _fill(module: FlexVAR | Tokenizer) -> None:
 def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     """The bundle of a random model, unproven, and beside it what the reference computes in float32 on the CPU.
 
-    What lies in the folder already is used again.
+    What lies in the folder already is used again: it holds one precision.
     """
     files, seconds, start = ModelFiles.of(work, name), dict[str, float](), time.perf_counter()
     attention: dict[str, int] = {}
+    common = {"model": name, "precision": precision, "weights": "random"}
     if files.bundle.exists() and files.proof.exists():
-        save({"model": name, "precision": precision, "weights": "random", "reason": "there from an earlier run"})
+        save(common | {"reason": "there from an earlier run"})
         return
 
     def done(step: str) -> None:
         nonlocal start
         seconds[step], start = time.perf_counter() - start, time.perf_counter()
-        facts = {"model": name, "precision": precision, "weights": "random", "attention_nodes": attention}
-        save(facts | {"seconds": seconds})
+        save(common | {"decoder": PHASES, "attention_nodes": attention, "seconds": seconds})
 
     model, tokenizer = random_model(name)
+    done("weights")
+    if not files.bundle.exists():
+        _write_bundle(model, tokenizer, files.bundle, precision, attention, done)
+    if not files.proof.exists():
+        proof = make_proof(model, tokenizer, schedule_of(name), default_guidance())
+        with atomic_write(files.proof) as temporary:
+            proof.save(temporary)
+        done("proof")
+
+
+def _write_bundle(
+    model: FlexVAR,
+    tokenizer: Tokenizer,
+    bundle: Path,
+    precision: str,
+    attention: dict[str, int],
+    done: Callable[[str], None],
+) -> None:
+    """As `flexvar export` writes it. attention: how many such nodes every graph has, filled in."""
     facts = model_facts(model, tokenizer)
     specs = graph_specs(facts, precision)
-    done("weights")
-    with write_bundle(files.bundle) as directory:
+    with write_bundle(bundle) as directory:
         for graph, spec in specs.items():
-            module = graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision])
+            module = graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision], decoder=PHASES)
             export_graph(module, spec, directory, specs.get(WEIGHTS_OF.get(graph, "")))
             attention[graph] = sum(node.operator == "Attention" for node in scan(directory / spec.file).nodes)
             done(graph)
@@ -128,8 +150,21 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
             parity=UNPROVEN,
             largest_activation={},
             files={},
+            decoder=PHASES,
         )
         seal(directory, manifest)
     done("files")
-    make_proof(model, tokenizer, schedule_of(name), default_guidance()).save(files.proof)
-    done("proof")
+
+
+def plain_model(name: str, work: Path, save: Save) -> None:
+    """The bundle of an exported model once more, its decoder upsampling as the reference does; all else is linked."""
+    files = ModelFiles.of(work, name)
+    manifest = replace(Bundle.open(files.bundle).manifest, decoder=PLAIN)
+    with write_bundle(files.plain, force=True) as directory:
+        spec = manifest.graphs[DECODE]
+        others = shutil.ignore_patterns(ENGINES, MANIFEST, f"{spec.file}*")
+        shutil.copytree(files.bundle, directory, ignore=others, copy_function=os.link, dirs_exist_ok=True)
+        module = graph_module(DECODE, *random_model(name), TORCH_PRECISIONS[manifest.precision], decoder=PLAIN)
+        export_graph(module, spec, directory)
+        seal(directory, manifest)
+    save({"model": name, "precision": manifest.precision, "decoder": PLAIN})

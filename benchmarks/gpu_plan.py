@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexvar_runtime.backends import TENSORRT_BACKENDS
@@ -13,6 +14,7 @@ CPU_BACKEND = "ort-cpu"
 MODELS = (16, 20, 24)
 BATCHES = (1, 8, 64)
 GENERATIONS = 1000  # looked at for growth of memory
+MINUTES = 9.0  # that the limits below are made for
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Request:
         return (TINY,) if self.tiny else tuple(f"d{depth}" for depth in self.depths)
 
     @property
+    def max_batch(self) -> int:
+        """Of engines: the proof takes two."""
+        return max(*self.batches, 2)
+
+    @property
     def budget(self) -> dict[str, float]:
         """Of one row of times."""
         return {"warmup": 1, "least": 2, "most": 3, "seconds": 0.2} if self.tiny else {"seconds": 2.5}
@@ -61,16 +68,30 @@ def phases(request: Request) -> list[Phase]:
     exported: tuple[str, ...] = (*small, *request.models)
     found += [_export(model, request, share=len(exported)) for model in exported]
     found += [_tiny(backend) for backend in request.backends]
+    found.append(Phase(f"plain {main}", "plain", {"model": main}, 20, 60, alone=False, needs=(f"export {main}",)))
     found.append(Phase("kernels", "kernels", {"model": main, "batches": request.batches}, 12, 40))
     for backend in request.backends:
         found += _measure(main, backend, request)
     found += [_reference(main, request), _compiled(main, request)]
     found += [_growth(main, backend, request) for backend in request.backends]
+    found += [_decoders(main, backend, request) for backend in request.backends]
     for model in others:
         for backend in request.backends:
             found += _measure(model, backend, request)
         found.append(_reference(model, request))
     return found
+
+
+def planned_seconds(plan: Sequence[Phase]) -> float:
+    """What all should take: exports run side by side, and the tiny model and the plain decoder beside them."""
+    beside = [phase.seconds for phase in plan if phase.job == "export"]
+    return max(beside, default=0) + sum(p.seconds for p in plan if p.job not in ("export", "tiny", "plain"))
+
+
+def with_limits(plan: Sequence[Phase], minutes: float) -> list[Phase]:
+    """The same with longer limits where there is more time than usual, or than the phases should take."""
+    factor = max(1.0, minutes / MINUTES, 60 * minutes / max(planned_seconds(plan), 1))
+    return [replace(phase, limit=factor * phase.limit) for phase in plan]
 
 
 def _export(model: str, request: Request, share: int) -> Phase:
@@ -92,7 +113,7 @@ def _measure(model: str, backend: str, request: Request) -> list[Phase]:
         build = Phase(
             f"build {backend} {model}",
             "build",
-            options | {"max_batch": max(*request.batches, 2)},  # the proof takes two
+            options | {"max_batch": request.max_batch},
             70,
             150,
             alone=backend == "tensorrt",  # it chooses kernels by timing them
@@ -125,3 +146,15 @@ def _compiled(model: str, request: Request) -> Phase:
 def _growth(model: str, backend: str, request: Request) -> Phase:
     options = {"model": model, "backend": backend, "generations": request.generations}
     return Phase(f"growth {backend} {model}", "growth", options, 20, 60, needs=(f"run {backend} {model}",))
+
+
+def _decoders(model: str, backend: str, request: Request) -> Phase:
+    options = {
+        "model": model,
+        "backend": backend,
+        "batches": request.batches,
+        "max_batch": request.max_batch,
+        "budget": request.budget | {"seconds": 1},
+    }
+    needs = (f"plain {model}", f"run {backend} {model}")
+    return Phase(f"decoders {backend} {model}", "decoders", options, 20, 90, needs=needs)

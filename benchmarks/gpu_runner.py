@@ -126,6 +126,7 @@ class Runner:
     def _start(self, phase: Phase) -> None:
         folder = self._work / "phases" / phase.name.replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)  # of an earlier run in the same folder
         options = json.dumps(phase.options)
         arguments = (phase.job, "--work", self._work, "--result", folder / "result.json", "--options", options)
         with (folder / "stderr").open("wb") as errors, (folder / "stdout").open("wb") as output:

@@ -14,9 +14,14 @@ from typing import Any
 import numpy as np
 
 from flexvar_export import build_command
+from flexvar_export.parity import psnr
 from flexvar_runtime import FlexVARPipeline, Sampling
 from flexvar_runtime.backends import TENSORRT_BACKENDS
+from flexvar_runtime.engine import Engine
 from flexvar_runtime.errors import BackendUnavailable, FlexVARError
+from flexvar_runtime.graphs import DECODE
+from flexvar_runtime.manifest import ENGINES
+from flexvar_runtime.planner import IMAGES_PER_RUN
 
 from .gpu_machine import probe_backend, used_bytes
 from .gpu_models import ModelFiles, Save, default_guidance, load_proof, schedule_of
@@ -44,6 +49,7 @@ class Opened:
             "backend": self.pipeline.backend.name,
             "model": self.model,
             "precision": self.pipeline.bundle.manifest.precision,
+            "decoder": self.pipeline.bundle.manifest.decoder,
             "schedule": str(schedule_of(self.model)),
             "guidance": default_guidance().to_json(),
             "sampling": Sampling().to_json(),
@@ -56,23 +62,27 @@ class Opened:
 
 
 @contextmanager
-def opened(work: Path, model: str, backend: str) -> Iterator[Opened]:
-    start = time.perf_counter()
-    with FlexVARPipeline.from_bundle(ModelFiles.of(work, model).bundle, backend=backend) as pipeline:
+def opened(work: Path, model: str, backend: str, *, plain: bool = False) -> Iterator[Opened]:
+    """plain: the bundle with the plain decoder. Both have their engines in one folder."""
+    files, start = ModelFiles.of(work, model), time.perf_counter()
+    bundle, engines = files.plain if plain else files.bundle, files.bundle / ENGINES
+    with FlexVARPipeline.from_bundle(
+        bundle, backend=backend, engines=engines if backend in TENSORRT_BACKENDS else None
+    ) as pipeline:
         yield Opened(pipeline, model, time.perf_counter() - start)
 
 
-def build(work: Path, model: str, backend: str, max_batch: int, save: Save) -> None:
+def build(work: Path, model: str, backend: str, max_batch: int, save: Save, *, plain: bool = False) -> None:
     """`flexvar build` for this machine's GPU: engines of every graph. How far it came stands on standard error."""
-    start, printed = time.perf_counter(), io.StringIO()
+    files, start, printed = ModelFiles.of(work, model), time.perf_counter(), io.StringIO()
     with redirect_stdout(printed):
         build_command.build(
-            ModelFiles.of(work, model).bundle,
+            files.plain if plain else files.bundle,
             backend,
             schedule=[str(schedule_of(model))],
             max_batch=max_batch,
             target=None,
-            engines=None,
+            engines=files.bundle / ENGINES,
             force=False,
             as_json=True,
         )
@@ -222,3 +232,41 @@ def growth(work: Path, model: str, backend: str, generations: int, save: Save) -
 def _difference(a: dict[str, int | None], b: dict[str, int | None], key: str) -> int | None:
     first, second = a[key], b[key]
     return None if first is None or second is None else first - second
+
+
+def decoders(
+    work: Path, model: str, backend: str, batches: Sequence[int], max_batch: int, budget: Budget, save: Save
+) -> None:
+    """The decoder alone in both forms: whether upsampling in phases saves time on this device."""
+    case, result = load_proof(work, model).cases[0], dict[str, Any]()
+    for plain in (False, True):
+        if plain and backend in TENSORRT_BACKENDS:  # of the other graphs, engines are there
+            build(work, model, backend, max_batch, lambda _: None, plain=True)
+        with opened(work, model, backend, plain=plain) as run:
+            engine = run.pipeline.engine
+            result = run.facts | {"rows": result.get("rows", [])}
+            images = np.concatenate([part.copy() for part in engine.decode(case.tokens[-1])])
+            facts = {"decoder": result.pop("decoder"), "psnr_db": psnr(images, case.decoded)}
+            for batch in sorted({min(batch, IMAGES_PER_RUN) for batch in batches}):
+                result["rows"].append(facts | decoder_times(engine, schedule_of(model)[-1], batch, budget))
+                save(result)
+
+
+def decoder_times(engine: Engine, size: tuple[int, int], batch: int, budget: Budget) -> dict[str, Any]:
+    """Of one run of the graph, from tokens on the device to images there."""
+    (h, w), factor, device = size, engine.model.downsampling, engine.backend.device
+    tokens = engine.backend.upload(np.zeros((batch, h, w), np.int32))
+    image = engine.backend.empty((batch, 3, h * factor, w * factor), "float32")
+    bound = engine.graph(DECODE).bind({"tokens": tokens}, {"image": image})
+
+    def once() -> float | None:
+        if device is None:
+            bound.run()
+            return None
+        seconds = device.elapsed(bound.run)
+        device.synchronize()
+        return seconds()
+
+    walls, devices = repeat(once, budget)
+    bound.close()
+    return timed_row(batch, walls, devices, budget)

@@ -47,7 +47,8 @@ class Ceiling:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What is measured. variant: a backend ("ort-cpu") or a peer ("torch-eager"); model: a name people know it by."""
+    """What is measured. variant: a backend ("ort-cpu") or a peer ("torch-eager"); model: a name people know it by;
+    precision: the bundle's, or what a peer computes in."""
 
     name: str
     model: str
@@ -66,8 +67,9 @@ class Measured:
 
     Medians in seconds, None where a variant does not tell: `scales` one a scale (the transformer's step, without
     sampling), `condition`, `sampling` (all scales), `decode`. told: the share of a call that all these add up to, as
-    the median over calls (a sum of medians says less where times scatter). flops: operations of one call that cannot
-    be avoided; joules: of one call, where a counter says. note: "not measured" and why, where `seconds` is empty.
+    the median over calls (a sum of medians says less where times scatter). peak_memory_bytes: of the process, from the
+    warm-up on, None where that cannot be known. flops: operations of one call that cannot be avoided; joules: of one
+    call, where a counter says. note: "not measured" and why, where `seconds` is empty.
     """
 
     scenario: Scenario

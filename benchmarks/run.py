@@ -20,7 +20,7 @@ from .records import Measured, Scenario, Served
 from .variants import CostWork, Sample, Subject, Work
 from .workers import Worker, started
 
-PUBLISHED_DOWNSAMPLING = 16
+PUBLISHED_TOKENIZER = 16, 8912, 32  # downsampling, vocabulary, dimension of a code
 SEED = 0
 Progress = Callable[[str], None]
 
@@ -52,7 +52,8 @@ def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> It
             yield from _in_turns(plan, bundle, case, [by_name[name] for name in case.variants], turns, threads)
         for load in plan.loads:
             progress(f"{plan.model.name}: {load.mode}, {load.requests} requests on {load.variant}")
-            served = serve(load, by_name[load.variant].make, _scenario(plan, bundle, load.variant, load.work, threads))
+            worker = by_name[load.variant]
+            served = serve(load, worker.make, _scenario(plan, bundle, worker, load.work, threads))
             if served is not None:
                 yield served
         for worker in workers:
@@ -74,7 +75,9 @@ def _in_turns(
 ) -> Iterable[Measured]:
     samples: dict[str, list[tuple[int, Sample]]] = {name: [] for name in case.variants}
     notes = dict.fromkeys(case.variants, "")
+    anew: dict[str, bool] = {}
     for worker in workers:  # warm-up: opens graphs, allocates, compiles
+        anew[worker.subject.variant] = worker.reset_peak()
         answer = worker.make(case.work)
         notes[worker.subject.variant] = answer if isinstance(answer, str) else ""
     end = time.perf_counter() + case.seconds
@@ -93,8 +96,8 @@ def _in_turns(
                 samples[name].append((next(turns), answer))
     for worker in workers:
         name = worker.subject.variant
-        scenario = _scenario(plan, bundle, name, case.work, threads)
-        peak = worker.peak_bytes() if not notes[name] else None
+        scenario = _scenario(plan, bundle, worker, case.work, threads)
+        peak = worker.peak_bytes() if anew[name] and not notes[name] else None
         flops = call_flops(bundle.manifest.model, case.work)
         yield measured(scenario, bundle.sha256, samples[name], peak, flops, notes[name])
 
@@ -179,14 +182,15 @@ def call_flops(model: ModelFacts, work: Work) -> float:
     """Operations a call cannot avoid, upsampling counted in phases. Of another decoder than the published one none are
     counted: the figure is then too low, and so is a share of the limit."""
     flops = transformer_flops(model, work.schedule, guided=work.guided)
-    if model.downsampling == PUBLISHED_DOWNSAMPLING:
+    if (model.downsampling, model.vocabulary, model.code_dim) == PUBLISHED_TOKENIZER:
         flops += decoder_flops(work.schedule) * (1 - PHASE_SAVING)
     return work.batch * flops
 
 
-def _scenario(plan: Plan, bundle: Bundle, variant: str, work: Work, threads: int) -> Scenario:
+def _scenario(plan: Plan, bundle: Bundle, worker: Worker, work: Work, threads: int) -> Scenario:
+    variant = worker.subject.variant
     peer = variant.removeprefix("torch-") if variant.startswith("torch-") else None
-    precision = {None: bundle.manifest.precision, "bf16": "bf16"}.get(peer, "fp32")
+    precision = worker.precision or {None: bundle.manifest.precision, "bf16": "bf16"}.get(peer, "fp32")
     return Scenario(
         name=f"{plan.model.name}, {_said(work)}",
         model=plan.model.name,

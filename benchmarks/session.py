@@ -11,11 +11,12 @@ from pathlib import Path
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.cli.console import steps
+from flexvar_runtime.errors import InvalidInput
 
 from .machine import best, ceiling, environment
 from .models import make, model_of
 from .plans import Extent, plan, read_quality
-from .records import Ceiling, Record, read, write
+from .records import Ceiling, Environment, Record, Results, read, write
 from .run import Costs, measure
 from .suite import Entry
 
@@ -35,7 +36,8 @@ def run_session(
     front where `append` says so.
 
     Models that are made for the run lie in `output` with the suffix .models. Raises InvalidInput for plans that cannot
-    be, before anything is made, and ArtifactRefused for a bundle, table or file of results that cannot be read.
+    be and for models that cannot be appended, before anything is made, and ArtifactRefused for a bundle, table or file
+    of results that cannot be read.
     """
     models = [model_of(entry, output.with_suffix(".models")) for entry in entries]
     extents = [entry.extent(options) for entry in entries]
@@ -47,7 +49,10 @@ def run_session(
     records: list[Record] = []
     if append and output.exists():
         before = read(output)
-        records = [before.environment, before.ceiling, *before.measured, *before.served, *before.quality]
+        names = [entry.name for entry in entries]
+        _require_new(before, names, environment(threads), output.name)
+        records = [before.environment, before.ceiling, *before.measured, *before.served]
+        records += [one for one in before.quality if one.model not in names]  # of a run that was killed
     made: list[Record] = [
         row for entry in entries if entry.quality for row in read_quality(Path(entry.quality), entry.name)
     ]
@@ -71,3 +76,21 @@ def run_session(
         records = [best(record, ceiling(threads)) if isinstance(record, Ceiling) else record for record in records]
         write(output, [*records, *made])
     return Outcome(tuple(made), tuple(kept))
+
+
+def _require_new(before: Results, names: Sequence[str], now: Environment, file: str) -> None:
+    """Refuse to add another machine's times, and models that the file has. Raises InvalidInput."""
+    for fact in ("cpu", "cores", "threads"):
+        if (there := getattr(before.environment, fact)) != (here := getattr(now, fact)):
+            raise InvalidInput(
+                f"{file} with {fact} {there}, here {here}",
+                expected="one machine and one number of threads a file",
+                fix="write another file: -o",
+            )
+    known = {one.scenario.model for one in before.measured} | {one.scenario.model for one in before.served}
+    if again := [name for name in names if name in known]:
+        raise InvalidInput(
+            f"models {', '.join(map(repr, again))}, which {file} has",
+            expected="a model once a file",
+            fix="name them otherwise (--name, or name = in the suite), or write another file: -o",
+        )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import flexvar_ref
+from flexvar_export.parity import GATES
 from flexvar_export.proof import reference_options
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.sampling import draw, probabilities
@@ -123,6 +124,7 @@ def compiled(
     torch.backends.cudnn.benchmark = True  # convolutions are chosen by timing them, in the warm-up
     eager = Eager(*random_model(model_name), schedule_of(model_name), place())
     result["relative_error"] = CompiledPeer(eager, compiler=None).relative_error(load_proof(work, model_name).cases[0])
+    result["gate"] = GATES["fp16" if uses_gpu() else "fp32"].relative
     save(result)
     compiler = "inductor" if uses_gpu() else "eager"  # a rehearsal needs no code
     for dynamic, sizes in ((True, batches[:1]), (False, static_batches), (True, batches[1:])):

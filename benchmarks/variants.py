@@ -2,7 +2,8 @@
 
 Peers: `torch-eager`, the reference as published (float32); `torch-bf16`, the same with weights and activations in
 bfloat16; `torch-compile`, its blocks and decoder compiled; `ort-plain` and `openvino-plain`, the bundle's own graphs as
-ONNX Runtime and OpenVINO run them with their default settings: arrays in and out, nothing bound.
+ONNX Runtime and OpenVINO run them with their default settings: arrays in and out, nothing bound. OpenVINO's default is
+bfloat16 where the processor has it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle, CostRow, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
+from flexvar_runtime.backends.base import host_dtype
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
-from flexvar_runtime.graphs import CONDITION, DECODE, STEP, TABLES_FILE, new_names, past_names
+from flexvar_runtime.graphs import CONDITION, DECODE, DTYPE_OF_PRECISION, STEP, TABLES_FILE, new_names, past_names
 from flexvar_runtime.images import to_uint8
 from flexvar_runtime.noise import draws
 from flexvar_runtime.sampling import sample
@@ -180,14 +182,26 @@ def _sampling(bundle: Bundle) -> Sampling:
     return Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side)
 
 
-def _plain_peer(subject: Subject) -> Make:
+@dataclass(frozen=True)
+class PlainMake:
+    """Calls of a peer on the bundle's graphs. precision: what its library computes in."""
+
+    bundle: Bundle
+    tables: Tables
+    run: RunGraph
+    precision: str
+
+    def __call__(self, work: Work) -> Sample:
+        return _plain_sample(self.bundle, self.tables, self.run, work)
+
+
+def _plain_peer(subject: Subject) -> PlainMake:
     bundle = Bundle.open(subject.bundle)
-    run = {"ort-plain": _onnx_runtime, "openvino-plain": _openvino}[subject.variant](bundle, subject.threads)
-    tables = Tables.load(bundle.file(TABLES_FILE), bundle.manifest.model)
-    return lambda work: _plain_sample(bundle, tables, run, work)
+    run, precision = {"ort-plain": _onnx_runtime, "openvino-plain": _openvino}[subject.variant](bundle, subject.threads)
+    return PlainMake(bundle, Tables.load(bundle.file(TABLES_FILE), bundle.manifest.model), run, precision)
 
 
-def _onnx_runtime(bundle: Bundle, threads: int) -> RunGraph:
+def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -201,10 +215,10 @@ def _onnx_runtime(bundle: Bundle, threads: int) -> RunGraph:
         names = [tensor.name for tensor in bundle.graph(graph).outputs]
         return dict(zip(names, sessions[graph].run(names, dict(feeds)), strict=True))
 
-    return run
+    return run, bundle.manifest.precision
 
 
-def _openvino(bundle: Bundle, threads: int) -> RunGraph:
+def _openvino(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
     try:
         import openvino
     except ImportError as error:
@@ -221,7 +235,11 @@ def _openvino(bundle: Bundle, threads: int) -> RunGraph:
         results = compiled[graph](dict(feeds))
         return {tensor.name: results[tensor.name] for tensor in bundle.graph(graph).outputs}
 
-    return run
+    shapes = {t.name: [axis if isinstance(axis, int) else 1 for axis in t.axes] for t in bundle.graph(STEP).inputs}
+    dtypes = {t.name: host_dtype(t.dtype) for t in bundle.graph(STEP).inputs}
+    run(STEP, {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()})  # without a past first: garbage
+    hint = compiled[STEP].get_property("INFERENCE_PRECISION_HINT").get_type_name()  # f32: as the graph declares
+    return run, {"bf16": "bf16", "f16": "fp16"}.get(hint, bundle.manifest.precision)
 
 
 def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> Sample:
@@ -234,9 +252,8 @@ def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> 
     condition = run(CONDITION, {"labels": every})
     conditioned = time.perf_counter()
     rows = np.arange(B, dtype=np.int32)
-    past = {
-        name: np.empty((0, branches * B, model.heads, model.head_size), np.float32) for name in past_names(model.depth)
-    }
+    kept = host_dtype(DTYPE_OF_PRECISION[bundle.manifest.precision])
+    past = {name: np.empty((0, branches * B, model.heads, model.head_size), kept) for name in past_names(model.depth)}
     weights = default_guidance(bundle, work.guided).weights(work.schedule)
     steps, drawing, tokens = [], 0.0, np.empty((B, 1, 1), np.int32)
     for i, (h, w) in enumerate(work.schedule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,16 +12,20 @@ from typing import Any
 
 from flexvar_runtime.errors import FlexVARError
 
-from .variants import CostWork, Kept, Make, RuntimeMake, Sample, Subject, Work, opened
+from .variants import CostWork, Kept, Make, PlainMake, RuntimeMake, Sample, Subject, Work, opened
+
+RESET, PEAK = "reset the peak of memory", "the peak of memory"  # asked of a process beside work
 
 
 @dataclass(frozen=True)
 class Worker:
-    """The near end of a process. refusal: why it made nothing."""
+    """The near end of a process. refusal: why it made nothing; precision: what its library chose to compute in, None
+    where that is the bundle's or the variant's."""
 
     subject: Subject
     connection: Connection
     refusal: str | None
+    precision: str | None = None
 
     def make(self, work: Work) -> Sample | str:
         """One call, or why it failed."""
@@ -33,7 +37,7 @@ class Worker:
         answer: Kept | str = self._ask(work)
         return answer
 
-    def _ask(self, work: Work | CostWork) -> Any:
+    def _ask(self, work: Work | CostWork | str) -> Any:
         if self.refusal is not None:
             return self.refusal
         try:
@@ -42,16 +46,14 @@ class Worker:
         except (EOFError, OSError):
             return "the process died"
 
+    def reset_peak(self) -> bool:
+        """Let the height of resident memory be counted from now on. False where the system does not allow it."""
+        return self._ask(RESET) is True
+
     def peak_bytes(self) -> int | None:
-        """Resident memory at its height so far."""
-        if self.refusal is not None:
-            return None
-        try:
-            self.connection.send(None)
-            peak: int = self.connection.recv()
-        except (EOFError, OSError):
-            return None
-        return peak
+        """Resident memory at its height since it was reset."""
+        peak = self._ask(PEAK)
+        return peak if isinstance(peak, int) else None
 
 
 @contextmanager
@@ -67,10 +69,10 @@ def started(subjects: Sequence[Subject]) -> Iterator[list[Worker]]:
             far.close()  # so that a process that dies is noticed
             stack.callback(_end, process, near)
             try:
-                refusal = near.recv()
+                refusal, precision = near.recv()
             except EOFError:
-                refusal = "the process died while it opened"
-            workers.append(Worker(subject, near, refusal))
+                refusal, precision = "the process died while it opened", None
+            workers.append(Worker(subject, near, refusal, precision))
         yield workers
 
 
@@ -82,29 +84,40 @@ def _end(process: mp.process.BaseProcess, connection: Connection) -> None:
 
 
 def _serve(connection: Connection, subject: Subject) -> None:
-    """Say None once open, or why not; then answer work with samples or kept costs, and None with the peak of memory."""
-    try:
-        with opened(subject) as make:
-            connection.send(None)
+    """Say why it cannot open, if so, and in what it computes; then answer work with samples or kept costs."""
+    with ExitStack() as stack:
+        try:
+            make = stack.enter_context(opened(subject))
+        except Exception as error:  # a library may raise anything
+            connection.send((str(error) if isinstance(error, FlexVARError) else _said(error), None))
+            return
+        connection.send((None, make.precision if isinstance(make, PlainMake) else None))
+        with suppress(EOFError):
             while True:
-                work = connection.recv()
-                if work is None:
-                    connection.send(_peak_bytes())
-                    continue
-                connection.send(_answer(make, work))
-    except FlexVARError as error:
-        connection.send(str(error))
-    except EOFError:
-        return
+                connection.send(_answer(make, connection.recv()))
 
 
-def _answer(make: Make, work: Work | CostWork) -> Sample | Kept | str:
+def _answer(make: Make, work: Work | CostWork | str) -> Sample | Kept | int | str:
     try:
         if isinstance(work, Work):
             return make(work)
+        if isinstance(work, str):
+            return _reset_peak() if work == RESET else _peak_bytes()
         return make.keep_costs(work) if isinstance(make, RuntimeMake) else "no backend of the runtime"
-    except (FlexVARError, MemoryError, RuntimeError, OSError) as error:
-        return f"{type(error).__name__}: {error}"[:500]
+    except Exception as error:  # those of ONNX Runtime derive from nothing else
+        return _said(error)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _peak_bytes() -> int:

@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 import flexvar_ref
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
+from flexvar_runtime.backends.host import MAX_THREADS
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_specs
@@ -30,6 +32,7 @@ from flexvar_runtime.manifest import (
     ParityRecord,
     Provenance,
 )
+from flexvar_runtime.noise import check_whole
 
 from .activations import largest_activations, refuse_overflow
 from .facts import model_facts, ordered_defaults, tables
@@ -80,7 +83,7 @@ def export_bundle(
     if decoder not in DECODERS:
         raise InvalidInput(f"decoder {decoder!r:.100}", expected=" or ".join(DECODERS), fix="name one of them")
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
-    with write_bundle(out, force=force) as directory:
+    with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
         model, vae = load_reference(transformer, tokenizer)
         facts, defaults = model_facts(model, vae, class_names), ordered_defaults(quality_order)
@@ -131,6 +134,17 @@ def export_bundle(
         require_parity(record)
         seal(directory, replace(manifest, parity=record))
     return Bundle.open(out)
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """So many threads for torch meanwhile; None: as they are. Raises InvalidInput."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else check_whole("threads", threads, 1, MAX_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _export(name: str, specs: Mapping[str, GraphSpec], module: nn.Module, directory: Path) -> None:

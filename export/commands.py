@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexvar_runtime.backends import TENSORRT_BACKENDS
+from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.graphs import GRAPHS
@@ -140,7 +140,7 @@ def verify(
     _require_torch()
     from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 
-    from .bundle import load_reference
+    from .bundle import load_reference, torch_threads
     from .facts import model_facts
     from .parity import prove, require_parity
     from .proof import PROOF_FILE, Proof, make_proof
@@ -148,10 +148,11 @@ def verify(
     opened = Bundle.open(bundle)
     defaults = opened.manifest.defaults
     if checkpoint is not None and vae is not None:
-        model, tokenizer = load_reference(checkpoint, vae)
-        _require_sizes(opened.manifest.model, model_facts(model, tokenizer))
-        guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
-        proof = make_proof(model, tokenizer, ScaleSchedule.parse(defaults.schedule), guidance)
+        with torch_threads(threads):
+            model, tokenizer = load_reference(checkpoint, vae)
+            _require_sizes(opened.manifest.model, model_facts(model, tokenizer))
+            guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
+            proof = make_proof(model, tokenizer, ScaleSchedule.parse(defaults.schedule), guidance)
         del model, tokenizer
     else:
         proof = Proof.load(opened.file(PROOF_FILE))
@@ -163,7 +164,9 @@ def verify(
         from .cross_check import cross_check
 
         first = create(against, opened, threads=threads)
-        record = cross_check(opened, proof, first, create(backend, opened, device=device, engines=engines))
+        theirs = threads if backend in (*CPU_BACKENDS, "auto") else None  # the others compute on a GPU
+        second = create(backend, opened, device=device, threads=theirs, engines=engines)
+        record = cross_check(opened, proof, first, second)
     data = {"bundle": opened.sha256, "parity": _summary(record)}
     if record.passed and backend in TENSORRT_BACKENDS:
         data["engines"] = _inspected(opened, backend, device, engines)

@@ -28,7 +28,7 @@ class Rated:
 def read_quality(path: Path) -> tuple[Rated, ...]:
     """What `flexvar_bench.demo_quality` writes, or {schedule: {"frechet": number}}, in the order of the file.
 
-    Raises ArtifactRefused.
+    Raises ArtifactRefused, for schedules of different numbers of `images` too: their distances cannot be compared.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -36,6 +36,8 @@ def read_quality(path: Path) -> tuple[Rated, ...]:
             rows = {row["schedule"]: row for row in document["rows"] if _STEPS.fullmatch(row["name"])}
         else:
             rows = document
+        if len(counts := {row.get("images") for row in rows.values()}) > 1:
+            raise ValueError(f"schedules of different numbers of images: {counts}")
         rated = tuple(
             Rated(
                 schedule=ScaleSchedule.parse(text),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from flexvar_bench import demo_quality
-from flexvar_bench.scene_classifier import SceneClassifier, frechet, real, trained
+from flexvar_bench.scene_classifier import Judged, SceneClassifier, frechet, real, trained
 from flexvar_ref.training import scenes
 from flexvar_runtime import ScaleSchedule
+
+DEMO = Path(__file__).parents[2] / "demo" / "model"
 
 
 def test_the_frechet_distance_of_gaussians_that_are_known() -> None:
@@ -68,3 +73,36 @@ def test_schedules_have_the_steps_and_sizes_that_they_are_named_after() -> None:
         assert len(schedule) == steps and schedule[-1] == (16, 16)
     last = {name: ScaleSchedule.parse(text)[-1] for name, text in demo_quality.SIZES.items()}
     assert last == {"twice the size": (32, 32), "3:2": (16, 24), "2:3": (24, 16)}
+
+
+def test_step_counts_are_compared_on_as_many_images(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    """The default steps too: a row of the first of their images, beside that of all."""
+
+    class Sketch:
+        """A classifier that sees nothing but colours."""
+
+        def judge(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Judged:
+            return Judged(0.5, images.mean((1, 2)))
+
+    drawn: list[tuple[str, int]] = []
+
+    def generated(bundle: Path, schedule: str, labels: NDArray[np.int64], options: object) -> NDArray[np.uint8]:
+        drawn.append((schedule, len(labels)))
+        h, w = ScaleSchedule.parse(schedule)[-1]
+        return real(0, len(labels), (h, w))[0]
+
+    def reconstructed(bundle: Path, images: NDArray[np.uint8]) -> demo_quality.Reconstruction:
+        return demo_quality.Reconstruction(len(images), 20.0, 1.0, images)
+
+    monkeypatch.setattr(demo_quality, "generated", generated)
+    monkeypatch.setattr(demo_quality, "reconstructed", reconstructed)
+    monkeypatch.setattr(demo_quality, "trained", lambda *_, **__: Sketch())
+    monkeypatch.setattr(demo_quality, "real", lambda seed, count, size: real(seed, min(count, 12), (8, 8)))
+    monkeypatch.setattr(demo_quality, "exported", lambda *_: tiny_bundle)
+    monkeypatch.setattr(demo_quality, "untrained", lambda *_: tiny_bundle)
+    options = demo_quality.Options(cfg=2.5, top_k=0, top_p=0.8)
+    result = demo_quality.evaluate(DEMO, Path(), 12, 6, options)
+    images = {row["name"]: row["images"] for row in result["rows"]}
+    assert images["10 steps, 12 images"] == 12
+    assert [images[f"{steps} steps"] for steps in range(4, 11)] == [6] * 7
+    assert (demo_quality.DEFAULT, 6) not in drawn  # not generated again

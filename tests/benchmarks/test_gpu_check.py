@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
-from flexvar_bench import gpu_check, gpu_report
-from flexvar_bench.gpu_models import ModelFiles, default_guidance, random_model, schedule_of
+from flexvar_bench import gpu_check, gpu_models, gpu_report
+from flexvar_bench.gpu_models import (
+    ModelFiles,
+    default_guidance,
+    export_model,
+    load_proof,
+    plain_model,
+    random_model,
+    schedule_of,
+)
 from flexvar_bench.gpu_report import AS_PUBLISHED, merge, rows
-from flexvar_bench.gpu_runs import growth
+from flexvar_bench.gpu_runs import decoders, growth
+from flexvar_bench.timing import Budget
 from flexvar_export.proof import make_proof
-from flexvar_runtime import ArtifactRefused
+from flexvar_runtime import ArtifactRefused, Bundle
+
+if TYPE_CHECKING:
+    from graph_cache import GraphCache
 
 ROOT = Path(gpu_check.__file__).resolve().parent.parent
 VERSION = "0.0.copied"
@@ -35,11 +49,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def work(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model exported, as an earlier run leaves it."""
     folder = tmp_path_factory.mktemp("work")
-    files = ModelFiles.of(folder, "tiny")
-    shutil.copytree(tiny_bundle, files.bundle)
+    (folder / "fp16").mkdir()
+    files = ModelFiles.of(folder / "fp16", "tiny")
+    shutil.copytree(tiny_bundles("fp16"), files.bundle)
     make_proof(*random_model("tiny"), schedule_of("tiny"), default_guidance()).save(files.proof)
     return folder
 
@@ -99,6 +114,8 @@ def test_parts_of_a_run(checkout: Path, work: Path, tmp_path: Path) -> None:
     check_run(result)
     phases = result["phases"]
     assert phases["export tiny"]["result"]["reason"] == "there from an earlier run"
+    assert phases["run ort-cpu tiny"]["result"]["decoder"] == result["rows"][0]["decoder"] == "phases"
+    assert result["missing"] is None
     tensorrt = phases["tiny tensorrt"]
     assert tensorrt["status"] == "failed" and "backend tensorrt: tensorrt is not installed" in tensorrt["reason"]
     assert tensorrt["result"]["probe"]["available"] is False
@@ -107,9 +124,54 @@ def test_parts_of_a_run(checkout: Path, work: Path, tmp_path: Path) -> None:
     assert set(phases) == {"machine", "export tiny"} | jobs
 
 
+def test_a_run_goes_on_where_an_earlier_one_was_stopped(
+    tiny_bundle: Path, graph_cache: GraphCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the proof was written. What is measured is what `flexvar export` makes of the same model."""
+    monkeypatch.setattr(gpu_models, "export_graph", graph_cache.export_graph)
+    saved: list[dict[str, Any]] = []
+
+    class Half:
+        def save(self, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_models, "make_proof", lambda *_: Half())
+        with pytest.raises(KeyboardInterrupt):
+            export_model("tiny", tmp_path, "fp32", saved.append)
+    assert saved[-1]["decoder"] == "phases" and "proof" not in saved[-1]["seconds"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.bundle"]
+    export_model("tiny", tmp_path, "fp32", saved.append)
+    assert load_proof(tmp_path, "tiny").cases and set(saved[-1]["seconds"]) == {"weights", "proof"}
+    ours, theirs = (Bundle.open(path).manifest for path in (ModelFiles.of(tmp_path, "tiny").bundle, tiny_bundle))
+    assert ours.decoder == theirs.decoder == "phases" and ours.graphs == theirs.graphs
+    assert ours.files["decode.onnx"] == theirs.files["decode.onnx"]
+    assert ours.files["decode.onnx.data"] == theirs.files["decode.onnx.data"]
+
+
+def test_both_decoders_are_timed(
+    tiny_bundle: Path, work: Path, tmp_path: Path, graph_cache: GraphCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_models, "export_graph", graph_cache.export_graph)
+    ours = ModelFiles.of(tmp_path, "tiny")
+    shutil.copytree(tiny_bundle, ours.bundle)
+    shutil.copy(ModelFiles.of(work / "fp16", "tiny").proof, ours.proof)  # of any precision
+    saved: list[dict[str, Any]] = []
+    for _ in range(2):  # again over what is there
+        plain_model("tiny", tmp_path, saved.append)
+    assert saved[-1] == {"model": "tiny", "precision": "fp32", "decoder": "plain"}
+    decoders(tmp_path, "tiny", "ort-cpu", (1, 2, 64), 64, Budget(warmup=1, least=2, most=2), saved.append)
+    rows = saved[-1]["rows"]
+    expected = [(form, batch) for form in ("phases", "plain") for batch in (1, 2, 8)]
+    assert [(row["decoder"], row["batch"]) for row in rows] == expected, "the runtime decodes eight at most"
+    assert all(row["psnr_db"] > 80 and row["wall_s"]["median"] > 0 and row["device_s"] is None for row in rows)
+    assert rows[0]["psnr_db"] != rows[3]["psnr_db"], "two decoders"
+
+
 def test_growth_of_memory(work: Path) -> None:
     saved: list[dict[str, Any]] = []
-    growth(work, "tiny", "ort-cpu", 20, saved.append)
+    growth(work / "fp16", "tiny", "ort-cpu", 20, saved.append)
     assert [sample["generations"] for sample in saved[-1]["samples"]] == list(range(0, 21, 2))
     assert saved[-1]["resident_grown_bytes_second_half"] is not None and saved[-1]["device_grown_bytes"] is None
     assert len(saved) > 5, "told on the way"
@@ -137,6 +199,30 @@ def test_refusals(options: list[str], message: str, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_missing_is_said_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_check, "NEEDED", gpu_check.NEEDED | {"safetensors_gone": "safetensors"})
+        assert gpu_check.main(["--out", str(tmp_path / "out")]) == 4
+    assert capsys.readouterr().err == (
+        "gpu_check: no safetensors here: nothing can be measured; fix: pip install safetensors\n"
+    )
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "import sys; sys.exit('no libnvrtc')")
+    assert gpu_check.without_cuda() == "no cuda.core with NVRTC (no libnvrtc)"
+    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "print('1.2.0')")
+    assert gpu_check.without_cuda() is None
+    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "print('0.4.1')")
+    assert gpu_check.without_cuda() == "cuda.core 0.4.1, older than 1.0"
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    options = ["--tiny", "--minutes", "0.1"]  # nothing is started
+    assert gpu_check.main(["--out", str(tmp_path), *options]) == 0
+    said = "gpu_check: cuda.core 0.4.1, older than 1.0: our kernels and backends on a GPU will not be measured"
+    assert capsys.readouterr().err.startswith(said)
+    assert json.loads((tmp_path / gpu_check.RESULT).read_text())["missing"] == "cuda.core 0.4.1, older than 1.0"
+
+
 @pytest.mark.slow
 def test_a_whole_run(checkout: Path, tmp_path: Path) -> None:
     """Export included; every phase that needs no GPU."""
@@ -150,7 +236,13 @@ def test_a_whole_run(checkout: Path, tmp_path: Path) -> None:
     sides = {row["side"] for row in result["rows"]}
     variants = {AS_PUBLISHED, "flexvar_ref resident-bf16", "torch.compile dynamic", "torch.compile exact"}
     assert sides == {"ort-cpu"} | variants
-    assert result["phases"]["compiled tiny"]["result"]["relative_error"] < 1e-5, "float32 on a processor"
+    compiled = result["phases"]["compiled tiny"]["result"]
+    assert compiled["relative_error"] < compiled["gate"] == 1e-5, "float32 on a processor"
+    assert [row["left_out"] for row in result["rows"]] == [None] * len(result["rows"])
+    assert {row["decoder"] for row in result["phases"]["decoders ort-cpu tiny"]["result"]["rows"]} == {
+        "phases",
+        "plain",
+    }
     assert result["phases"]["tiny ort-cpu"]["result"]["tokens_equal_to_ort_cpu"] == [1, 1]
 
 
@@ -184,7 +276,9 @@ def on_gpu() -> dict[str, Any]:
         "growth ort-cuda d16": record(ours | {"resident_grown_bytes_second_half": 0, "device_grown_bytes": 2**30}),
         "reference d16": record(common | {"rows": [timed(1, 50, variant="autocast-fp16")]}),
         "compiled d16": record(
-            common | {"precision": "float16", "rows": [timed(1, 9, shapes="dynamic"), timed(1, 6, shapes="exact")]},
+            common
+            | {"precision": "float16", "relative_error": 1e-3, "gate": 2e-3}
+            | {"rows": [timed(1, 9, shapes="dynamic"), timed(1, 6, shapes="exact")]},
             "stopped",
         ),
         "run ort-cuda d20": record(None, "not measured"),
@@ -199,16 +293,64 @@ def test_goals(on_gpu: dict[str, Any]) -> None:
     assert goals["d16 B=1 wall ms"] == (5, True)
     assert goals["times faster than the reference as published"] == (10, True)
     assert goals["times faster than torch.compile"] == (pytest.approx(1.2), True), "the faster of its two"
-    assert goals["B=64 images/s"] == (None, None)
+    assert goals["d16 B=64 images/s"] == (None, None)
     assert goals["sampling share"] == (0.03, True)
     assert goals["device bytes grown"] == (2**30, False)
     assert goals["every graph within its gate"] == ("1 of 1", True)
     assert goals["draws equal the host's"] == ("0 of 0", None)
-    on_gpu["run ort-cuda d16"]["result"]["parity"]["passed"] = False
     on_gpu["run ort-cuda d16"]["result"]["rows"][0] = timed(1, 9)
+    on_gpu["profile ort-cuda d16"]["result"]["rows"] = [{"classes": {"gemm": {"share": 1.0}}}]
     missed = {goal["goal"]: goal["held"] for goal in gpu_report.goals(on_gpu, "d16", rows(on_gpu))}
-    assert not any(missed[name] for name in ("d16 B=1 wall ms", "times faster than torch.compile"))
-    assert missed["every graph within its gate"] is False
+    assert not missed["d16 B=1 wall ms"] and not missed["times faster than torch.compile"]
+    assert missed["sampling share"] is None, "no kernel of sampling was seen, which is not a share of 0"
+
+
+def held(records: dict[str, Any], model: str = "d16") -> dict[str, Any]:
+    return {goal["goal"]: goal["held"] for goal in gpu_report.goals(records, model, rows(records))}
+
+
+def test_only_what_is_right_counts(on_gpu: dict[str, Any]) -> None:
+    slow = json.loads(json.dumps(on_gpu["run ort-cuda d16"]))
+    slow["result"] |= {"backend": "tensorrt", "rows": [timed(1, 20)]}
+    on_gpu["run tensorrt d16"] = slow
+    assert held(on_gpu)["d16 B=1 wall ms"] is True
+    wrong = on_gpu["run ort-cuda d16"]["result"]["parity"]
+    wrong["passed"] = False
+    found = held(on_gpu)
+    assert found["d16 B=1 wall ms"] is False, "of the backend that is right"
+    assert found["sampling share"] is found["device bytes grown"] is None
+    assert found["every graph within its gate"] is False
+    assert rows(on_gpu)[0]["left_out"] == "parity failed"
+    on_gpu["compiled d16"]["result"]["relative_error"] = 3e-3
+    assert held(on_gpu)["times faster than torch.compile"] is None
+    compiled = [row["left_out"] for row in rows(on_gpu) if row["side"].startswith("torch.compile")]
+    assert compiled == ["relative error 0.003, gate 0.002"] * 2
+
+
+def test_throughput_is_a_goal_for_d16_only(on_gpu: dict[str, Any]) -> None:
+    rows_of_d16 = on_gpu["run ort-cuda d16"]["result"]["rows"]
+    rows_of_d16[1] = timed(64, 100)
+    assert held(on_gpu)["d16 B=64 images/s"] is True
+    on_gpu["run ort-cuda d16"]["result"]["model"] = "d20"
+    assert held(on_gpu, "d20")["d16 B=64 images/s"] is None
+
+
+def test_a_processor_is_no_gpu(on_gpu: dict[str, Any]) -> None:
+    on_gpu["run ort-cuda d16"]["result"] |= {"backend": "openvino", "device": "cpu"}
+    assert held(on_gpu)["d16 B=1 wall ms"] is None
+
+
+def test_what_is_left_out_is_shown(on_gpu: dict[str, Any]) -> None:
+    on_gpu["run ort-cuda d16"]["result"]["parity"]["passed"] = False
+    times = [timed(1, 2.5, decoder="phases"), timed(1, 2.25, decoder="plain")]
+    on_gpu["decoders ort-cuda d16"] = record({"backend": "ort-cuda", "model": "d16", "rows": times})
+    console = Console(width=140, record=True, file=io.StringIO())
+    result = gpu_report.document({"minutes_taken": 9}, on_gpu, "d16")
+    gpu_report.show(result, console)
+    text = console.export_text()
+    assert "ort-cuda d16 B=1: left out of the goals: parity failed" in text
+    assert "ort-cuda d16 B=1, decoder alone, phases: 2.50 ms\nort-cuda d16 B=1, decoder alone, plain: 2.25 ms" in text
+    assert not any(name.startswith("ort-cuda") for name in gpu_report.headline(result)["wall_ms"])
 
 
 def test_runs_of_a_day_are_merged(on_gpu: dict[str, Any], tmp_path: Path) -> None:
@@ -230,6 +372,14 @@ def test_runs_of_a_day_are_merged(on_gpu: dict[str, Any], tmp_path: Path) -> Non
     assert len(merged["rows"]) == 4
     assert merged["phases"]["compiled d16"]["reason"] == "got file.so, 3/4 of it"
     assert {phase["stderr"] for phase in merged["phases"].values()} == {None}
+    other = gpu_report.document(facts | day | {"model": "d20", "options": {"precision": "fp16"}}, {}, "d20")
+    later = tmp_path / "two" / "gpu_check.json"
+    gpu_report.write(later, other | {"gpu": "NVIDIA H200"})
+    merged = json.loads(merge(later, tmp_path).read_text())
+    assert merged["model"] == "d16", "the goals stay those of the model they are for"
+    assert {goal["goal"]: goal["held"] for goal in merged["goals"]}["d16 B=1 wall ms"] is True
+    gpu_report.write(later, other | {"gpu": "NVIDIA H200", "options": {"precision": "bf16"}})
+    assert merge(later, tmp_path).name == "gpu_nvidia-h200_2026-11-23_bf16.json", "not mixed with fp16"
     (tmp_path / "one" / "gpu_check.json").write_text("{}")
     with pytest.raises(ArtifactRefused, match="the result of a run, schema 1"):
         merge(tmp_path / "one" / "gpu_check.json", tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexvar_bench import gpu_check
-from flexvar_bench.gpu_plan import Phase, Request, phases
+from flexvar_bench.gpu_plan import Phase, Request, phases, planned_seconds, with_limits
 from flexvar_bench.gpu_runner import Record, Runner
 
 CHILD = """
@@ -25,7 +25,8 @@ given = parser.parse_args()
 log = Path(given.work) / "log"
 with log.open("a") as file:
     file.write(f"{given.job} {time.monotonic()}\\n")
-Path(given.result).write_text(json.dumps({"job": given.job, **json.loads(given.options)}))
+if given.job != "mute":
+    Path(given.result).write_text(json.dumps({"job": given.job, **json.loads(given.options)}))
 if given.job == "crash":
     print("last words", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -78,6 +79,12 @@ def test_one_that_crashes_takes_nothing_along(tmp_path: Path) -> None:
     assert records["f"].reason == "not measured: it needs 'nobody', which was left out"
     assert seen[0] == dict.fromkeys("abcdef", "not measured"), "reported before anything runs"
     assert len(seen) == 1 + len(plan)
+
+
+def test_what_an_earlier_run_found_is_not_taken(tmp_path: Path) -> None:
+    run(tmp_path, [Phase("a", "quick", {"n": 1})])
+    records, _ = run(tmp_path, [Phase("a", "mute")])
+    assert (records["a"].status, records["a"].result) == ("done", None)
 
 
 def test_one_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
@@ -149,11 +156,22 @@ def test_the_plan_is_in_order(request_: Request) -> None:
 def test_the_plan_fits_nine_minutes() -> None:
     """With one backend that needs no engines: what the docstring says."""
     plan = phases(Request(backends=("ort-cuda",)))
-    together = [phase.seconds for phase in plan if not phase.alone and phase.job == "export"]
-    total = max(together) + sum(phase.seconds for phase in plan if phase.alone)
+    total = planned_seconds(plan)
     assert total < 9 * 60 - gpu_check.RESERVE_SECONDS
     *listed, promised = re.findall(r"^    (\d+) ", gpu_check.__doc__ or "", re.MULTILINE)
     assert sum(map(int, listed)) == int(promised) == total
+
+
+def test_limits_grow_with_the_time_there_is() -> None:
+    plan = phases(Request(backends=("tensorrt", "ort-cuda")))
+    assert planned_seconds(plan) > 9 * 60
+    limits = {name: {p.name: p.limit for p in with_limits(plan, minutes)} for name, minutes in (("9", 9), ("18", 18))}
+    assert limits["9"] == {phase.name: phase.limit for phase in plan}
+    assert limits["18"] == {phase.name: 2 * phase.limit for phase in plan}
+    one = gpu_check.select(plan, ["build tensorrt d16"])
+    assert with_limits(one, 9)[-1].limit == pytest.approx(150 * 540 / planned_seconds(one))
+    assert planned_seconds(one) == 20 + 90 + 70, "what runs beside the exports is not counted"
+    assert with_limits(one, 0.1) == one, "never shorter"
 
 
 def test_parts_are_chosen_with_what_they_need() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from flexvar_bench.records import Ceiling, Environment, Measured, Quality, Results, Scenario, Served
 from flexvar_bench.report import write_report
 from flexvar_bench.report_numbers import parts_gap
-from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable
+from flexvar_runtime.errors import BackendUnavailable
 
 SCHEDULES = ("1_2_4", "1_2_3_4")
 SECTIONS = ("environment", "limit", "peers", "steps", "parts", "quality", "load")
@@ -160,6 +160,16 @@ def test_quality_joined_with_time(page: str) -> None:
     assert "Fréchet distance against time: not measured" in page
 
 
+def test_quality_is_that_of_guided_calls(written: tuple[Path, ...], page: str, tmp_path: Path) -> None:
+    """Without guidance a call is faster and its pictures are others."""
+    results = full()
+    unguided = [measured(replace(scenario(schedule=schedule), guided=False), 0.01) for schedule in SCHEDULES]
+    again = write_report(replace(results, measured=(*results.measured, *unguided)), tmp_path)
+    assert rows_of(again[0].read_text(encoding="utf-8"), "quality") == rows_of(page, "quality")
+    trades = [path for path in written if path.name.startswith("accuracy-time")]
+    assert trades and all((tmp_path / path.name).read_bytes() == path.read_bytes() for path in trades)
+
+
 def test_load(page: str) -> None:
     server, offline = rows_of(page, "load")
     assert server[1:] == ["server 5.00 requests/s", "3", "1", "100", "505", "901", "990", "9.00", "250", "25.0 %"]
@@ -235,12 +245,17 @@ def test_models_whose_names_no_file_can_have(tmp_path: Path) -> None:
     assert len(set(paths)) == 3 and all(path.parent == tmp_path for path in paths)
 
 
-def test_more_than_the_limit_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
-    fast = replace(measured(scenario()), flops=1.01 * 0.1 * 100e9)
-    with pytest.raises(ArtifactRefused, match=r"101\.0 % of the limit.*at most 100 %"):
-        write_report(Results(ENVIRONMENT, CEILING, (fast,), (), ()), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_more_than_the_limit_is_marked_in_its_row(tmp_path: Path) -> None:
+    fast = replace(untold(measured(scenario())), flops=1.01 * 0.1 * 100e9)
+    slow = untold(measured(scenario("torch-eager"), 0.25))
+    first, second = rows_of(rendered(Results(ENVIRONMENT, CEILING, (fast, slow), (), ()), tmp_path), "peers")
+    assert first[6] == "101.0 % above the measured limit" and second[6] == "50.0 %"
+
+
+def test_a_precision_without_a_ceiling_has_no_share(tmp_path: Path) -> None:
+    rounded = untold(measured(replace(scenario("openvino-plain"), precision="bf16")))
+    [row] = rows_of(rendered(Results(ENVIRONMENT, CEILING, (rounded,), (), ()), tmp_path), "peers")
+    assert row[1] == "bf16" and row[6] == "not measured"
 
 
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib"])

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing as mp
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from flexvar_bench import run as running
+from flexvar_bench import workers
+from flexvar_bench.against_reference import unavoidable_flops
+from flexvar_bench.limits import PHASE_SAVING, decoder_flops
 from flexvar_bench.plans import STEPS, Case, Extent, Load, Model, Plan, calls_of, plan, read_quality, schedule
 from flexvar_bench.records import Measured, Scenario, Served, read
 from flexvar_bench.run import Costs, call_flops, measure, measured, serve
-from flexvar_bench.variants import CostWork, Sample, Subject, Work
+from flexvar_bench.variants import CostWork, PlainMake, Sample, Subject, Work, opened
 from flexvar_bench.workers import started
 from flexvar_runtime import ArtifactRefused, Bundle, FlexVARPipeline, InvalidInput
 from flexvar_runtime.cli.main import main
@@ -118,8 +125,18 @@ def test_operations_of_a_call_grow_with_its_batch_and_guidance(tiny_bundle: Path
     one = call_flops(model, Work(WORK.schedule, 1, False))
     assert call_flops(model, Work(WORK.schedule, 3, False)) == 3 * one
     assert one < call_flops(model, Work(WORK.schedule, 1, True)) < 2 * one
-    published = replace(model, downsampling=16)
+    published = replace(model, downsampling=16, vocabulary=8912, code_dim=32)
     assert call_flops(published, WORK) > 250e9 > call_flops(model, WORK)  # with its decoder
+    for other in ({"downsampling": 8}, {"vocabulary": 8192}, {"code_dim": 16}):
+        assert call_flops(replace(published, **other), WORK) < 250e9
+
+
+def test_the_reference_is_held_against_the_decoder_that_the_bundle_has(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    phases, plain = (
+        unavoidable_flops(replace(manifest, decoder=decoder), WORK.schedule) for decoder in ("phases", "plain")
+    )
+    assert plain - phases == pytest.approx(PHASE_SAVING * decoder_flops(WORK.schedule))
 
 
 class Clock:
@@ -179,12 +196,17 @@ def replace_batch(batch: int) -> Work:
     return Work(WORK.schedule, batch, True)
 
 
-def fake_workers(clock: Clock, seconds: float = 2.0) -> Any:
-    """In place of `started`: workers whose every call takes so long."""
+def fake_workers(
+    clock: Clock, seconds: float = 2.0, precision: str | None = None, resets: tuple[str, ...] = ("ort-cpu",)
+) -> Any:
+    """In place of `started`: workers whose every call takes so long, and of which these can reset their peak."""
 
     class Worker:
         def __init__(self, subject: Subject) -> None:
-            self.subject, self.make = subject, maker(clock, seconds)
+            self.subject, self.make, self.precision = subject, maker(clock, seconds), precision
+
+        def reset_peak(self) -> bool:
+            return self.subject.variant in resets
 
         def peak_bytes(self) -> int:
             return 1
@@ -193,10 +215,10 @@ def fake_workers(clock: Clock, seconds: float = 2.0) -> Any:
             return "no folder for them"
 
     @contextmanager
-    def workers(subjects: list[Subject]) -> Iterator[list[Worker]]:
+    def fakes(subjects: list[Subject]) -> Iterator[list[Worker]]:
         yield [Worker(subject) for subject in subjects]
 
-    return workers
+    return fakes
 
 
 def test_a_case_ends_when_its_time_is_used_up(model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +240,90 @@ def test_costs_that_cannot_be_kept_say_why(model: Model, clock: Clock, monkeypat
     assert costs == Costs(model="tiny", backend="ort-cpu", file=None, rows=0, note="no folder for them")
     assert said[0] == "tiny: opening ort-cpu, ort-plain for 4 calls"
     assert said[-1] == "tiny: costs for deadlines on ort-cpu, batch 1, 4"
+
+
+def test_a_row_has_a_peak_of_its_own_or_none(model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "started", fake_workers(clock))
+    case = Case(variants=("ort-cpu", "ort-plain"), work=WORK, repeats=1)
+    rows = list(measure(Plan(model=model, cases=(case,), loads=(), costs=None), 1))
+    assert [row.peak_memory_bytes for row in rows if isinstance(row, Measured)] == [1, None]
+
+
+def test_a_peak_is_counted_anew() -> None:
+    if not workers._reset_peak():
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    np.ones(2**27, np.uint8)
+    before = workers._peak_bytes()
+    assert workers._reset_peak() and workers._peak_bytes() < before - 2**26
+
+
+def test_the_precision_of_a_row_is_what_the_library_computes_in(
+    model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a peer says; of those that do not, the bundle's."""
+    work = replace_batch(1)
+    case = Case(variants=("openvino-plain",), work=work, repeats=1)
+    load = Load(variant="openvino-plain", work=work, mode="offline", requests=1)
+    for said, precision in (("bf16", "bf16"), (None, "fp32")):
+        monkeypatch.setattr(running, "started", fake_workers(clock, precision=said))
+        rows = list(measure(Plan(model=model, cases=(case,), loads=(load,), costs=None), 1))
+        assert [row.scenario.precision for row in rows if isinstance(row, Measured | Served)] == [precision] * 2
+
+
+class FakeOpenVino:
+    """A processor with bfloat16: compiled models remember how long the past was at every call."""
+
+    def __init__(self, hint: str) -> None:
+        self.hint, self.pasts = hint, list[int]()
+
+    def compile_model(self, path: str, device: str, settings: dict[str, Any]) -> FakeOpenVino:
+        assert "INFERENCE_PRECISION_HINT" not in settings  # the library's own default
+        return self
+
+    def get_property(self, name: str) -> Any:
+        return SimpleNamespace(get_type_name=lambda: self.hint)
+
+    def __call__(self, feeds: dict[str, Any]) -> Any:
+        self.pasts.append(len(feeds["past_k_0"]))
+        return defaultdict(lambda: np.zeros(1))
+
+
+@pytest.mark.parametrize(("hint", "precision"), [("f32", "fp32"), ("bf16", "bf16")])
+def test_plain_openvino_says_its_precision_and_meets_a_past_first(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, hint: str, precision: str
+) -> None:
+    core = FakeOpenVino(hint)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    with opened(Subject("openvino-plain", tiny_bundle, None, None, 1)) as make:
+        assert isinstance(make, PlainMake) and make.precision == precision
+    assert core.pasts == [1]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_past_of_plain_graphs_has_the_type_they_declare(
+    tiny_bundles: Callable[[str], Path], precision: str
+) -> None:
+    with opened(Subject("ort-plain", tiny_bundles(precision), None, None, 1)) as make:
+        assert make(replace_batch(1)).total > 0
+
+
+class LibraryError(Exception):
+    """As ONNX Runtime's: of no kind that Python knows."""
+
+
+def test_why_a_library_failed_is_said(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(work: Work) -> Sample:
+        raise LibraryError("no such kernel")
+
+    assert workers._answer(fail, WORK) == "LibraryError: no such kernel"
+
+    def fails_to_open(subject: Subject) -> Any:
+        raise LibraryError("no such operator")
+
+    monkeypatch.setattr(workers, "opened", fails_to_open)
+    near, far = mp.Pipe()
+    workers._serve(far, Subject("ort-plain", tiny_bundle, None, None, 1))
+    assert near.recv() == ("LibraryError: no such operator", None)
 
 
 def test_a_worker_keeps_costs_that_a_pipeline_finds(
@@ -281,8 +387,6 @@ def test_the_whole_command(
 
 def test_time_per_scale_sums_to_the_total(tiny_bundle: Path) -> None:
     """What the runtime tells of its parts is all there is, but for a few microseconds between them."""
-    from flexvar_bench.variants import opened
-
     with opened(Subject("ort-cpu", tiny_bundle, None, None, 1)) as make:
         make(WORK)
         gaps = []

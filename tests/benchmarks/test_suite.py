@@ -13,7 +13,7 @@ import pytest
 from flexvar_bench import session
 from flexvar_bench.models import make, model_of
 from flexvar_bench.plans import Extent, Model, Plan, plan
-from flexvar_bench.records import Ceiling, Measured, Quality, Scenario, read
+from flexvar_bench.records import Ceiling, Measured, Quality, Scenario, read, write
 from flexvar_bench.run import Costs, measured
 from flexvar_bench.suite import Entry, from_options, read_suite
 from flexvar_bench.variants import Sample
@@ -206,6 +206,40 @@ def test_two_bundles_in_one_command_then_a_third(
     found = read(results)
     assert [one.scenario.model for one in found.measured] == ["a", "b", "c"]
     assert found.quality == (Quality(model="b", schedule="1_2_16", accuracy=None, frechet=3.0),)
+
+
+def test_what_cannot_be_appended_is_refused_before_anything_is_measured(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    faked: list[tuple[str, int]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model that the file has, other threads, another machine. A killed run's quality of a model that it did not come
+    to is replaced."""
+    results = tmp_path / "results.jsonl"
+    here = session.environment(1)
+    left = Quality(model="b", schedule="1_2_16", accuracy=None, frechet=9.0)
+    write(results, [here, Ceiling(copy_bytes_per_second=1e9, flops_per_second={}), row("a"), left])
+
+    def append(name: str, threads: int = 1) -> tuple[int, str]:
+        table = tmp_path / "q.json"
+        table.write_text(json.dumps({"1_2_16": {"frechet": 3.0}}))
+        options = ["--name", name, "--quality", str(table), "--threads", str(threads), "--append", "-o", str(results)]
+        return ended(["bench", "run", str(tiny_bundle), *options]), capsys.readouterr().err
+
+    code, said = append("a")
+    assert code == 2 and "models 'a', which results.jsonl has" in said
+    code, said = append("b", threads=2)
+    assert code == 2 and "results.jsonl with threads 1, here 2" in said
+    for fact, other in (("cpu", "Another"), ("cores", here.cores + 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "environment", lambda threads, change={fact: other}: replace(here, **change))
+            code, said = append("b")
+        assert code == 2 and f"results.jsonl with {fact} " in said
+    assert not faked
+    assert append("b")[0] == 0
+    assert [one.frechet for one in read(results).quality] == [3.0]
 
 
 def test_a_suite_in_one_command(

@@ -81,13 +81,15 @@ def test_the_evaluation_is_of_these_weights_and_complete(quality: dict[str, Any]
         f"real scenes, {OTHERS}",
         "real scenes through the tokenizer",
         "untrained control",
+        f"10 steps, {IMAGES} images",
         *(f"{steps} steps" for steps in demo_quality.STEPS),
         *(f"10 steps, {precision}" for precision in demo_quality.OTHER_PRECISIONS),
         "10 steps, no guidance",
         *sizes,
     }
     assert quality["classifier_held_out_accuracy"] >= 0.98
-    default = rows["10 steps"]
+    assert {rows[f"{steps} steps"]["images"] for steps in demo_quality.STEPS} == {OTHERS}
+    default = rows[f"10 steps, {IMAGES} images"]
     assert default["images"] == IMAGES and default["accuracy"] >= RECOGNISED
     assert rows["real scenes"]["frechet"] < default["frechet"] < rows["untrained control"]["frechet"]
     for precision in demo_quality.OTHER_PRECISIONS:
@@ -139,5 +141,5 @@ def test_its_images_are_recognised(tmp_path: Path, quality: dict[str, Any]) -> N
     options = {name: quality["options"][name] for name in ("cfg", "top_k", "top_p")}
     bundle = demo_quality.exported(MODEL, tmp_path, "fp32")
     images = demo_quality.generated(bundle, demo_quality.DEFAULT, labels, demo_quality.Options(**options))
-    [recorded] = [row["accuracy"] for row in quality["rows"] if row["name"] == "10 steps"]
+    [recorded] = [row["accuracy"] for row in quality["rows"] if row["name"] == f"10 steps, {IMAGES} images"]
     assert images.dtype == np.uint8 and classifier.judge(images, labels).accuracy > recorded - 0.07

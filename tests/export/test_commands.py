@@ -17,6 +17,8 @@ from graph_cache import GraphCache
 from torch import Tensor
 
 import flexvar_ref
+from flexvar_export import bundle as bundle_module
+from flexvar_export import proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 from flexvar_runtime import Bundle
@@ -264,6 +266,28 @@ def test_verify_against_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Check
     recorded = [row.value for row in Bundle.open(tiny_bundle).manifest.parity.rows]
     # Every row of logits is compared, as at the export: the same errors, but for what thread counts change in sums.
     assert [row["value"] for row in json.loads(out)["parity"]["rows"]] == pytest.approx(recorded, rel=0.2)
+
+
+def test_threads_reach_torch_and_no_further(
+    tiny_bundle: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference runs on so many, in `export` and in `verify`."""
+    seen: list[int] = []
+
+    def make_proof(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle_module, "make_proof", make_proof)
+    monkeypatch.setattr(proof, "make_proof", make_proof)
+    transformer, vae = tiny_checkpoint
+    exporting = ("export", transformer, "--vae", vae, "-o", tmp_path / "b")
+    verifying = ("verify", tiny_bundle, "--checkpoint", transformer, "--vae", vae)
+    for command in (exporting, verifying):
+        for threads in ((), ("--threads", "3")):
+            assert run_cli(*command, *threads)[0] == 130
+        assert run_cli(*command, "--threads", "0")[0] == 2
+    assert seen == [1, 3] * 2 and torch.get_num_threads() == 1
 
 
 def test_verify_against_other_weights_fails(

@@ -51,6 +51,8 @@ def test_of_the_demos_evaluation_only_what_differs_in_its_steps() -> None:
         '{"1_2": {"frechet": NaN}}',
         '{"1_2": {"frechet": 1}, "1x1_2x2": {"frechet": 2}}',
         '{"rows": [{"name": "4 steps"}]}',
+        '{"1_2": {"frechet": 1, "images": 2000}, "1_3": {"frechet": 2, "images": 240}}',
+        '{"rows": [{"name": "1 steps", "schedule": "1", "images": 9}, {"name": "2 steps", "schedule": "1_2"}]}',
     ],
 )
 def test_tables_refused(table: Path, text: str) -> None:
@@ -71,6 +73,7 @@ def test_best_first(table: Path) -> None:
 def test_an_order_becomes_a_bundles_default() -> None:
     order = _read_order(DEMO)
     assert order[0] == "1_3_8_16" and len(order) == 7
+    assert order[-1] == PUBLISHED_DEFAULTS.schedule  # of as many images as the others
     assert ordered_defaults(order).quality_order == order
     assert ordered_defaults(()) == PUBLISHED_DEFAULTS
     with pytest.raises(ArtifactRefused, match="quality_order"):
