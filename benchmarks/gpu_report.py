@@ -88,6 +88,7 @@ def rows(records: Records) -> list[dict[str, Any]]:
                     "wall_ms": 1e3 * row["wall_s"]["median"],
                     "device_ms": 1e3 * row["device_s"]["median"] if row["device_s"] else None,
                     "images_per_second": row["images_per_second"],
+                    "joules_per_image": row.get("joules_per_image"),
                     "mode": row.get("mode"),
                     "decoder_included": row["decoder_included"],
                     "warmup": row["warmup"],
@@ -229,11 +230,11 @@ def headline(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    table = Table("side", "model", "B", "wall ms", "device ms", "images/s", "of limit", "peak GB", "mode")
+    table = Table("side", "model", "B", "wall ms", "device ms", "images/s", "J/image", "of limit", "peak GB", "mode")
     table.title = f"{result['gpu'] or 'no GPU: times of a CPU'}, medians, decoder included"
     for row in result["rows"]:
         share, device, peak = row["share_of_limit"], row["device_ms"], row["peak_bytes"]
-        mode = row["mode"]
+        mode, joules = row["mode"], row.get("joules_per_image")
         table.add_row(
             row["side"],
             row["model"],
@@ -241,6 +242,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             f"{row['wall_ms']:.2f}",
             "–" if device is None else f"{device:.2f}",
             f"{row['images_per_second']:.0f}",
+            "–" if joules is None else f"{joules:.1f}",
             "–" if share is None else f"{share:.0%}",
             "–" if peak is None else f"{peak / 1e9:.1f}",
             ", ".join(mode) if isinstance(mode, list) else mode or "eager",

@@ -23,6 +23,7 @@ from flexvar_runtime.graphs import DECODE
 from flexvar_runtime.manifest import ENGINES
 from flexvar_runtime.planner import IMAGES_PER_RUN
 
+from .energy import gpu_counter
 from .gpu_machine import probe_backend, used_bytes
 from .gpu_models import ModelFiles, Save, default_guidance, load_proof, schedule_of
 from .gpu_parity import equal_share, parity
@@ -160,7 +161,7 @@ def latency(run: Opened, batch: int, budget: Budget, used: Callable[[], int] | N
     first = time.perf_counter()
     known()
     first_s = time.perf_counter() - first
-    walls, devices = repeat(known, budget)
+    times = repeat(known, budget, gpu_counter())
     turn = 0
 
     def new() -> None:
@@ -169,18 +170,18 @@ def latency(run: Opened, batch: int, budget: Budget, used: Callable[[], int] | N
         classes = run.pipeline.model.classes
         run.generate([(turn * batch + i) % classes for i in range(batch)])
 
-    fresh, _ = repeat(new, NEW_CLASSES)
+    fresh = repeat(new, NEW_CLASSES).walls
     with memory_watch(used) as memory:
         known()
-    row = timed_row(batch, walls, devices, budget) | {
+    row = timed_row(batch, times, budget) | {
         "mode": sorted(modes),
         "first_call_s": first_s,
         "wall_s_new_classes": quantiles(fresh),
         "classes": "wall_s and device_s: classes met before; wall_s_new_classes: conditions of new ones computed too",
         "device_memory_bytes": memory or None,
     }
-    if devices:
-        row["images_per_second_device"] = batch / quantiles(devices)["median"]
+    if times.devices:
+        row["images_per_second_device"] = batch / quantiles(times.devices)["median"]
     return row
 
 
@@ -267,6 +268,6 @@ def decoder_times(engine: Engine, size: tuple[int, int], batch: int, budget: Bud
         device.synchronize()
         return seconds()
 
-    walls, devices = repeat(once, budget)
+    times = repeat(once, budget)
     bound.close()
-    return timed_row(batch, walls, devices, budget)
+    return timed_row(batch, times, budget)

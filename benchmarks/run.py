@@ -98,8 +98,9 @@ def _in_turns(
         name = worker.subject.variant
         scenario = _scenario(plan, bundle, worker, case.work, threads)
         peak = worker.peak_bytes() if anew[name] and not notes[name] else None
+        joules = worker.joules(case.work) if samples[name] else None
         flops = call_flops(bundle.manifest.model, case.work)
-        yield measured(scenario, bundle.sha256, samples[name], peak, flops, notes[name])
+        yield measured(scenario, bundle.sha256, samples[name], peak, flops, joules, notes[name])
 
 
 def measured(
@@ -108,6 +109,7 @@ def measured(
     samples: list[tuple[int, Sample]],
     peak: int | None,
     flops: float,
+    joules: float | None,
     note: str,
 ) -> Measured:
     """Samples with their turns as one record. note: why there are none, or fewer."""
@@ -130,7 +132,7 @@ def measured(
         decode=median([sample.decode for sample in only]),
         peak_memory_bytes=peak,
         flops=flops,
-        joules=None,
+        joules=joules,
         note=f"not measured: {note}" if note and not only else note,
         told=median([_told(sample) for sample in only]),
     )

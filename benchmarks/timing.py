@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .energy import LEAST_SECONDS, Counter
+
 MEMORY_POLL_SECONDS = 0.002
 
 
@@ -31,15 +33,23 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "p10": low, "p90": high, "min": float(min(samples))}
 
 
-def repeat(run: Callable[[], float | None], budget: Budget) -> tuple[list[float], list[float]]:
-    """Call `run` again and again: wall seconds of every counted call, and what it returned where that is a number.
+@dataclass(frozen=True)
+class Times:
+    """Wall seconds of every counted call, seconds on the device where it says them, and the energy of all counted
+    calls; None where it is not counted, or they were too short for the counter."""
 
-    `run` returns when its work is done, with its seconds on the device or None.
-    """
+    walls: list[float]
+    devices: list[float]
+    joules: float | None = None
+
+
+def repeat(run: Callable[[], float | None], budget: Budget, counter: Counter | None = None) -> Times:
+    """Call `run` again and again. It returns when its work is done, with its seconds on the device or None."""
     for _ in range(budget.warmup):
         run()
     walls: list[float] = []
     devices: list[float] = []
+    before = counter() if counter is not None else None
     end = time.perf_counter() + budget.seconds
     while len(walls) < budget.least or (len(walls) < budget.most and time.perf_counter() < end):
         start = time.perf_counter()
@@ -47,20 +57,23 @@ def repeat(run: Callable[[], float | None], budget: Budget) -> tuple[list[float]
         walls.append(time.perf_counter() - start)
         if seconds is not None:
             devices.append(seconds)
-    return walls, devices
+    if counter is None or before is None or sum(walls) < LEAST_SECONDS:
+        return Times(walls, devices)
+    return Times(walls, devices, counter() - before)
 
 
-def timed_row(batch: int, walls: Sequence[float], devices: Sequence[float], budget: Budget) -> dict[str, Any]:
+def timed_row(batch: int, times: Times, budget: Budget) -> dict[str, Any]:
     """What every row of times says."""
-    wall = quantiles(walls)
+    wall = quantiles(times.walls)
     return {
         "batch": batch,
         "warmup": budget.warmup,
-        "samples": len(walls),
+        "samples": len(times.walls),
         "decoder_included": True,
         "wall_s": wall,
-        "device_s": quantiles(devices) if devices else None,
+        "device_s": quantiles(times.devices) if times.devices else None,
         "images_per_second": batch / wall["median"],
+        "joules_per_image": None if times.joules is None else times.joules / (batch * len(times.walls)),
     }
 
 

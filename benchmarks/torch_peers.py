@@ -21,6 +21,7 @@ from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.sampling import draw, probabilities
 from flexvar_runtime import Sampling
 
+from .energy import gpu_counter
 from .gpu_machine import device_seconds, used_bytes, uses_gpu
 from .gpu_models import Save, default_guidance, load_proof, random_model, schedule_of
 from .timing import Budget, memory_watch, repeat, timed_row
@@ -101,8 +102,8 @@ def _part(work: Callable[[], object]) -> float:
 
 def _row(whole: Callable[[], object], batch: int, budget: Budget) -> dict[str, Any]:
     """Times between events where there is a GPU, and the height of memory in a call that is not timed."""
-    walls, devices = repeat(lambda: device_seconds(whole) if uses_gpu() else _none(whole()), budget)
-    row = timed_row(batch, walls, devices, budget)
+    times = repeat(lambda: device_seconds(whole) if uses_gpu() else _none(whole()), budget, gpu_counter())
+    row = timed_row(batch, times, budget)
     with memory_watch(used_bytes()) as memory:
         whole()
     row["device_memory_bytes"] = memory or None

@@ -29,6 +29,8 @@ from flexvar_runtime.noise import draws
 from flexvar_runtime.sampling import sample
 from flexvar_runtime.tables import Tables
 
+from .energy import gpu_counter, joules_of_call
+
 TORCH_PEERS = ("torch-eager", "torch-bf16", "torch-compile")
 PLAIN_PEERS = ("ort-plain", "openvino-plain")
 VARIANTS = (*BACKENDS, *TORCH_PEERS, *PLAIN_PEERS)
@@ -130,6 +132,11 @@ class RuntimeMake:
             return Sample(times.total)
         steps = tuple(scale.step for scale in times.scales)
         return Sample(times.total, times.condition, steps, times.sampling, times.decode)
+
+    def joules(self, work: Work) -> float | None:
+        """Of one call on a GPU; None on a processor, and where it is not counted."""
+        counter = None if self.pipeline.backend.device is None else gpu_counter()
+        return None if counter is None else joules_of_call(lambda: self(work), counter)
 
     def keep_costs(self, work: CostWork) -> Kept:
         """Not from the calls above: those are always of the same classes, whose conditions are known by then."""

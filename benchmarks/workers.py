@@ -18,6 +18,13 @@ RESET, PEAK = "reset the peak of memory", "the peak of memory"  # asked of a pro
 
 
 @dataclass(frozen=True)
+class EnergyWork:
+    """Work whose energy is asked for, on a GPU."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
 class Worker:
     """The near end of a process. refusal: why it made nothing; precision: what its library chose to compute in, None
     where that is the bundle's or the variant's."""
@@ -37,7 +44,12 @@ class Worker:
         answer: Kept | str = self._ask(work)
         return answer
 
-    def _ask(self, work: Work | CostWork | str) -> Any:
+    def joules(self, work: Work) -> float | None:
+        """Of one call, where it is counted: on a GPU. Takes a second and more there."""
+        joules = self._ask(EnergyWork(work))
+        return joules if isinstance(joules, float) else None
+
+    def _ask(self, work: Work | CostWork | EnergyWork | str) -> Any:
         if self.refusal is not None:
             return self.refusal
         try:
@@ -97,10 +109,12 @@ def _serve(connection: Connection, subject: Subject) -> None:
                 connection.send(_answer(make, connection.recv()))
 
 
-def _answer(make: Make, work: Work | CostWork | str) -> Sample | Kept | int | str:
+def _answer(make: Make, work: Work | CostWork | EnergyWork | str) -> Sample | Kept | float | str | None:
     try:
         if isinstance(work, Work):
             return make(work)
+        if isinstance(work, EnergyWork):
+            return make.joules(work.work) if isinstance(make, RuntimeMake) else None
         if isinstance(work, str):
             return _reset_peak() if work == RESET else _peak_bytes()
         return make.keep_costs(work) if isinstance(make, RuntimeMake) else "no backend of the runtime"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from host_kernels import COMPILER, HostKernels
 
 import flexvar_ref
 from flexvar_bench import gpu_device
+from flexvar_bench.energy import gpu_counter, joules_of_call
 from flexvar_bench.gpu_models import default_guidance, random_model, schedule_of
 from flexvar_bench.gpu_parity import parity
 from flexvar_bench.gpu_runs import Opened, latency
-from flexvar_bench.timing import Budget, memory_watch, repeat
+from flexvar_bench.timing import Budget, memory_watch, repeat, timed_row
 from flexvar_bench.torch_compiled import CompiledPeer, Eager, sample_sorted
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref.sampling import probabilities
@@ -168,10 +170,55 @@ def test_repetition_keeps_to_its_budget() -> None:
         calls.append(1)
         return 0.5
 
-    walls, devices = repeat(work, Budget(warmup=2, least=3, most=7, seconds=0.0))
-    assert (len(calls), len(walls), devices) == (5, 3, [0.5] * 3), "at least so many"
-    walls, _ = repeat(work, Budget(warmup=0, least=1, most=7, seconds=60))
-    assert len(walls) == 7, "at most so many"
+    times = repeat(work, Budget(warmup=2, least=3, most=7, seconds=0.0))
+    assert (len(calls), len(times.walls), times.devices) == (5, 3, [0.5] * 3), "at least so many"
+    times = repeat(work, Budget(warmup=0, least=1, most=7, seconds=60))
+    assert len(times.walls) == 7 and times.joules is None, "at most so many"
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A driver of one GPU that takes 300 watts."""
+    fake = SimpleNamespace(
+        init_v2=lambda: None,
+        device_get_count_v2=lambda: 1,
+        device_get_handle_by_index_v2=lambda index: 100 + index,
+        device_get_total_energy_consumption=lambda gpu: int(3e5 * time.perf_counter()) if gpu == 100 else None,
+    )
+    monkeypatch.setattr("cuda.bindings.nvml", fake, raising=False)
+    return fake
+
+
+def test_energy_is_that_of_the_counted_calls(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexvar_bench.timing.LEAST_SECONDS", 0.05)
+    budget = Budget(warmup=3, least=4, most=4, seconds=0)
+    row = timed_row(2, repeat(lambda: time.sleep(0.02), budget, gpu_counter()), budget)
+    assert 300 * 0.02 / 2 <= row["joules_per_image"] < 300 * 0.06 / 2  # of 3 calls more it would be 5.25 and more
+    monkeypatch.setattr("flexvar_bench.timing.LEAST_SECONDS", 5)
+    assert repeat(lambda: time.sleep(0.02), budget, gpu_counter()).joules is None, "too short for the counter"
+    assert timed_row(2, repeat(lambda: None, budget), budget)["joules_per_image"] is None
+
+
+def test_the_energy_of_a_call(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexvar_bench.energy.LEAST_SECONDS", 0.1)
+    counter = gpu_counter()
+    assert counter is not None and 300 * 0.02 <= joules_of_call(lambda: time.sleep(0.02), counter) < 300 * 0.06
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_no_counter_where_it_could_be_another_gpus(nvml: Any, count: int) -> None:
+    nvml.device_get_count_v2 = lambda: count
+    assert gpu_counter() is None
+
+
+def test_no_counter_without_a_driver_or_on_a_card_that_does_not_count(nvml: Any) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Not Supported")
+
+    nvml.device_get_total_energy_consumption = refuse
+    assert gpu_counter() is None
+    nvml.init_v2 = refuse
+    assert gpu_counter() is None
 
 
 def test_the_height_of_memory_is_seen() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing as mp
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +19,13 @@ import numpy as np
 import pytest
 
 from flexvar_bench import run as running
-from flexvar_bench import workers
+from flexvar_bench import variants, workers
 from flexvar_bench.against_reference import unavoidable_flops
 from flexvar_bench.limits import PHASE_SAVING, decoder_flops
 from flexvar_bench.plans import STEPS, Case, Extent, Load, Model, Plan, calls_of, plan, read_quality, schedule
 from flexvar_bench.records import Measured, Scenario, Served, read
 from flexvar_bench.run import Costs, call_flops, measure, measured, serve
-from flexvar_bench.variants import CostWork, PlainMake, Sample, Subject, Work, opened
+from flexvar_bench.variants import CostWork, PlainMake, RuntimeMake, Sample, Subject, Work, opened
 from flexvar_bench.workers import started
 from flexvar_runtime import ArtifactRefused, Bundle, FlexVARPipeline, InvalidInput
 from flexvar_runtime.cli.main import main
@@ -112,11 +113,11 @@ def test_the_demo_models_quality_is_a_table() -> None:
 
 def test_samples_become_medians_with_their_turns() -> None:
     samples = [(turn, Sample(turn + 1.0, 0.1, (0.2, turn / 10), 0.3, 0.4)) for turn in (3, 0, 5)]
-    record = measured(SCENARIO, "0" * 64, samples, 7, 1e9, "")
+    record = measured(SCENARIO, "0" * 64, samples, 7, 1e9, 3.0, "")
     assert (record.seconds, record.turns) == ((4.0, 1.0, 6.0), (3, 0, 5))
     assert (record.condition, record.scales, record.sampling, record.decode) == (0.1, (0.2, 0.3), 0.3, 0.4)
-    assert measured(SCENARIO, "0" * 64, [], None, 1e9, "no such backend").note == "not measured: no such backend"
-    partly = measured(SCENARIO, "0" * 64, [(0, Sample(1.0, decode=0.5))], None, 1e9, "")
+    assert measured(SCENARIO, "0" * 64, [], None, 1e9, None, "no such backend").note == "not measured: no such backend"
+    partly = measured(SCENARIO, "0" * 64, [(0, Sample(1.0, decode=0.5))], None, 1e9, None, "")
     assert (partly.condition, partly.scales, partly.decode) == (None, None, 0.5)
 
 
@@ -211,6 +212,9 @@ def fake_workers(
         def peak_bytes(self) -> int:
             return 1
 
+        def joules(self, work: Work) -> float | None:
+            return 2.5 if self.subject.variant == "ort-cpu" else None
+
         def keep_costs(self, work: CostWork) -> str:
             return "no folder for them"
 
@@ -228,6 +232,26 @@ def test_a_case_ends_when_its_time_is_used_up(model: Model, clock: Clock, monkey
         case = Case(variants=("ort-cpu", "ort-plain"), work=WORK, repeats=9, seconds=limit)
         rows = list(measure(Plan(model=model, cases=(case,), loads=(), costs=None), 1))
         assert [len(row.seconds) for row in rows if isinstance(row, Measured)] == [turns, turns]
+
+
+def test_energy_is_that_of_the_variant_that_counts_it(
+    model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "started", fake_workers(clock))
+    case = Case(variants=("ort-cpu", "ort-plain"), work=WORK, repeats=3)
+    rows = list(measure(Plan(model=model, cases=(case,), loads=(), costs=None), 1))
+    assert [row.joules for row in rows if isinstance(row, Measured)] == [2.5, None]
+
+
+def test_only_calls_on_a_gpu_are_counted(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "gpu_counter", lambda: lambda: 300 * time.perf_counter())
+    monkeypatch.setattr("flexvar_bench.energy.LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(RuntimeMake, "__call__", lambda self, work: time.sleep(0.02))
+    with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipeline:
+        assert RuntimeMake(pipeline).joules(WORK) is None
+        monkeypatch.setattr(pipeline.backend, "device", object())
+        joules = RuntimeMake(pipeline).joules(WORK)
+        assert joules is not None and 300 * 0.02 <= joules < 300 * 0.06
 
 
 def test_costs_that_cannot_be_kept_say_why(model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +433,7 @@ def test_files_of_results(tmp_path: Path) -> None:
     from flexvar_bench.records import Ceiling, line, write
 
     path = tmp_path / "results.jsonl"
-    row = measured(SCENARIO, "0" * 64, [(0, Sample(1.0))], None, 1.0, "")
+    row = measured(SCENARIO, "0" * 64, [(0, Sample(1.0))], None, 1.0, None, "")
     load = Served(scenario=SCENARIO, mode="offline", rate=None, bound=None, latencies=(1.0,), images_per_second=1.0)
     ceiling = Ceiling(copy_bytes_per_second=1e9, flops_per_second={"fp32": 1e11})
     write(path, [environment(1), ceiling, row, load])

@@ -175,13 +175,6 @@ def test_options(refused: Callable[..., str], tiny_bundle: Path, code: int, opti
     assert text in refused(code, tiny_bundle, *options)
 
 
-def test_no_class_at_all(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["generate", str(tiny_bundle), "-o", str(tmp_path / "out")])
-    assert end.value.code == 2
-    assert "error: got: no class\n  expected: one class per image\n  fix: pass a list" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("options", "code"), [([], 0), (["--schedule", "2"], 2), (["--colour"], 2), (["--backend", "tensorrt"], 4)]
 )

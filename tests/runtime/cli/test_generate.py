@@ -57,7 +57,8 @@ def test_a_manifest_of_something_else_is_no_bundle(tmp_path: Path) -> None:
 
 def test_without_classes(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
     ended = flexvar("generate", tiny_bundle, "-o", out)
-    assert ended.code == 2 and "fix: say which: --classes 7,999" in ended.err and not out.exists()
+    assert ended.code == 2 and "got: no class\n" in ended.err and "fix: say which: --classes 7,999" in ended.err
+    assert not out.exists()
 
 
 def test_no_steps_are_not_the_default(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
