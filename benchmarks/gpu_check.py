@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .gpu_plan import Phase, Request
+    from .gpu.plan import Phase, Request
 
 PACKAGES = {
     "flexvar_ref": "flexvar_ref",
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
         print(f"gpu_check: no {names} here: nothing can be measured; fix: pip install {names}", file=sys.stderr)
         return 4
     arguments = _parse(argv)
-    from .gpu_plan import phases, with_limits
-    from .gpu_report import merge
+    from .gpu.plan import phases, with_limits
+    from .gpu.report import merge
 
     if arguments.merge is not None:
         print(merge(arguments.out / RESULT, arguments.merge))
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from .gpu_plan import BATCHES, GENERATIONS, GPU_BACKENDS, MODELS
+    from .gpu.plan import BATCHES, GENERATIONS, GPU_BACKENDS, MODELS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULT}")
@@ -147,8 +147,8 @@ def _measure(
 
     from flexvar_runtime import __version__
 
-    from .gpu_report import document, headline, show, write
-    from .gpu_runner import Record, Runner
+    from .gpu.report import document, headline, show, write
+    from .gpu.runner import Record, Runner
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     options = {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "work", "merge")}
@@ -213,7 +213,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     """Raises InvalidInput for a backend that nobody knows."""
     from flexvar_runtime.backends import check_name
 
-    from .gpu_plan import BATCHES, GENERATIONS, Request
+    from .gpu.plan import BATCHES, GENERATIONS, Request
 
     tiny = arguments.tiny
     for backend in arguments.backends:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from flexvar_bench import gpu_check, gpu_models, gpu_report
-from flexvar_bench.gpu_models import (
+from flexvar_bench import gpu_check
+from flexvar_bench.gpu import models as gpu_models
+from flexvar_bench.gpu import report as gpu_report
+from flexvar_bench.gpu.models import (
     ModelFiles,
     default_guidance,
     export_model,
@@ -25,8 +27,8 @@ from flexvar_bench.gpu_models import (
     random_model,
     schedule_of,
 )
-from flexvar_bench.gpu_report import AS_PUBLISHED, merge, rows
-from flexvar_bench.gpu_runs import decoders, growth
+from flexvar_bench.gpu.report import AS_PUBLISHED, merge, rows
+from flexvar_bench.gpu.runs import decoders, growth
 from flexvar_bench.timing import Budget
 from flexvar_export.proof import make_proof
 from flexvar_runtime import ArtifactRefused, Bundle

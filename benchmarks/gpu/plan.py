@@ -19,7 +19,7 @@ MINUTES = 9.0  # that the limits below are made for
 
 @dataclass(frozen=True)
 class Phase:
-    """One process. name: its key in the result. job: what `gpu_child` runs, with `options`.
+    """One process. name: its key in the result. job: what `child` runs, with `options`.
 
     seconds: what it should take; limit: when it is stopped. alone: nothing may run beside it, since it takes times.
     needs: names of phases that must have gone well before.

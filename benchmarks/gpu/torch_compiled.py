@@ -18,7 +18,7 @@ from flexvar_export.proof import Case
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Sampling, ScaleSchedule
 
-from .gpu_models import default_guidance
+from .models import default_guidance
 
 RECOMPILES = 256  # torch gives up on a function after 8
 WARM_UPS = 3

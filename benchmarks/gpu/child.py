@@ -1,6 +1,6 @@
 """One phase in a process of its own: what it finds goes to a file, again and again, so that a crash loses little.
 
-python -m flexvar_bench.gpu_child JOB --work DIR --result FILE --options JSON
+python -m flexvar_bench.gpu.child JOB --work DIR --result FILE --options JSON
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _die_with_parent() -> None:
 
 
 def _machine(work: Path, save: Save, *, tiny: bool) -> None:
-    from .gpu_machine import machine
+    from .machine import machine
 
     machine(save, tiny)
 
@@ -74,20 +74,20 @@ def _machine(work: Path, save: Save, *, tiny: bool) -> None:
 def _export(work: Path, save: Save, *, model: str, precision: str, processes: int) -> None:
     import torch
 
-    from .gpu_models import export_model
+    from .models import export_model
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     export_model(model, work, precision, save)
 
 
 def _plain(work: Path, save: Save, *, model: str) -> None:
-    from .gpu_models import plain_model
+    from .models import plain_model
 
     plain_model(model, work, save)
 
 
 def _tiny(work: Path, save: Save, *, backend: str) -> None:
-    from .gpu_runs import tiny
+    from .runs import tiny
 
     tiny(work, backend, save)
 
@@ -96,35 +96,35 @@ def _kernels(work: Path, save: Save, *, model: str, batches: list[int]) -> None:
     from flexvar_ref import TransformerConfig
     from flexvar_ref.synthetic import tiny_transformer
 
-    from .gpu_device import device_kernels
-    from .gpu_models import schedule_of
-    from .gpu_plan import TINY
+    from .device import device_kernels
+    from .models import schedule_of
+    from .plan import TINY
 
     config = tiny_transformer() if model == TINY else TransformerConfig.published(int(model.removeprefix("d")))
     device_kernels(config.vocabulary, schedule_of(model), batches, save)
 
 
 def _build(work: Path, save: Save, *, model: str, backend: str, max_batch: int) -> None:
-    from .gpu_runs import build
+    from .runs import build
 
     build(work, model, backend, max_batch, save)
 
 
 def _run(work: Path, save: Save, *, model: str, backend: str, batches: list[int], budget: dict[str, Any]) -> None:
-    from .gpu_runs import run
-    from .timing import Budget
+    from ..timing import Budget
+    from .runs import run
 
     run(work, model, backend, batches, Budget(**budget), save)
 
 
 def _profile(work: Path, save: Save, *, model: str, backend: str, batches: list[int]) -> None:
-    from .gpu_profile import profile_runtime
+    from .profile import profile_runtime
 
     profile_runtime(work, model, backend, batches, save)
 
 
 def _growth(work: Path, save: Save, *, model: str, backend: str, generations: int) -> None:
-    from .gpu_runs import growth
+    from .runs import growth
 
     growth(work, model, backend, generations, save)
 
@@ -132,14 +132,14 @@ def _growth(work: Path, save: Save, *, model: str, backend: str, generations: in
 def _decoders(
     work: Path, save: Save, *, model: str, backend: str, batches: list[int], max_batch: int, budget: dict[str, Any]
 ) -> None:
-    from .gpu_runs import decoders
-    from .timing import Budget
+    from ..timing import Budget
+    from .runs import decoders
 
     decoders(work, model, backend, batches, max_batch, Budget(**budget), save)
 
 
 def _reference(work: Path, save: Save, *, model: str, batches: list[int], budget: dict[str, Any]) -> None:
-    from .timing import Budget
+    from ..timing import Budget
     from .torch_peers import reference
 
     reference(model, batches, Budget(**budget), save)
@@ -148,7 +148,7 @@ def _reference(work: Path, save: Save, *, model: str, batches: list[int], budget
 def _compiled(
     work: Path, save: Save, *, model: str, batches: list[int], static_batches: list[int], budget: dict[str, Any]
 ) -> None:
-    from .timing import Budget
+    from ..timing import Budget
     from .torch_peers import compiled
 
     compiled(work, model, batches, Budget(**budget), static_batches, save)

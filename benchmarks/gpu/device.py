@@ -18,8 +18,8 @@ from flexvar_runtime.cuda.kernels import KernelConfig
 from flexvar_runtime.loop import Draws
 from flexvar_runtime.sampling import sample
 
-from .gpu_models import Save
-from .timing import quantiles
+from ..timing import quantiles
+from .models import Save
 
 SEEDS = (0, 1, 2**63, 2**64 - 1)
 INDICES = (0, 5, 2**32, 2**64 - 1)

@@ -16,8 +16,8 @@ from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.manifest import PLAIN, ModelFacts
 
-from .gpu_runner import DONE, NOT_MEASURED
-from .limits import generation_limit
+from ..limits import generation_limit
+from .runner import DONE, NOT_MEASURED
 
 SCHEMA = 1
 REFERENCE, COMPILED = "flexvar_ref", "torch.compile"

@@ -21,10 +21,10 @@ from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.sampling import draw, probabilities
 from flexvar_runtime import Sampling
 
-from .energy import gpu_counter
-from .gpu_machine import device_seconds, used_bytes, uses_gpu
-from .gpu_models import Save, default_guidance, load_proof, random_model, schedule_of
-from .timing import Budget, memory_watch, repeat, timed_row
+from ..energy import gpu_counter
+from ..timing import Budget, memory_watch, repeat, timed_row
+from .machine import device_seconds, used_bytes, uses_gpu
+from .models import Save, default_guidance, load_proof, random_model, schedule_of
 from .torch_compiled import CompiledPeer, Eager, to_pixels
 
 AUTOCAST, RESIDENT = "autocast-fp16", "resident-bf16"

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .gpu_plan import Phase
+from .plan import Phase
 
-CHILD = (sys.executable, "-m", "flexvar_bench.gpu_child")
+CHILD = (sys.executable, "-m", "flexvar_bench.gpu.child")
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 2.0  # between asking a process to end and ending it
 TAIL = 2000  # letters of a failed phase's last words

@@ -23,12 +23,12 @@ from flexvar_runtime.graphs import DECODE
 from flexvar_runtime.manifest import ENGINES
 from flexvar_runtime.planner import IMAGES_PER_RUN
 
-from .energy import gpu_counter
-from .gpu_machine import probe_backend, used_bytes
-from .gpu_models import ModelFiles, Save, default_guidance, load_proof, schedule_of
-from .gpu_parity import equal_share, parity
-from .gpu_plan import CPU_BACKEND, TINY
-from .timing import Budget, memory_watch, quantiles, repeat, resident_bytes, timed_row
+from ..energy import gpu_counter
+from ..timing import Budget, memory_watch, quantiles, repeat, resident_bytes, timed_row
+from .machine import probe_backend, used_bytes
+from .models import ModelFiles, Save, default_guidance, load_proof, schedule_of
+from .parity import equal_share, parity
+from .plan import CPU_BACKEND, TINY
 
 NEW_CLASSES = Budget(warmup=1, least=3, most=50, seconds=1.0)
 GROWTH_WARM_UP = 20

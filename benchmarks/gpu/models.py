@@ -34,7 +34,7 @@ from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.graphs import DECODE, TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import ENGINES, MANIFEST, PHASES, PLAIN, SCHEMA_VERSION, Manifest, Provenance
 
-from .gpu_plan import TINY
+from .plan import TINY
 
 SEED = 0
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from flexvar_bench import gpu_check
-from flexvar_bench.gpu_plan import Phase, Request, phases, planned_seconds, with_limits
-from flexvar_bench.gpu_runner import Record, Runner
+from flexvar_bench.gpu.plan import Phase, Request, phases, planned_seconds, with_limits
+from flexvar_bench.gpu.runner import Record, Runner
 
 CHILD = """
 import argparse, json, os, signal, subprocess, sys, time

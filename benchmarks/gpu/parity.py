@@ -15,7 +15,7 @@ from flexvar_runtime import FlexVARPipeline, Sampling
 from flexvar_runtime.loop import Draws
 from flexvar_runtime.sampling import sample
 
-from . import gpu_device
+from . import device
 from .token_agreement import Agreement, agreement, compare_tokens
 
 
@@ -82,7 +82,7 @@ def _draw(
     pipeline: FlexVARPipeline, logits_BLV: NDArray[np.float32], draws: Draws, scale: int, top_k: int
 ) -> NDArray[np.int32]:
     if pipeline.backend.device is not None:
-        return gpu_device.sample_on_device(pipeline.backend, logits_BLV, draws, scale, top_k)
+        return device.sample_on_device(pipeline.backend, logits_BLV, draws, scale, top_k)
     B, L, V = logits_BLV.shape
     return sample(logits_BLV.reshape(B * L, V), draws.noise(scale, L), top_k=top_k, top_p=draws.sampling.top_p)
 

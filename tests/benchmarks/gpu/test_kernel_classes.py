@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexvar_bench.kernel_classes import CLASSES, OTHER, Kernel, classify, kernels_of, summary
+from flexvar_bench.gpu.kernel_classes import CLASSES, OTHER, Kernel, classify, kernels_of, summary
 
 NAMES = {
     "sample_rows": "sampling",

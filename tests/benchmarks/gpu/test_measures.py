@@ -16,13 +16,13 @@ from fakes import FakeDevice
 from host_kernels import COMPILER, HostKernels
 
 import flexvar_ref
-from flexvar_bench import gpu_device
 from flexvar_bench.energy import gpu_counter, joules_of_call
-from flexvar_bench.gpu_models import default_guidance, random_model, schedule_of
-from flexvar_bench.gpu_parity import parity
-from flexvar_bench.gpu_runs import Opened, latency
+from flexvar_bench.gpu import device as gpu_device
+from flexvar_bench.gpu.models import default_guidance, random_model, schedule_of
+from flexvar_bench.gpu.parity import parity
+from flexvar_bench.gpu.runs import Opened, latency
+from flexvar_bench.gpu.torch_compiled import CompiledPeer, Eager, sample_sorted
 from flexvar_bench.timing import Budget, memory_watch, repeat, timed_row
-from flexvar_bench.torch_compiled import CompiledPeer, Eager, sample_sorted
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref.sampling import probabilities
 from flexvar_runtime import Bundle, FlexVARPipeline, ScaleSchedule

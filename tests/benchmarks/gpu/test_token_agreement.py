@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexvar_bench.token_agreement import Agreement, agreement, compare_tokens
+from flexvar_bench.gpu.token_agreement import Agreement, agreement, compare_tokens
 from flexvar_runtime.noise import draws
 from flexvar_runtime.sampling import sample
 
