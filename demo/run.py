@@ -79,7 +79,8 @@ def main() -> None:
 
     bundle = out / "demo.bundle"
     weights = MODEL / "transformer.safetensors", "--vae", MODEL / "vae.safetensors"
-    about = "--class-names", MODEL / "classes.json", "--quality", MODEL / "quality.json"
+    about = "--class-names", MODEL / "classes.json", "--defaults", MODEL / "defaults.json"
+    about = *about, "--quality", MODEL / "quality.json"
     flexvar("export", *weights, *about, "-o", bundle, "--force")
     verified = flexvar("verify", bundle)
     show_parity(verified["parity"]["rows"], f"parity with the reference on {verified['parity']['backend']}")
@@ -98,12 +99,6 @@ def main() -> None:
                 backend,
                 "--batch-size",
                 "1",
-                "--top-k",
-                "0",
-                "--top-p",
-                "0.8",
-                "--greedy-scales",
-                "none",
                 "--force",
             )
             classes = ",".join(map(str, labels))

@@ -26,6 +26,7 @@ from flexvar_runtime.manifest import (
     PHASES,
     PRECISIONS,
     SCHEMA_VERSION,
+    Defaults,
     GraphSpec,
     Manifest,
     ModelFacts,
@@ -35,7 +36,7 @@ from flexvar_runtime.manifest import (
 from flexvar_runtime.noise import check_whole
 
 from .activations import largest_activations, refuse_overflow
-from .facts import model_facts, ordered_defaults, tables
+from .facts import PUBLISHED_DEFAULTS, model_facts, ordered_defaults, tables
 from .modules import block_parts, graph_module
 from .onnx_graphs import export_graph
 from .parity import prove, require_parity
@@ -60,6 +61,7 @@ def export_bundle(
     force: bool = False,
     threads: int | None = None,
     float32_parts: Sequence[str] | None = None,
+    defaults: Defaults = PUBLISHED_DEFAULTS,
     quality_order: Sequence[str] = (),
     decoder: str = PHASES,
     progress: Progress = lambda _: None,
@@ -68,6 +70,7 @@ def export_bundle(
 
     float32_parts: what the step keeps in float32 where the rest is not (names of `modules.block_parts`); None: nothing,
     or where that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
+    defaults: what requests that do not say otherwise take; the proof is of their schedule and guidance.
     quality_order: schedules to the size of the default one, best first, for deadlines.
     decoder: "phases", or "plain" for a graph that upsamples as the reference does (see `phases`).
 
@@ -86,7 +89,7 @@ def export_bundle(
     with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
         model, vae = load_reference(transformer, tokenizer)
-        facts, defaults = model_facts(model, vae, class_names), ordered_defaults(quality_order)
+        facts, defaults = model_facts(model, vae, class_names), ordered_defaults(quality_order, defaults)
         progress("running the reference")
         guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
         proof = make_proof(model, vae, ScaleSchedule.parse(defaults.schedule), guidance)

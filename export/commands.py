@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexvar_runtime.atomic import existing
 from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
-from flexvar_runtime.errors import BackendUnavailable, InvalidInput, ParityFailed
+from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.graphs import GRAPHS
 from flexvar_runtime.manifest import PHASES
 
@@ -59,6 +60,10 @@ def export(
         str, typer.Option(help="How the decoder upsamples: phases (fewer multiplications), or plain as the reference.")
     ] = PHASES,
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
+    defaults: Annotated[
+        Path | None,
+        typer.Option(help="JSON object: schedule, guidance_scale, top_p, … where they are not the published ones."),
+    ] = None,
     quality: Annotated[
         Path | None, typer.Option(help="Quality by schedule (JSON): the order in which deadlines choose.")
     ] = None,
@@ -67,11 +72,18 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export a checkpoint to a bundle: graphs, tables, and the proof that they equal the reference."""
+    for path in (checkpoint, vae):
+        if not path.is_file():  # said before torch is imported, which takes seconds
+            raise ArtifactRefused(f"no file {path}", expected="a checkpoint", fix="check the path")
+    if output.exists() and not force:
+        raise existing(output)
     _require_torch()
     from .bundle import export_bundle
+    from .facts import PUBLISHED_DEFAULTS, read_defaults
 
     names = _read_class_names(class_names) if class_names else None
-    order = _read_order(quality) if quality else ()
+    chosen = read_defaults(defaults) if defaults else PUBLISHED_DEFAULTS
+    order = _read_order(quality, chosen.schedule) if quality else ()
     with steps(EXPORT_STEPS, "export") as progress:
         bundle = export_bundle(
             checkpoint,
@@ -82,6 +94,7 @@ def export(
             force=force,
             threads=threads,
             float32_parts=_float32_parts(float32),
+            defaults=chosen,
             quality_order=order,
             decoder=decoder,
             progress=progress,
@@ -200,14 +213,13 @@ def _require_sizes(bundle: ModelFacts, checkpoint: ModelFacts) -> None:
         )
 
 
-def _read_order(path: Path) -> tuple[str, ...]:
+def _read_order(path: Path, default: str) -> tuple[str, ...]:
     """Schedules of a table to the size of the default one, best first."""
     from flexvar_runtime import ScaleSchedule
 
-    from .facts import PUBLISHED_DEFAULTS
     from .quality import best_first, read_quality
 
-    return best_first(read_quality(path), ScaleSchedule.parse(PUBLISHED_DEFAULTS.schedule))
+    return best_first(read_quality(path), ScaleSchedule.parse(default))
 
 
 def _read_class_names(path: Path) -> tuple[str, ...]:

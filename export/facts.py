@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from flexvar_ref import FlexVAR, Tokenizer
-from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 from flexvar_runtime.manifest import Defaults, ModelFacts
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.sampling import Sampling
+from flexvar_runtime.schedule import PUBLISHED, ScaleSchedule
+from flexvar_runtime.strict_json import decode, encode, loads, short
 from flexvar_runtime.tables import Tables
 
 # The published evaluation at 256 px.
@@ -28,10 +32,30 @@ PUBLISHED_DEFAULTS = Defaults(
 )
 
 
-def ordered_defaults(quality_order: Sequence[str]) -> Defaults:
-    """The published defaults with schedules by quality, best first. Raises ArtifactRefused for an order no bundle may
-    have."""
-    return replace(PUBLISHED_DEFAULTS, quality_order=tuple(quality_order))
+def ordered_defaults(quality_order: Sequence[str], defaults: Defaults = PUBLISHED_DEFAULTS) -> Defaults:
+    """Defaults with schedules by quality, best first. Raises ArtifactRefused for an order no bundle may have."""
+    return replace(defaults, quality_order=tuple(quality_order))
+
+
+def read_defaults(path: Path) -> Defaults:
+    """The published defaults, but for what a JSON object names. Raises InvalidInput."""
+    names = [field.name for field in fields(Defaults) if field.name != "quality_order"]
+    try:
+        given = loads(path.read_bytes(), where=path.name)
+        if not isinstance(given, dict) or not set(given) <= set(names):
+            raise InvalidInput(
+                f"{path.name}: {short(given)}",
+                expected=f"an object with keys among {', '.join(names)}",
+                fix="name what differs from the published evaluation",
+            )
+        published = cast(dict[str, object], encode(PUBLISHED_DEFAULTS))
+        found = decode(Defaults, {**published, **given}, where=path.name)
+        ScaleSchedule.parse(found.schedule)
+        Sampling(found.top_k, found.top_p, found.greedy_scales, found.max_side)
+    except (OSError, ArtifactRefused) as error:
+        got, expected = (error.got, error.expected) if isinstance(error, ArtifactRefused) else (str(error), "a file")
+        raise InvalidInput(got, expected=expected, fix=f"correct {path.name}") from error
+    return found
 
 
 def model_facts(model: FlexVAR, tokenizer: Tokenizer, class_names: tuple[str, ...] | None = None) -> ModelFacts:

@@ -86,6 +86,8 @@ def plan_edit(
     for picture, mask in zip(pictures, masks, strict=True):
         photo, cover = read_photo(picture), None if mask is None else read_mask(mask)
         canvases.append(make_canvas(photo, cover, edit, model.downsampling, area))
+        if canvases[-1].size != photo.size:
+            log.info("a picture of %dx%d pixels, edited at %dx%d (height x width)", *photo.size, *canvases[-1].size)
         sources.append((photo.sha256, None if cover is None else _sha256(cover)))
     if len({(canvas.size, canvas.cut[2:]) for canvas in canvases}) > 1:
         raise InvalidInput(
@@ -93,10 +95,15 @@ def plan_edit(
         )
     size = tuple(pixels // model.downsampling for pixels in canvases[0].size)
     chosen = _schedule((size[0], size[1]), default, schedule, steps, side)
-    if max(size) > TEXTURES_BREAK * side:
-        log.warning("more than %d times the default size: textures may repeat", TEXTURES_BREAK)
+    warn_if_large(chosen, default)
     forced = _forced_alike(edit, canvases, chosen, model.downsampling) if edit.task == "refine" else None
     return EditPlan(edit, tuple(canvases), tuple(sources), chosen, forced)
+
+
+def warn_if_large(schedule: ScaleSchedule, default: ScaleSchedule) -> None:
+    """Say so where a result is far larger than what the model was made for."""
+    if max(schedule[-1]) > TEXTURES_BREAK * max(default[-1]):
+        log.warning("more than %d times the default size: textures may repeat, or become noise", TEXTURES_BREAK)
 
 
 def finish(canvas: Canvas, edit: Edit, made_HW3: Pixels) -> Pixels:

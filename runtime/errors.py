@@ -31,7 +31,9 @@ class InvalidInput(FlexVARError, ValueError):
 
 
 class CostUnknown(InvalidInput):
-    """A deadline for generations whose time was not measured."""
+    """A deadline for generations whose time was not measured. schedule: the first one of which it has to be known."""
+
+    schedule = ""
 
 
 class ParityFailed(FlexVARError):

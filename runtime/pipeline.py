@@ -129,7 +129,7 @@ class FlexVARPipeline:
 
     def __call__(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int | str],
         schedule: ScheduleLike | None = None,
         guidance: Guidance | None = None,
         sampling: Sampling | None = None,
@@ -140,7 +140,8 @@ class FlexVARPipeline:
         keep_decoded: bool = False,
         on_scale: Callable[[ScaleStep], None] | None = None,
     ) -> GenerationOutput:
-        """Generate one image a label. None means the bundle's default (for the seed: a fresh one, returned).
+        """Generate one image a label, a number or one of `model.class_names`. None means the bundle's default (for the
+        seed: a fresh one, returned).
 
         Image i draws from stream (seed, first_index + i). on_scale is called after every scale; keep_decoded keeps the
         decoder's float output. deadline_ms: in place of a schedule, the time for all of it, by which `choose_schedule`
@@ -193,7 +194,7 @@ class FlexVARPipeline:
         task: str,
         *,
         mask: PictureLike | Sequence[PictureLike] | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         size: tuple[int, int] | None = None,
         fit: str = "resize",
         strength: float | None = None,
@@ -273,7 +274,7 @@ class FlexVARPipeline:
 
     def iter_scales(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int | str],
         schedule: ScheduleLike | None = None,
         guidance: Guidance | None = None,
         sampling: Sampling | None = None,
@@ -467,13 +468,13 @@ class FlexVARPipeline:
             latent = self.engine.encode(from_uint8(pixels, self.model.value_range))
         return self.engine.tables.quantize(latent, wanted)
 
-    def check(self, labels: Sequence[int], seed: int | None = None, first_index: int = 0) -> None:
+    def check(self, labels: Sequence[int | str], seed: int | None = None, first_index: int = 0) -> None:
         """Refuse classes, seed and index that a call would refuse, before anything is computed. Raises InvalidInput."""
         self._request(labels, None, None, None, seed, first_index)
 
     def _request(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int | str],
         schedule: ScheduleLike | None,
         guidance: Guidance | None,
         sampling: Sampling | None,
@@ -507,7 +508,9 @@ class FlexVARPipeline:
         )
 
     def _check_label(self, label: object) -> int:
-        null = self.model.null_class
+        null, names = self.model.null_class, self.model.class_names
+        if isinstance(label, str) and names is not None and names.count(label) == 1:
+            return names.index(label)
         whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
         if not whole or not 0 <= int(label) <= null:  # type: ignore[call-overload]
             raise InvalidInput(

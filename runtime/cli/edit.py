@@ -87,6 +87,8 @@ def edit(
     as_json: JsonOption = False,
 ) -> None:
     """Edit a picture. What is not given is the bundle's default, or the value in --from."""
+    if output.suffix.lower() != ".png":
+        raise InvalidInput(f"{output}", expected="a name that ends in .png", fix=f"write {output.with_suffix('.png')}")
     options = {
         "task": task,
         "size": None if size is None else parse_size(size),
@@ -202,7 +204,9 @@ def _guidance(
 def _warn_of_other_pictures(earlier: Settings, now: Settings) -> None:
     """The same settings on another picture are a wish that can be meant; it is said all the same."""
     assert earlier.edit is not None and now.edit is not None
-    if (earlier.edit.picture_sha256, earlier.edit.mask_sha256) != (now.edit.picture_sha256, now.edit.mask_sha256):
+    before, after = earlier.edit, now.edit
+    masks = {before.mask_sha256, after.mask_sha256} if before.edit.task == after.edit.task else set()
+    if before.picture_sha256 != after.picture_sha256 or len(masks) > 1:
         err.print("another picture or mask than in --from: the result is another too", highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,8 @@ import typer
 
 from ..atomic import atomic_write
 from ..canvas import check_sides
-from ..deadline import Choice, quality_order, seconds_of
+from ..deadline import Choice, seconds_of
+from ..edit_plan import warn_if_large
 from ..errors import ArtifactRefused, CostUnknown, InvalidInput
 from ..guidance import Guidance
 from ..images import save_png
@@ -83,6 +84,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate one PNG an image. What is not given is the bundle's default, or the value in --from."""
+    if classes is None and source is None:
+        raise InvalidInput("no class", expected="one class per image", fix="say which: --classes 7,999")
     if deadline_ms is not None:
         _check_deadline(deadline_ms, chosen=(schedule, size, scales), shown=show or preview is not None)
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
@@ -95,8 +98,7 @@ def generate(
             seed=start.seed if seed is None else seed,
             first_index=start.first_index if first_index is None else first_index,
         )
-        if not plan.labels:
-            raise InvalidInput("no class", expected="one class per image", fix="say which: --classes 7,999")
+        warn_if_large(plan.schedule, pipeline.schedule)
         pipeline.check(plan.labels, plan.seed, plan.first_index)
         files = [output / plan.name(i) for i in range(len(plan.labels))]
         previews = [preview / name for name in plan.preview_names()] if preview else []
@@ -179,23 +181,14 @@ def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool)
 def _choose(pipeline: FlexVARPipeline, plan: _Plan, batch_size: int, deadline_ms: float) -> Choice:
     """The best schedule for the deadline, after measuring where that was not done before; the pipeline is warm then."""
     images, options = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
-    try:
-        choice = pipeline.choose_schedule(images, deadline_ms, *options)
-    except CostUnknown:
-        order, name = quality_order(pipeline.bundle.manifest), pipeline.backend.name
-        err.print(
-            f"times of {len(order)} schedules for {images} at once on {name} are not known here: measuring them, once",
-            highlight=False,
-            soft_wrap=True,
-        )
-        with steps(len(order), "measure") as advance:
-            pipeline.measure_costs(
-                (images,),
-                guidance=plan.guidance,
-                sampling=plan.sampling,
-                on_row=lambda row: advance(f"schedule {row.schedule}, {row.p90 * 1e3:.1f} ms"),
-            )
-        choice = pipeline.choose_schedule(images, deadline_ms, *options)
+    choice = None
+    with steps(None, "measure") as advance:
+        while choice is None:  # best first, and no further than the first that is fast enough
+            try:
+                choice = pipeline.choose_schedule(images, deadline_ms, *options)
+            except CostUnknown as unknown:
+                advance(f"schedule {unknown.schedule} for {images} at once on {pipeline.backend.name}, once")
+                pipeline.measure_costs((images,), [unknown.schedule], guidance=plan.guidance, sampling=plan.sampling)
     last = len(plan.labels) % batch_size
     pipeline.warmup(choice.schedule, {images, last or images}, *options)
     return choice
@@ -266,8 +259,9 @@ def _report(
         "images": [{"file": str(path), "class": label} for path, label in zip(files, plan.labels, strict=True)],
         "timings": [result.timings.to_json() for result in results],
     }
+    slowest = max(result.timings.total for result in results)
     if choice is not None:
-        data["choice"] = choice.to_json()
+        data["choice"] = choice.to_json() | {"took_ms": slowest * 1e3, "met": slowest <= choice.deadline}
 
     def show() -> None:
         for path in files:
@@ -282,7 +276,8 @@ def _report(
         )
         if choice is not None:
             out.print(
-                f"schedule {choice.schedule}, expected {choice.expected * 1e3:.1f} ms a batch: {choice.reason}",
+                f"schedule {choice.schedule}, expected {choice.expected * 1e3:.1f} ms a batch: {choice.reason}; took "
+                f"{slowest * 1e3:.1f} ms{'' if slowest <= choice.deadline else ', too late'}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..bundle import Bundle
+from ..deadline import quality_order
 from ..guidance import Guidance
 from ..manifest import Manifest
 from ..memory import available_bytes
@@ -18,6 +19,8 @@ from ..planner import MemoryPlan, largest_batch, plan, size_text
 from ..schedule import ScaleSchedule
 from ..strict_json import encode
 from .console import JsonOption, emit, out
+
+NAMES_SHOWN = 20
 
 
 def inspect(
@@ -33,7 +36,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle's integrity and show its model, graphs, defaults, parity record and files.
+    """Check a bundle's integrity and show its model, graphs, defaults and parity record; --json has the files too.
 
     With --schedule, --batch-size or --cfg also the memory that such a generation takes, part by part.
     """
@@ -56,9 +59,11 @@ def inspect(
             ("size", f"{size / 1e6:.1f} MB in {len(manifest.files)} files"),
             ("transformer", f"depth {model.depth}, width {model.width}, {model.heads} heads"),
             ("classes", f"{model.classes} (label {model.null_class} means no class)"),
+            *((("class names", _listed(model.class_names)),) if model.class_names else ()),
             ("tokens", f"{model.vocabulary} codes of dimension {model.code_dim}, {model.downsampling} pixels a side"),
             ("decoder", manifest.decoder),
             ("schedule", defaults.schedule),
+            ("deadlines take", ", ".join(map(str, quality_order(manifest)))),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
             ("sampling", f"top-k {defaults.top_k}, top-p {defaults.top_p:g}, greedy scales {defaults.greedy_scales}"),
             (
@@ -84,6 +89,11 @@ def inspect(
             memory.show()
 
     emit(data, as_json, show)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(f"{i} {name}" for i, name in enumerate(names[:NAMES_SHOWN])) + more
 
 
 def _shown(tensors: tuple[Any, ...]) -> list[Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import flexvar_ref
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
+from flexvar_runtime import Bundle
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,8 @@ def test_demo_leaves_pictures_and_a_parity_table(weights: str, graph_cache: Grap
     parity = json.loads((out / "parity.json").read_text())["parity"]
     assert parity["passed"]
     assert {row["graph"] for row in parity["rows"]} == {"condition", "step", "prefill", "decode", "encode"}
+    defaults = Bundle.open(out / "demo.bundle").manifest.defaults
+    assert (defaults.top_k, defaults.top_p, defaults.greedy_scales) == (0, 0.8, "none")  # those of its card
     images = sorted(out.glob("images/*/*.png"))
     assert len(images) == 3 * 12 + 8 + 6  # three schedules of all classes, eight images of 3:2, six of twice the size
     sizes = {Image.open(path).size for path in images}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flexvar_export import bundle
 from flexvar_export.commands import _read_order
-from flexvar_export.facts import PUBLISHED_DEFAULTS, ordered_defaults
+from flexvar_export.facts import PUBLISHED_DEFAULTS, ordered_defaults, read_defaults
 from flexvar_export.quality import best_first, read_quality
 from flexvar_runtime import ArtifactRefused, InvalidInput, ScaleSchedule
 from flexvar_runtime.cli.main import main
@@ -71,7 +72,7 @@ def test_best_first(table: Path) -> None:
 
 
 def test_an_order_becomes_a_bundles_default() -> None:
-    order = _read_order(DEMO)
+    order = _read_order(DEMO, PUBLISHED_DEFAULTS.schedule)
     assert order[0] == "1_3_8_16" and len(order) == 7
     assert order[-1] == PUBLISHED_DEFAULTS.schedule  # of as many images as the others
     assert ordered_defaults(order).quality_order == order
@@ -90,10 +91,13 @@ def test_the_command_passes_the_order_on_and_refuses_before_it_exports(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bundle, "export_bundle", export_bundle)
+    pair = table.parent / "a.pth", "--vae", table.parent / "b.pth"
+    for path in pair[::2]:
+        path.touch()
 
     def export(*options: str) -> object:
         with pytest.raises(SystemExit) as end:
-            main(["export", "a.pth", "--vae", "b.pth", "-o", str(table.parent / "a.bundle"), *options])
+            main(["export", *map(str, pair), "-o", str(table.parent / "a.bundle"), *options])
         return end.value.code
 
     assert export("--quality", str(DEMO)) == export() == 130
@@ -103,3 +107,33 @@ def test_the_command_passes_the_order_on_and_refuses_before_it_exports(
     table.write_text('{"1_2_4": {"frechet": 1}}')
     assert export("--quality", str(table)) == 2
     assert "ends at 16x16" in capsys.readouterr().err and len(asked) == 2
+
+
+def test_defaults_that_are_not_the_published_ones(tmp_path: Path) -> None:
+    path = tmp_path / "defaults.json"
+    path.write_text('{"schedule": "1_2_4", "guidance_scale": 3, "top_k": 0, "greedy_scales": "none"}')
+    wanted = replace(PUBLISHED_DEFAULTS, schedule="1_2_4", guidance_scale=3.0, top_k=0, greedy_scales="none")
+    assert read_defaults(path) == wanted
+    assert ordered_defaults(("1_4",), read_defaults(path)).quality_order == ("1_4",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "valid JSON"),
+        ("[]", "an object with keys among schedule, guidance_scale"),
+        ('{"colour": 1}', "an object with keys among"),
+        ('{"quality_order": []}', "an object with keys among"),
+        ('{"top_k": "many"}', "top_k"),
+        ('{"top_p": 2}', "top_p"),
+        ('{"schedule": "2_4"}', "first scale"),
+        ('{"greedy_scales": "0"}', "greedy_scales"),
+        (None, "a file"),
+    ],
+)
+def test_defaults_that_no_bundle_may_have(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "defaults.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InvalidInput, match=said):
+        read_defaults(path)

@@ -94,6 +94,22 @@ def test_another_picture_is_said(flexvar: Any, tiny_bundle: Path, photo: Path, t
     Image.fromarray(255 - pixels(photo)).save(tmp_path / "other.png")
     ended = flexvar("edit", tiny_bundle, "--image", tmp_path / "other.png", "--from", first, "-o", tmp_path / "two.png")
     assert ended.code == 0 and "another picture or mask than in --from" in ended.err
+    assert "a picture of 48x64 pixels, edited at 24x32 (height x width)" in ended.err
+    ended = flexvar(
+        "edit",
+        tiny_bundle,
+        "--task",
+        "outpaint",
+        "--left",
+        8,
+        "--image",
+        photo,
+        "--from",
+        first,
+        "-o",
+        tmp_path / "three.png",
+    )
+    assert ended.code == 0 and "another picture" not in ended.err
 
 
 def test_another_size_than_in_from_gets_its_own_schedule(
@@ -124,6 +140,7 @@ def test_previews_and_progress(flexvar: Any, tiny_bundle: Path, photo: Path, tmp
         (("--task", "refine", "--size", "24"), 2, "size '24'; expected: height x width"),
         (("--task", "refine", "--size", "25x32"), 2, "a size of 25x32 pixels"),
         (("--task", "paint"), 2, "task 'paint'"),
+        (("--task", "refine", "-o", "out.jpg"), 2, "out.jpg; expected: a name that ends in .png"),
         ((), 2, "no task"),
         (("--task", "inpaint"), 2, "inpaint without a mask"),
         (("--task", "refine", "--paste"), 2, "paste for refine"),

@@ -61,6 +61,17 @@ def test_without_classes(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
     assert not out.exists()
 
 
+def test_a_size_far_from_the_default_is_said(flexvar: Any, bundle_copy: Path, out: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    document = json.loads(path.read_text())
+    document["defaults"]["schedule"] = "1_2"
+    path.write_text(json.dumps(document))
+    ended = flexvar("generate", bundle_copy, "-o", out, "--classes", "1", "--schedule", "1_6")
+    assert ended.code == 0 and "textures may repeat" not in ended.err
+    ended = flexvar("generate", bundle_copy, "-o", out, "--classes", "1", "--schedule", "1_7", "--force")
+    assert ended.code == 0 and "more than 3 times the default size: textures may repeat" in ended.err
+
+
 def test_no_steps_are_not_the_default(flexvar: Any, tiny_bundle: Path, out: Path) -> None:
     ended = flexvar("generate", tiny_bundle, "-o", out, "--classes", "1", "--steps", "0")
     assert ended.code == 2 and "steps 0" in ended.err and not out.exists()
@@ -173,6 +184,13 @@ def test_classes_by_name(flexvar: Any, bundle_copy: Path, out: Path) -> None:
     arguments = ("generate", bundle_copy, "-o", out, "--schedule", "1", "--classes")
     assert flexvar(*arguments, "crème brûlée, cat,5").code == 0
     assert files(out) == ["000000_class0000.png", "000001_class0001.png", "000002_class0005.png"]
+    shown = " ".join(flexvar("inspect", bundle_copy).out.replace("│", "").split())
+    assert "0 crème brûlée, 1 cat, 2 20, 3 21" in shown
+    with FlexVARPipeline.from_bundle(bundle_copy, "ort-cpu") as pipe:
+        named, numbered = pipe(["cat", 5], "1", seed=0), pipe([1, 5], "1", seed=0)
+        assert named.settings == numbered.settings
+        with pytest.raises(InvalidInput, match="class 'dog'"):
+            pipe(["dog"])
     ended = flexvar(*arguments, "dog")
     assert ended.code == 2
     assert "got: class 'dog'\n  expected: numbers, or names such as crème brûlée, cat, 20, 21, 22" in ended.err

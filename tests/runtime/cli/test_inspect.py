@@ -29,6 +29,7 @@ def test_text(flexvar: Any, tiny_bundle: Path) -> None:
         "10 (label 10 means no class)",
         "512 codes of dimension 8, 4 pixels a side",
         "1_2_3_4_5_6_8_10_13_16",
+        "deadlines take",
         "top-k 900, top-p 0.95, greedy scales upstream",
         "passed on ort-cpu",
     ):
