@@ -179,7 +179,7 @@ def row(model: str) -> Measured:
     scenario = Scenario(
         name=model, model=model, variant="v", precision="fp32", schedule="1_2", batch=1, guided=True, threads=1
     )
-    return measured(scenario, "0" * 64, [(0, Sample(1.0))], peak=None, flops=1.0, note="")
+    return measured(scenario, "0" * 64, [(0, Sample(1.0))], peak=None, flops=1.0, joules=None, note="")
 
 
 def ended(arguments: list[str]) -> int:

@@ -62,11 +62,14 @@ def test_generate(python: Python, tiny_bundle: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.stack(written), pipeline([3, 7], "1_2_3x4_6", seed=5).images)
 
 
-def test_the_other_commands(python: Python, tiny_bundle: Path) -> None:
+def test_the_other_commands(python: Python, tiny_bundle: Path, tmp_path: Path) -> None:
     """Those of the runtime work; export says what it needs."""
     for command in (("doctor",), ("inspect", tiny_bundle), ("--help",)):
         assert python(MAIN, *command).returncode == 0
-    done = python(MAIN, "export", "transformer.pth", "--vae", "vae.pth", "-o", "out.bundle")
+    pair = tmp_path / "transformer.pth", tmp_path / "vae.pth"
+    for path in pair:
+        path.touch()
+    done = python(MAIN, "export", pair[0], "--vae", pair[1], "-o", tmp_path / "out.bundle")
     assert done.returncode == 4 and "pip install 'flexvar-deploy[cpu,export]'" in done.stderr
 
 
