@@ -42,7 +42,7 @@ class Row:
 
 
 def measure(pipe: FlexVARPipeline, scales: Sequence[int], turns: int) -> list[Row]:
-    """Raises InvalidInput for a bundle or backend without the graph."""
+    """Of a pipeline that has the graph."""
     rows = []
     for guided in (True, False):
         guidance = default_guidance(pipe.bundle, guided)
@@ -65,10 +65,13 @@ def force(pipe: FlexVARPipeline, count: int, guidance: Guidance, prefills: bool)
     sizes = pipe.schedule.scales[:count]
     tokens = [rng.integers(pipe.model.vocabulary, size=(1, *size)).astype(np.int32) for size in sizes]
     pipe.engine.prefills = prefills
-    with pipe.engine.loop([0], pipe.schedule, guidance) as loop:
-        start = time.perf_counter()
-        loop.force(tokens)
-        return time.perf_counter() - start
+    try:
+        with pipe.engine.loop([0], pipe.schedule, guidance) as loop:
+            start = time.perf_counter()
+            loop.force(tokens)
+            return time.perf_counter() - start
+    finally:
+        pipe.engine.prefills = True
 
 
 def show(rows: Sequence[Row], title: str) -> None:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from flexvar_runtime.errors import BackendUnavailable
@@ -28,7 +29,7 @@ def environment(threads: int) -> Environment:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu=_gpu(),
         python=platform.python_version(),
-        versions=_versions(),
+        versions=installed(DISTRIBUTIONS),
         commit=_commit(),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -85,9 +86,10 @@ def _gpu() -> str | None:
         return None
 
 
-def _versions() -> dict[str, str]:
+def installed(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are there."""
     found = {}
-    for name in DISTRIBUTIONS:
+    for name in distributions:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -79,9 +79,9 @@ def main() -> None:
 
     bundle = out / "demo.bundle"
     weights = MODEL / "transformer.safetensors", "--vae", MODEL / "vae.safetensors"
-    about = "--class-names", MODEL / "classes.json", "--defaults", MODEL / "defaults.json"
-    about = *about, "--quality", MODEL / "quality.json"
-    flexvar("export", *weights, *about, "-o", bundle, "--force")
+    names = "--class-names", MODEL / "classes.json"
+    settings = "--defaults", MODEL / "defaults.json", "--quality", MODEL / "quality.json"
+    flexvar("export", *weights, *names, *settings, "-o", bundle, "--force")
     verified = flexvar("verify", bundle)
     show_parity(verified["parity"]["rows"], f"parity with the reference on {verified['parity']['backend']}")
 

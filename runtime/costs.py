@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -19,10 +20,12 @@ from typing import Self
 
 from .atomic import atomic_write
 from .engine_writer import private_folder
-from .errors import ArtifactRefused, InvalidInput
+from .errors import ArtifactRefused, FlexVARError, InvalidInput
 from .schedule import ScaleSchedule
 from .strict_json import decode, encode, loads, short
 from .user_folders import check_private, read_private, user_folder
+
+log = logging.getLogger(__name__)
 
 COSTS_VERSION = 2
 QUANTILE = 0.9
@@ -162,6 +165,39 @@ class CostTable:
                 error.got, expected=error.expected, fix=f"remove {path}, and measure again"
             ) from error
         return found
+
+
+class KeptCosts:
+    """The costs of one setup: those on disk, and those that this process measured and could not put there."""
+
+    def __init__(self, setup: CostTable) -> None:
+        """setup: a table without rows, of the bundle, backend, threads and device."""
+        self._setup = setup
+        self._table: CostTable | None = None
+
+    @property
+    def table(self) -> CostTable:
+        """As last read. Raises ArtifactRefused for a file that cannot be used."""
+        return self.read_again() if self._table is None else self._table
+
+    def read_again(self) -> CostTable:
+        """With what other processes put there meanwhile. Raises ArtifactRefused."""
+        found = self._setup.load() or self._setup
+        self._table = found if self._table is None else self._table.with_rows(found.rows)
+        return self._table
+
+    def keep(self, rows: Iterable[CostRow]) -> None:
+        """Put rows to those on disk; where that fails they are kept here alone, with a warning."""
+        rows = tuple(rows)
+        try:
+            self._table = self.read_again().with_rows(rows)
+            self._table.save()
+        except (OSError, FlexVARError) as error:
+            self._table = (self._table or self._setup).with_rows(rows)
+            log.warning(
+                "costs are kept in this process alone: %s; set XDG_CACHE_HOME to a folder that can be written",
+                error.got if isinstance(error, FlexVARError) else error,
+            )
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -79,13 +79,12 @@ def choose(
     slower: list[tuple[float, ScaleSchedule]] = []
     for schedule, seconds in considered:
         if seconds is None:
-            unknown = CostUnknown(
+            raise CostUnknown(
                 f"a deadline, and no measured time of schedule {schedule}",
                 expected="the times of all schedules up to the first that fits",
                 fix=f"measure them once: {measure}",
+                schedule=str(schedule),
             )
-            unknown.schedule = str(schedule)
-            raise unknown
         if seconds <= deadline:
             return Choice(schedule, seconds, deadline, _reason(slower, len(considered), deadline), considered)
         slower.append((seconds, schedule))

@@ -32,14 +32,22 @@ TEXTURES_BREAK = 3  # times the trained side, as users of the published model re
 
 @dataclass(frozen=True)
 class EditPlan:
-    """canvases: one a picture, all of one size; sources: sha256 of picture and mask; forced: scales that a refinement
-    keeps whole, None for the other tasks."""
+    """canvases: one a picture, all of one size; sources: sha256 of picture and mask; sizes: (height, width) of the
+    pictures; forced: scales that a refinement keeps whole, None for the other tasks."""
 
     edit: Edit
     canvases: tuple[Canvas, ...]
     sources: tuple[tuple[str, str | None], ...]
+    sizes: tuple[tuple[int, int], ...]
     schedule: ScaleSchedule
     forced: int | None
+
+    def say_sizes(self, default: ScaleSchedule) -> None:
+        """Where pictures are edited at another size than theirs, and where that is far from the model's."""
+        for size, canvas in zip(self.sizes, self.canvases, strict=True):
+            if canvas.size != size:
+                log.info("a picture of %dx%d pixels, edited at %dx%d (height x width)", *size, *canvas.size)
+        warn_if_large(self.schedule, default)
 
     def for_images(self, images: int) -> list[Canvas]:
         """One canvas an image. Raises InvalidInput where there are other numbers of pictures and images."""
@@ -82,12 +90,11 @@ def plan_edit(
     if not pictures or len(masks) != len(pictures):
         raise InvalidInput(f"{len(pictures)} pictures and {len(masks)} masks", expected="a mask each", fix="add some")
     area, side = default[-1][0] * default[-1][1], max(default[-1])
-    canvases, sources = [], []
+    canvases, sources, sizes = [], [], []
     for picture, mask in zip(pictures, masks, strict=True):
         photo, cover = read_photo(picture), None if mask is None else read_mask(mask)
         canvases.append(make_canvas(photo, cover, edit, model.downsampling, area))
-        if canvases[-1].size != photo.size:
-            log.info("a picture of %dx%d pixels, edited at %dx%d (height x width)", *photo.size, *canvases[-1].size)
+        sizes.append(photo.size)
         sources.append((photo.sha256, None if cover is None else _sha256(cover)))
     if len({(canvas.size, canvas.cut[2:]) for canvas in canvases}) > 1:
         raise InvalidInput(
@@ -95,9 +102,8 @@ def plan_edit(
         )
     size = tuple(pixels // model.downsampling for pixels in canvases[0].size)
     chosen = _schedule((size[0], size[1]), default, schedule, steps, side)
-    warn_if_large(chosen, default)
     forced = _forced_alike(edit, canvases, chosen, model.downsampling) if edit.task == "refine" else None
-    return EditPlan(edit, tuple(canvases), tuple(sources), chosen, forced)
+    return EditPlan(edit, tuple(canvases), tuple(sources), tuple(sizes), chosen, forced)
 
 
 def warn_if_large(schedule: ScaleSchedule, default: ScaleSchedule) -> None:

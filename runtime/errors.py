@@ -31,9 +31,12 @@ class InvalidInput(FlexVARError, ValueError):
 
 
 class CostUnknown(InvalidInput):
-    """A deadline for generations whose time was not measured. schedule: the first one of which it has to be known."""
+    """A deadline for generations whose time was not measured. schedule: the first one of which it has to be known; ""
+    after it was sent between processes."""
 
-    schedule = ""
+    def __init__(self, got: str, *, expected: str, fix: str, schedule: str = "") -> None:
+        super().__init__(got, expected=expected, fix=fix)
+        self.schedule = schedule
 
 
 class ParityFailed(FlexVARError):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,12 +22,12 @@ from .backends import check_name, create
 from .backends.base import Backend
 from .backends.host import MAX_THREADS
 from .bundle import Bundle
-from .costs import CostRow, CostTable, processor_name
+from .costs import CostRow, CostTable, KeptCosts, processor_name
 from .deadline import Choice, choose, quality_order, seconds_of
 from .edit import Edit
 from .edit_plan import finish, plan_edit
 from .engine import Engine
-from .errors import ArtifactRefused, CostUnknown, FlexVARError, InvalidInput
+from .errors import ArtifactRefused, CostUnknown, InvalidInput
 from .given import Given
 from .guidance import UNGUIDED, Guidance
 from .images import from_uint8, refuse_pixels, to_uint8
@@ -38,8 +37,6 @@ from .output import GenerationOutput, ScaleTime, Settings, Timings
 from .photo import PictureLike
 from .sampling import Sampling
 from .schedule import MAX_SIDE, ScaleSchedule, ScheduleLike
-
-log = logging.getLogger(__name__)
 
 Tokens = NDArray[np.int32]
 Pixels = NDArray[np.uint8]
@@ -67,7 +64,6 @@ class FlexVARPipeline:
         self.engine = Engine(bundle, backend)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
         self._owner = threading.RLock()
-        self._costs: CostTable | None = None
         defaults = bundle.manifest.defaults
         try:
             self.schedule = ScaleSchedule.parse(defaults.schedule)
@@ -232,6 +228,7 @@ class FlexVARPipeline:
         pictures = _listed(image)
         masks: list[Any] = _listed(mask) if isinstance(mask, list | tuple) else [mask] * len(pictures)
         plan = plan_edit(options, pictures, masks, self.model, self.schedule, schedule, steps)
+        plan.say_sizes(self.schedule)
         classes = [self.model.null_class] * len(plan.canvases) if labels is None else list(labels)
         if guidance is None and all(label == self.model.null_class for label in classes):
             guidance = UNGUIDED
@@ -349,10 +346,9 @@ class FlexVARPipeline:
             )
 
         try:
-            return chosen(self._cost_table())
+            return chosen(self._costs.table)
         except CostUnknown:  # another process may have measured it meanwhile
-            self._costs = self._kept_costs()
-            return chosen(self._costs)
+            return chosen(self._costs.read_again())
 
     def measure_costs(
         self,
@@ -383,7 +379,7 @@ class FlexVARPipeline:
         )
         guidance = self.guidance if guidance is None else guidance
         sampling = self.sampling if sampling is None else sampling
-        self._cost_table()  # what cannot be used is refused before anything is measured
+        self._costs.read_again()  # what cannot be used is refused before anything is measured
         rows: list[CostRow] = []
         classes = itertools.cycle(range(self.model.classes))
         try:
@@ -402,38 +398,20 @@ class FlexVARPipeline:
                     on_row(rows[-1])
         finally:
             if rows:
-                self._keep_costs(rows)
-        return self._cost_table()
+                self._costs.keep(rows)
+        return self._costs.table
 
-    def _keep_costs(self, rows: list[CostRow]) -> None:
-        """Put rows to those that are kept by now, of other processes too."""
-        try:
-            self._costs = self._kept_costs().with_rows(rows)
-            self._costs.save()
-        except (OSError, FlexVARError) as error:
-            self._costs = self._cost_table().with_rows(rows)
-            log.warning(
-                "costs are kept in this process alone: %s; set XDG_CACHE_HOME to a folder that can be written",
-                error.got if isinstance(error, FlexVARError) else error,
-            )
-
-    def _cost_table(self) -> CostTable:
-        """What was measured for this bundle, backend and machine; without rows where nothing was."""
-        if self._costs is None:
-            self._costs = self._kept_costs()
-        return self._costs
-
-    def _kept_costs(self) -> CostTable:
-        """What is on disk; after a failure to save, what this process measured. Raises ArtifactRefused."""
+    @cached_property
+    def _costs(self) -> KeptCosts:
         device = self.backend.device
-        empty = CostTable(
-            bundle=self.bundle.sha256,
-            backend=self.backend.name,
-            threads=self.backend.threads,
-            device=processor_name() if device is None else device.name,
+        return KeptCosts(
+            CostTable(
+                bundle=self.bundle.sha256,
+                backend=self.backend.name,
+                threads=self.backend.threads,
+                device=processor_name() if device is None else device.name,
+            )
         )
-        found = empty.load() or empty
-        return found if self._costs is None else self._costs.with_rows(found.rows)
 
     def decode(self, tokens: ArrayLike) -> Pixels:
         """Tokens (B, h, w) of one scale to images (B, H, W, 3). Raises InvalidInput."""

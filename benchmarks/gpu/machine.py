@@ -19,6 +19,8 @@ import torch
 from flexvar_runtime import __version__
 from flexvar_runtime.backends import probe
 
+from ..machine import installed
+
 DISTRIBUTIONS = (
     "torch",
     "triton",
@@ -81,7 +83,7 @@ def machine(save: Callable[[dict[str, Any]], None], tiny: bool) -> None:
         "processors": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "nvidia_smi": nvidia_smi(),
-        "versions": versions(),
+        "versions": {"flexvar-deploy": __version__} | installed(DISTRIBUTIONS),
         "torch": {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
@@ -115,19 +117,8 @@ def nvidia_smi() -> dict[str, str]:
     return dict(zip(SMI_FIELDS, values, strict=False)) | {"gpus": str(len(lines))}
 
 
-def versions() -> dict[str, str]:
-    """Ours, and installed distributions. What `import onnxruntime` really gives is asked beside a backend's probe."""
-    found = {"flexvar-deploy": __version__}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def onnxruntime_facts() -> dict[str, Any]:
-    """Version, folder and providers of the module that is imported."""
+    """Version, folder and providers of the module that is imported, which may be another than the installed one."""
     try:
         ort = importlib.import_module("onnxruntime")
         return {

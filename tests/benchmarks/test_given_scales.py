@@ -9,7 +9,7 @@ import pytest
 
 from flexvar_bench import given_scales
 from flexvar_bench.given_scales import Row, main, measure
-from flexvar_runtime import FlexVARPipeline
+from flexvar_runtime import FlexVARPipeline, Guidance
 from flexvar_runtime.loop import ScaleLoop
 
 
@@ -20,9 +20,9 @@ def test_both_ways_take_turns(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     asked: list[tuple[int, bool, bool]] = []
     force = given_scales.force
 
-    def spy(pipe: FlexVARPipeline, count: int, guidance: object, prefills: bool) -> float:
+    def spy(pipe: FlexVARPipeline, count: int, guidance: Guidance, prefills: bool) -> float:
         before = len(passes)
-        took = force(pipe, count, guidance, prefills)  # type: ignore[arg-type]
+        took = force(pipe, count, guidance, prefills)
         asked.append((count, prefills, len(passes) > before))
         return took
 

@@ -249,7 +249,7 @@ def test_more_than_the_limit_is_marked_in_its_row(tmp_path: Path) -> None:
     fast = replace(untold(measured(scenario())), flops=1.01 * 0.1 * 100e9)
     slow = untold(measured(scenario("torch-eager"), 0.25))
     first, second = rows_of(rendered(Results(ENVIRONMENT, CEILING, (fast, slow), (), ()), tmp_path), "peers")
-    assert first[6] == "101.0 % above the measured limit" and second[6] == "50.0 %"
+    assert first[6] == "none: faster than the measured limit, which is too low" and second[6] == "50.0 %"
 
 
 def test_a_precision_without_a_ceiling_has_no_share(tmp_path: Path) -> None:

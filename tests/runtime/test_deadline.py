@@ -72,9 +72,8 @@ def test_refusals_say_what_would_do() -> None:
     )
     with pytest.raises(CostUnknown) as unknown:
         choose((A, B), {B: 0.1}.get, 0.2, measure="pipe.measure_costs(batch_sizes=(4,))")
-    assert (
-        unknown.value.fix == "measure them once: pipe.measure_costs(batch_sizes=(4,))" and unknown.value.exit_code == 2
-    )
+    assert unknown.value.fix == "measure them once: pipe.measure_costs(batch_sizes=(4,))"
+    assert (unknown.value.schedule, unknown.value.exit_code) == (str(A), 2)
     with pytest.raises(InvalidInput, match="no schedule to choose from"):
         choose((), {}.get, 1)
 

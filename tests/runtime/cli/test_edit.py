@@ -94,7 +94,7 @@ def test_another_picture_is_said(flexvar: Any, tiny_bundle: Path, photo: Path, t
     Image.fromarray(255 - pixels(photo)).save(tmp_path / "other.png")
     ended = flexvar("edit", tiny_bundle, "--image", tmp_path / "other.png", "--from", first, "-o", tmp_path / "two.png")
     assert ended.code == 0 and "another picture or mask than in --from" in ended.err
-    assert "a picture of 48x64 pixels, edited at 24x32 (height x width)" in ended.err
+    assert ended.err.count("a picture of 48x64 pixels, edited at 24x32 (height x width)") == 1
     ended = flexvar(
         "edit",
         tiny_bundle,
