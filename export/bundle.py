@@ -43,7 +43,7 @@ from .parity import prove, require_parity
 from .proof import PROOF_FILE, make_proof
 from .sensitivity import parts_to_keep, rounding_errors, step_excess
 
-# int8: what `modules` takes for it; the weights are unsigned
+# int8: what `modules` takes for it
 TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 UNPROVEN = ParityRecord(backend="none", emulated=False, passed=False, rows=(), free_running_agreement=None)

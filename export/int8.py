@@ -1,11 +1,12 @@
 """Matrix products in eight bits, for processors: weights rounded per output, what they multiply per token.
 
-W ≈ s·(Q − 128) with an s of every output and Q in 1…255; x ≈ low + step·q with a low and a step of every row and q in
-0…255. Hence x·W ≈ step·s·(q·(Q − 128)) + low·(s·Σ(Q − 128)), where the product of integers is exact: a token's result
-does not depend on what else is in its batch.
+W ≈ s·Q with an s of every output and Q in −127…127; x ≈ low + step·q with a low and a step of every row and q in
+0…255. Hence x·W ≈ step·s·(q·Q) + low·(s·ΣQ), where the product of integers is exact: a token's result does not depend
+on what else is in its batch.
 
-Both are unsigned: where a processor has no dot products of bytes, ONNX Runtime adds pairs of unsigned by signed
-products in sixteen bits that saturate; of unsigned by unsigned it does not.
+Unsigned by signed, because that is what processors have dot products of bytes for: ONNX Runtime is two and a half times
+as fast at them as at unsigned by unsigned. On a processor without, it adds pairs of them in sixteen bits that saturate,
+unless it is told to be exact (`flexvar_runtime.backends.byte_products`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from onnxscript import opset23 as op
 from torch import Tensor, nn
 
-ZERO = 128  # what stands for 0 among the levels of a weight
+LARGEST = 127  # level of a weight
 STEPS = 255  # between the smallest and the largest of a row
 SMALLEST = 1e-30  # of a step, where all is equal, and of a scale, where all is 0
 
@@ -26,7 +27,7 @@ SMALLEST = 1e-30  # of a step, where all is equal, and of a scale, where all is 
 class Int8Dense(nn.Module):
     """x (…, I) float32 -> x · W (I, O) + bias (O), (…, O) float32, in eight bits.
 
-    weight (I, O) uint8 is Q; scale (O), sums (O) = s·Σ(Q − 128) and bias (O) are float32.
+    weight (I, O) int8 is Q; scale (O), sums (O) = s·ΣQ and bias (O) are float32.
     """
 
     weight: Tensor
@@ -37,9 +38,9 @@ class Int8Dense(nn.Module):
     def __init__(self, weight_IO: Tensor, bias_O: Tensor) -> None:
         super().__init__()
         exact = weight_IO.detach().double()
-        scale = (exact.abs().amax(0) / (STEPS // 2)).clamp_min(SMALLEST)
+        scale = (exact.abs().amax(0) / LARGEST).clamp_min(SMALLEST)
         levels = (exact / scale).round()
-        self.register_buffer("weight", (levels + ZERO).to(torch.uint8).contiguous())
+        self.register_buffer("weight", levels.to(torch.int8).contiguous())
         self.register_buffer("scale", scale.float())
         self.register_buffer("sums", (levels.sum(0) * scale).float())
         self.register_buffer("bias", bias_O.detach().float().contiguous())
@@ -58,7 +59,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor, bias: Te
     low = x.amin(-1, keepdim=True) + x.sum(-1, keepdim=True) * 0
     step = ((x.amax(-1, keepdim=True) - low) * (1 / STEPS)).clamp_min(SMALLEST)
     levels = ((x - low) / step).round()
-    product = levels.double() @ (weight.double() - ZERO)  # exact: float64 holds such sums
+    product = levels.double() @ weight.double()  # exact: float64 holds such sums
     return product.float() * scale * step + (low * sums + bias)
 
 
@@ -74,13 +75,9 @@ def _int8_linear(x: Any, weight: Any, scale: Any, sums: Any, bias: Any) -> Any:
     spread = op.Sub(op.ReduceMax(x, last, keepdims=1), low)
     step = op.Max(op.Mul(spread, op.Constant(value_float=1 / STEPS)), op.Constant(value_float=SMALLEST))
     levels = op.Cast(op.Round(op.Div(op.Sub(x, low), step)), to=onnx.TensorProto.UINT8)
-    product = op.MatMulInteger(levels, weight, _uint8(0), _uint8(ZERO))
+    product = op.MatMulInteger(levels, weight)
     scaled = op.Mul(op.Mul(op.Cast(product, to=onnx.TensorProto.FLOAT), scale), step)
     return op.Add(scaled, op.Add(op.Mul(low, sums), bias))
-
-
-def _uint8(value: int) -> Any:
-    return op.Constant(value=onnx.helper.make_tensor("zero_point", onnx.TensorProto.UINT8, [], [value]))
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.flexvar.int8_linear.default: _int8_linear}

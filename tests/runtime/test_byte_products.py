@@ -1,0 +1,72 @@
+"""Products of bytes: the built-in graph is what it says, and a processor that saturates is told and put right."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from flexvar_runtime.backends.byte_products import PRODUCT, make_exact, saturates
+
+
+def test_the_graph_is_one_product() -> None:
+    values = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("a", TensorProto.UINT8, [2, 64]),
+            ("b", TensorProto.INT8, [64, 16]),
+            ("c", TensorProto.INT32, [2, 16]),
+        )
+    ]
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["c"])], "", values[:2], values[2:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 10)], ir_version=5)
+    assert onnx.load_model_from_string(PRODUCT) == made
+
+
+class Saturating:
+    """ONNX Runtime as far as it is asked, on a processor that adds pairs of products in sixteen bits."""
+
+    SessionOptions = SimpleNamespace
+
+    class InferenceSession:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def run(self, _: None, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+            a, b = (feeds[name].astype(np.int64) for name in "ab")
+            pairs = (a[:, :, None] * b[None]).reshape(len(a), -1, 2, b.shape[1]).sum(2)
+            return [pairs.clip(-(2**15), 2**15 - 1).sum(1).astype(np.int32)]
+
+
+@pytest.mark.parametrize("library", [ort, Saturating])
+def test_only_a_processor_that_saturates_is_told(library: Any) -> None:
+    set_: dict[str, str] = {}
+    make_exact(library, SimpleNamespace(add_session_config_entry=set_.__setitem__))
+    assert set_ == ({"session.x64quantprecision": "1"} if saturates(library) else {})
+    assert library is ort or set_
+
+
+def test_products_are_exact_here() -> None:
+    """Whatever this processor is: many rows, weights in the graph as in a bundle."""
+    generator = np.random.default_rng(0)
+    weights = generator.choice([-127, 127, 5], (512, 32)).astype(np.int8)
+    rows = generator.choice([0, 255], (33, 512)).astype(np.uint8)
+    weights[:, 0], rows[0] = 127, 255
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "b"], ["c"])],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, rows.shape)],
+        [helper.make_tensor_value_info("c", TensorProto.INT32, [33, 32])],
+        [onnx.numpy_helper.from_array(weights, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    options = ort.SessionOptions()
+    make_exact(ort, options)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"a": rows})[0], rows.astype(np.int32) @ weights.astype(np.int32))
