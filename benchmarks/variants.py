@@ -240,7 +240,8 @@ def _openvino(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
 
     def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         results = compiled[graph](dict(feeds))
-        return {tensor.name: results[tensor.name] for tensor in bundle.graph(graph).outputs}
+        outputs = bundle.graph(graph).outputs  # the library calls bfloat16 float16
+        return {t.name: results[t.name].view(host_dtype(t.dtype)) for t in outputs}
 
     shapes = {t.name: [axis if isinstance(axis, int) else 1 for axis in t.axes] for t in bundle.graph(STEP).inputs}
     dtypes = {t.name: host_dtype(t.dtype) for t in bundle.graph(STEP).inputs}
