@@ -20,7 +20,7 @@ from flexvar_runtime.backends import create
 from flexvar_runtime.backends.host import MAX_THREADS
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_specs
+from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_precision, graph_specs
 from flexvar_runtime.manifest import (
     DECODERS,
     PHASES,
@@ -81,7 +81,7 @@ def export_bundle(
         raise InvalidInput(f"precision {precision!r}", expected=" or ".join(PRECISIONS), fix="name one of them")
     if float32_parts and precision == "fp32":
         raise InvalidInput(
-            f"{float32_parts[0]!r:.100} kept in float32", expected="fp16, bf16 or int8", fix="leave it out"
+            f"{float32_parts[0]!r:.100} kept in float32", expected="another precision", fix="leave it out"
         )
     if decoder not in DECODERS:
         raise InvalidInput(f"decoder {decoder!r:.100}", expected=" or ".join(DECODERS), fix="name one of them")
@@ -101,7 +101,7 @@ def export_bundle(
         specs, kept = graph_specs(facts, precision), _known_parts(float32_parts or (), facts)
         for name in specs:
             progress(f"exporting {name}")
-            module = graph_module(name, model, vae, TORCH_PRECISIONS[precision], kept, decoder)
+            module = graph_module(name, model, vae, _dtype(precision, name), kept, decoder)
             _export(name, specs, module, directory)
         tables(model, vae).save(directory / TABLES_FILE)
         manifest = Manifest(
@@ -125,11 +125,11 @@ def export_bundle(
         if precision != "fp32" and float32_parts is None and (excess := step_excess(record)):
             progress("finding what must stay float32")
             model, vae = load_reference(transformer, tokenizer)
-            rounded = torch.int8 if precision == "int8" else torch.bfloat16
+            rounded = torch.int8 if _dtype(precision, STEP) == torch.int8 else torch.bfloat16
             for kept in parts_to_keep(rounding_errors(model, proof, rounded), excess):
                 progress(f"keeping {', '.join(kept)} in float32")
                 for name in (STEP, PREFILL):
-                    _export(name, specs, graph_module(name, model, vae, TORCH_PRECISIONS[precision], kept), directory)
+                    _export(name, specs, graph_module(name, model, vae, _dtype(precision, name), kept), directory)
                 manifest = replace(manifest, float32_parts=kept)
                 record = prove(seal(directory, manifest), proof, threads=threads)
                 if record.passed:
@@ -137,6 +137,10 @@ def export_bundle(
         require_parity(record)
         seal(directory, replace(manifest, parity=record))
     return Bundle.open(out)
+
+
+def _dtype(precision: str, graph: str) -> torch.dtype:
+    return TORCH_PRECISIONS[graph_precision(precision, graph)]
 
 
 @contextmanager

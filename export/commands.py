@@ -47,7 +47,11 @@ def export(
     vae: Annotated[Path, typer.Option(help="Tokenizer: FlexVAE.pth, or .safetensors with its .json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, or int8: the transformer's products in eight bits, for ort-cpu.")
+        str,
+        typer.Option(
+            help="fp32, fp16, bf16, int8 (the transformer's products in eight bits, for ort-cpu), or int8-bf16 (and "
+            "the tokenizer in bf16, for ort-openvino)."
+        ),
     ] = "fp32",
     float32: Annotated[
         str,

@@ -60,7 +60,7 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
             got = _run_both([(first, engine.graph(graph)), (second, others[graph])], feed)
             for name, exact in got[0].items():
                 pair = got[1][name].astype(np.float32), exact.astype(np.float32)
-                if graph == DECODE and is_half(bundle.manifest.precision):
+                if graph == DECODE and is_half(bundle.manifest.precision, graph):
                     metric, value, bound = "psnr_db", psnr(*pair), gate.psnr - TWICE
                 else:
                     metric, value, bound = "relative_error", relative_error(*pair), 2 * gate.error(graph)

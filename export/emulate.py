@@ -16,22 +16,25 @@ from onnx import TensorProto, helper, numpy_helper
 from flexvar_runtime import Bundle
 from flexvar_runtime.bundle_writer import seal
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import TABLES_FILE, graph_specs
+from flexvar_runtime.graphs import TABLES_FILE, graph_precision, graph_specs
 
 _BF16, _F32 = TensorProto.BFLOAT16, TensorProto.FLOAT
 _ROUNDED = "_rounded"
 
 
 def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
-    """Write a float32 bundle into the empty `directory` that computes what the bf16 `bundle` computes."""
+    """Write a bundle into the empty `directory` that computes without bfloat16 what `bundle` does with it: a float32
+    one of a bf16 one, int8 of int8-bf16."""
     manifest = bundle.manifest
-    for spec in manifest.graphs.values():
+    precision, kept = ("int8", manifest.float32_parts) if manifest.precision == "int8-bf16" else ("fp32", ())
+    for name, spec in manifest.graphs.items():
         model = onnx.load(str(bundle.file(spec.file)))
-        widen(model)
+        if graph_precision(manifest.precision, name) == "bf16":
+            widen(model)
         onnx.save_model(model, str(directory / spec.file), save_as_external_data=True, location=f"{spec.file}.data")
     (directory / TABLES_FILE).write_bytes(bundle.file(TABLES_FILE).read_bytes())
-    graphs = graph_specs(manifest.model, "fp32")
-    return seal(directory, replace(manifest, precision="fp32", float32_parts=(), graphs=graphs, files={}))
+    graphs = graph_specs(manifest.model, precision)
+    return seal(directory, replace(manifest, precision=precision, float32_parts=kept, graphs=graphs, files={}))
 
 
 def widen(model: onnx.ModelProto) -> None:

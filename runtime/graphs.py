@@ -16,13 +16,26 @@ GRAPHS = (*REQUIRED, PREFILL)
 WEIGHTS_OF = {PREFILL: STEP}
 """Graphs that take their weights from another's file."""
 TABLES_FILE = "tables.npz"
-DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
+DTYPE_OF_PRECISION = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "float32",
+    "int8-bf16": "float32",
+}
 """Type of keys and values, and of what a graph computes in; int8 is that of some products only."""
 
 
-def is_half(precision: str) -> bool:
-    """Whether keys, values and weights are in half precision."""
-    return DTYPE_OF_PRECISION[precision] != "float32"
+def graph_precision(precision: str, graph: str) -> str:
+    """What one graph of a bundle computes in: of "int8-bf16" the tokenizer in bf16, the rest in int8."""
+    if precision != "int8-bf16":
+        return precision
+    return "bf16" if graph in (DECODE, ENCODE) else "int8"
+
+
+def is_half(precision: str, graph: str) -> bool:
+    """Whether a graph of a bundle, its weights and what it keeps are in half precision."""
+    return DTYPE_OF_PRECISION[graph_precision(precision, graph)] != "float32"
 
 
 def past_names(depth: int) -> tuple[str, ...]:
@@ -36,7 +49,7 @@ def new_names(depth: int) -> tuple[str, ...]:
 
 
 def graph_specs(model: ModelFacts, precision: str) -> dict[str, GraphSpec]:
-    """Inputs and outputs of every graph of a model at a precision ("fp32", "fp16", "bf16", "int8").
+    """Inputs and outputs of every graph of a model at a precision (one of `manifest.PRECISIONS`).
 
     Only keys and values travel in half precision; everything else that crosses a graph's border is float32 or int32.
     """

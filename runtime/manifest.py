@@ -20,7 +20,7 @@ ENGINES = "engines"  # at the top of a bundle, outside the manifest
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-bf16")
 GUIDANCE_RULES = ("ramp", "constant")
 PLAIN, PHASES = DECODERS = ("plain", "phases")
 

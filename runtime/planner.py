@@ -138,12 +138,12 @@ def plan(
     decoder_channels: tuple[int, int] = PUBLISHED_DECODER,
     backend: str = "ort-cpu",
 ) -> MemoryPlan:
-    """What generating `images` at once takes on ort-cpu or openvino; `guided` runs two sequences an image.
+    """What generating `images` at once takes on ort-cpu, openvino or both; `guided` runs two sequences an image.
 
     A backend that knows its own weights, working memory or libraries replaces them: `replace(plan(…), scratch=…)`.
     """
     model, graphs = manifest.model, graph_specs(manifest.model, manifest.precision)
-    library = _library(backend)
+    library, tokenizer = _library(backend, STEP), _library(backend, DECODE)
     decoded = min(images, decoded_at_once)
     h, w = schedule[-1]
     N, L, T = images * (2 if guided else 1), schedule.largest, schedule.tokens
@@ -160,8 +160,8 @@ def plan(
         images=images,
         guided=guided,
         decoded_at_once=decoded,
-        runtime=library.RUNTIME,
-        weights={graph: library.weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
+        runtime=max(library.RUNTIME, tokenizer.RUNTIME),
+        weights={graph: _library(backend, graph).weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
         kv=sum(all_scales[name] for name in cache),
         bindings=sum(size for name, size in step.items() if name not in cache),
         tables=_file_bytes(manifest, TABLES_FILE) + offsets + (N + images + 1) * condition,
@@ -198,7 +198,7 @@ class _Ort:
     @classmethod
     def weights(cls, manifest: Manifest, graph: str) -> int:
         """There are no kernels for half precision: its weights are widened to float32 when they are loaded."""
-        size, half = _file_bytes(manifest, f"{graph}.onnx"), is_half(manifest.precision)
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), is_half(manifest.precision, graph)
         if graph in (DECODE, ENCODE):
             return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
         return 2 * size if half else size
@@ -218,7 +218,7 @@ class _Ort:
         """Working memory of decoding an image of so many pixels."""
         alive = cls.PHASE_MAPS if manifest.decoder == PHASES else cls.DECODER_MAPS
         maps = max(maps * channel for maps, channel in zip(alive, channels, strict=True))
-        return int(pixels * 4 * maps * (cls.HALF_DECODER if is_half(manifest.precision) else 1))
+        return int(pixels * 4 * maps * (cls.HALF_DECODER if is_half(manifest.precision, DECODE) else 1))
 
 
 class _OpenVino(_Ort):
@@ -234,7 +234,7 @@ class _OpenVino(_Ort):
 
     @classmethod
     def weights(cls, manifest: Manifest, graph: str) -> int:
-        size, half = _file_bytes(manifest, f"{graph}.onnx"), is_half(manifest.precision)
+        size, half = _file_bytes(manifest, f"{graph}.onnx"), is_half(manifest.precision, graph)
         if graph in (DECODE, ENCODE):
             return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
         return int(size * (cls.HALF_PRODUCTS if half else cls.PRODUCTS))
@@ -242,10 +242,13 @@ class _OpenVino(_Ort):
     @classmethod
     def step(cls, manifest: Manifest, sequences: int, new: int, tokens: int) -> int:
         once = super().step(manifest, sequences, new, tokens)
-        return int(cls.HALF * once) if is_half(manifest.precision) else once
+        return int(cls.HALF * once) if is_half(manifest.precision, STEP) else once
 
 
-def _library(backend: str) -> type[_Ort]:
+def _library(backend: str, graph: str) -> type[_Ort]:
+    """What runs a graph: ort-openvino is two in one."""
+    if backend == "ort-openvino":
+        return _OpenVino if graph in (DECODE, ENCODE) else _Ort
     return _OpenVino if backend == "openvino" else _Ort
 
 
@@ -259,7 +262,7 @@ def image_bytes(
 
     channels: of the decoder, at the image's size and of the level below.
     """
-    return _library(backend).image(manifest, size[0] * size[1] * manifest.model.downsampling**2, channels)
+    return _library(backend, DECODE).image(manifest, size[0] * size[1] * manifest.model.downsampling**2, channels)
 
 
 def tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -320,7 +323,7 @@ def batch_that_fits(
     if available is None:
         return IMAGES_PER_RUN
     one = image_bytes(manifest, size, backend=backend)
-    weights = 0 if graph in opened else _library(backend).weights(manifest, graph)
+    weights = 0 if graph in opened else _library(backend, graph).weights(manifest, graph)
     if weights + one > available:
         raise OutOfMemory(
             f"{'decoding' if graph == DECODE else 'encoding'} an image of {size[0]}x{size[1]} tokens "

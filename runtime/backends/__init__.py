@@ -20,9 +20,10 @@ BACKENDS = {  # name to file, in the order in which "auto" prefers them
     "ort-cuda": "ort_cuda",
     "ort-cpu": "ort_cpu",
     "openvino": "openvino",
+    "ort-openvino": "ort_openvino",
 }
 TENSORRT_BACKENDS = frozenset({"tensorrt", "tensorrt-rtx"})  # run engines that flexvar build made
-CPU_BACKENDS = frozenset({"openvino", "ort-cpu"})
+CPU_BACKENDS = frozenset({"ort-cpu", "openvino", "ort-openvino"})
 
 
 def probe(name: str) -> Availability:

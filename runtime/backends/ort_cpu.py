@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
+from ..graphs import graph_precision
 from .base import Availability, runs_precision
 from .byte_products import make_exact
 from .host import HostBackend, check_options, default_threads, require_contiguous
@@ -51,7 +52,7 @@ class OrtCpu(HostBackend):
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 4  # nothing but crashes: errors are raised
         options.add_session_config_entry("session.prepack.enable_parallel", "1")  # of weights: opens in half the time
-        if bundle.manifest.precision == "int8":
+        if graph_precision(bundle.manifest.precision, graph) == "int8":
             make_exact(ort, options)
         if once:
             options.add_session_config_entry("session.disable_prepacking", "1")
