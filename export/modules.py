@@ -22,7 +22,7 @@ from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
 from flexvar_runtime.graphs import CONDITION, ENCODE, PREFILL, STEP
 from flexvar_runtime.manifest import PHASES, PLAIN
 
-from .int8 import Int8Dense
+from .int8 import LOW, MIDDLE, Int8Dense
 from .phases import upsample_in_phases
 
 L2_EPS = 1e-12
@@ -60,15 +60,15 @@ class Dense(nn.Module):
         return x.to(self.weight.dtype) @ self.weight + self.bias
 
 
-def _dense(weight_IO: Tensor, bias_O: Tensor, dtype: torch.dtype) -> Dense | Int8Dense:
+def _dense(weight_IO: Tensor, bias_O: Tensor, dtype: torch.dtype, zero: int = MIDDLE) -> Dense | Int8Dense:
     if dtype == torch.int8:
-        return Int8Dense(weight_IO, bias_O)
+        return Int8Dense(weight_IO, bias_O, zero)
     return Dense(weight_IO.to(dtype).contiguous(), _vector(bias_O, dtype))
 
 
-def linear(layer: nn.Linear, dtype: torch.dtype) -> Dense | Int8Dense:
-    """A layer of the reference, its product in `dtype` (torch.int8: see `int8`)."""
-    return _dense(_matrix(layer, torch.float32), layer.bias, dtype)
+def linear(layer: nn.Linear, dtype: torch.dtype, zero: int = MIDDLE) -> Dense | Int8Dense:
+    """A layer of the reference, its product in `dtype` (torch.int8: see `int8`, which has `zero`)."""
+    return _dense(_matrix(layer, torch.float32), layer.bias, dtype, zero)
 
 
 def _floating(dtype: torch.dtype) -> torch.dtype:
@@ -141,7 +141,7 @@ class StepBlock(nn.Module):
         biases = (attn.q_bias, attn.zero_k_bias, attn.v_bias)
         self.q, self.k, self.v = (_dense(w, b, attention) for w, b in zip(weights, biases, strict=True))
         self.proj = linear(attn.proj, attention)
-        self.fc1, self.fc2 = (linear(layer, mlp) for layer in (block.ffn.fc1, block.ffn.fc2))
+        self.fc1, self.fc2 = linear(block.ffn.fc1, mlp), linear(block.ffn.fc2, mlp, LOW)
         temperature = attn.scale_mul_1H11.detach().clamp_max(LOGIT_SCALE_LIMIT).exp()
         self.register_buffer("temperature", _vector(temperature.view(attn.heads, 1), torch.float32))
 

@@ -113,7 +113,7 @@ def test_by_name_nothing_is_passed_over(modules: dict[str, Any]) -> None:
 def test_unknown_names(name: str) -> None:
     with pytest.raises(InvalidInput) as refusal:
         create(name)
-    known = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-cpu, openvino"
+    known = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-cpu, openvino, ort-openvino"
     assert str(refusal.value).startswith(f"got backend {name!r}; expected {known}; fix: name one of them")
 
 
@@ -227,7 +227,8 @@ def spec(file: str, dtype: str = "float32", *axes: int | str) -> GraphSpec:
 
 def bundle_of(path: Path, declared: GraphSpec) -> Any:
     """What a backend asks of a bundle, with one graph."""
-    return SimpleNamespace(graph_file=lambda _: path, graph=lambda _: declared)
+    manifest = SimpleNamespace(precision="fp32")
+    return SimpleNamespace(graph_file=lambda _: path, graph=lambda _: declared, manifest=manifest)
 
 
 def write_add(path: Path, weight: TensorProto | None = None, axis: int | str = "n", op: str = "Add") -> Path:

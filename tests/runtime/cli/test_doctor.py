@@ -16,12 +16,18 @@ def test_this_machine(flexvar: Any) -> None:
     data = ended.json
     assert ended.code == 0 and ended.err == ""
     assert data["version"] == __version__ and data["processors"] == default_threads()
-    assert data["auto_by_precision"] == {"fp32": "ort-cpu", "fp16": "ort-cpu", "bf16": "openvino", "int8": "ort-cpu"}
+    assert data["auto_by_precision"] == {
+        **dict.fromkeys(("fp32", "fp16", "int8"), "ort-cpu"),
+        "bf16": "openvino",
+        "int8-bf16": "ort-openvino",
+    }
     assert data["auto"] == "ort-cpu" and list(data["backends"]) == list(BACKENDS)
     assert data["backends"]["ort-cpu"]["available"] is True and data["backends"]["ort-cpu"]["fix"] is None
     assert {"python", "platform", "available_memory_bytes"} <= data.keys()
     text = flexvar("doctor")
-    assert text.code == 0 and text.out.endswith("--backend auto uses ort-cpu, openvino for bf16 bundles\n")
+    assert text.code == 0 and text.out.endswith(
+        "--backend auto uses ort-cpu, openvino for bf16 bundles, ort-openvino for int8-bf16 bundles\n"
+    )
     assert f"flexvar {__version__}, Python {data['python']}, {data['platform']}" in text.out
 
 

@@ -1,0 +1,101 @@
+"""int8-bf16 on ort-openvino: the transformer of the int8 bundle, the tokenizer of the bf16 one, two libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexvar_export.parity import GATES, holds, prove
+from flexvar_export.proof import Proof
+from flexvar_runtime import Bundle, FlexVARPipeline
+from flexvar_runtime.backends import BACKENDS, create, openvino, ort_cpu, ort_openvino, probe
+from flexvar_runtime.backends.base import Availability
+from flexvar_runtime.errors import BackendUnavailable
+from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, GRAPHS, STEP, graph_precision
+from flexvar_runtime.planner import plan
+from flexvar_runtime.schedule import ScaleSchedule
+
+pytest.importorskip("openvino")
+MIXED = "int8-bf16"
+SCHEDULE = "1_2_3"
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_bundles: Callable[[str], Path]) -> Bundle:
+    return Bundle.open(tiny_bundles(MIXED))
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_every_graph_is_that_of_a_bundle_in_its_precision(
+    mixed: Bundle, tiny_bundles: Callable[[str], Path], graph: str
+) -> None:
+    precision = graph_precision(MIXED, graph)
+    assert precision == ("bf16" if graph in (DECODE, ENCODE) else "int8")
+    other = Bundle.open(tiny_bundles(precision)).manifest.files
+    own = {name: record for name, record in mixed.manifest.files.items() if name.startswith(f"{graph}.onnx")}
+    assert own and own == {name: other[name] for name in own}
+
+
+def test_it_is_proved_with_its_tokenizer_emulated(mixed: Bundle) -> None:
+    parity = mixed.manifest.parity
+    assert parity.passed and parity.emulated and parity.backend == "ort-cpu"
+    bounds = {row.graph: row.bound for row in parity.rows}
+    for graph, precision in ((CONDITION, "int8"), (STEP, "int8"), (ENCODE, "bf16")):
+        assert bounds[graph] == GATES[precision].error(graph)
+    assert bounds[DECODE] == GATES["bf16"].psnr
+
+
+def test_parity_on_both_libraries(mixed: Bundle, tiny_proof: Proof) -> None:
+    record = prove(mixed, tiny_proof, "ort-openvino", threads=1)
+    assert record.passed and not record.emulated and {row.graph for row in record.rows} == set(GRAPHS)
+    image = next(row for row in record.rows if row.graph == DECODE)
+    assert holds(image) and image.value < 80  # as bfloat16 is: the float32 decoder reaches more
+
+
+def test_tokens_are_those_of_the_int8_bundle(mixed: Bundle, tiny_bundles: Callable[[str], Path]) -> None:
+    outputs = []
+    for bundle, backend in ((mixed.path, "ort-openvino"), (tiny_bundles("int8"), "ort-cpu")):
+        with FlexVARPipeline.from_bundle(bundle, backend=backend, threads=1) as pipe:
+            outputs.append(pipe([3, 7], SCHEDULE, seed=5))
+    for own, other in zip(*(output.tokens for output in outputs), strict=True):
+        np.testing.assert_array_equal(own, other)
+    own, other = (output.images.astype(int) for output in outputs)
+    assert 0 < np.abs(own - other).max() <= 16
+
+
+def test_auto_takes_the_one_that_runs_it(mixed: Bundle) -> None:
+    assert create("auto", mixed).name == "ort-openvino"
+
+
+@pytest.mark.parametrize("backend", ["ort-cpu", "openvino"])
+def test_one_library_alone_refuses_it(mixed: Bundle, backend: str) -> None:
+    with pytest.raises(BackendUnavailable, match=f"int8-bf16 bundle on {backend}"):
+        FlexVARPipeline.from_bundle(mixed.path, backend=backend)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_it_refuses_what_one_library_runs(tiny_bundles: Callable[[str], Path], precision: str) -> None:
+    with pytest.raises(BackendUnavailable, match=f"{precision} bundle on ort-openvino"):
+        FlexVARPipeline.from_bundle(tiny_bundles(precision), backend="ort-openvino")
+
+
+@pytest.mark.parametrize("missing", [ort_cpu, openvino])
+def test_either_library_missing_is_said(missing: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe("ort-openvino").available and "ort-openvino" in BACKENDS
+    absent = Availability(False, "it is not installed", "install it")
+    monkeypatch.setattr(missing, "probe", lambda name: absent)
+    assert ort_openvino.probe("ort-openvino") == absent
+
+
+def test_memory_is_planned_for_each_library(mixed: Bundle) -> None:
+    schedule = ScaleSchedule.parse(SCHEDULE)
+    plans = {
+        name: plan(mixed.manifest, schedule, 1, True, backend=name) for name in ("ort-cpu", "openvino", "ort-openvino")
+    }
+    both = plans["ort-openvino"]
+    assert both.weights[STEP] == plans["ort-cpu"].weights[STEP] and both.scratch[STEP] == plans["ort-cpu"].scratch[STEP]
+    assert both.weights[DECODE] == plans["openvino"].weights[DECODE]
+    assert both.runtime == plans["openvino"].runtime and both.kept == frozenset()
