@@ -14,7 +14,8 @@ from .base import Availability, Backend, BackendModule
 log = logging.getLogger(__name__)
 
 BACKENDS = {  # name to file, in the order in which "auto" prefers them
-    # (measured: openvino is no faster than ort-cpu in what both compute, and slower to open)
+    # (measured: openvino is no faster than ort-cpu in what both compute, and slower to open; either at what it alone
+    # computes is faster than both are in float32)
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
     "ort-cuda": "ort_cuda",

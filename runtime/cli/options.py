@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,7 @@ def parse_labels(text: str, names: tuple[str, ...] | None) -> list[int]:
             labels += found
         else:
             known = (
-                f"numbers, or names such as {', '.join(names[:5])}"
+                f"numbers, or names such as {', '.join(get_close_matches(part[:100], names) or names[:5])}"
                 if names
                 else "numbers (this bundle has no class names)"
             )
