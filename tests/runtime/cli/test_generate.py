@@ -194,9 +194,10 @@ def test_classes_by_name(flexvar: Any, bundle_copy: Path, out: Path) -> None:
     ended = flexvar(*arguments, "dog")
     assert ended.code == 2
     assert "got: class 'dog'\n  expected: numbers, or names such as crème brûlée, cat, 20, 21, 22" in ended.err
-    assert "got: class 'creme brulee'\n  expected: numbers, or names such as crème brûlée\n" in flexvar(
-        *arguments, "creme brulee"
-    ).err
+    assert (
+        "got: class 'creme brulee'\n  expected: numbers, or names such as crème brûlée\n"
+        in flexvar(*arguments, "creme brulee").err
+    )
 
 
 # The same image again ------------------------------------------------------------------------------------------------
