@@ -20,7 +20,7 @@ from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import INLINE_BYTES, export_graph
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import ArtifactRefused, Bundle
-from flexvar_runtime.graphs import GRAPHS, WEIGHTS_OF, graph_specs
+from flexvar_runtime.graphs import GRAPHS, WEIGHTS_OF, graph_precision, graph_specs
 from flexvar_runtime.manifest import PRECISIONS, GraphSpec, TensorSpec
 
 FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
@@ -241,15 +241,16 @@ def weight_elements(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> int:
 @pytest.mark.parametrize(("precision", "graph"), EVERY)
 def test_weights_are_of_the_precision(load: Load, precision: str, graph: str) -> None:
     weights = [constant for constant in load(precision, graph).graph.initializer if constant.data_type not in VALUES]
-    if precision == "int8":  # every matrix of the blocks; of the last one a prefill has the keys and values alone
-        eight = {tensor.name for tensor in weights if tensor.data_type == TensorProto.UINT8 and len(tensor.dims) == 2}
-        assert {tensor.data_type for tensor in weights} == ({FLOAT, TensorProto.UINT8} if eight else {FLOAT})
+    if (own := graph_precision(precision, graph)) == "int8":
+        # Every matrix of the blocks; of the last one a prefill has the keys and values alone.
+        eight = {tensor.name for tensor in weights if tensor.data_type == TensorProto.INT8}
+        assert {tensor.data_type for tensor in weights if tensor.dims} == {FLOAT, *[TensorProto.INT8] * bool(eight)}
         assert len(eight) == {"step": 2 * 6, "prefill": 6 + 2}.get(graph, 0)
         return
     bytes_of: dict[int, int] = {}
     for tensor in weights:
         bytes_of[tensor.data_type] = bytes_of.get(tensor.data_type, 0) + len(tensor.raw_data)
-    of_precision = bytes_of.pop(OF_PRECISION[precision])
+    of_precision = bytes_of.pop(OF_PRECISION[own])
     assert set(bytes_of) <= {FLOAT}
     # Gains, biases and embeddings that meet the float32 stream; they are 1 % at this size, less at any other.
     assert of_precision >= 0.97 * (of_precision + sum(bytes_of.values()))
