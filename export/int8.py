@@ -23,7 +23,7 @@ LARGEST = 127  # level of a weight
 LEVELS = 255  # the highest, of what is multiplied
 MIDDLE = 128  # level of zero in a row of either sign
 LOW = 16  # and where little is below zero: after a GELU, which never falls under -0.17
-SMALLEST = 1e-30  # of a step, where all is equal, and of a scale, where all is 0
+SMALLEST = 1e-30  # of a step and of a scale, where all is 0
 
 
 class Int8Dense(nn.Module):

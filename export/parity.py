@@ -45,7 +45,7 @@ GATES = {
     "fp32": Gate(1e-5, 80.0),
     "fp16": Gate(2e-3, 50.0),
     "bf16": Gate(1.5e-2, 40.0),
-    "int8": Gate(1e-5, 80.0, logits=6e-2),  # ours: a third above what the demo model needs (`benchmarks/LOG.md`)
+    "int8": Gate(1e-5, 80.0, logits=6e-2),  # ours: a fifth above what the demo model needs (`benchmarks/LOG.md`)
     "int8-bf16": Gate(1e-5, 40.0, logits=6e-2, latent=1.5e-2),  # each graph as in its own precision
 }
 

@@ -7,11 +7,15 @@ processors with such instructions more than half slower (`benchmarks/LOG.md`). I
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from ..errors import BackendUnavailable
+
+MINIMUM = (1, 31)  # what was tested
 LARGEST = 255, 127
 # One MatMulInteger (a: 2x64 uint8, b: 64x16 int8 -> c: 2x16 int32) as an ONNX file, which a test makes anew.
 PRODUCT = bytes.fromhex(
@@ -21,8 +25,19 @@ PRODUCT = bytes.fromhex(
 
 
 def make_exact(ort: Any, options: Any) -> None:
-    """Set in `options`, of a session of the module `ort`, what exact products of bytes need on this processor."""
+    """Set in `options`, of a session of the module `ort`, what exact products of bytes need on this processor.
+
+    Raises BackendUnavailable where this ONNX Runtime is not known to do it soundly: older ones write beside the inputs
+    of a product with fewer than four.
+    """
     if saturates(ort):
+        if tuple(map(int, re.findall("[0-9]+", ort.__version__)[:2])) < MINIMUM:
+            wanted = ".".join(map(str, MINIMUM))
+            raise BackendUnavailable(
+                f"onnxruntime {ort.__version__} for int8, on a processor without products of bytes",
+                expected=f"onnxruntime {wanted} or later",
+                fix=f"pip install 'onnxruntime>={wanted}'",
+            )
         options.add_session_config_entry("session.x64quantprecision", "1")
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from flexvar_runtime.backends.byte_products import PRODUCT, make_exact, saturates
+from flexvar_runtime.errors import BackendUnavailable
 
 
 def test_the_graph_is_one_product() -> None:
@@ -32,6 +33,7 @@ def test_the_graph_is_one_product() -> None:
 class Saturating:
     """ONNX Runtime as far as it is asked, on a processor that adds pairs of products in sixteen bits."""
 
+    __version__ = "1.31.1"
     SessionOptions = SimpleNamespace
 
     class InferenceSession:
@@ -50,6 +52,15 @@ def test_only_a_processor_that_saturates_is_told(library: Any) -> None:
     make_exact(library, SimpleNamespace(add_session_config_entry=set_.__setitem__))
     assert set_ == ({"session.x64quantprecision": "1"} if saturates(library) else {})
     assert library is ort or set_
+
+
+class Old(Saturating):
+    __version__ = "1.30.2"
+
+
+def test_one_that_is_too_old_to_be_told_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match=r"onnxruntime 1.30.2 for int8.*pip install 'onnxruntime>=1.31'"):
+        make_exact(Old, SimpleNamespace())
 
 
 def test_products_are_exact_here() -> None:
