@@ -43,7 +43,9 @@ def ceiling(threads: int) -> Ceiling:
     rates = {"fp32": measured_flops_per_second(CEILING_SECONDS)}
     with contextlib.suppress(ImportError):
         rates["fp32"] = max(rates["fp32"], _torch_flops_per_second(threads, "float32"))
-        rates["bf16"] = max(rates["fp32"], _torch_flops_per_second(threads, "bfloat16"))
+        rates["bf16"] = rates["fp32"]
+        if _torch_flops_per_second(threads, "bfloat16", 256) > rates["fp32"] / 4:  # else a large one may take minutes
+            rates["bf16"] = max(rates["fp32"], _torch_flops_per_second(threads, "bfloat16"))
     return Ceiling(copy_bytes_per_second=measured_copy_bytes_per_second(CEILING_SECONDS), flops_per_second=rates)
 
 
