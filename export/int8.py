@@ -22,7 +22,7 @@ from torch import Tensor, nn
 LARGEST = 127  # level of a weight
 LEVELS = 255  # the highest, of what is multiplied
 MIDDLE = 128  # level of zero in a row of either sign
-LOW = 16  # and where little is below zero: after a GELU, which never falls under -0.17
+LOW = 16  # and where little is below zero: after a GELU, which never falls under -0.17; finer for rows that reach 1.35
 SMALLEST = 1e-30  # of a step and of a scale, where all is 0
 
 

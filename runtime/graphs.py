@@ -23,7 +23,8 @@ DTYPE_OF_PRECISION = {
     "int8": "float32",
     "int8-bf16": "float32",
 }
-"""Type of keys and values, and of what a graph computes in; int8 is that of some products only."""
+"""Type of keys and values, and of what `step` computes in (of other graphs: see `graph_precision`); int8 is that of
+some products only."""
 
 
 def graph_precision(precision: str, graph: str) -> str:

@@ -36,7 +36,7 @@ class OrtOpenVino(HostBackend):
 
     name = "ort-openvino"
     precisions = PRECISIONS
-    maps_weights = True  # of the condition and of prefill, which are ONNX Runtime's
+    maps_weights = True  # of the condition, which is ONNX Runtime's
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)

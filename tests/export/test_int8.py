@@ -71,8 +71,9 @@ def test_a_layer_is_the_product_of_rounded_numbers(zero: int) -> None:
     flips = 2 * step * float(weight.abs().max())  # two levels on a border that went the other way in float32
     assert (np.abs(dense(x).double().numpy() - expected).max(-1) < flips + 1e-4 * np.abs(expected).max(-1)).all()
     exact = (x.double() @ weight.double() + bias).numpy()
-    errors = np.linalg.norm(expected - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
-    assert 1e-3 < errors[-4:].max() < 2e-2
+    large = slice(None) if zero == MIDDLE else slice(-4, None)  # LOW is coarse for the small rows: see int8.LOW
+    errors = np.linalg.norm((expected - exact)[large]) / np.linalg.norm(exact[large])
+    assert 3e-3 < errors < 2e-2
 
 
 def test_a_low_zero_keeps_twice_the_levels_above_it() -> None:
@@ -163,7 +164,7 @@ def test_onnx_runtime_adds_without_saturation(
 def test_what_is_not_finite_is_not_rounded_away(
     exported: Callable[[Int8Dense, Tensor], NDArray[np.float32]],
 ) -> None:
-    """ONNX Runtime leaves NaN out of a minimum, and a cast of it is some level."""
+    """ONNX Runtime leaves NaN out of a maximum, and of it makes some level."""
     dense, _, _ = layer(64, 8)
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     x[0, 0], x[1, 7], x[2, 63] = torch.nan, torch.nan, torch.nan
@@ -229,7 +230,7 @@ Edit = Callable[[NDArray[Any]], NDArray[Any]]
 WRONG: dict[str, tuple[str, Edit]] = {
     "negated": (".weight", np.negative),
     "scales of other outputs": (".scale", lambda scale: np.roll(scale, 1)),
-    "no biases": (".bias", lambda bias: bias + 1),
+    "biases one higher": (".bias", lambda bias: bias + 1),
 }
 
 

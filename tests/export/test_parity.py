@@ -373,7 +373,7 @@ HALF_CONTROLS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int8-bf16"])
 @pytest.mark.parametrize("control", [*HALF_CONTROLS, "positions"])
 def test_wider_gates_tell_the_same_faults(
     runnable: Callable[[str], Bundle], tiny_proof: Proof, tmp_path: Path, precision: str, control: str

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from flexvar_runtime.backends.byte_products import PRODUCT, make_exact, saturates
+from flexvar_runtime.backends.byte_products import PRODUCT, make_exact
 from flexvar_runtime.errors import BackendUnavailable
 
 
@@ -46,12 +46,19 @@ class Saturating:
             return [pairs.clip(-(2**15), 2**15 - 1).sum(1).astype(np.int32)]
 
 
-@pytest.mark.parametrize("library", [ort, Saturating])
-def test_only_a_processor_that_saturates_is_told(library: Any) -> None:
-    set_: dict[str, str] = {}
-    make_exact(library, SimpleNamespace(add_session_config_entry=set_.__setitem__))
-    assert set_ == ({"session.x64quantprecision": "1"} if saturates(library) else {})
-    assert library is ort or set_
+class Exact(Saturating):
+    """On one that has dot products of bytes."""
+
+    class InferenceSession(Saturating.InferenceSession):
+        def run(self, _: None, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+            return [feeds["a"].astype(np.int32) @ feeds["b"].astype(np.int32)]
+
+
+@pytest.mark.parametrize(("library", "told"), [(Saturating, {"session.x64quantprecision": "1"}), (Exact, {})])
+def test_only_a_processor_that_saturates_is_told(library: Any, told: dict[str, str]) -> None:
+    entries: dict[str, str] = {}
+    make_exact(library, SimpleNamespace(add_session_config_entry=entries.__setitem__))
+    assert entries == told
 
 
 class Old(Saturating):
@@ -63,21 +70,27 @@ def test_one_that_is_too_old_to_be_told_is_refused() -> None:
         make_exact(Old, SimpleNamespace())
 
 
-def test_products_are_exact_here() -> None:
-    """Whatever this processor is: many rows, weights in the graph as in a bundle."""
+@pytest.mark.parametrize("forced", [False, True])
+def test_products_are_exact_here(forced: bool) -> None:
+    """Whatever this processor is: many rows, a zero point, weights in the graph as in a bundle. Forced: as on one that
+    saturates."""
     generator = np.random.default_rng(0)
     weights = generator.choice([-127, 127, 5], (512, 32)).astype(np.int8)
     rows = generator.choice([0, 255], (33, 512)).astype(np.uint8)
     weights[:, 0], rows[0] = 127, 255
     graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["a", "b"], ["c"])],
+        [helper.make_node("MatMulInteger", ["a", "b", "zero"], ["c"])],
         "product",
         [helper.make_tensor_value_info("a", TensorProto.UINT8, rows.shape)],
         [helper.make_tensor_value_info("c", TensorProto.INT32, [33, 32])],
-        [onnx.numpy_helper.from_array(weights, "b")],
+        [onnx.numpy_helper.from_array(weights, "b"), onnx.numpy_helper.from_array(np.array(128, np.uint8), "zero")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     options = ort.SessionOptions()
-    make_exact(ort, options)
+    if forced:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    else:
+        make_exact(ort, options)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    np.testing.assert_array_equal(session.run(None, {"a": rows})[0], rows.astype(np.int32) @ weights.astype(np.int32))
+    expected = (rows.astype(np.int32) - 128) @ weights.astype(np.int32)
+    np.testing.assert_array_equal(session.run(None, {"a": rows})[0], expected)
