@@ -392,7 +392,10 @@ def test_wider_gates_tell_the_same_faults(
         onnx.save_model(model, str(file))
         wrong = seal(tmp_path, right.manifest)
     failure = first_failure(wrong, tiny_proof, precision)
-    if (precision, control) == ("int8", "positions"):  # this model minds positions little: some scales are let through
+    if control == "positions" and precision in (
+        "int8",
+        "int8-bf16",
+    ):  # the step is the same; this model minds positions little: some scales are let through
         assert failure is not None and failure.startswith("step ")
     else:
         assert failure == expected
