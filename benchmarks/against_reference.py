@@ -26,7 +26,7 @@ from rich.table import Table
 
 from flexvar_runtime import Bundle, ScaleSchedule
 from flexvar_runtime.atomic import atomic_write
-from flexvar_runtime.manifest import PHASES, Manifest
+from flexvar_runtime.manifest import PLAIN, Manifest
 
 from .limits import PHASE_SAVING, decoder_flops, measured_flops_per_second, transformer_flops
 
@@ -68,7 +68,7 @@ def exported(work: Path, depth: int, paths: tuple[Path, Path]) -> Path:
 
 def unavoidable_flops(manifest: Manifest, schedule: ScaleSchedule) -> float:
     """Of one guided image, with the decoder that the bundle has."""
-    saving = PHASE_SAVING if manifest.decoder == PHASES else 0.0
+    saving = 0.0 if manifest.decoder == PLAIN else PHASE_SAVING
     return transformer_flops(manifest.model, schedule, guided=True) + decoder_flops(schedule) * (1 - saving)
 
 

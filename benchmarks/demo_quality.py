@@ -38,7 +38,7 @@ from .scene_classifier import FLOOR_SEED, HELD_OUT_SEED, REFERENCE_SEED, Judged,
 
 BATCH, SEED = 20, 2026
 DEFAULT = PUBLISHED["10"]
-OTHER_PRECISIONS = ("fp16", "bf16", "int8")
+OTHER_PRECISIONS = ("fp16", "bf16", "int8", "int8-bf16")
 STEPS = {4: "1_3_8_16", 5: "1_2_5_10_16", 7: "1_2_3_5_8_13_16", **{n: PUBLISHED[str(n)] for n in (6, 8, 9, 10)}}
 """Those of the paper, and of ours where it has none."""
 SIZES = {
@@ -149,8 +149,8 @@ def exported(model: Path, work: Path, precision: str) -> Path:
     out = work / f"{key}-{precision}.bundle"
     if not out.exists():
         export_bundle(transformer, tokenizer, out, precision=precision, class_names=scenes.CLASSES)
-    if precision == "bf16":  # no such kernels on a CPU: float32 that rounds as bfloat16 does
-        emulated = work / f"{key}-bf16-emulated.bundle"
+    if precision.endswith("bf16"):  # no such kernels on every CPU: float32 that rounds as bfloat16 does
+        emulated = work / f"{key}-{precision}-emulated.bundle"
         if not emulated.exists():
             with write_bundle(emulated) as directory:
                 emulate_bf16(Bundle.open(out), directory)

@@ -22,8 +22,18 @@ from numpy.typing import NDArray
 from flexvar_runtime import Bundle, CostRow, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
 from flexvar_runtime.backends.base import host_dtype
+from flexvar_runtime.backends.byte_products import make_exact
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
-from flexvar_runtime.graphs import CONDITION, DECODE, DTYPE_OF_PRECISION, STEP, TABLES_FILE, new_names, past_names
+from flexvar_runtime.graphs import (
+    CONDITION,
+    DECODE,
+    DTYPE_OF_PRECISION,
+    STEP,
+    TABLES_FILE,
+    graph_precision,
+    new_names,
+    past_names,
+)
 from flexvar_runtime.images import to_uint8
 from flexvar_runtime.noise import draws
 from flexvar_runtime.sampling import sample
@@ -213,6 +223,8 @@ def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if graph_precision(bundle.manifest.precision, STEP) == "int8":
+        make_exact(onnxruntime, options)  # no setting of speed: what saturates is another model
     sessions = {
         graph: onnxruntime.InferenceSession(str(bundle.graph_file(graph)), options, providers=["CPUExecutionProvider"])
         for graph in (CONDITION, STEP, DECODE)

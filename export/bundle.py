@@ -20,12 +20,13 @@ from flexvar_runtime.backends import create
 from flexvar_runtime.backends.host import MAX_THREADS
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_precision, graph_specs
+from flexvar_runtime.graphs import DECODE, PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_precision, graph_specs
 from flexvar_runtime.manifest import (
     DECODERS,
     PHASES,
     PRECISIONS,
     SCHEMA_VERSION,
+    TRANSPOSED,
     Defaults,
     GraphSpec,
     Manifest,
@@ -63,7 +64,7 @@ def export_bundle(
     float32_parts: Sequence[str] | None = None,
     defaults: Defaults = PUBLISHED_DEFAULTS,
     quality_order: Sequence[str] = (),
-    decoder: str = PHASES,
+    decoder: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
@@ -72,7 +73,8 @@ def export_bundle(
     or where that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
     defaults: what requests that do not say otherwise take; the proof is of their schedule and guidance.
     quality_order: schedules to the size of the default one, best first, for deadlines.
-    decoder: "phases", or "plain" for a graph that upsamples as the reference does (see `phases`).
+    decoder: how it upsamples, "phases", "transposed" (see `upsampling`) or "plain" as the reference does; None: what
+    pays in that precision.
 
     Raises ArtifactRefused (checkpoint or fp16 range), ParityFailed, InvalidInput, BackendUnavailable. Whatever happens,
     nothing unproven is left under the name `out`.
@@ -83,8 +85,10 @@ def export_bundle(
         raise InvalidInput(
             f"{float32_parts[0]!r:.100} kept in float32", expected="another precision", fix="leave it out"
         )
+    if decoder is None:
+        decoder = TRANSPOSED if graph_precision(precision, DECODE) == "bf16" else PHASES
     if decoder not in DECODERS:
-        raise InvalidInput(f"decoder {decoder!r:.100}", expected=" or ".join(DECODERS), fix="name one of them")
+        raise InvalidInput(f"decoder {decoder!r:.100}", expected=", ".join(DECODERS), fix="name one of them")
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
     with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")

@@ -14,7 +14,6 @@ from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.graphs import GRAPHS
-from flexvar_runtime.manifest import PHASES
 
 from .build_command import build
 
@@ -61,8 +60,12 @@ def export(
         ),
     ] = "auto",
     decoder: Annotated[
-        str, typer.Option(help="How the decoder upsamples: phases (fewer multiplications), or plain as the reference.")
-    ] = PHASES,
+        str,
+        typer.Option(
+            help="How the decoder upsamples: plain as the reference, or with fewer multiplications in phases or "
+            "transposed (one convolution); auto: transposed where it computes in bf16, else phases."
+        ),
+    ] = "auto",
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
     defaults: Annotated[
         Path | None,
@@ -100,7 +103,7 @@ def export(
             float32_parts=_float32_parts(float32),
             defaults=chosen,
             quality_order=order,
-            decoder=decoder,
+            decoder=None if decoder == "auto" else decoder,
             progress=progress,
         )
     size = sum(record.size for record in bundle.manifest.files.values())

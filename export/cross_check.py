@@ -19,7 +19,7 @@ from flexvar_runtime.engine import Engine, require_precision
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP, is_half
 from flexvar_runtime.loop import ScaleLoop
-from flexvar_runtime.manifest import ParityRecord, ParityRow
+from flexvar_runtime.manifest import ParityRecord, ParityRow, TensorSpec
 
 from .parity import GATES, holds, psnr, relative_error
 from .proof import Case, Proof
@@ -124,7 +124,7 @@ def _runner(backend: Backend, graph: Graph) -> Any:
         def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             inputs = {name: backend.upload(array) for name, array in feed_dict.items()}
             outputs = {
-                tensor.name: backend.empty(_shape(graph, tensor.axes, feed_dict), tensor.dtype)
+                tensor.name: backend.empty(_shape(graph, tensor, feed_dict), tensor.dtype)
                 for tensor in graph.spec.outputs
             }
             graph.run(inputs, outputs)
@@ -134,7 +134,7 @@ def _runner(backend: Backend, graph: Graph) -> Any:
     return Runner(name=backend.name)
 
 
-def _shape(graph: Graph, axes: tuple[str | int, ...], feed: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
+def _shape(graph: Graph, output: TensorSpec, feed: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
     """The shape of an output, from the sizes of the inputs."""
     sizes: dict[str, int] = {}
     for tensor in graph.spec.inputs:
@@ -142,14 +142,7 @@ def _shape(graph: Graph, axes: tuple[str | int, ...], feed: Mapping[str, NDArray
             if isinstance(axis, str):
                 base, _, factor = axis.partition("_x")
                 sizes[base] = length // int(factor or 1)
-
-    def size(axis: str | int) -> int:
-        if isinstance(axis, int):
-            return axis
-        base, _, factor = axis.partition("_x")
-        return sizes[base] * int(factor or 1)
-
-    return tuple(map(size, axes))
+    return output.shape(sizes)
 
 
 def _polygraphy(name: str) -> Any:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
 from flexvar_runtime.graphs import CONDITION, ENCODE, PREFILL, STEP
-from flexvar_runtime.manifest import PHASES, PLAIN
+from flexvar_runtime.manifest import PLAIN
 
 from .int8 import LOW, MIDDLE, Int8Dense
-from .phases import upsample_in_phases
+from .upsampling import replace_upsampling
 
 L2_EPS = 1e-12
 ATTENTION, MLP = "attention", "mlp"
@@ -299,7 +299,7 @@ def _float32_norms(module: nn.Module) -> None:
 
 
 class Decode(nn.Module):
-    """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped. form: of the upsampling, PLAIN or PHASES."""
+    """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped. form: of the upsampling, see the manifest."""
 
     codebook: Tensor
 
@@ -308,8 +308,7 @@ class Decode(nn.Module):
         self.register_buffer("codebook", _vector(tokenizer.codebook_VD, dtype))
         self.post_quant_conv = copy.deepcopy(tokenizer.post_quant_conv).to(dtype)
         self.decoder = copy.deepcopy(tokenizer.decoder)
-        if form == PHASES:
-            upsample_in_phases(self.decoder, dtype)  # before its weights are rounded
+        replace_upsampling(self.decoder, form, dtype)  # before its weights are rounded
         self.decoder.to(dtype)
         _float32_norms(self.decoder)
 
@@ -345,7 +344,7 @@ def graph_module(
     graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype, kept: Kept = (), decoder: str = PLAIN
 ) -> nn.Module:
     """The module behind a graph of the bundle. dtype: of its precision, torch.int8 for int8; kept: parts of the blocks
-    that stay float32; decoder: how it upsamples, PLAIN or PHASES."""
+    that stay float32; decoder: how it upsamples, see the manifest."""
     if graph in (STEP, PREFILL):
         return {STEP: Step, PREFILL: Prefill}[graph](model, dtype, kept).eval()
     dtype = _floating(dtype)

@@ -116,13 +116,7 @@ def _map(group: TensorSpec | list[TensorSpec], make: Callable[[TensorSpec], T]) 
 
 
 def _example(tensor: TensorSpec) -> Tensor:
-    shape = [axis if isinstance(axis, int) else _size(axis) for axis in tensor.axes]
-    return torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype])
-
-
-def _size(axis: str) -> int:
-    base, _, factor = axis.partition("_x")
-    return EXAMPLE_SIZES[base] * int(factor or 1)
+    return torch.zeros(tensor.shape(EXAMPLE_SIZES), dtype=TORCH_DTYPES[tensor.dtype])
 
 
 def _dynamic(tensor: TensorSpec, axes: dict[str, Dim]) -> dict[int, Dim]:

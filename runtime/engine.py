@@ -226,13 +226,23 @@ class Engine:
         )
 
     def _plan(self, schedule: ScaleSchedule, images: int, guided: bool) -> MemoryPlan:
-        return plan(self.bundle.manifest, schedule, images, guided, decoded_at_once=1, backend=self.backend.name)
+        return plan(
+            self.bundle.manifest,
+            schedule,
+            images,
+            guided,
+            decoded_at_once=1,
+            backend=self.backend.name,
+            bf16_arithmetic=self.backend.bf16_arithmetic,
+        )
 
     def _batch_that_fits(self, graph: str, size: tuple[int, int]) -> int:
         if self.backend.device is not None:
             return min(IMAGES_PER_RUN, self.graph(graph).most_images or IMAGES_PER_RUN)
         manifest, available = self.bundle.manifest, self.backend.available_bytes()
-        return batch_that_fits(manifest, graph, size, available, self._graphs, self.backend.name)
+        return batch_that_fits(
+            manifest, graph, size, available, self._graphs, self.backend.name, self.backend.bf16_arithmetic
+        )
 
     def graph(self, name: str) -> Graph:
         """A graph of the bundle, opened when first asked for."""

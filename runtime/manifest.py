@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import ArtifactRefused, InvalidInput
@@ -22,7 +23,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int64")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-bf16")
 GUIDANCE_RULES = ("ramp", "constant")
-PLAIN, PHASES = DECODERS = ("plain", "phases")
+PLAIN, PHASES, TRANSPOSED = DECODERS = ("plain", "phases", "transposed")
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _GRAPH_NAME = re.compile(_PART)
@@ -78,6 +79,12 @@ class TensorSpec:
         for axis in self.axes:
             ok = 0 < axis < 2**31 if isinstance(axis, int) else _AXIS.fullmatch(axis) is not None
             _require(ok, "axes", self.axes, "positive sizes, or names that are identifiers")
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape, given the sizes of named axes (`height_x16` is 16 times `height`)."""
+        named = {axis: axis.partition("_x") for axis in self.axes if isinstance(axis, str)}
+        lengths = {axis: sizes[base] * int(factor or 1) for axis, (base, _, factor) in named.items()}
+        return tuple(axis if isinstance(axis, int) else lengths[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +246,8 @@ class Manifest:
 
     float32_parts: parts of the step that a bundle in another precision computes in float32 (`blocks.I.attention`,
     `blocks.I.mlp`), because the gate asked for it; manifests without the key have none.
-    decoder: how the decoder doubles a map and convolves it, as the reference does or in four phases; without the key
-    plain.
+    decoder: how the decoder doubles a map and convolves it, as the reference does, in four phases or in one transposed
+    convolution; without the key plain.
     """
 
     schema_version: int
@@ -267,7 +274,7 @@ class Manifest:
         parts = self.float32_parts
         _require(self.precision != "fp32" or not parts, "float32_parts", parts, "none in fp32")
         _require(len(set(parts)) == len(parts), "float32_parts", parts, "every part once")
-        _require(self.decoder in DECODERS, "decoder", self.decoder, " or ".join(DECODERS))
+        _require(self.decoder in DECODERS, "decoder", self.decoder, ", ".join(DECODERS))
         for name in self.largest_activation:
             _require(name in self.graphs, "largest_activation: graph", name, f"one of {', '.join(self.graphs)}")
         for name in self.files:

@@ -20,15 +20,17 @@ from .graphs import (
     ENCODE,
     STEP,
     TABLES_FILE,
+    graph_precision,
     graph_specs,
     is_half,
     new_names,
     past_names,
 )
-from .manifest import PHASES, GraphSpec, Manifest, TensorSpec
+from .manifest import PHASES, GraphSpec, Manifest
 from .schedule import ScaleSchedule
 
 IMAGES_PER_RUN = 8  # of decoder and encoder, at the most
+PYTHON = 30 * 2**20  # the interpreter and NumPy
 PUBLISHED_DECODER = (128, 128)  # channels at the image's size, and of the level below
 MAX_BATCH = 2**20
 
@@ -137,13 +139,16 @@ def plan(
     decoded_at_once: int = IMAGES_PER_RUN,
     decoder_channels: tuple[int, int] = PUBLISHED_DECODER,
     backend: str = "ort-cpu",
+    bf16_arithmetic: bool = False,
 ) -> MemoryPlan:
     """What generating `images` at once takes on ort-cpu, openvino or both; `guided` runs two sequences an image.
 
+    bf16_arithmetic: whether the backend computes bfloat16 as such on this processor; elsewhere it is widened.
     A backend that knows its own weights, working memory or libraries replaces them: `replace(plan(…), scratch=…)`.
     """
     model, graphs = manifest.model, graph_specs(manifest.model, manifest.precision)
-    library, tokenizer = _library(backend, STEP), _library(backend, DECODE)
+    libraries = {graph: _library(manifest, backend, graph, bf16_arithmetic) for graph in (CONDITION, STEP, DECODE)}
+    library, tokenizer = libraries[STEP], libraries[DECODE]
     decoded = min(images, decoded_at_once)
     h, w = schedule[-1]
     N, L, T = images * (2 if guided else 1), schedule.largest, schedule.tokens
@@ -154,14 +159,16 @@ def plan(
     condition = sum(tensor_bytes(graphs[CONDITION], {"labels": 1}).values())
     image = sum(tensor_bytes(graphs[DECODE], {"images": 1, "height": h, "width": w}).values())
     offsets = (T - 1) * model.width * 4
-    decoding = image_bytes(manifest, (h, w), decoder_channels, backend)
+    decoding = image_bytes(manifest, (h, w), decoder_channels, backend, bf16_arithmetic)
+    if not tokenizer.one_by_one(manifest, (h, w)):
+        decoding *= decoded
     return MemoryPlan(
         schedule=schedule,
         images=images,
         guided=guided,
         decoded_at_once=decoded,
-        runtime=max(library.RUNTIME, tokenizer.RUNTIME),
-        weights={graph: _library(backend, graph).weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
+        runtime=PYTHON + sum(part.RUNTIME for part in {library, tokenizer}),
+        weights={graph: part.weights(manifest, graph) for graph, part in libraries.items()},
         kv=sum(all_scales[name] for name in cache),
         bindings=sum(size for name, size in step.items() if name not in cache),
         tables=_file_bytes(manifest, TABLES_FILE) + offsets + (N + images + 1) * condition,
@@ -169,9 +176,9 @@ def plan(
         scratch={
             CONDITION: 2 * condition,
             STEP: library.step(manifest, N, L, T),
-            DECODE: decoded * decoding,
+            DECODE: decoding,
         },
-        again=decoded * decoding,
+        again=decoding,
         kept=library.KEPT,
     )
 
@@ -184,7 +191,7 @@ class _Ort:
     """
 
     KEPT: frozenset[str] = frozenset()
-    RUNTIME = 80 * _MIB  # Python, NumPy, ONNX Runtime and its first session: 70 here, versions differ
+    RUNTIME = 50 * _MIB  # the library and its first session: 40 here, versions differ
     ARENA = 1.45
     MLP_MAPS = 23  # alive in the feed-forward part of a block
     ATTENTION_MAPS = 14  # alive in its attention, beside scores, keys and values
@@ -202,6 +209,11 @@ class _Ort:
         if graph in (DECODE, ENCODE):
             return int(size * (cls.HALF_CONVOLUTIONS if half else cls.CONVOLUTIONS))
         return 2 * size if half else size
+
+    @classmethod
+    def one_by_one(cls, manifest: Manifest, size: tuple[int, int]) -> bool:
+        """Whether a batch of images of (h, w) tokens is decoded an image at a time."""
+        return False
 
     @classmethod
     def step(cls, manifest: Manifest, sequences: int, new: int, tokens: int) -> int:
@@ -225,9 +237,9 @@ class _OpenVino(_Ort):
     """What OpenVINO takes, measured with 2026.4: files stay mapped beside the weights that were repacked."""
 
     KEPT = frozenset({CONDITION})  # opening it is repacking it: that would cost every new class a tenth of a second
-    RUNTIME = 132 * _MIB
+    RUNTIME = 102 * _MIB
     PRODUCTS = 2.1
-    HALF_PRODUCTS = 3.1  # the file, and float32 of twice its size; half precision was measured at the tiny size only
+    HALF_PRODUCTS = 3.1  # the file, and float32 of twice its size; so widened it was measured at the tiny size only
     CONVOLUTIONS = 5.5  # in several layouts at once when they are first run
     HALF_CONVOLUTIONS = 11.0
     HALF = 1.35  # working memory, with keys and values widened
@@ -244,12 +256,29 @@ class _OpenVino(_Ort):
         once = super().step(manifest, sequences, new, tokens)
         return int(cls.HALF * once) if is_half(manifest.precision, STEP) else once
 
+    @classmethod
+    def one_by_one(cls, manifest: Manifest, size: tuple[int, int]) -> bool:
+        usual = ScaleSchedule.parse(manifest.defaults.schedule)[-1]
+        return graph_precision(manifest.precision, DECODE) == "bf16" and size == usual
 
-def _library(backend: str, graph: str) -> type[_Ort]:
+
+class _OpenVinoBf16(_OpenVino):
+    """The same of bfloat16 where the processor computes in it: nothing is widened."""
+
+    RUNTIME = 115 * _MIB
+    DECODER_MAPS = (6.0, 3.0)  # of two bytes
+    HALF = 1.0
+    HALF_PRODUCTS = 2.3
+    HALF_CONVOLUTIONS = 2.5
+    HALF_DECODER = 0.5
+
+
+def _library(manifest: Manifest, backend: str, graph: str, bf16_arithmetic: bool) -> type[_Ort]:
     """What runs a graph: ort-openvino is two in one."""
-    if backend == "ort-openvino":
-        return _OpenVino if graph in (DECODE, ENCODE) else _Ort
-    return _OpenVino if backend == "openvino" else _Ort
+    bf16_arithmetic &= graph_precision(manifest.precision, graph) == "bf16"
+    if backend == "openvino" or (backend == "ort-openvino" and graph in (DECODE, ENCODE)):
+        return _OpenVinoBf16 if bf16_arithmetic else _OpenVino
+    return _Ort
 
 
 def image_bytes(
@@ -257,27 +286,20 @@ def image_bytes(
     size: tuple[int, int],
     channels: tuple[int, int] = PUBLISHED_DECODER,
     backend: str = "ort-cpu",
+    bf16_arithmetic: bool = False,
 ) -> int:
     """Working memory of decoding one image of (h, w) tokens on the CPU; encoding takes less.
 
     channels: of the decoder, at the image's size and of the level below.
     """
-    return _library(backend, DECODE).image(manifest, size[0] * size[1] * manifest.model.downsampling**2, channels)
+    library = _library(manifest, backend, DECODE, bf16_arithmetic)
+    return library.image(manifest, size[0] * size[1] * manifest.model.downsampling**2, channels)
 
 
 def tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of every input and output of a graph, given the sizes of its named axes (`height_x16` is 16 times)."""
-
-    def size(axis: str | int) -> int:
-        if isinstance(axis, int):
-            return axis
-        base, _, factor = axis.partition("_x")
-        return sizes[base] * int(factor or 1)
-
-    def nbytes(tensor: TensorSpec) -> int:
-        return math.prod(map(size, tensor.axes)) * _ITEMSIZE[tensor.dtype]
-
-    return {tensor.name: nbytes(tensor) for tensor in (*spec.inputs, *spec.outputs)}
+    """Bytes of every input and output of a graph, given the sizes of its named axes."""
+    tensors = (*spec.inputs, *spec.outputs)
+    return {tensor.name: math.prod(tensor.shape(sizes)) * _ITEMSIZE[tensor.dtype] for tensor in tensors}
 
 
 def largest_batch(needed: Callable[[int], int], available: int) -> int:
@@ -315,6 +337,7 @@ def batch_that_fits(
     available: int | None,
     opened: Collection[str] = (),
     backend: str = "ort-cpu",
+    bf16_arithmetic: bool = False,
 ) -> int:
     """Images to decode or encode in one run, in half of what is left beside the weights: a second run takes as much.
 
@@ -322,8 +345,8 @@ def batch_that_fits(
     """
     if available is None:
         return IMAGES_PER_RUN
-    one = image_bytes(manifest, size, backend=backend)
-    weights = 0 if graph in opened else _library(backend, graph).weights(manifest, graph)
+    one = image_bytes(manifest, size, backend=backend, bf16_arithmetic=bf16_arithmetic)
+    weights = 0 if graph in opened else _library(manifest, backend, graph, bf16_arithmetic).weights(manifest, graph)
     if weights + one > available:
         raise OutOfMemory(
             f"{'decoding' if graph == DECODE else 'encoding'} an image of {size[0]}x{size[1]} tokens "

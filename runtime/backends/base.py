@@ -72,6 +72,8 @@ class Backend(Protocol):
     (of half precision, which is widened, it does)."""
     captures: bool
     """Whether its graphs can be part of a captured CUDA graph."""
+    bf16_arithmetic: bool
+    """Whether it computes bfloat16 as such on this processor; where it does not, or on a device, False."""
     device: Device | None
     """Where arrays live in device memory; None where they are NumPy arrays and every call is done when it returns."""
 

@@ -38,6 +38,7 @@ class HostBackend:
 
     labels_per_run = 2
     captures = False
+    bf16_arithmetic = False
     maps_weights = False
     device = None
 

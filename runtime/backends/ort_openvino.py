@@ -41,6 +41,7 @@ class OrtOpenVino(HostBackend):
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         self._transformer, self._tokenizer = ort_cpu.OrtCpu(threads), openvino.OpenVino(threads)
+        self.bf16_arithmetic = self._tokenizer.bf16_arithmetic
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         return True

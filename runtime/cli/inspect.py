@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -10,8 +11,10 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ..backends import BACKENDS, CPU_BACKENDS, create, precisions
 from ..bundle import Bundle
 from ..deadline import quality_order
+from ..errors import BackendUnavailable
 from ..guidance import Guidance
 from ..manifest import Manifest
 from ..memory import available_bytes
@@ -29,7 +32,7 @@ def inspect(
         str | None, typer.Option(help="Scales to plan memory for; the bundle's own if left out.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="Images at once to plan memory for, on ort-cpu.")
+        int | None, typer.Option(min=1, max=2**20, help="Images at once to plan memory for, on a CPU.")
     ] = None,
     cfg: Annotated[
         float | None, typer.Option(help="Guidance scale to plan for; ramp 0 and constant 1 are off.")
@@ -101,10 +104,20 @@ def _shown(tensors: tuple[Any, ...]) -> list[Any]:
     return [tensor for tensor in tensors if not tensor.name.startswith(("past_", "new_")) or tensor.name.endswith("_0")]
 
 
+def _backend(precision: str) -> tuple[str, bool]:
+    """The CPU backend that `auto` takes for a precision, and whether it computes bfloat16 as such here."""
+    name = next(name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name))
+    try:
+        return name, create(name).bf16_arithmetic
+    except BackendUnavailable:  # planned all the same, as for a processor without
+        return name, False
+
+
 @dataclass(frozen=True)
 class _Memory:
-    """The plan of a generation on ort-cpu, beside what this machine has left for it."""
+    """The plan of a generation on the CPU backend of the bundle's precision, beside what this machine has left."""
 
+    backend: str
     plan: MemoryPlan
     available: int | None
     largest_batch: int | None  # that fits here; None where nothing is known of this machine
@@ -117,20 +130,30 @@ class _Memory:
         guidance = Guidance(scale, defaults.guidance_rule, defaults.max_side)
         guided = any(t != 0 for t in guidance.weights(scales))
 
+        backend, bf16_arithmetic = _backend(manifest.precision)
+        planned = partial(plan, manifest, scales, backend=backend, bf16_arithmetic=bf16_arithmetic)
+
         def total(batch: int) -> int:
-            return plan(manifest, scales, batch, guided, decoded_at_once=1).total
+            return planned(batch, guided, decoded_at_once=1).total
 
         available = available_bytes()
         fits = None if available is None else largest_batch(total, available)
-        return cls(plan(manifest, scales, images, guided), available, fits)
+        return cls(backend, planned(images, guided), available, fits)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.plan.to_json(), "available": self.available, "largest_batch": self.largest_batch}
+        return {
+            "backend": self.backend,
+            **self.plan.to_json(),
+            "available": self.available,
+            "largest_batch": self.largest_batch,
+        }
 
     def show(self) -> None:
         plan = self.plan
         guidance = "guided" if plan.guided else "not guided"
-        table = Table("memory on ort-cpu", Column("size", justify="right"), title=f"{plan.images} at once, {guidance}")
+        table = Table(
+            f"memory on {self.backend}", Column("size", justify="right"), title=f"{plan.images} at once, {guidance}"
+        )
         for part, size in ({"runtime": plan.runtime} | plan.parts()).items():
             table.add_row(part, size_text(size))
         table.add_section()

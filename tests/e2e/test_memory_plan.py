@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from flexvar_runtime import Bundle, ScaleSchedule
+from flexvar_runtime.backends import create
 from flexvar_runtime.planner import PUBLISHED_DECODER, MemoryPlan, plan
 
 SIX = "1_2_4_6_10_16"
@@ -63,7 +64,15 @@ def planned(
     backend: str = "ort-cpu",
 ) -> MemoryPlan:
     manifest = Bundle.open(bundle).manifest
-    return plan(manifest, ScaleSchedule.parse(schedule), images, guided, decoder_channels=channels, backend=backend)
+    return plan(
+        manifest,
+        ScaleSchedule.parse(schedule),
+        images,
+        guided,
+        decoder_channels=channels,
+        backend=backend,
+        bf16_arithmetic=create(backend).bf16_arithmetic,
+    )
 
 
 def assert_close_above(estimate: int, measured: int) -> None:
@@ -100,6 +109,24 @@ def test_tiny_with_openvino(
 ) -> None:
     request = (tiny_bundles(precision), schedule, images, guided)
     assert_close_above(planned(*request, TINY_DECODER, "openvino").total, peak(*request, backend="openvino"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "schedule", "images"),
+    [
+        ("bf16", "openvino", TEN, 1),
+        ("bf16", "openvino", TEN, 16),
+        ("int8-bf16", "ort-openvino", TEN, 1),
+        ("int8-bf16", "ort-openvino", TEN, 16),
+        ("int8-bf16", "ort-openvino", "512px", 1),
+    ],
+)
+def test_tiny_with_a_tokenizer_in_bf16(
+    tiny_bundles: Callable[[str], Path], precision: str, backend: str, schedule: str, images: int
+) -> None:
+    """In bfloat16 where the processor computes in it, widened elsewhere."""
+    request = (tiny_bundles(precision), schedule, images, True)
+    assert_close_above(planned(*request, TINY_DECODER, backend).total, peak(*request, backend=backend))
 
 
 def test_generations_after_the_first(tiny_bundle: Path) -> None:

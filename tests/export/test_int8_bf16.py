@@ -15,7 +15,7 @@ from flexvar_runtime.backends import BACKENDS, create, openvino, ort_cpu, ort_op
 from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.errors import BackendUnavailable
 from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, GRAPHS, STEP, graph_precision
-from flexvar_runtime.planner import plan
+from flexvar_runtime.planner import PYTHON, MemoryPlan, plan
 from flexvar_runtime.schedule import ScaleSchedule
 
 pytest.importorskip("openvino")
@@ -98,4 +98,20 @@ def test_memory_is_planned_for_each_library(mixed: Bundle) -> None:
     both = plans["ort-openvino"]
     assert both.weights[STEP] == plans["ort-cpu"].weights[STEP] and both.scratch[STEP] == plans["ort-cpu"].scratch[STEP]
     assert both.weights[DECODE] == plans["openvino"].weights[DECODE]
-    assert both.runtime == plans["openvino"].runtime and both.kept == frozenset()
+    assert both.runtime == plans["openvino"].runtime + plans["ort-cpu"].runtime - PYTHON and both.kept == frozenset()
+
+
+def test_memory_where_bf16_is_computed_as_such(mixed: Bundle) -> None:
+    """Only what computes in it takes less: of this bundle the tokenizer. Images of the usual size are decoded alone."""
+    usual = ScaleSchedule.parse(mixed.manifest.defaults.schedule)
+
+    def planned(schedule: ScaleSchedule, images: int, arithmetic: bool) -> MemoryPlan:
+        return plan(mixed.manifest, schedule, images, True, backend="ort-openvino", bf16_arithmetic=arithmetic)
+
+    widened, native = planned(usual, 4, False), planned(usual, 4, True)
+    assert native.weights[DECODE] < widened.weights[DECODE] / 2
+    assert native.scratch[DECODE] < widened.scratch[DECODE] / 2
+    assert native.weights[STEP] == widened.weights[STEP] and native.scratch[STEP] == widened.scratch[STEP]
+    assert native.scratch[DECODE] == planned(usual, 1, True).scratch[DECODE]
+    other = ScaleSchedule.parse("1_2_3x5")
+    assert planned(other, 4, True).scratch[DECODE] == 4 * planned(other, 1, True).scratch[DECODE]

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import openvino
 import pytest
+from numpy.typing import NDArray
 
-from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, Guidance
+from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, Guidance, InvalidInput, ScaleSchedule
 from flexvar_runtime.backends import create, probe
+from flexvar_runtime.backends.base import Graph
 from flexvar_runtime.backends.host import default_threads
-from flexvar_runtime.backends.openvino import OpenVino
+from flexvar_runtime.backends.openvino import OpenVino, OpenVinoGraph, UsualSizeGraph
+from flexvar_runtime.backends.openvino_norms import keep_layout
 from flexvar_runtime.backends.ort_cpu import OrtCpu
-from flexvar_runtime.graphs import STEP
+from flexvar_runtime.graphs import DECODE, STEP
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 
@@ -152,3 +157,107 @@ def test_outputs_that_are_not_wanted_are_not_written(tiny_bundle: Path) -> None:
     np.testing.assert_allclose(some["first_input"][[2, 1]], kept["first_input"], rtol=1e-6)
     for name, array in every.items():
         np.testing.assert_array_equal(array, kept[name])
+
+
+# The size that most calls have ---------------------------------------------------------------------------------------
+
+
+def decoded(graph: Graph, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    sizes = dict(zip(("images", "height", "width"), tokens.shape, strict=True))
+    image = np.full(graph.spec.outputs[0].shape(sizes), np.nan, np.float32)
+    graph.run({"tokens": tokens}, {"image": image})
+    return image
+
+
+def off(got: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture
+def half(tiny_bundles: Callable[[str], Path]) -> Bundle:
+    return Bundle.open(tiny_bundles("bf16"))
+
+
+def tokens_of(bundle: Bundle, images: int) -> NDArray[np.int32]:
+    """Of the default size."""
+    h, w = ScaleSchedule.parse(bundle.manifest.defaults.schedule)[-1]
+    return np.random.default_rng(0).integers(0, bundle.manifest.model.vocabulary, (images, h, w), np.int32)
+
+
+def test_the_usual_size_has_a_model_of_its_own(half: Bundle) -> None:
+    """What it computes differs by rounding to bfloat16 at the most; the same alone, in a batch, first or last."""
+    tokens, backend = tokens_of(half, 3), OpenVino(1)
+    graph = backend.open(half, DECODE)
+    assert isinstance(graph, UsualSizeGraph)
+    batch = decoded(graph, tokens)
+    other = decoded(graph, tokens[:2, :3, :5].copy())
+    assert np.isfinite(batch).all() and np.isfinite(other).all()
+    for i in range(3):
+        np.testing.assert_array_equal(decoded(graph, tokens[i : i + 1]), batch[i : i + 1])
+    later = backend.open(half, DECODE)
+    np.testing.assert_array_equal(decoded(later, tokens[:2, :3, :5].copy()), other)
+    np.testing.assert_array_equal(decoded(later, tokens), batch)
+    plain = OpenVinoGraph(
+        openvino.Core().compile_model(str(half.graph_file(DECODE)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}),
+        "decode.onnx",
+        half.graph(DECODE),
+    )
+    assert off(batch, decoded(plain, tokens)) < 0.03
+    assert off(batch, decoded(plain, tokens_of(half, 3)[::-1].copy())) > 0.1
+
+
+def test_what_is_computed_in_float32_has_one_model(tiny_bundle: Path) -> None:
+    assert isinstance(OpenVino(1).open(Bundle.open(tiny_bundle), DECODE), OpenVinoGraph)
+
+
+def test_a_closed_graph_of_two_models_is_refused(half: Bundle) -> None:
+    graph = OpenVino(1).open(half, DECODE)
+    graph.close()
+    with pytest.raises(InvalidInput, match="closed; expected an open graph"):
+        decoded(graph, tokens_of(half, 1))
+
+
+# Normalisations ------------------------------------------------------------------------------------------------------
+
+
+def test_normalisations_keep_the_layout(tiny_bundle: Path) -> None:
+    """In float32 the same to its last digits but one; none is left as it was."""
+    bundle = Bundle.open(tiny_bundle)
+    core, tokens, images = openvino.Core(), tokens_of(bundle, 2), []
+    for rewrite in (False, True):
+        model = core.read_model(str(bundle.graph_file(DECODE)))
+        norms = sum(node.get_type_name() == "MVN" for node in model.get_ops())
+        if rewrite:
+            assert keep_layout(model) == norms > 5
+            assert not any(node.get_type_name() == "MVN" for node in model.get_ops())
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        images.append(decoded(OpenVinoGraph(compiled, "decode.onnx", bundle.graph(DECODE)), tokens))
+    assert 0 < off(images[1], images[0]) < 1e-4
+
+
+@pytest.mark.parametrize(("gain", "bias", "rewritten"), [(1.0, 0.0, 1), (2.0, 0.0, 0), (1.0, 0.5, 0)])
+def test_other_normalisations_are_left_alone(tmp_path: Path, gain: float, bias: float, rewritten: int) -> None:
+    """A gain or a bias of the groups themselves would be lost."""
+    info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    constants = {"gain": np.full(2, gain, np.float32), "bias": np.full(2, bias, np.float32)}
+    constants |= {"grouped": np.array([1, 2, -1]), "back": np.array([1, 6, 4, 5])}
+    graph = onnx.helper.make_graph(
+        [
+            node("Reshape", ["x", "grouped"], ["g"]),
+            node("InstanceNormalization", ["g", "gain", "bias"], ["n"]),
+            node("Reshape", ["n", "back"], ["y"]),
+        ],
+        "norm",
+        [info("x", onnx.TensorProto.FLOAT, [1, 6, 4, 5])],
+        [info("y", onnx.TensorProto.FLOAT, [1, 6, 4, 5])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), tmp_path / "norm.onnx")
+    x, results, core = np.random.default_rng(0).normal(1.0, 2.0, (1, 6, 4, 5)).astype(np.float32), [], openvino.Core()
+    for rewrite in (False, True):
+        model = core.read_model(str(tmp_path / "norm.onnx"))
+        if rewrite:
+            assert keep_layout(model) == rewritten
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results.append(next(iter(compiled(x).values())).copy())
+    np.testing.assert_allclose(results[1], results[0], atol=1e-5)

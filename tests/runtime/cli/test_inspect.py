@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flexvar_runtime import Bundle, ScaleSchedule
+from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.planner import plan, size_text
 
 
@@ -66,10 +68,26 @@ def test_the_memory_of_a_generation(flexvar: Any, tiny_bundle: Path, monkeypatch
     arguments = ("inspect", tiny_bundle, "--schedule", "1_2_8x10", "--batch-size", 3)
     memory = flexvar(*arguments, "--json").json["memory"]
     expected = plan(manifest, scales, 3, True)
-    assert memory == {**expected.to_json(), "available": left, "largest_batch": 5}
+    assert memory == {"backend": "ort-cpu", **expected.to_json(), "available": left, "largest_batch": 5}
     ended = flexvar(*arguments)
     assert ended.code == 0 and "3 at once, guided" in ended.out and "keys and values" in ended.out
     assert size_text(expected.total) in ended.out and "largest batch that fits" in ended.out
+
+
+@pytest.mark.parametrize(("precision", "backend"), [("bf16", "openvino"), ("int8-bf16", "ort-openvino")])
+def test_memory_of_what_ort_cpu_does_not_run(
+    flexvar: Any, tiny_bundles: Callable[[str], Path], precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the backend that does, with and without its library."""
+    bundle = tiny_bundles(precision)
+    scales, manifest = ScaleSchedule.parse("1_2_4"), Bundle.open(bundle).manifest
+    here = flexvar("inspect", bundle, "--schedule", "1_2_4", "--json").json["memory"]
+    assert here["backend"] == backend
+    absent = Availability(False, "not installed", "install it")
+    monkeypatch.setattr("flexvar_runtime.backends.openvino.probe", lambda name: absent)
+    ended = flexvar("inspect", bundle, "--schedule", "1_2_4")
+    planned = plan(manifest, scales, 1, True, backend=backend)
+    assert f"memory on {backend}" in ended.out and size_text(planned.total) in ended.out
 
 
 def test_memory_is_planned_when_asked_for(flexvar: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

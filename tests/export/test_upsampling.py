@@ -1,4 +1,5 @@
-"""The decoder in phases: the reference's numbers, in torch and as a graph, and what says which one a bundle has."""
+"""The decoder's upsampling, in phases or transposed: the reference's numbers, in torch and as a graph, and what says
+which one a bundle has."""
 
 from __future__ import annotations
 
@@ -16,13 +17,20 @@ from torch import Tensor
 from flexvar_export.bundle import export_bundle
 from flexvar_export.modules import graph_module
 from flexvar_export.parity import relative_error
-from flexvar_export.phases import PhaseUpsample, phase_kernels, upsample_in_phases
+from flexvar_export.upsampling import (
+    PhaseUpsample,
+    TransposedUpsample,
+    phase_kernels,
+    replace_upsampling,
+    transposed_kernel,
+)
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig
 from flexvar_ref.tokenizer import Upsample
 from flexvar_runtime import Bundle, FlexVARPipeline, InvalidInput
 
 Pair = tuple[FlexVAR, Tokenizer]
 SIZES = [(1, 1), (1, 4), (3, 5), (8, 8)]
+FORMS = {"phases": PhaseUpsample, "transposed": TransposedUpsample}
 CONFIGS = [((8, 16, 8), 2), ((4, 4, 12, 8), 4), ((24, 24), 8)]
 
 
@@ -38,9 +46,9 @@ def random_tokenizer(channels: tuple[int, ...], groups: int) -> Tokenizer:
     return Tokenizer(config).eval()
 
 
-def in_phases(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
+def rewritten(tokenizer: Tokenizer, form: str, dtype: torch.dtype) -> Tokenizer:
     other = copy.deepcopy(tokenizer)
-    upsample_in_phases(other.decoder, dtype)
+    replace_upsampling(other.decoder, form, dtype)
     return other.to(dtype)
 
 
@@ -49,27 +57,29 @@ def in_phases(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
 
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("channels", "groups"), CONFIGS)
+@pytest.mark.parametrize("form", FORMS)
 @torch.inference_mode()
-def test_exact(channels: tuple[int, ...], groups: int, dtype: torch.dtype, noise: float) -> None:
+def test_exact(form: str, channels: tuple[int, ...], groups: int, dtype: torch.dtype, noise: float) -> None:
     """Noise: sums in another order, once an upsampling."""
     plain = random_tokenizer(channels, groups).to(torch.float64)
-    phases = in_phases(plain, dtype)
-    assert sum(isinstance(part, PhaseUpsample) for part in phases.modules()) == len(channels) - 1
-    assert not any(isinstance(part, Upsample) for part in phases.modules())
+    other = rewritten(plain, form, dtype)
+    assert sum(isinstance(part, FORMS[form]) for part in other.modules()) == len(channels) - 1
+    assert not any(isinstance(part, Upsample) for part in other.modules())
     for h, w in SIZES:
         codes = torch.randn(2, h, w, plain.config.code_dim, dtype=dtype)
         expected = plain.decode_codes(codes.double())
-        assert error(phases.decode_codes(codes), expected) < noise
+        assert error(other.decode_codes(codes), expected) < noise
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("form", FORMS)
 @torch.inference_mode()
-def test_every_pixel_of_one_upsampling(size: tuple[int, int]) -> None:
+def test_every_pixel_of_one_upsampling(form: str, size: tuple[int, int]) -> None:
     """To the last digits, at the border too: there are only zeros outside."""
     torch.manual_seed(0)
     plain = Upsample(6).double()
     x = torch.randn(2, 6, *size, dtype=torch.float64)
-    got = PhaseUpsample(plain, torch.float64)(x)
+    got = FORMS[form](plain, torch.float64)(x)
     assert torch.allclose(got, plain(x), rtol=0, atol=1e-14)
 
 
@@ -81,6 +91,19 @@ def test_kernels_by_hand() -> None:
     assert kernels[0, 1].tolist() == [[1 + 2, 3], [4 + 5 + 7 + 8, 6 + 9]]
     assert kernels[1, 0].tolist() == [[1 + 4, 2 + 3 + 5 + 6], [7, 8 + 9]]
     assert kernels[1, 1].tolist() == [[1 + 2 + 4 + 5, 3 + 6], [7 + 8, 9]]
+
+
+def test_transposed_kernel_by_hand() -> None:
+    """The same sixteen sums. Inputs come first, and channels do not mix them up."""
+    kernel = transposed_kernel(torch.arange(1.0, 10).view(1, 1, 3, 3))
+    assert kernel.dtype == torch.float64
+    assert kernel[0, 0].tolist() == [
+        [9, 8 + 9, 7 + 8, 7],
+        [6 + 9, 5 + 6 + 8 + 9, 4 + 5 + 7 + 8, 4 + 7],
+        [3 + 6, 2 + 3 + 5 + 6, 1 + 2 + 4 + 5, 1 + 4],
+        [3, 2 + 3, 1 + 2, 1],
+    ]
+    assert transposed_kernel(torch.zeros(5, 2, 3, 3)).shape == (2, 5, 4, 4)
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(("00", "01", "10", "11"), 2)))
@@ -110,11 +133,13 @@ def test_weights_are_summed_before_they_are_rounded(dtype: torch.dtype) -> None:
         assert ((weight.double() - exact[a, b]).abs() <= half_a_digit * exact[a, b].abs() + 1e-7).all()
     twice = phase_kernels(plain.conv.weight.to(dtype))  # what must not be: taps rounded, then their sums
     assert not torch.equal(twice.to(dtype)[1, 1], phases.get_buffer("weight_11"))
+    assert torch.equal(TransposedUpsample(plain, dtype).weight, transposed_kernel(plain.conv.weight).to(dtype))
 
 
 def test_the_reference_is_left_alone(tiny_pair: Pair) -> None:
     before = {name: value.clone() for name, value in tiny_pair[1].state_dict().items()}
-    graph_module("decode", *tiny_pair, torch.float16, decoder="phases")
+    for form in FORMS:
+        graph_module("decode", *tiny_pair, torch.float16, decoder=form)
     after = tiny_pair[1].state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -122,18 +147,16 @@ def test_the_reference_is_left_alone(tiny_pair: Pair) -> None:
 # As a graph
 
 
-@pytest.fixture
-def plain_export(quick_export: None, tiny_checkpoint: tuple[Path, Path], tmp_path: Path) -> Bundle:
-    """The tiny model with a plain decoder, in float32."""
-    return export_bundle(*tiny_checkpoint, tmp_path / "plain", decoder="plain")
-
-
-@pytest.mark.parametrize(("precision", "worst"), [("fp32", 100), ("fp16", 50), ("bf16", 40)])
-def test_every_precision_holds_its_gate(tiny_bundles: Callable[[str], Path], precision: str, worst: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "form", "worst"), [("fp32", "phases", 100), ("fp16", "phases", 50), ("bf16", "transposed", 40)]
+)
+def test_every_precision_holds_its_gate(
+    tiny_bundles: Callable[[str], Path], precision: str, form: str, worst: float
+) -> None:
     """PSNR in dB; in float32 a hundred: a thousandth of a grey level."""
     manifest = Bundle.open(tiny_bundles(precision)).manifest
     rows = [row for row in manifest.parity.rows if row.graph == "decode"]
-    assert manifest.decoder == "phases" and manifest.parity.passed
+    assert manifest.decoder == form and manifest.parity.passed
     assert len(rows) == 2 and all(row.value > worst for row in rows)
 
 
@@ -148,29 +171,40 @@ def test_decodes_as_the_reference(tiny_bundle: Path, tiny_pair: Pair) -> None:
             assert relative_error(got, expected) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("form", "doubled", "small", "transposed"), [("plain", 1, 0, 0), ("phases", 0, 4, 0), ("transposed", 0, 0, 1)]
+)
 def test_a_bundle_says_which_decoder_it_has(
-    plain_export: Bundle, tiny_bundle: Path, tiny_pair: Pair, run_cli: Callable[..., tuple[int, str, str]]
+    quick_export: None,
+    tiny_checkpoint: tuple[Path, Path],
+    tiny_pair: Pair,
+    tmp_path: Path,
+    run_cli: Callable[..., tuple[int, str, str]],
+    form: str,
+    doubled: int,
+    small: int,
+    transposed: int,
 ) -> None:
-    """Both pass; one doubles the map before every large convolution, the other has four small ones."""
+    """All pass; one doubles the map before every large convolution, one has four small ones, one a transposed one."""
+    bundle = export_bundle(*tiny_checkpoint, tmp_path / "bundle", decoder=form)
+    assert bundle.manifest.parity.passed and bundle.manifest.decoder == form
     upsamplings = len(tiny_pair[1].config.level_channels) - 1
-    phases = Bundle.open(tiny_bundle)
-    assert plain_export.manifest.parity.passed and plain_export.manifest.graphs == phases.manifest.graphs
-    for bundle, name, doubled, small in ((plain_export, "plain", upsamplings, 0), (phases, "phases", 0, upsamplings)):
-        assert bundle.manifest.decoder == name
-        nodes = onnx.load(str(bundle.graph_file("decode")), load_external_data=False).graph.node
-        kernels = [list(a.ints) for node in nodes for a in node.attribute if a.name == "kernel_shape"]
-        assert sum(node.op_type == "Resize" for node in nodes) == doubled
-        assert kernels.count([2, 2]) == 4 * small
-        code, text, _ = run_cli("inspect", bundle.path)
-        assert code == 0 and f"decoder {name}" in " ".join(text.replace("│", "").split())
+    nodes = onnx.load(str(bundle.graph_file("decode")), load_external_data=False).graph.node
+    kernels = [list(a.ints) for node in nodes for a in node.attribute if a.name == "kernel_shape"]
+    operators = [node.op_type for node in nodes]
+    assert operators.count("Resize") == doubled * upsamplings
+    assert kernels.count([2, 2]) == small * upsamplings
+    assert operators.count("ConvTranspose") == transposed * upsamplings
+    code, text, _ = run_cli("inspect", bundle.path)
+    assert code == 0 and f"decoder {form}" in " ".join(text.replace("│", "").split())
 
 
 def test_unknown_decoders_are_refused(
     tiny_checkpoint: tuple[Path, Path], tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
-    with pytest.raises(InvalidInput, match="got decoder 'fast'; expected plain or phases"):
+    with pytest.raises(InvalidInput, match="got decoder 'fast'; expected plain, phases, transposed"):
         export_bundle(*tiny_checkpoint, tmp_path / "bundle", decoder="fast")
     transformer, vae = tiny_checkpoint
     code, _, err = run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "bundle", "--decoder", "Phases")
-    assert code == 2 and "decoder 'Phases'" in err and "plain or phases" in err
+    assert code == 2 and "decoder 'Phases'" in err and "plain, phases, transposed" in err
     assert not list(tmp_path.iterdir())

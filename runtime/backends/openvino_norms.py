@@ -1,0 +1,92 @@
+"""Group normalisations of a read OpenVINO model, written so that they leave the layout of the convolutions alone.
+
+A bundle has them as normalisations of instances over the channels of a group, joined by a reshape. Around such a
+reshape OpenVINO takes every map out of the blocks that its convolutions work on, and back. Sums of whole channels stay
+in blocks: of a channel of p pixels with norm n the mean square is n²/p, and a group has the means of its channels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+
+def keep_layout(model: Any) -> int:
+    """Rewrite every such normalisation of `model`, in place; how many there were. Anything else is left as it is.
+
+    Mean squares less squared means, in float32: for maps in half precision, whose own rounding is far larger.
+    """
+    found = [node for node in model.get_ordered_ops() if node.get_type_name() == "MVN"]
+    rewritten = sum(map(_rewrite, found))
+    model.validate_nodes_and_infer_types()
+    return rewritten
+
+
+def _rewrite(norm: Any) -> bool:
+    grouped = norm.input_value(0).get_node()
+    end = _reshaped_back(norm)
+    shape = grouped.get_output_partial_shape(0)
+    if end is None or grouped.get_type_name() != "Reshape" or shape.rank.get_length() != 3 or shape[1].is_dynamic:
+        return False
+    x = grouped.input_value(0)
+    if x.get_partial_shape().rank.get_length() != 4 or x.get_partial_shape()[1].is_dynamic:
+        return False
+    groups, channels = shape[1].get_length(), x.get_partial_shape()[1].get_length()
+    normed = _normed(x, groups, channels, float(norm.get_attributes()["eps"]))
+    for reader in end.output(0).get_target_inputs():
+        reader.replace_source_output(normed.output(0))
+    return True
+
+
+def _reshaped_back(norm: Any) -> Any:
+    """The reshape to four axes after `norm` and the gain of one and bias of zero that ONNX asks for; None where there
+    is something else."""
+    node = norm
+    for neutral in (1.0, 0.0, None):
+        readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+        readers = [reader for reader in readers if reader.get_type_name() != "ShapeOf"]
+        if len(readers) != 1:
+            return None
+        (node,) = readers
+        if node.get_type_name() == "Reshape":
+            return node if node.get_output_partial_shape(0).rank.get_length() == 4 else None
+        if neutral is None or not _is_constant(node, "Multiply" if neutral else "Add", neutral):
+            return None
+    return None
+
+
+def _is_constant(node: Any, kind: str, value: float) -> bool:
+    """Whether `node` multiplies by or adds nothing but `value`."""
+    return node.get_type_name() == kind and any(_holds(source.get_node(), value) for source in node.input_values())
+
+
+def _holds(node: Any, value: float) -> bool:
+    while node.get_type_name() == "Reshape":
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant" and bool(np.all(node.get_data() == value))
+
+
+def _normed(x: Any, groups: int, channels: int, eps: float) -> Any:
+    """(x − μ) / √(σ² + eps) of (N, C, H, W), μ and σ² of a group's channels, as x·a − b with a and b of a channel."""
+    op = importlib.import_module("openvino").opset13
+
+    def whole(*numbers: int) -> Any:
+        return op.constant(np.array(numbers, np.int64))
+
+    def of_group(per_channel: Any) -> Any:  # (N, C, 1, 1) -> (N, G, 1)
+        split = op.reshape(per_channel, whole(0, groups, channels // groups), special_zero=True)
+        return op.reduce_mean(split, whole(2), keep_dims=True)
+
+    def of_channel(per_group: Any) -> Any:  # (N, G, 1) -> (N, C, 1, 1)
+        repeated = op.tile(per_group, whole(1, 1, channels // groups))
+        return op.reshape(repeated, whole(0, channels, 1, 1), special_zero=True)
+
+    pixels = op.reduce_prod(op.gather(op.shape_of(x), whole(2, 3), whole(0)), whole(0), keep_dims=True)
+    norm = op.reduce_l2(x, whole(2, 3), keep_dims=True)
+    mean = of_group(op.reduce_mean(x, whole(2, 3), keep_dims=True))
+    square = of_group(op.divide(op.multiply(norm, norm), op.convert(pixels, "f32")))
+    variance = op.maximum(op.subtract(square, op.multiply(mean, mean)), op.constant(np.float32(0)))
+    factor = op.divide(op.constant(np.float32(1)), op.sqrt(op.add(variance, op.constant(np.float32(eps)))))
+    return op.subtract(op.multiply(x, of_channel(factor)), of_channel(op.multiply(mean, factor)))
