@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle
 from ..errors import ArtifactRefused, InvalidInput, OutOfMemory
-from ..graphs import DECODE, ENCODE, graph_precision
+from ..graphs import DECODE, graph_precision
 from ..manifest import GraphSpec
 from ..schedule import ScaleSchedule
 from .base import Array, Availability, Graph, check_bindings, host_dtype, runs_precision
@@ -80,7 +80,7 @@ class OpenVino(HostBackend):
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
         """`once` changes nothing: a graph is always compiled, its weights always repacked."""
         path, spec, manifest = bundle.graph_file(graph), bundle.graph(graph), bundle.manifest
-        if graph in (DECODE, ENCODE) and graph_precision(manifest.precision, graph) == "bf16":
+        if graph == DECODE and graph_precision(manifest.precision, graph) == "bf16":
             h, w = ScaleSchedule.parse(manifest.defaults.schedule)[-1]
             usual = {tensor.name: tensor.shape({"images": 1, "height": h, "width": w}) for tensor in spec.inputs}
             return UsualSizeGraph(spec, usual, lambda shapes: self._compile(path, spec, shapes))
@@ -164,7 +164,7 @@ class OpenVinoBound:
 
 
 class UsualSizeGraph:
-    """Decoder or encoder in bfloat16: a model for one image of the size that most calls have, and one for all others.
+    """The decoder in bfloat16: a model for one image of the size that most calls have, and one for all others.
 
     Compiled for just its shapes it is a fifth faster; for every size to have its own would cost a second and its
     weights in memory. Each is compiled when first asked for. Which one computes a call depends on the call alone.
