@@ -20,7 +20,7 @@ from flexvar_runtime.backends import create
 from flexvar_runtime.backends.host import MAX_THREADS
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.graphs import DECODE, PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_precision, graph_specs
+from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_precision, graph_specs
 from flexvar_runtime.manifest import (
     DECODERS,
     PHASES,
@@ -86,7 +86,7 @@ def export_bundle(
             f"{float32_parts[0]!r:.100} kept in float32", expected="another precision", fix="leave it out"
         )
     if decoder is None:
-        decoder = TRANSPOSED if graph_precision(precision, DECODE) == "bf16" else PHASES
+        decoder = TRANSPOSED if precision == "int8-bf16" else PHASES  # TensorRT-RTX builds no such layer in bf16
     if decoder not in DECODERS:
         raise InvalidInput(f"decoder {decoder!r:.100}", expected=", ".join(DECODERS), fix="name one of them")
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export

@@ -63,7 +63,7 @@ def export(
         str,
         typer.Option(
             help="How the decoder upsamples: plain as the reference, or with fewer multiplications in phases or "
-            "transposed (one convolution); auto: transposed where it computes in bf16, else phases."
+            "transposed (one convolution, the faster on OpenVINO in bf16); auto: transposed in int8-bf16, else phases."
         ),
     ] = "auto",
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,

@@ -148,7 +148,8 @@ def test_the_reference_is_left_alone(tiny_pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "form", "worst"), [("fp32", "phases", 100), ("fp16", "phases", 50), ("bf16", "transposed", 40)]
+    ("precision", "form", "worst"),
+    [("fp32", "phases", 100), ("fp16", "phases", 50), ("bf16", "phases", 40), ("int8-bf16", "transposed", 40)],
 )
 def test_every_precision_holds_its_gate(
     tiny_bundles: Callable[[str], Path], precision: str, form: str, worst: float
