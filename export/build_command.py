@@ -54,6 +54,7 @@ def build(
     from flexvar_runtime.cuda.buffers import Shape
     from flexvar_runtime.cuda.device_plan import require_on_device
     from flexvar_runtime.engines import receipts_folder
+    from flexvar_runtime.manifest import TRANSPOSED
     from flexvar_runtime.user_folders import user_folder
 
     if backend not in FLAVOURS:
@@ -66,6 +67,12 @@ def build(
             f"a bundle in {opened.manifest.precision} for {backend}",
             expected=f"one in {' or '.join(known)}",
             fix="export it with one of these",
+        )
+    if library.rtx and (opened.manifest.precision, opened.manifest.decoder) == ("bf16", TRANSPOSED):
+        raise InvalidInput(
+            f"a decoder in bf16 that upsamples transposed for {backend}, which has no such layer (1.7)",
+            expected="one in phases or plain",
+            fix="export it with --decoder phases",
         )
     cache = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{library.version}-{chosen}.cache"
     here, schedules = None if target else gpu_facts(), read_schedules(opened, schedule or [])

@@ -222,7 +222,10 @@ class Engine:
         """Refuse, before anything is opened, what would not fit with the decoder running one image at a time."""
         self._require_open()
         require_fits(
-            lambda batch: self._plan(schedule, batch, guided), images, self.backend.available_bytes(), self._graphs
+            lambda batch: self._plan(schedule, batch, guided),
+            images,
+            self.backend.available_bytes(),
+            self._held(schedule[-1]),
         )
 
     def _plan(self, schedule: ScaleSchedule, images: int, guided: bool) -> MemoryPlan:
@@ -241,8 +244,12 @@ class Engine:
             return min(IMAGES_PER_RUN, self.graph(graph).most_images or IMAGES_PER_RUN)
         manifest, available = self.bundle.manifest, self.backend.available_bytes()
         return batch_that_fits(
-            manifest, graph, size, available, self._graphs, self.backend.name, self.backend.bf16_arithmetic
+            manifest, graph, size, available, self._held(size), self.backend.name, self.backend.bf16_arithmetic
         )
+
+    def _held(self, size: tuple[int, int]) -> set[str]:
+        """Graphs whose weights are in memory already, for images of (h, w) tokens."""
+        return {name for name, graph in self._graphs.items() if graph.holds(size)}
 
     def graph(self, name: str) -> Graph:
         """A graph of the bundle, opened when first asked for."""
@@ -264,8 +271,8 @@ class Engine:
         if not self.prefills:
             return None
         if wanted is not None and PREFILL not in self._graphs:
-            available = self.backend.available_bytes()
-            if available is not None and wanted.needed(self._graphs) + wanted.weights[STEP] > available:
+            available, held = self.backend.available_bytes(), self._held(wanted.schedule[-1])
+            if available is not None and wanted.needed(held) + wanted.weights[STEP] > available:
                 log.info("given scales run one by one: no room for the weights of %s", PREFILL)
                 return None
         return self.graph(PREFILL)

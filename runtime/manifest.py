@@ -172,6 +172,11 @@ class Defaults:
                 )
             _require(len(set(order)) == len(order), "quality_order", self.quality_order, "every schedule once")
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) tokens of the images that the default schedule makes."""
+        return _parsed("schedule", self.schedule)[-1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:

@@ -26,7 +26,7 @@ from .graphs import (
     new_names,
     past_names,
 )
-from .manifest import PHASES, GraphSpec, Manifest
+from .manifest import PHASES, PLAIN, TRANSPOSED, GraphSpec, Manifest
 from .schedule import ScaleSchedule
 
 IMAGES_PER_RUN = 8  # of decoder and encoder, at the most
@@ -198,6 +198,7 @@ class _Ort:
     SAMPLING = 16 * 64  # rows of logits sampled at once, bytes per code of the vocabulary
     DECODER_MAPS = (6.4, 4.3)  # maps of pixels alive per channel: in a block, in the upsampling before it
     PHASE_MAPS = (6.4, 5.3)  # of a decoder in phases, whose results are joined
+    TRANSPOSED_MAPS = (7.5, 6.5)  # of one with transposed convolutions
     HALF_DECODER = 1.25  # casts to float32 around every normalisation
     CONVOLUTIONS = 1.4  # weights reordered into blocks, and the copies that stay in the heap
     HALF_CONVOLUTIONS = 4.5  # read as float16, widened to float32, reordered
@@ -228,7 +229,7 @@ class _Ort:
     @classmethod
     def image(cls, manifest: Manifest, pixels: int, channels: tuple[int, int]) -> int:
         """Working memory of decoding an image of so many pixels."""
-        alive = cls.PHASE_MAPS if manifest.decoder == PHASES else cls.DECODER_MAPS
+        alive = {PLAIN: cls.DECODER_MAPS, PHASES: cls.PHASE_MAPS, TRANSPOSED: cls.TRANSPOSED_MAPS}[manifest.decoder]
         maps = max(maps * channel for maps, channel in zip(alive, channels, strict=True))
         return int(pixels * 4 * maps * (cls.HALF_DECODER if is_half(manifest.precision, DECODE) else 1))
 
@@ -258,19 +259,18 @@ class _OpenVino(_Ort):
 
     @classmethod
     def one_by_one(cls, manifest: Manifest, size: tuple[int, int]) -> bool:
-        usual = ScaleSchedule.parse(manifest.defaults.schedule)[-1]
-        return graph_precision(manifest.precision, DECODE) == "bf16" and size == usual
+        return graph_precision(manifest.precision, DECODE) == "bf16" and size == manifest.defaults.size
 
 
 class _OpenVinoBf16(_OpenVino):
     """The same of bfloat16 where the processor computes in it: nothing is widened."""
 
     RUNTIME = 115 * _MIB
-    DECODER_MAPS = (6.0, 3.0)  # of two bytes
+    TRANSPOSED_MAPS = (6.0, 3.0)
     HALF = 1.0
     HALF_PRODUCTS = 2.3
     HALF_CONVOLUTIONS = 2.5
-    HALF_DECODER = 0.5
+    HALF_DECODER = 0.5  # maps of two bytes
 
 
 def _library(manifest: Manifest, backend: str, graph: str, bf16_arithmetic: bool) -> type[_Ort]:

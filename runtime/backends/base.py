@@ -49,6 +49,9 @@ class Graph(Protocol):
     def most_images(self) -> int | None:
         """Images it takes at once; None for any number."""
 
+    def holds(self, size: tuple[int, int]) -> bool:
+        """Whether its weights are in memory for images of (h, w) tokens: a plan does not count them again."""
+
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
         """Every input, and the outputs that are wanted, bound in place. Raises FlexVARError."""
 

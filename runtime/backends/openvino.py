@@ -21,7 +21,6 @@ from ..bundle import Bundle
 from ..errors import ArtifactRefused, InvalidInput, OutOfMemory
 from ..graphs import DECODE, graph_precision
 from ..manifest import GraphSpec
-from ..schedule import ScaleSchedule
 from .base import Array, Availability, Graph, check_bindings, host_dtype, runs_precision
 from .host import HostBackend, check_options, default_threads, require_contiguous
 from .openvino_norms import keep_layout
@@ -81,9 +80,7 @@ class OpenVino(HostBackend):
         """`once` changes nothing: a graph is always compiled, its weights always repacked."""
         path, spec, manifest = bundle.graph_file(graph), bundle.graph(graph), bundle.manifest
         if graph == DECODE and graph_precision(manifest.precision, graph) == "bf16":
-            h, w = ScaleSchedule.parse(manifest.defaults.schedule)[-1]
-            usual = {tensor.name: tensor.shape({"images": 1, "height": h, "width": w}) for tensor in spec.inputs}
-            return UsualSizeGraph(spec, usual, lambda shapes: self._compile(path, spec, shapes))
+            return UsualSizeGraph(spec, manifest.defaults.size, lambda shapes: self._compile(path, spec, shapes))
         return self._compile(path, spec)
 
     def _compile(self, path: Path, spec: GraphSpec, shapes: Shapes | None = None) -> OpenVinoGraph:
@@ -98,7 +95,8 @@ class OpenVino(HostBackend):
             if shapes is not None:
                 source.reshape({name: list(shape) for name, shape in shapes.items()})
                 keep_layout(source)
-            return OpenVinoGraph(self._core.compile_model(source, "CPU", settings), path.name, spec)
+            model = self._core.compile_model(source, "CPU", settings)
+        return OpenVinoGraph(model, path.name, spec)
 
 
 class OpenVinoGraph:
@@ -113,6 +111,9 @@ class OpenVinoGraph:
         self._library: Any = importlib.import_module("openvino")
         if any("past" in tensor.axes for tensor in spec.inputs):
             self._meet_a_past()
+
+    def holds(self, size: tuple[int, int]) -> bool:
+        return True
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound:
         if self._model is None:
@@ -166,28 +167,33 @@ class OpenVinoBound:
 class UsualSizeGraph:
     """The decoder in bfloat16: a model for one image of the size that most calls have, and one for all others.
 
-    Compiled for just its shapes it is a fifth faster; for every size to have its own would cost a second and its
+    Compiled for just its shapes it is an eighth faster; for every size to have its own would cost a second and its
     weights in memory. Each is compiled when first asked for. Which one computes a call depends on the call alone.
     """
 
     most_images = None  # any number
 
-    def __init__(self, spec: GraphSpec, usual: Shapes, compiled: Callable[[Shapes | None], OpenVinoGraph]) -> None:
-        """usual: of the inputs, for one image. compiled: makes the model for given shapes, or for any."""
+    def __init__(
+        self, spec: GraphSpec, usual: tuple[int, int], compiled: Callable[[Shapes | None], OpenVinoGraph]
+    ) -> None:
+        """usual: (h, w) tokens. compiled: makes the model for given shapes of inputs, or for any."""
         self.spec, self._usual, self._compiled = spec, usual, compiled
         self._graphs: dict[bool, OpenVinoGraph] = {}  # by whether it is that of the usual size
         self._open = True
+
+    def holds(self, size: tuple[int, int]) -> bool:
+        return (size == self._usual) in self._graphs
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound | OneByOne:
         if not self._open:
             raise _closed(self.spec.file)
         check_bindings(self.spec, inputs, outputs)
-        usual = all(tuple(inputs[name].shape[1:]) == shape[1:] for name, shape in self._usual.items())
+        images, *size = inputs["tokens"].shape
+        usual = tuple(size) == self._usual
         graph = self._graph(usual)
         if not usual:
             return graph.bind(inputs, outputs)
-        images = range(len(next(iter(inputs.values()))))
-        return OneByOne([graph.bind(_image(inputs, i), _image(outputs, i)) for i in images])
+        return OneByOne([graph.bind(_image(inputs, i), _image(outputs, i)) for i in range(images)])
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         self.bind(inputs, outputs).run()
@@ -199,7 +205,9 @@ class UsualSizeGraph:
 
     def _graph(self, usual: bool) -> OpenVinoGraph:
         if usual not in self._graphs:
-            self._graphs[usual] = self._compiled(self._usual if usual else None)
+            sizes = {"images": 1, "height": self._usual[0], "width": self._usual[1]}
+            shapes = {tensor.name: tensor.shape(sizes) for tensor in self.spec.inputs}
+            self._graphs[usual] = self._compiled(shapes if usual else None)
         return self._graphs[usual]
 
 

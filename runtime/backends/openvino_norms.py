@@ -27,14 +27,18 @@ def keep_layout(model: Any) -> int:
 def _rewrite(norm: Any) -> bool:
     grouped = norm.input_value(0).get_node()
     end = _reshaped_back(norm)
-    shape = grouped.get_output_partial_shape(0)
-    if end is None or grouped.get_type_name() != "Reshape" or shape.rank.get_length() != 3 or shape[1].is_dynamic:
+    if end is None or grouped.get_type_name() != "Reshape":
         return False
-    x = grouped.input_value(0)
-    if x.get_partial_shape().rank.get_length() != 4 or x.get_partial_shape()[1].is_dynamic:
+    x, options = grouped.input_value(0), norm.get_attributes()
+    shape, split = x.get_partial_shape(), grouped.get_output_partial_shape(0)
+    if (shape.rank.get_length(), split.rank.get_length()) != (4, 3) or shape[1].is_dynamic or split[1].is_dynamic:
         return False
-    groups, channels = shape[1].get_length(), x.get_partial_shape()[1].get_length()
-    normed = _normed(x, groups, channels, float(norm.get_attributes()["eps"]))
+    groups, channels = split[1].get_length(), shape[1].get_length()
+    grouping = channels % groups == 0 and split[0] == shape[0] and end.get_output_partial_shape(0)[1] == shape[1]
+    usual = options["normalize_variance"] and options["eps_mode"] == "INSIDE_SQRT"
+    if not (grouping and usual and x.get_element_type().get_type_name() == "f32"):
+        return False
+    normed = _normed(x, groups, channels, float(options["eps"]))
     for reader in end.output(0).get_target_inputs():
         reader.replace_source_output(normed.output(0))
     return True

@@ -99,6 +99,9 @@ class OrtGraph:
 
     most_images = None  # any number
 
+    def holds(self, size: tuple[int, int]) -> bool:
+        return True
+
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OrtBound:
         session = self._open_session()
         check_bindings(self.spec, inputs, outputs)

@@ -225,6 +225,9 @@ class TrtGraph:
         layers = self.library.module.LayerInformationFormat.JSON
         return str(self.engine.create_engine_inspector().get_engine_information(layers))
 
+    def holds(self, size: tuple[int, int]) -> bool:
+        return True
+
     @property
     def most_images(self) -> int:
         """Images that the largest profile takes."""

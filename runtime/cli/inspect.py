@@ -11,10 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ..backends import BACKENDS, CPU_BACKENDS, create, precisions
+from ..backends import BACKENDS, CPU_BACKENDS, create, precisions, probe
 from ..bundle import Bundle
 from ..deadline import quality_order
-from ..errors import BackendUnavailable
 from ..guidance import Guidance
 from ..manifest import Manifest
 from ..memory import available_bytes
@@ -105,12 +104,13 @@ def _shown(tensors: tuple[Any, ...]) -> list[Any]:
 
 
 def _backend(precision: str) -> tuple[str, bool]:
-    """The CPU backend that `auto` takes for a precision, and whether it computes bfloat16 as such here."""
-    name = next(name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name))
-    try:
-        return name, create(name).bf16_arithmetic
-    except BackendUnavailable:  # planned all the same, as for a processor without
-        return name, False
+    """The CPU backend that `auto` takes for a precision, and whether it computes bfloat16 as such here.
+
+    Where none that runs it works here the first is planned for, as on a processor without bfloat16.
+    """
+    names = [name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name)]
+    works = next((name for name in names if probe(name).available), None)
+    return (names[0], False) if works is None else (works, create(works).bf16_arithmetic)
 
 
 @dataclass(frozen=True)

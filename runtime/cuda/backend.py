@@ -22,6 +22,7 @@ class DeviceArrays:
     labels_per_run = CONDITION_LABELS
     captures = True
     maps_weights = False
+    bf16_arithmetic = False
 
     def __init__(self, name: str, device: Device) -> None:
         self.name = name

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,17 @@ def test_a_spoilt_bundle(run_cli: Run, half_bundle: Path) -> None:
     (half_bundle / "step.onnx").write_bytes(data)
     code, _, err = run_cli("build", half_bundle, *SMALL)
     assert code == 5 and "step.onnx: sha256 " in err and not (half_bundle / "engines").exists()
+
+
+def test_a_decoder_that_has_no_layer_there(run_cli: Run, tiny_bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    """Said before anything is built, with the option that mends it."""
+    bundle = Path(shutil.copytree(tiny_bundles("bf16"), tmp_path / "transposed.bundle"))
+    manifest = Bundle.open(bundle).manifest
+    (bundle / "manifest.json").unlink()
+    seal(bundle, replace(manifest, decoder="transposed", files={}))
+    code, _, err = run_cli("build", bundle, *SMALL, "--target", "8.6")
+    assert code == 2 and "upsamples transposed for tensorrt-rtx" in err and "--decoder phases" in err
+    assert not (bundle / "engines").exists()
 
 
 def test_a_linked_folder(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:

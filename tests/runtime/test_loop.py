@@ -103,6 +103,9 @@ class RecordingGraph:
                     expected = axis if isinstance(axis, int) else sizes.setdefault(base, size // int(factor or 1))
                     assert size == expected * int(factor or 1) if isinstance(axis, str) else size == axis
 
+    def holds(self, size: tuple[int, int]) -> bool:
+        return True
+
     def close(self) -> None:
         self.closed = True
 
@@ -116,6 +119,7 @@ class RecordingBackend:
     threads: int = 1
     labels_per_run: int = 2
     maps_weights: bool = True
+    bf16_arithmetic: bool = False
     device: None = None
     available: int | None = None
     recording: bool = True
