@@ -124,7 +124,8 @@ def test_tiny_with_openvino(
 def test_tiny_with_a_tokenizer_in_bf16(
     tiny_bundles: Callable[[str], Path], precision: str, backend: str, schedule: str, images: int
 ) -> None:
-    """In bfloat16 where the processor computes in it, widened elsewhere."""
+    if not create(backend).bf16_arithmetic:
+        pytest.skip("no bfloat16 arithmetic: what the usual size's decoder takes widened is not measured")
     request = (tiny_bundles(precision), schedule, images, True)
     assert_close_above(planned(*request, TINY_DECODER, backend).total, peak(*request, backend=backend))
 
