@@ -23,6 +23,7 @@ from flexvar_runtime import Bundle, CostRow, FlexVARPipeline, Guidance, Sampling
 from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
 from flexvar_runtime.backends.base import host_dtype
 from flexvar_runtime.backends.byte_products import make_exact
+from flexvar_runtime.backends.openvino import shared_core
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 from flexvar_runtime.graphs import (
     CONDITION,
@@ -239,12 +240,11 @@ def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
 
 def _openvino(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
     try:
-        import openvino
+        core = shared_core()
     except ImportError as error:
         raise BackendUnavailable(
             "no module openvino", expected="the openvino extra", fix="pip install 'flexvar-deploy[openvino]'"
         ) from error
-    core = openvino.Core()
     compiled = {
         graph: core.compile_model(str(bundle.graph_file(graph)), "CPU", {"INFERENCE_NUM_THREADS": threads})
         for graph in (CONDITION, STEP, DECODE)

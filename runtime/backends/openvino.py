@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,12 +36,23 @@ _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 _NO_MEMORY = ("bad_alloc", "allocate", "out of memory")
 
 
+@cache
+def shared_core() -> Any:
+    """The one core of this process, never given back.
+
+    Every core replaces its thread's stack for signal handlers and, when it goes, restores the one it had found. Of two
+    that go in the order they came, the second restores one that is freed: the next signal with a handler, such as an
+    interrupt, ends the process (OpenVINO 2026.4, Linux).
+    """
+    return importlib.import_module("openvino").Core()
+
+
 def probe(name: str) -> Availability:
     try:
         openvino = importlib.import_module("openvino")
         version = str(openvino.__version__).partition("-")[0]
         number = tuple(int(part) for part in re.findall("[0-9]+", version)[:2])
-        kinds = set(openvino.Core().get_property("CPU", _CAPABILITIES)) if number >= MINIMUM else set()
+        kinds = set(shared_core().get_property("CPU", _CAPABILITIES)) if number >= MINIMUM else set()
     except ModuleNotFoundError:
         return Availability(False, "openvino is not installed", "pip install 'flexvar-deploy[openvino]'")
     except Exception as error:  # a wheel half removed or made for another system fails in any way
@@ -70,7 +82,7 @@ class OpenVino(HostBackend):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._core: Any = importlib.import_module("openvino").Core()
+        self._core = shared_core()
         self.bf16_arithmetic = "BF16" in self._core.get_property("CPU", _CAPABILITIES)
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:

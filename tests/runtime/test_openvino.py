@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -13,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 from numpy.typing import NDArray
 
 from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, Guidance, InvalidInput, ScaleSchedule
 from flexvar_runtime.backends import create, probe
+from flexvar_runtime.backends import openvino as backend_module
 from flexvar_runtime.backends.base import Graph
 from flexvar_runtime.backends.host import default_threads
-from flexvar_runtime.backends.openvino import OpenVino, OpenVinoGraph, UsualSizeGraph
+from flexvar_runtime.backends.openvino import OpenVino, OpenVinoGraph, UsualSizeGraph, shared_core
 from flexvar_runtime.backends.openvino_norms import keep_layout
 from flexvar_runtime.backends.ort_cpu import OrtCpu
 from flexvar_runtime.graphs import DECODE, STEP
@@ -45,6 +46,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return types.SimpleNamespace(__version__=version, Core=lambda: core)
 
         monkeypatch.setattr(importlib, "import_module", load)
+        monkeypatch.setattr(backend_module, "shared_core", lambda: load("openvino").Core())  # the real one is kept
 
     return pretend
 
@@ -91,6 +93,33 @@ def test_what_does_not_work(
 def test_auto_takes_it_for_what_onnx_runtime_cannot_run(tiny_bundles: Callable[[str], Path]) -> None:
     chosen = {name: create("auto", Bundle.open(tiny_bundles(name))).name for name in ("fp32", "fp16", "bf16")}
     assert chosen == {"fp32": "ort-cpu", "fp16": "ort-cpu", "bf16": "openvino"}
+
+
+SIGNALLED = """
+import gc, signal, sys
+from flexvar_runtime import Bundle
+from flexvar_runtime.backends.openvino import OpenVino
+
+bundle, handled = Bundle.open(sys.argv[1]), []
+signal.signal(signal.SIGUSR1, lambda *_: handled.append(True))  # Python asks for the stack of signal handlers
+graphs = []
+for _ in range(3):
+    backend = OpenVino(1)
+    graphs.append(backend.open(bundle, "decode"))
+del backend
+while graphs:
+    graphs.pop(0).close()  # in the order they came
+    gc.collect()
+    signal.raise_signal(signal.SIGUSR1)
+assert len(handled) == 3
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal on this system")
+def test_signals_are_handled_after_backends_went(tiny_bundle: Path) -> None:
+    """As many cores would free the stack their thread handles signals on: the process would end with SIGSEGV."""
+    ended = subprocess.run([sys.executable, "-c", SIGNALLED, tiny_bundle], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, (ended.returncode, ended.stderr)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -199,7 +228,7 @@ def test_the_usual_size_has_a_model_of_its_own(half: Bundle) -> None:
     np.testing.assert_array_equal(decoded(later, tokens[:2, :3, :5].copy()), other)
     np.testing.assert_array_equal(decoded(later, tokens), batch)
     plain = OpenVinoGraph(
-        openvino.Core().compile_model(str(half.graph_file(DECODE)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}),
+        shared_core().compile_model(str(half.graph_file(DECODE)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}),
         "decode.onnx",
         half.graph(DECODE),
     )
@@ -253,7 +282,7 @@ def test_a_closed_graph_of_two_models_is_refused(half: Bundle) -> None:
 def test_normalisations_keep_the_layout(tiny_bundles: Callable[[str], Path], precision: str, worst: float) -> None:
     """In float32 the same to its last digits but one; none is left as it was."""
     bundle = Bundle.open(tiny_bundles(precision))
-    core, tokens, images = openvino.Core(), tokens_of(bundle, 2), []
+    core, tokens, images = shared_core(), tokens_of(bundle, 2), []
     for rewrite in (False, True):
         model = core.read_model(str(bundle.graph_file(DECODE)))
         model.reshape(list(tokens.shape))
@@ -296,7 +325,7 @@ def test_other_normalisations_are_left_alone(
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), tmp_path / "norm.onnx")
-    x, results, core = np.random.default_rng(0).normal(1.0, 2.0, (1, 6, 4, 5)).astype(np.float32), [], openvino.Core()
+    x, results, core = np.random.default_rng(0).normal(1.0, 2.0, (1, 6, 4, 5)).astype(np.float32), [], shared_core()
     for rewrite in (False, True):
         model = core.read_model(str(tmp_path / "norm.onnx"))
         if rewrite:
