@@ -61,6 +61,7 @@ TINY_TRANSFORMER = {
 LAUNCH = """
 import sys, torch
 from pathlib import Path
+from accelerate import PartialState
 torch.set_num_threads(1)
 from flexvar_ref.training.config import TokenizerRun, TransformerRun, load_config
 from flexvar_ref.training.runs import Place, train_tokenizer, train_transformer
@@ -70,6 +71,7 @@ for kind, config, out, cache, *tokenizer in (line.split("|") for line in sys.arg
         train_tokenizer(load_config(config, TokenizerRun), "scenes", place)
     else:
         train_transformer(load_config(config, TransformerRun), "scenes", Path(tokenizer[0]), place)
+PartialState().destroy_process_group()  # left to the end of the process, its threads may abort it
 """
 
 
