@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing as mp
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -317,7 +316,7 @@ def test_plain_openvino_says_its_precision_and_meets_a_past_first(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, hint: str, precision: str
 ) -> None:
     core = FakeOpenVino(hint)
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    monkeypatch.setattr(variants, "shared_core", lambda: core)
     with opened(Subject("openvino-plain", tiny_bundle, None, None, 1)) as make:
         assert isinstance(make, PlainMake) and make.precision == precision
     assert core.pasts == [1]

@@ -7,8 +7,10 @@ import enum
 import itertools
 import json
 import os
-import resource
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -498,14 +500,25 @@ def test_interrupted(tiny_bundles: Callable[[str], Path], library: TrtLibrary) -
     build_engine(library, bundle, engine_id(library, bundle, "condition"))
 
 
+BUILDS = """
+import pickle, resource, sys
+from flexvar_export.engine_builder import build_engine
+from flexvar_runtime.backends.trt_library import load
+
+bundle, wanted = pickle.load(sys.stdin.buffer)
+for _ in range(4):
+    build_engine(load("tensorrt-rtx"), bundle, wanted)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
 def test_memory_is_given_back(wide_bundles: Callable[[str, str], Bundle], library: TrtLibrary) -> None:
-    """Builds one after another take no more than one."""
+    """Builds one after another take no more than one, in a process that does nothing else."""
     bundle = wide_bundles("fp16", CONDITION)
-    peaks = []
-    for _ in range(4):
-        build_engine(library, bundle, engine_id(library, bundle, "condition"))
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert peaks[-1] - peaks[0] < 100e3  # kB; the engine is 38 MB
+    given = pickle.dumps((bundle, engine_id(library, bundle, "condition")))
+    output = subprocess.run([sys.executable, "-c", BUILDS], input=given, stdout=subprocess.PIPE, check=True).stdout
+    first, *_, last = (int(line) for line in output.split())
+    assert last - first < 60e3  # kB; the engine is 38 MB, and four are built
 
 
 # TensorRT for data centres, which is not there without a GPU
