@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ from torch import nn
 import flexvar_ref
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
+from flexvar_runtime.backends.byte_products import make_exact
 from flexvar_runtime.backends.host import MAX_THREADS
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
@@ -46,6 +48,7 @@ from .sensitivity import parts_to_keep, rounding_errors, step_excess
 
 # int8: what `modules` takes for it
 TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+AUTO = "auto"
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 UNPROVEN = ParityRecord(backend="none", emulated=False, passed=False, rows=(), free_running_agreement=None)
 
@@ -64,7 +67,7 @@ def export_bundle(
     float32_parts: Sequence[str] | None = None,
     defaults: Defaults = PUBLISHED_DEFAULTS,
     quality_order: Sequence[str] = (),
-    decoder: str | None = None,
+    decoder: str = AUTO,
     progress: Progress = lambda _: None,
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
@@ -73,7 +76,7 @@ def export_bundle(
     or where that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
     defaults: what requests that do not say otherwise take; the proof is of their schedule and guidance.
     quality_order: schedules to the size of the default one, best first, for deadlines.
-    decoder: how it upsamples, "phases", "transposed" (see `upsampling`) or "plain" as the reference does; None: what
+    decoder: how it upsamples, "phases", "transposed" (see `upsampling`) or "plain" as the reference does; "auto": what
     pays in that precision.
 
     Raises ArtifactRefused (checkpoint or fp16 range), ParityFailed, InvalidInput, BackendUnavailable. Whatever happens,
@@ -85,11 +88,14 @@ def export_bundle(
         raise InvalidInput(
             f"{float32_parts[0]!r:.100} kept in float32", expected="another precision", fix="leave it out"
         )
-    if decoder is None:
+    if decoder == AUTO:
         decoder = TRANSPOSED if precision == "int8-bf16" else PHASES  # TensorRT-RTX builds no such layer in bf16
     if decoder not in DECODERS:
-        raise InvalidInput(f"decoder {decoder!r:.100}", expected=", ".join(DECODERS), fix="name one of them")
+        raise InvalidInput(f"decoder {decoder!r:.100}", expected=", ".join((AUTO, *DECODERS)), fix="name one of them")
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
+    if graph_precision(precision, STEP) == "int8":
+        library = importlib.import_module("onnxruntime")
+        make_exact(library, library.SessionOptions())
     with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
         model, vae = load_reference(transformer, tokenizer)

@@ -103,7 +103,7 @@ def export(
             float32_parts=_float32_parts(float32),
             defaults=chosen,
             quality_order=order,
-            decoder=None if decoder == "auto" else decoder,
+            decoder=decoder,
             progress=progress,
         )
     size = sum(record.size for record in bundle.manifest.files.values())

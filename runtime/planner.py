@@ -2,7 +2,8 @@
 
 Keys, values and everything else that is bound to a graph are exact: they follow from the declared tensors. What ONNX
 Runtime or OpenVINO takes beside them on the CPU is a model with few constants, each of them measured
-(`benchmarks/LOG.md`) and with a margin: a plan is never below the peak. A backend that knows its own working memory
+(`benchmarks/LOG.md`) and with a margin: a plan is never below the peak (not measured: OpenVINO's decoder in bfloat16
+on processors that do not compute in it). A backend that knows its own working memory
 says so (`scratch`).
 """
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendUnavailable
+from .base import Availability
 
 MINIMUM = (1, 31)  # what was tested
 LARGEST = 255, 127
@@ -27,18 +28,26 @@ PRODUCT = bytes.fromhex(
 def make_exact(ort: Any, options: Any) -> None:
     """Set in `options`, of a session of the module `ort`, what exact products of bytes need on this processor.
 
-    Raises BackendUnavailable where this ONNX Runtime is not known to do it soundly: older ones write beside the inputs
-    of a product with fewer than four.
+    Raises BackendUnavailable where they cannot be had.
     """
+    state = exact_here(ort)
+    if not state.available:
+        fix = state.fix or ""
+        raise BackendUnavailable(state.detail, expected="one that multiplies bytes exactly", fix=fix)
     if saturates(ort):
-        if tuple(map(int, re.findall("[0-9]+", ort.__version__)[:2])) < MINIMUM:
-            wanted = ".".join(map(str, MINIMUM))
-            raise BackendUnavailable(
-                f"onnxruntime {ort.__version__} for int8, on a processor without products of bytes",
-                expected=f"onnxruntime {wanted} or later",
-                fix=f"pip install 'onnxruntime>={wanted}'",
-            )
         options.add_session_config_entry("session.x64quantprecision", "1")
+
+
+def exact_here(ort: Any) -> Availability:
+    """Whether the module `ort` multiplies bytes exactly on this processor, or can be told to.
+
+    Where it would have to be told, older ones write beside the inputs of a product with fewer than four.
+    """
+    if not saturates(ort) or tuple(map(int, re.findall("[0-9]+", ort.__version__)[:2])) >= MINIMUM:
+        return Availability(True, "exact products of bytes")
+    wanted = ".".join(map(str, MINIMUM))
+    detail = f"onnxruntime {ort.__version__} for int8, on a processor without products of bytes"
+    return Availability(False, detail, f"pip install 'onnxruntime>={wanted}'")
 
 
 @cache

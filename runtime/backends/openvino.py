@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -33,10 +34,10 @@ PRECISIONS = frozenset({"fp32", "fp16", "bf16"})  # products of bytes it compute
 MINIMUM = (2026, 4)  # what was tested: it reads the Attention of ONNX
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
+_CORE_LOCK = threading.Lock()
 _NO_MEMORY = ("bad_alloc", "allocate", "out of memory")
 
 
-@cache
 def shared_core() -> Any:
     """The one core of this process, never given back.
 
@@ -44,6 +45,12 @@ def shared_core() -> Any:
     that go in the order they came, the second restores one that is freed: the next signal with a handler, such as an
     interrupt, ends the process (OpenVINO 2026.4, Linux).
     """
+    with _CORE_LOCK:  # the cache alone would let two threads make one each
+        return _core()
+
+
+@cache
+def _core() -> Any:
     return importlib.import_module("openvino").Core()
 
 
@@ -89,7 +96,8 @@ class OpenVino(HostBackend):
         return True
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        """`once` changes nothing: a graph is always compiled, its weights always repacked."""
+        """`once` changes nothing: a graph is always compiled, its weights always repacked; the decoder in bfloat16 when
+        a call first has its size."""
         path, spec, manifest = bundle.graph_file(graph), bundle.graph(graph), bundle.manifest
         if graph == DECODE and graph_precision(manifest.precision, graph) == "bf16":
             return UsualSizeGraph(spec, manifest.defaults.size, lambda shapes: self._compile(path, spec, shapes))

@@ -34,7 +34,9 @@ def _rewrite(norm: Any) -> bool:
     if (shape.rank.get_length(), split.rank.get_length()) != (4, 3) or shape[1].is_dynamic or split[1].is_dynamic:
         return False
     groups, channels = split[1].get_length(), shape[1].get_length()
-    grouping = channels % groups == 0 and split[0] == shape[0] and end.get_output_partial_shape(0)[1] == shape[1]
+    back = end.get_output_partial_shape(0)
+    grouping = channels % groups == 0 and split[0] == shape[0] and back[1] == shape[1] and back.compatible(shape)
+    grouping = grouping and _holds(norm.input_value(1).get_node(), 2)
     usual = options["normalize_variance"] and options["eps_mode"] == "INSIDE_SQRT"
     if not (grouping and usual and x.get_element_type().get_type_name() == "f32"):
         return False

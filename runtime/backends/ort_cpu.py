@@ -13,9 +13,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..graphs import graph_precision
+from ..graphs import STEP, graph_precision
 from .base import Availability, runs_precision
-from .byte_products import make_exact
+from .byte_products import exact_here, make_exact
 from .host import HostBackend, check_options, default_threads, require_contiguous
 from .ort import OrtGraph, probe_onnxruntime
 
@@ -28,7 +28,16 @@ def probe(name: str) -> Availability:
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    return runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    state = runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    return exact_products(state, bundle.manifest.precision)
+
+
+def exact_products(state: Availability, precision: str) -> Availability:
+    """`state`, unless the step of such bundles has products of bytes that cannot be exact here."""
+    if not state.available or graph_precision(precision, STEP) != "int8":
+        return state
+    exact = exact_here(importlib.import_module("onnxruntime"))
+    return state if exact.available else exact
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None = None) -> OrtCpu:

@@ -24,7 +24,8 @@ def probe(name: str) -> Availability:
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    return runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    state = runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    return ort_cpu.exact_products(state, bundle.manifest.precision)
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None = None) -> OrtOpenVino:

@@ -501,17 +501,20 @@ def test_interrupted(tiny_bundles: Callable[[str], Path], library: TrtLibrary) -
 
 
 BUILDS = """
-import pickle, resource, sys
+import pickle, sys
+from pathlib import Path
 from flexvar_export.engine_builder import build_engine
 from flexvar_runtime.backends.trt_library import load
 
 bundle, wanted = pickle.load(sys.stdin.buffer)
 for _ in range(4):
     build_engine(load("tensorrt-rtx"), bundle, wanted)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))  # ru_maxrss is the starter's, if larger
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system keeps no record of the largest memory")
 def test_memory_is_given_back(wide_bundles: Callable[[str, str], Bundle], library: TrtLibrary) -> None:
     """Builds one after another take no more than one, in a process that does nothing else."""
     bundle = wide_bundles("fp16", CONDITION)

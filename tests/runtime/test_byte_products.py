@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.byte_products import PRODUCT, make_exact
+from flexvar_runtime.backends.ort_cpu import exact_products
 from flexvar_runtime.errors import BackendUnavailable
 
 
@@ -68,6 +71,18 @@ class Old(Saturating):
 def test_one_that_is_too_old_to_be_told_is_refused() -> None:
     with pytest.raises(BackendUnavailable, match=r"onnxruntime 1.30.2 for int8.*pip install 'onnxruntime>=1.31'"):
         make_exact(Old, SimpleNamespace())
+
+
+def test_bundles_that_cannot_be_exact_are_told_before_they_are_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = Availability(True, "runs it")
+    for library, exact in ((Exact, True), (Saturating, True), (Old, False)):
+        monkeypatch.setattr(importlib, "import_module", lambda name, library=library: library)
+        for precision in ("fp32", "int8", "int8-bf16"):
+            told = exact_products(state, precision)
+            assert told.available == (exact or precision == "fp32")
+            assert told == state or told.fix == "pip install 'onnxruntime>=1.31'"
 
 
 @pytest.mark.parametrize("forced", [False, True])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +124,25 @@ def test_signals_are_handled_after_backends_went(tiny_bundle: Path) -> None:
     """As many cores would free the stack their thread handles signals on: the process would end with SIGSEGV."""
     ended = subprocess.run([sys.executable, "-c", SIGNALLED, tiny_bundle], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, (ended.returncode, ended.stderr)
+
+
+def test_threads_that_come_at_once_share_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, start = [], threading.Barrier(4)
+
+    class SlowCore:
+        def __init__(self) -> None:
+            made.append(self)
+            time.sleep(0.05)
+
+    def ask(_: int) -> Any:
+        start.wait()
+        return backend_module.shared_core()
+
+    backend_module.shared_core()  # the real one is there by now, and stays
+    monkeypatch.setattr(backend_module, "_core", functools.cache(SlowCore))
+    with ThreadPoolExecutor(4) as pool:
+        cores = list(pool.map(ask, range(4)))
+    assert len(made) == 1 and all(core is made[0] for core in cores)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -296,23 +319,24 @@ def test_normalisations_keep_the_layout(tiny_bundles: Callable[[str], Path], pre
 
 
 @pytest.mark.parametrize(
-    ("grouped", "gain", "bias", "rewritten"),
+    ("grouped", "gain", "bias", "back", "rewritten"),
     [
-        ((1, 2, -1), 1.0, 0.0, 1),
-        ((1, 2, -1), 2.0, 0.0, 0),
-        ((1, 2, -1), 1.0, 0.5, 0),
-        ((3, 2, -1), 1.0, 0.0, 0),
-        ((1, 4, -1), 1.0, 0.0, 0),
+        ((1, 2, -1), 1.0, 0.0, (1, 6, 4, 5), 1),  # what a group normalisation is
+        ((1, 2, -1), 1.0, 0.0, (1, 6, 5, 4), 0),
+        ((1, 2, -1), 2.0, 0.0, (1, 6, 4, 5), 0),
+        ((1, 2, -1), 1.0, 0.5, (1, 6, 4, 5), 0),
+        ((3, 2, -1), 1.0, 0.0, (1, 6, 4, 5), 0),
+        ((1, 4, -1), 1.0, 0.0, (1, 6, 4, 5), 0),
     ],
 )
 def test_other_normalisations_are_left_alone(
-    tmp_path: Path, grouped: tuple[int, ...], gain: float, bias: float, rewritten: int
+    tmp_path: Path, grouped: tuple[int, ...], gain: float, bias: float, back: tuple[int, ...], rewritten: int
 ) -> None:
     """A gain or a bias of the groups themselves would be lost, and what is no group of whole channels be mixed up."""
     info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
     groups = grouped[1]
     constants = {"gain": np.full(groups, gain, np.float32), "bias": np.full(groups, bias, np.float32)}
-    constants |= {"grouped": np.array(grouped), "back": np.array([1, 6, 4, 5])}
+    constants |= {"grouped": np.array(grouped), "back": np.array(back)}
     graph = onnx.helper.make_graph(
         [
             node("Reshape", ["x", "grouped"], ["g"]),
@@ -321,7 +345,7 @@ def test_other_normalisations_are_left_alone(
         ],
         "norm",
         [info("x", onnx.TensorProto.FLOAT, [1, 6, 4, 5])],
-        [info("y", onnx.TensorProto.FLOAT, [1, 6, 4, 5])],
+        [info("y", onnx.TensorProto.FLOAT, back)],
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), tmp_path / "norm.onnx")
