@@ -233,6 +233,16 @@ def test_a_case_ends_when_its_time_is_used_up(model: Model, clock: Clock, monkey
         assert [len(row.seconds) for row in rows if isinstance(row, Measured)] == [turns, turns]
 
 
+def test_every_call_comes_after_a_rest(model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it pays for the threads of the one before, which spin on."""
+    monkeypatch.setattr(running, "started", fake_workers(clock))
+    case = Case(variants=("ort-cpu", "ort-plain"), work=WORK, repeats=4)
+    rests: list[tuple[float, float]] = []
+    monkeypatch.setattr(clock, "sleep", lambda seconds: rests.append((clock.now, seconds)))
+    list(measure(Plan(model=model, cases=(case,), loads=(), costs=None), 1))
+    assert rests == [(2.0 * calls, 0.1) for calls in range(2, 10)]  # two were warm-ups
+
+
 def test_energy_is_that_of_the_variant_that_counts_it(
     model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
