@@ -137,15 +137,17 @@ def _check(extent: Extent) -> None:
     for name in extent.variants:
         if name not in VARIANTS:
             raise InvalidInput(f"variant {name!r:.100}", expected=f"some of {', '.join(VARIANTS)}", fix="name those")
-    wrong = [number for number in extent.steps if number not in STEPS]
-    lists = all((extent.variants, extent.steps, extent.batches))
-    least = min((*extent.batches, *(extent.costs or ()), extent.repeats, 1 + extent.requests))
-    if wrong or not lists or least < 1 or not extent.seconds > 0:
-        raise InvalidInput(
-            str(extent),
-            expected=f"variants, steps from {min(STEPS)} to {max(STEPS)}, batches, repeats and seconds above 0",
-            fix="correct the options",
-        )
+    checks = [(f"no {name}", values != (), "at least one") for name, values in vars(extent).items() if name != "costs"]
+    checks += [(f"{n} steps", n in STEPS, f"{min(STEPS)} to {max(STEPS)}") for n in extent.steps]
+    checks += [(f"a batch of {n}", n >= 1, "at least 1") for n in (*extent.batches, *(extent.costs or ()))]
+    checks += [
+        (f"{extent.repeats} repeats", extent.repeats >= 1, "at least 1"),
+        (f"{extent.requests} requests", extent.requests >= 0, "0 or more"),
+        (f"{extent.seconds} seconds", extent.seconds > 0, "more than 0"),
+    ]
+    for got, right, expected in checks:
+        if not right:
+            raise InvalidInput(got, expected=expected, fix="correct that option")
 
 
 def read_quality(path: Path, model: str) -> tuple[Quality, ...]:

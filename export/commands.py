@@ -265,4 +265,5 @@ def _show_record(record: ParityRecord) -> None:
         table.add_row(row.graph, row.scale or "", row.output, metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
     out.print(table)
     if record.free_running_agreement is not None:
-        out.print(f"free-running tokens equal to the reference's: {record.free_running_agreement:.2%}", highlight=False)
+        equal = f"free-running tokens equal to the reference's: {record.free_running_agreement:.2%}"
+        out.print(f"{equal} (no gate)", highlight=False)

@@ -92,7 +92,7 @@ def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:
     """The mask of an inpainting, by default what of the picture is transparent. Raises InvalidInput."""
     if edit.task != "inpaint":
         if mask is not None:
-            raise InvalidInput(f"a mask for {edit.task}", expected="it with inpaint", fix="leave it out")
+            raise InvalidInput(f"a mask for {edit.task}", expected="a mask with inpaint only", fix="leave it out")
         return None
     if mask is None:
         if photo.opacity is None:

@@ -63,7 +63,9 @@ class Edit:
             owners = _OWN.get(field.name, TASKS)
             if getattr(self, field.name) != field.default and self.task not in owners:
                 raise InvalidInput(
-                    f"{field.name} for {self.task}", expected=f"it with {' or '.join(owners)}", fix="leave it out"
+                    f"{field.name} for {self.task}",
+                    expected=f"that with {' or '.join(owners)} only",
+                    fix="leave it out",
                 )
         if self.size is not None:
             object.__setattr__(self, "size", _whole_numbers("size", self.size, 2, 1))

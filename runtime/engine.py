@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .backends import way_out
 from .backends.base import Backend, Graph
 from .bundle import Bundle
 from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
@@ -39,9 +40,9 @@ def require_precision(bundle: Bundle, backend: Backend) -> None:
     precision = bundle.manifest.precision
     if precision not in backend.precisions:
         raise BackendUnavailable(
-            f"a {precision} bundle on {backend.name}",
+            f"a bundle of precision {precision} on {backend.name}",
             expected=f"one of {', '.join(sorted(backend.precisions))}",
-            fix="export with --precision fp32, or name a backend that runs it (flexvar doctor)",
+            fix=way_out(precision),
         )
 
 

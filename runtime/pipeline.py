@@ -493,8 +493,8 @@ class FlexVARPipeline:
         if not whole or not 0 <= int(label) <= null:  # type: ignore[call-overload]
             raise InvalidInput(
                 f"class {label!r}",
-                expected=f"a whole number from 0 to {null} ({null} means no class)",
-                fix="flexvar inspect says how many classes a bundle has",
+                expected=f"a whole number from 0 to {null} ({null} means no class)" + (", or a name" if names else ""),
+                fix="flexvar inspect says which classes a bundle has",
             )
         return int(label)  # type: ignore[call-overload, no-any-return]
 

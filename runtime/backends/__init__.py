@@ -37,6 +37,13 @@ def precisions(name: str) -> frozenset[str]:
     return _module(name).PRECISIONS
 
 
+def way_out(precision: str) -> str:
+    """What to do with a bundle of a precision that the backend at hand does not run: the one on the CPU that does."""
+    name = next(name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name))
+    state = probe(name)
+    return f"use {name}, which runs it" if state.available else f"{state.fix}, for {name}, which runs it"
+
+
 def create(
     name: str = "auto",
     bundle: Bundle | None = None,

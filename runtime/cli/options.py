@@ -70,11 +70,13 @@ def parse_labels(text: str, names: tuple[str, ...] | None) -> list[int]:
             labels += found
         else:
             known = (
-                f"numbers, or names such as {', '.join(get_close_matches(part[:100], names) or names[:5])}"
+                f"numbers, or names such as {', '.join(get_close_matches(part[:100].lower(), names) or names[:5])}"
                 if names
                 else "numbers (this bundle has no class names)"
             )
-            raise InvalidInput(f"class {part[:100]!r}", expected=known, fix="join them by commas: --classes 7,999")
+            raise InvalidInput(
+                f"class {part[:100]!r}", expected=known, fix="flexvar inspect says which classes a bundle has"
+            )
     return labels
 
 

@@ -79,22 +79,23 @@ def test_schedules_have_as_many_steps_as_they_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "said"),
     [
-        {"variants": ("torch",)},
-        {"variants": ()},
-        {"steps": (3,)},
-        {"steps": ()},
-        {"batches": (0,)},
-        {"costs": (0,)},
-        {"repeats": 0},
-        {"requests": -1},
-        {"seconds": 0.0},
-        {"seconds": math.nan},
+        ({"variants": ("torch",)}, "got variant 'torch'; expected some of"),
+        ({"variants": ()}, "got no variants; expected at least one"),
+        ({"steps": (10, 3)}, "got 3 steps; expected 4 to 10"),
+        ({"steps": ()}, "got no steps; expected at least one"),
+        ({"batches": ()}, "got no batches; expected at least one"),
+        ({"batches": (0,)}, "got a batch of 0; expected at least 1"),
+        ({"costs": (0,)}, "got a batch of 0; expected at least 1"),
+        ({"repeats": 0}, "got 0 repeats; expected at least 1"),
+        ({"requests": -1}, "got -1 requests; expected 0 or more"),
+        ({"seconds": 0.0}, "got 0.0 seconds; expected more than 0"),
+        ({"seconds": math.nan}, "got nan seconds; expected more than 0"),
     ],
 )
-def test_plans_refused(model: Model, change: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput):
+def test_plans_refused(model: Model, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
         plan(model, replace(Extent(), **change))
 
 

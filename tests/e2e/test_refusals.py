@@ -128,7 +128,7 @@ def test_a_file_that_is_intact_but_no_graph(
 
 def test_a_precision_without_kernels(refused: Callable[..., str], bundle_copy: Path) -> None:
     edit(lambda manifest: manifest.update(precision="bf16"))(bundle_copy)
-    assert "a bf16 bundle on ort-cpu | one of fp16, fp32, int8 | export with --precision fp32" in refused(
+    assert "a bundle of precision bf16 on ort-cpu | one of fp16, fp32, int8 | use openvino, which runs it" in refused(
         4, bundle_copy, "--backend", "ort-cpu"
     )
 
@@ -137,7 +137,11 @@ def test_a_precision_without_kernels(refused: Callable[..., str], bundle_copy: P
     ("code", "options", "text"),
     [
         (2, ["--classes", "11"], "class 11 | a whole number from 0 to 10 (10 means no class) | flexvar inspect says"),
-        (2, ["--classes", "-1"], "class '-1' | numbers (this bundle has no class names) | join them by commas"),
+        (
+            2,
+            ["--classes", "-1"],
+            "class '-1' | numbers (this bundle has no class names) | flexvar inspect says which classes",
+        ),
         (2, ["--classes", "1,,2"], "class '' | numbers"),
         (2, ["--classes", "1.5"], "class '1.5' | "),
         (2, ["--classes", "9999999999"], "class '9999999999' | "),

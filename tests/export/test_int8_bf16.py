@@ -81,13 +81,15 @@ def test_auto_takes_the_one_that_runs_it(mixed: Bundle) -> None:
 
 @pytest.mark.parametrize("backend", ["ort-cpu", "openvino"])
 def test_one_library_alone_refuses_it(mixed: Bundle, backend: str) -> None:
-    with pytest.raises(BackendUnavailable, match=f"int8-bf16 bundle on {backend}"):
+    with pytest.raises(
+        BackendUnavailable, match=f"precision int8-bf16 on {backend};.*fix: use ort-openvino, which runs it"
+    ):
         FlexVARPipeline.from_bundle(mixed.path, backend=backend)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_it_refuses_what_one_library_runs(tiny_bundles: Callable[[str], Path], precision: str) -> None:
-    with pytest.raises(BackendUnavailable, match=f"{precision} bundle on ort-openvino"):
+    with pytest.raises(BackendUnavailable, match=f"precision {precision} on ort-openvino"):
         FlexVARPipeline.from_bundle(tiny_bundles(precision), backend="ort-openvino")
 
 

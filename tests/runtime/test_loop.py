@@ -539,7 +539,9 @@ def test_the_encoder_runs_in_batches_that_fit(open_pipeline: Open) -> None:
 def test_a_precision_that_the_backend_lacks(open_pipeline: Open) -> None:
     with pytest.raises(BackendUnavailable) as refusal:
         open_pipeline(precisions=frozenset({"fp16", "bf16"}))
-    assert str(refusal.value).startswith("got a fp32 bundle on recording; expected one of bf16, fp16; fix: export with")
+    assert str(refusal.value).startswith(
+        "got a bundle of precision fp32 on recording; expected one of bf16, fp16; fix: use ort-cpu"
+    )
 
 
 @pytest.mark.parametrize(
