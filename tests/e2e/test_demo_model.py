@@ -24,7 +24,7 @@ MEGABYTES = 25
 LOSS = 3.0  # untrained: ln 1024 = 6.93
 RECOGNISED = 0.9
 IMAGES, OTHERS = 2000, 240
-POINTS = {"fp16": 1, "bf16": 1, "int8": 2}  # that a precision may cost
+POINTS = {"fp16": 1, "bf16": 1, "int8": 2, "int8-bf16": 2}  # that a precision may cost
 
 
 @pytest.fixture(scope="module")
