@@ -137,7 +137,7 @@ def _check(extent: Extent) -> None:
     for name in extent.variants:
         if name not in VARIANTS:
             raise InvalidInput(f"variant {name!r:.100}", expected=f"some of {', '.join(VARIANTS)}", fix="name those")
-    checks = [(f"no {name}", values != (), "at least one") for name, values in vars(extent).items() if name != "costs"]
+    checks = [(f"no {name}", bool(getattr(extent, name)), "at least one") for name in ("variants", "steps", "batches")]
     checks += [(f"{n} steps", n in STEPS, f"{min(STEPS)} to {max(STEPS)}") for n in extent.steps]
     checks += [(f"a batch of {n}", n >= 1, "at least 1") for n in (*extent.batches, *(extent.costs or ()))]
     checks += [

@@ -22,7 +22,9 @@ from .workers import Worker, started
 
 PUBLISHED_TOKENIZER = 16, 8912, 32  # downsampling, vocabulary, dimension of a code
 SEED = 0
-REST_SECONDS = 0.1  # before every call: threads of the one before go on spinning, ONNX Runtime's for up to 50 ms
+REST_SECONDS = (
+    0.1  # before every call: threads of the one before may go on spinning, ONNX Runtime's by default for 45 ms
+)
 Progress = Callable[[str], None]
 
 

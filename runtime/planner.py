@@ -240,6 +240,7 @@ class _OpenVino(_Ort):
 
     KEPT = frozenset({CONDITION})  # opening it is repacking it: that would cost every new class a tenth of a second
     RUNTIME = 102 * _MIB
+    ARENA = 1.35
     PRODUCTS = 2.1
     HALF_PRODUCTS = 3.1  # the file, and float32 of twice its size; so widened it was measured at the tiny size only
     CONVOLUTIONS = 5.5  # in several layouts at once when they are first run
@@ -267,6 +268,7 @@ class _OpenVinoBf16(_OpenVino):
     """The same of bfloat16 where the processor computes in it: nothing is widened."""
 
     RUNTIME = 115 * _MIB
+    ARENA = _Ort.ARENA
     TRANSPOSED_MAPS = (6.0, 3.0)
     HALF = 1.0
     HALF_PRODUCTS = 2.3

@@ -28,7 +28,7 @@ LONGEST = (
 
 def pytest_configure() -> None:
     """A processor of its own for every worker and what it starts: graphs of the tests' size gain nothing from a second
-    thread, which waits by spinning and takes twice the time of both. Interrupts arrive."""
+    thread, and what spins while it waits takes the time of both. Interrupts arrive."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by what is started too
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None and hasattr(os, "sched_setaffinity"):

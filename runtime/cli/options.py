@@ -69,8 +69,10 @@ def parse_labels(text: str, names: tuple[str, ...] | None) -> list[int]:
                 raise InvalidInput(f"class {part!r}", expected="a name of one class", fix=f"use a number: {found}")
             labels += found
         else:
+            folded = {name.casefold(): name for name in names or ()}
+            close = [folded[match] for match in get_close_matches(part[:100].casefold(), folded)]
             known = (
-                f"numbers, or names such as {', '.join(get_close_matches(part[:100].lower(), names) or names[:5])}"
+                f"numbers, or names such as {', '.join(close or names[:5])}"
                 if names
                 else "numbers (this bundle has no class names)"
             )

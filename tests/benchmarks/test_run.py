@@ -235,7 +235,7 @@ def test_a_case_ends_when_its_time_is_used_up(model: Model, clock: Clock, monkey
 
 
 def test_every_call_comes_after_a_rest(model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it pays for the threads of the one before, which spin on."""
+    """Else it may pay for the threads of the one before, which spin on."""
     monkeypatch.setattr(running, "started", fake_workers(clock))
     case = Case(variants=("ort-cpu", "ort-plain"), work=WORK, repeats=4)
     rests: list[tuple[float, float]] = []

@@ -73,9 +73,7 @@ def test_one_that_is_too_old_to_be_told_is_refused() -> None:
         make_exact(Old, SimpleNamespace())
 
 
-def test_bundles_that_cannot_be_exact_are_told_before_they_are_opened(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_bundles_that_cannot_be_exact_are_told_before_they_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     state = Availability(True, "runs it")
     for library, exact in ((Exact, True), (Saturating, True), (Old, False)):
         monkeypatch.setattr(importlib, "import_module", lambda name, library=library: library)
