@@ -40,15 +40,14 @@ def export_graph(module: nn.Module, spec: GraphSpec, directory: Path, weights_of
     weights_of: a graph written before whose file of weights is used in place of one of its own.
     """
     axes = {name: Dim(name, min=0 if name == "past" else 1) for name in EXAMPLE_SIZES}
-    grouped = _grouped(spec)
     with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            tuple(_map(group, _example) for group in grouped),
+            call_arguments(spec, _example),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=tuple(_map(group, lambda tensor: _dynamic(tensor, axes)) for group in grouped),
+            dynamic_shapes=call_arguments(spec, lambda tensor: _dynamic(tensor, axes)),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             custom_translation_table=TRANSLATIONS,
@@ -98,21 +97,26 @@ def _stored(tensor: onnx.TensorProto, path: Path) -> tuple[int, bytes]:
         return tensor.data_type, file.read(int(entry["length"]))
 
 
-def _grouped(spec: GraphSpec) -> list[TensorSpec | list[TensorSpec]]:
-    """Inputs as the module takes them: past keys and past values are one list each."""
-    groups: list[TensorSpec | list[TensorSpec]] = []
+def call_arguments(spec: GraphSpec, make: Callable[[TensorSpec], T]) -> tuple[T | list[T], ...]:
+    """Positional arguments of the module behind a graph, `make` of every input in the declared order.
+
+    Numbered inputs that follow one another (past_k_0, past_k_1, …) are one argument: a list.
+    """
+    groups: list[T | list[T]] = []
+    previous = ""
     for tensor in spec.inputs:
-        part = tensor.name.rpartition("_")[0] if tensor.name.startswith("past_") else None
-        previous = groups[-1] if groups else None
-        if part and isinstance(previous, list) and previous[0].name.startswith(part):
-            previous.append(tensor)
+        part, _, number = tensor.name.rpartition("_")
+        if not number.isdigit():
+            groups.append(make(tensor))
+            part = ""
+        elif part == previous:
+            last = groups[-1]
+            assert isinstance(last, list)
+            last.append(make(tensor))
         else:
-            groups.append([tensor] if part else tensor)
-    return groups
-
-
-def _map(group: TensorSpec | list[TensorSpec], make: Callable[[TensorSpec], T]) -> T | list[T]:
-    return [make(tensor) for tensor in group] if isinstance(group, list) else make(group)
+            groups.append([make(tensor)])
+        previous = part
+    return tuple(groups)
 
 
 def _example(tensor: TensorSpec) -> Tensor:
