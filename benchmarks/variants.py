@@ -270,6 +270,7 @@ def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> 
     start = time.perf_counter()
     every = np.array([*labels, *([model.null_class] * B if work.guided else [])], np.int32)
     condition = run(CONDITION, {"labels": every})
+    modulation = {name: array for name, array in condition.items() if name != "first_input"}
     conditioned = time.perf_counter()
     rows = np.arange(B, dtype=np.int32)
     kept = host_dtype(DTYPE_OF_PRECISION[bundle.manifest.precision])
@@ -287,8 +288,7 @@ def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> 
         feeds = {
             "codes": codes,
             "offset": np.ascontiguousarray(offset),
-            "modulation": condition["modulation"],
-            "head_modulation": condition["head_modulation"],
+            **modulation,
             "cond_rows": rows,
             "uncond_rows": rows + (branches - 1) * B,
             "t": np.full(B, weights[i], np.float32),

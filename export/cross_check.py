@@ -21,7 +21,7 @@ from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP, is_half
 from flexvar_runtime.loop import ScaleLoop
 from flexvar_runtime.manifest import ParityRecord, ParityRow, TensorSpec
 
-from .parity import GATES, holds, psnr, relative_error
+from .parity import GATES, holds, joined_modulation, psnr, relative_error
 from .proof import Case, Proof
 
 TWICE = 6.0  # dB: an error of twice the size
@@ -58,6 +58,8 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
             if graph not in others:
                 others[graph] = second.open(bundle, graph)
             got = _run_both([(first, engine.graph(graph)), (second, others[graph])], feed)
+            if graph == CONDITION:
+                got = [joined_modulation(outputs, engine.model.depth) for outputs in got]
             for name, exact in got[0].items():
                 pair = got[1][name].astype(np.float32), exact.astype(np.float32)
                 if graph == DECODE and is_half(bundle.manifest.precision, graph):

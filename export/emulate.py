@@ -33,7 +33,7 @@ def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
             widen(model)
         onnx.save_model(model, str(directory / spec.file), save_as_external_data=True, location=f"{spec.file}.data")
     (directory / TABLES_FILE).write_bytes(bundle.file(TABLES_FILE).read_bytes())
-    graphs = graph_specs(manifest.model, precision)
+    graphs = graph_specs(manifest.model, precision, manifest.schema_version)
     return seal(directory, replace(manifest, precision=precision, float32_parts=kept, graphs=graphs, files={}))
 
 

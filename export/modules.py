@@ -11,7 +11,7 @@ precision int8 is that of the linear layers of the blocks alone (`int8`); everyt
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
-from flexvar_runtime.graphs import CONDITION, ENCODE, PREFILL, STEP
+from flexvar_runtime.graphs import CONDITION, ENCODE, HEAD_MODULATION, MODULATION, PREFILL, STEP
 from flexvar_runtime.manifest import PLAIN
 
 from .int8 import LOW, MIDDLE, Int8Dense
@@ -77,7 +77,7 @@ def _floating(dtype: torch.dtype) -> torch.dtype:
 
 
 class Modulation(nn.Module):
-    """h (M, C) · weight (C, O) in `dtype`, + offset (O) in float32.
+    """h (…, C) · weight (C, O) in `dtype`, + offset (O) in float32.
 
     h is what a class differs in from the mean of all: W·a + b = W·(a − mean) + (W·mean + b), exactly. The common part,
     which can be a dozen times larger than the differences, is never rounded to half precision.
@@ -97,7 +97,11 @@ class Modulation(nn.Module):
 
 
 class Condition(nn.Module):
-    """labels M int32 -> modulation (M, depth, 6, C), head_modulation (M, 2, C), first_input (M, 1, C), float32."""
+    """labels M int32 -> gamma1, gamma2, scale1, scale2, shift1, shift2 of every block, head_scale, head_shift and
+    first_input, each (M, 1, C) float32.
+
+    Split here, once a class, they need no slicing in `Step`, which runs once a scale.
+    """
 
     class_embedding: Tensor
     mean: Tensor
@@ -106,20 +110,18 @@ class Condition(nn.Module):
     def __init__(self, model: FlexVAR, dtype: torch.dtype) -> None:
         super().__init__()
         mean_C = F.silu(model.class_emb.weight.detach()).mean(0)
-        self.width = model.config.width
         self.register_buffer("class_embedding", _vector(model.class_emb.weight, torch.float32))
         self.register_buffer("start", _vector(model.pos_start + model.positions(1, 1), torch.float32))
         self.register_buffer("mean", _vector(mean_C, torch.float32))
         self.blocks = nn.ModuleList(Modulation(block.ada_lin.linear, mean_C, dtype) for block in model.blocks)
         self.head = Modulation(model.head_nm.ada_lin.linear, mean_C, dtype)
 
-    def forward(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding = F.embedding(labels, self.class_embedding)
+    def forward(self, labels: Tensor) -> tuple[Tensor, ...]:
+        embedding = F.embedding(labels, self.class_embedding)[:, None]
         hidden = F.silu(embedding) - self.mean
-        modulation = torch.stack([block(hidden) for block in self.blocks], dim=1)
-        head = self.head(hidden)
-        shape = modulation.shape[:2]
-        return modulation.view(*shape, 6, self.width), head.view(-1, 2, self.width), embedding[:, None] + self.start
+        parts = zip(*(block(hidden).chunk(len(MODULATION), -1) for block in self.blocks), strict=True)
+        blocks = (value for part in parts for value in part)
+        return *blocks, *self.head(hidden).chunk(len(HEAD_MODULATION), -1), embedding + self.start
 
 
 class StepBlock(nn.Module):
@@ -148,24 +150,29 @@ class StepBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        modulation: Tensor,
+        modulation: Sequence[Tensor],
         past: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, L, C), modulation (N, 6, C), past keys and values (P, N, H, 64) -> x, new keys and new values
+        """x (N, L, C), modulation 6 times (N, 1, C), past keys and values (P, N, H, 64) -> x, new keys and new values
         (L, N, H, 64). mask (L, L): which of the tokens a token attends to, where there is no past."""
         N, L, _ = x.shape
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
-        hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.attention_dtype)
-        q, k, v = (dense(hidden).view(N, L, self.heads, self.head_size) for dense in (self.q, self.k, self.v))
-        q = self._unit(q) * self.temperature
-        k, v = self._unit(k).to(self.dtype).transpose(0, 1), v.to(self.dtype).transpose(0, 1)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        q, k, v = self.project(x, scale1, shift1)
         keys, values = (k, v) if past is None else (torch.cat((past[0], k)), torch.cat((past[1], v)))
         keys, values = (cache.to(self.attention_dtype).permute(1, 2, 0, 3) for cache in (keys, values))
-        out = self._attend(q.to(self.attention_dtype).transpose(1, 2), keys, values, mask)
+        out = self._attend(q, keys, values, mask)
         x = x + self.proj(out.transpose(1, 2).reshape(N, L, self.width)).float() * gamma1
         hidden = F.gelu(self.fc1(self._norm(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + self.fc2(hidden).float() * gamma2, k, v
+
+    def project(self, x: Tensor, scale1: Tensor, shift1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, L, C) -> queries (N, H, L, 64), and the new keys and values (L, N, H, 64) as they are cached."""
+        N, L, _ = x.shape
+        hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.attention_dtype)
+        q, k, v = (dense(hidden).view(N, L, self.heads, self.head_size) for dense in (self.q, self.k, self.v))
+        q = (self._unit(q) * self.temperature).to(self.attention_dtype).transpose(1, 2)
+        return q, self._unit(k).to(self.dtype).transpose(0, 1), v.to(self.dtype).transpose(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.attention_dtype == self.dtype:
@@ -211,8 +218,14 @@ class Step(nn.Module):
         self,
         codes: Tensor,
         offset: Tensor,
-        modulation: Tensor,
-        head_modulation: Tensor,
+        gamma1: list[Tensor],
+        gamma2: list[Tensor],
+        scale1: list[Tensor],
+        scale2: list[Tensor],
+        shift1: list[Tensor],
+        shift2: list[Tensor],
+        head_scale: Tensor,
+        head_shift: Tensor,
         cond_rows: Tensor,
         uncond_rows: Tensor,
         t: Tensor,
@@ -221,12 +234,12 @@ class Step(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         x = codes @ self.embed + offset
         keys, values = [], []
-        for i, block in enumerate(self.blocks):
-            x, k, v = block(x, modulation[:, i], (past_k[i], past_v[i]))
+        modulation = zip(gamma1, gamma2, scale1, scale2, shift1, shift2, strict=True)
+        for block, parts, past in zip(self.blocks, modulation, zip(past_k, past_v, strict=True), strict=True):
+            x, k, v = block(x, parts, past)
             keys.append(k)
             values.append(v)
-        scale, shift = head_modulation[:, :, None].unbind(1)
-        z = F.layer_norm(x, (self.width,), eps=NORM_EPS) * (1 + scale) + shift
+        z = F.layer_norm(x, (self.width,), eps=NORM_EPS) * (1 + head_scale) + head_shift
         cond, uncond = z.index_select(0, cond_rows), z.index_select(0, uncond_rows)
         guided = cond + t[:, None, None] * (cond - uncond)  # the head is linear: guiding before it is exact
         return self.head(guided).float(), keys, values
@@ -246,15 +259,29 @@ class Prefill(nn.Module):
         self.blocks = _blocks(model, dtype, kept)
 
     def forward(
-        self, codes: Tensor, offset: Tensor, modulation: Tensor, scale: Tensor
+        self,
+        codes: Tensor,
+        offset: Tensor,
+        gamma1: list[Tensor],
+        gamma2: list[Tensor],
+        scale1: list[Tensor],
+        scale2: list[Tensor],
+        shift1: list[Tensor],
+        shift2: list[Tensor],
+        scale: Tensor,
     ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the last block, which only gives keys and values, just scale1 and shift1 are used."""
         x, mask = codes @ self.embed + offset, scale[:, None] >= scale[None, :]
         keys, values = [], []
-        for i, block in enumerate(self.blocks):
-            x, k, v = block(x, modulation[:, i], mask=mask)
+        modulation = zip(gamma1, gamma2, scale1, scale2, shift1, shift2, strict=False)
+        for block, parts in zip(self.blocks[:-1], modulation, strict=False):
+            x, k, v = block(x, parts, mask=mask)
             keys.append(k)
             values.append(v)
-        return keys, values
+        last = self.blocks[-1]
+        assert isinstance(last, StepBlock)
+        _, k, v = last.project(x, scale1[-1], shift1[-1])
+        return [*keys, k], [*values, v]
 
 
 class Float32GroupNorm(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,21 @@ from numpy.typing import NDArray
 from flexvar_runtime import Bundle, FlexVARPipeline, ParityFailed, Sampling
 from flexvar_runtime.backends import create
 from flexvar_runtime.engine import Engine
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, GRAPHS, PREFILL, STEP, graph_precision
+from flexvar_runtime.graphs import (
+    CONDITION,
+    DECODE,
+    ENCODE,
+    GRAPHS,
+    HEAD_MODULATION,
+    MODULATION,
+    PREFILL,
+    STEP,
+    graph_precision,
+)
 from flexvar_runtime.manifest import ParityRecord, ParityRow
 
 from .emulate import emulate_bf16
-from .proof import SEED, Case, Proof
+from .proof import SEED, Case, Float32, Proof
 
 PSNR_CAP = 200.0  # dB: equal images
 
@@ -68,13 +78,26 @@ def psnr(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
 
 def compare(engine: Engine, proof: Proof, gate: Gate) -> Iterator[ParityRow]:
     """One row per graph, scale and output, in the order in which a generation computes them."""
-    condition = engine.condition(proof.labels)
+    condition = joined_modulation(engine.condition(proof.labels).tensors(), engine.model.depth)
     for name in ("modulation", "head_modulation", "first_input"):
-        yield _relative(CONDITION, None, name, getattr(condition, name), getattr(proof, name), gate)
+        yield _relative(CONDITION, None, name, condition[name], getattr(proof, name), gate)
     for case in proof.cases:
         yield from _compare_case(engine, case, gate)
     latent, reference = (np.moveaxis(x, 1, -1) for x in (engine.encode(proof.image), proof.latent))
     yield _relative(ENCODE, None, "latent", latent, reference, gate)
+
+
+def joined_modulation(condition: Mapping[str, Float32], depth: int) -> dict[str, Float32]:
+    """What a condition graph gives, as a proof holds it: modulation (M, depth, 6, C), head_modulation (M, 2, C) and
+    first_input (M, 1, C). Bundles of schema version 1 have it so."""
+    if "modulation" in condition:
+        return dict(condition)
+    blocks = [np.concatenate([condition[f"{part}_{i}"] for part in MODULATION], axis=1) for i in range(depth)]
+    return {
+        "modulation": np.stack(blocks, axis=1),
+        "head_modulation": np.concatenate([condition[name] for name in HEAD_MODULATION], axis=1),
+        "first_input": condition["first_input"],
+    }
 
 
 def _compare_case(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]:

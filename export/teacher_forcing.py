@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ref import FlexVAR
-from flexvar_runtime.graphs import new_names
+from flexvar_runtime.graphs import HEAD_MODULATION, MODULATION, new_names
 
 from .modules import Step
 from .proof import Case
@@ -26,8 +26,9 @@ def teacher_forced(
     config, B = model.config, len(case.labels)
     labels = torch.tensor([*case.labels, *[config.null_class] * B])
     condition = model.condition(labels)
-    modulation = torch.stack([block.ada_lin(condition) for block in model.blocks], 1).view(2 * B, config.depth, 6, -1)
-    head = model.head_nm.ada_lin(condition).view(2 * B, 2, -1)
+    blocks = [block.ada_lin(condition)[:, None].chunk(len(MODULATION), -1) for block in model.blocks]
+    modulation = [list(part) for part in zip(*blocks, strict=True)]
+    head = model.head_nm.ada_lin(condition)[:, None].chunk(len(HEAD_MODULATION), -1)
     rows = torch.arange(B, dtype=torch.int32)
     cache = [torch.empty(0, 2 * B, config.heads, config.head_size, dtype=step.dtype) for _ in new_names(config.depth)]
     weights = case.guidance.weights(case.schedule)
@@ -41,7 +42,7 @@ def teacher_forced(
         past = cache[: config.depth], cache[config.depth :]
         with around or nullcontext():
             logits, keys, values = step(
-                codes, offset, modulation, head, rows, rows + B, torch.full((B,), weights[i]), *past
+                codes, offset, *modulation, *head, rows, rows + B, torch.full((B,), weights[i]), *past
             )
         cache = [torch.cat(pair) for pair in zip(cache, (*keys, *values), strict=True)]
         yield logits

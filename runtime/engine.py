@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from .backends import way_out
 from .backends.base import Backend, Graph
 from .bundle import Bundle
+from .conditions import Condition, row_groups
 from .errors import ArtifactRefused, BackendUnavailable, InvalidInput
 from .graphs import CONDITION, DECODE, ENCODE, PREFILL, REQUIRED, STEP, TABLES_FILE, graph_specs
 from .guidance import Guidance
-from .loop import Condition, Draws, Loop, LoopBuffers, ScaleLoop
+from .loop import Draws, Loop, LoopBuffers, ScaleLoop
+from .manifest import SCHEMA_VERSION
 from .planner import IMAGES_PER_RUN, MemoryPlan, batch_that_fits, plan, require_fits
 from .schedule import ScaleSchedule
 from .tables import Tables
@@ -53,7 +55,8 @@ class Engine:
         require_precision(bundle, backend)
         precision = bundle.manifest.precision
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
-        for name, spec in graph_specs(self.model, precision).items():
+        version = bundle.manifest.schema_version
+        for name, spec in graph_specs(self.model, precision, version).items():
             if name not in REQUIRED and name not in bundle.manifest.graphs:
                 continue
             if bundle.graph(name) != spec:
@@ -62,6 +65,12 @@ class Engine:
                     expected="the inputs and outputs this version knows",
                     fix="export again with this version",
                 )
+        if version < SCHEMA_VERSION:
+            log.warning(
+                "the bundle was exported by an earlier version (schema %d, now %d); it runs; a new export is faster",
+                version,
+                SCHEMA_VERSION,
+            )
         self.tables = Tables.load(bundle.file(TABLES_FILE), self.model)
         self._graphs: dict[str, Graph] = {}
         self._conditions: OrderedDict[int, Condition] = OrderedDict()
@@ -81,6 +90,7 @@ class Engine:
             self.model,
             self.bundle.manifest.precision,
             self.tables,
+            self.bundle.graph(CONDITION),
             self.graph,
             self._open_prefill,
         )
@@ -129,16 +139,17 @@ class Engine:
             graph.close()
 
     def _run_condition(self, graph: Graph, labels: list[int]) -> list[Condition]:
-        rows = self.backend.labels_per_run
+        rows, backend = self.backend.labels_per_run, self.backend
         padded = np.full(rows, self.model.null_class, np.int32)
         padded[: len(labels)] = labels
-        outputs = {
-            tensor.name: self.backend.empty((rows, *(a for a in tensor.axes if isinstance(a, int))), "float32")
-            for tensor in graph.spec.outputs
-        }
-        graph.run({"labels": self.backend.upload(padded)}, outputs)
-        host = {name: self.backend.download(array) for name, array in outputs.items()}
-        return [Condition(**{name: array[i : i + 1].copy() for name, array in host.items()}) for i in range(rows)]
+        found = Condition.compute(
+            row_groups(graph.spec),
+            rows,
+            backend.empty,
+            lambda outputs: graph.run({"labels": backend.upload(padded)}, outputs),
+            backend.download,
+        )
+        return [found.row(i) for i in range(rows)]
 
     @contextmanager
     def loop(self, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance) -> Iterator[Loop]:

@@ -3,11 +3,15 @@
 Axes: labels M, sequences N (2B under guidance), images B, new tokens L, past tokens P, height × width of a token map;
 `height_x16` is 16 times `height`: a side of the image. `prefill` takes all given scales at once; `scale` says to which
 of them a token belongs, and it attends to those of its own and of smaller scales.
+
+What `condition` computes goes to the inputs of the same names in `step` and `prefill`: the modulation of every block
+and of the head, one tensor (N, 1, C) for each part, so that no graph has to slice it. In bundles of schema version 1
+the parts of all blocks are one tensor, and those of the head another.
 """
 
 from __future__ import annotations
 
-from .manifest import GraphSpec, ModelFacts, TensorSpec
+from .manifest import JOINED_MODULATION, SCHEMA_VERSION, GraphSpec, ModelFacts, TensorSpec
 
 CONDITION, STEP, DECODE, ENCODE = REQUIRED = ("condition", "step", "decode", "encode")
 PREFILL = "prefill"
@@ -16,6 +20,9 @@ GRAPHS = (*REQUIRED, PREFILL)
 WEIGHTS_OF = {PREFILL: STEP}
 """Graphs that take their weights from another's file."""
 TABLES_FILE = "tables.npz"
+MODULATION = ("gamma1", "gamma2", "scale1", "scale2", "shift1", "shift2")
+"""Parts of a block's modulation, 1 of its attention and 2 of its MLP, in the order in which a checkpoint has them."""
+HEAD_MODULATION = ("head_scale", "head_shift")
 DTYPE_OF_PRECISION = {
     "fp32": "float32",
     "fp16": "float16",
@@ -49,8 +56,14 @@ def new_names(depth: int) -> tuple[str, ...]:
     return tuple(f"new_{part}_{i}" for part in "kv" for i in range(depth))
 
 
-def graph_specs(model: ModelFacts, precision: str) -> dict[str, GraphSpec]:
-    """Inputs and outputs of every graph of a model at a precision (one of `manifest.PRECISIONS`).
+def modulation_names(depth: int) -> tuple[str, ...]:
+    """Outputs of `condition` and inputs of `step`: each part of every block, part by part."""
+    return tuple(f"{part}_{i}" for part in MODULATION for i in range(depth))
+
+
+def graph_specs(model: ModelFacts, precision: str, schema_version: int = SCHEMA_VERSION) -> dict[str, GraphSpec]:
+    """Inputs and outputs of every graph of a model at a precision (one of `manifest.PRECISIONS`), as bundles of a
+    schema version have them.
 
     Only keys and values travel in half precision; everything else that crosses a graph's border is float32 or int32.
     """
@@ -67,23 +80,33 @@ def graph_specs(model: ModelFacts, precision: str) -> dict[str, GraphSpec]:
     def cache(name: str, tokens: str) -> TensorSpec:
         return TensorSpec(name=name, dtype=kv, axes=(tokens, "sequences", model.heads, model.head_size))
 
+    def modulation(axis: str, keys_only: bool = False) -> tuple[TensorSpec, ...]:
+        """keys_only: without what only matters after the keys and values of the last block, where there are others (a
+        part is never left without tensors)."""
+        if schema_version in JOINED_MODULATION:
+            return (f32("modulation", axis, depth, 6, C),)
+        last = f"_{depth - 1}" if keys_only and depth > 1 else "none"
+        unused = {part + last for part in MODULATION if part not in ("scale1", "shift1")}
+        return tuple(f32(name, axis, 1, C) for name in modulation_names(depth) if name not in unused)
+
+    def head(axis: str) -> tuple[TensorSpec, ...]:
+        if schema_version in JOINED_MODULATION:
+            return (f32("head_modulation", axis, 2, C),)
+        return tuple(f32(name, axis, 1, C) for name in HEAD_MODULATION)
+
     return {
         CONDITION: GraphSpec(
             file="condition.onnx",
             inputs=(i32("labels", "labels"),),
-            outputs=(
-                f32("modulation", "labels", depth, 6, C),
-                f32("head_modulation", "labels", 2, C),
-                f32("first_input", "labels", 1, C),
-            ),
+            outputs=(*modulation("labels"), *head("labels"), f32("first_input", "labels", 1, C)),
         ),
         STEP: GraphSpec(
             file="step.onnx",
             inputs=(
                 f32("codes", "sequences", "new", D),
                 f32("offset", "sequences", "new", C),
-                f32("modulation", "sequences", depth, 6, C),
-                f32("head_modulation", "sequences", 2, C),
+                *modulation("sequences"),
+                *head("sequences"),
                 i32("cond_rows", "images"),
                 i32("uncond_rows", "images"),
                 f32("t", "images"),
@@ -96,7 +119,7 @@ def graph_specs(model: ModelFacts, precision: str) -> dict[str, GraphSpec]:
             inputs=(
                 f32("codes", "sequences", "new", D),
                 f32("offset", "sequences", "new", C),
-                f32("modulation", "sequences", depth, 6, C),
+                *modulation("sequences", keys_only=True),
                 i32("scale", "new"),
             ),
             outputs=tuple(cache(name, "new") for name in new_names(depth)),

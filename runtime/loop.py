@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import Array, Backend, Graph
+from .conditions import Condition
 from .errors import ArtifactRefused, InvalidInput
 from .given import Given
 from .graphs import new_names, past_names
@@ -72,20 +73,6 @@ def refuse_logits(scale: int, size: tuple[int, int], got: str) -> ArtifactRefuse
         expected="no NaN, no +inf and at least one finite logit in every row",
         fix="look for overflow upstream: try a bundle exported in bf16 or fp32",
     )
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What the classes decide, one row a sequence: modulation (N, depth, 6, C), head_modulation (N, 2, C),
-    first_input (N, 1, C)."""
-
-    modulation: Float32
-    head_modulation: Float32
-    first_input: Float32
-
-    @classmethod
-    def stack(cls, rows: Sequence[Condition]) -> Condition:
-        return cls(*(np.concatenate([getattr(row, field.name) for row in rows]) for field in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -155,11 +142,12 @@ class ScaleLoop:
         self._open_prefill = open_prefill
         self._backend, self._step, self._tables, self._model = backend, step, tables, model
         self._buffers, self._weights = buffers, weights
-        self._first_input = condition.first_input
+        conditioned = condition.tensors()
+        self._first_input = conditioned.pop("first_input")
+        self._modulation: dict[str, Any] = {name: backend.upload(array) for name, array in conditioned.items()}
         B = buffers.images
         self._constant: dict[str, Any] = {
-            "modulation": backend.upload(condition.modulation),
-            "head_modulation": backend.upload(condition.head_modulation),
+            **self._modulation,
             "cond_rows": backend.upload(np.arange(B, dtype=np.int32)),
             "uncond_rows": backend.upload(np.arange(B, dtype=np.int32) + np.int32(B if buffers.guided else 0)),
         }
@@ -185,7 +173,7 @@ class ScaleLoop:
             {
                 "codes": self._backend.upload(codes),
                 "offset": self._backend.upload(offset),
-                "modulation": self._constant["modulation"],
+                **{t.name: self._modulation[t.name] for t in graph.spec.inputs if t.name in self._modulation},
                 "scale": self._backend.upload(scale_of_tokens(self._buffers.schedule.scales[: len(tokens)])),
             },
             {name: self._buffers.cache[i][:L] for i, name in enumerate(new_names(self._model.depth))},

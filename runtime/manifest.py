@@ -15,7 +15,9 @@ from .errors import ArtifactRefused, InvalidInput
 from .schedule import ScaleSchedule
 from .strict_json import decode, encode, loads, short
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+JOINED_MODULATION = (1,)  # versions whose graphs pass the modulation of all blocks as one tensor
 MANIFEST = "manifest.json"
 ENGINES = "engines"  # at the top of a bundle, outside the manifest
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -268,7 +270,8 @@ class Manifest:
     decoder: str = PLAIN
 
     def __post_init__(self) -> None:
-        _require(self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version, str(SCHEMA_VERSION))
+        readable = " or ".join(map(str, READABLE_VERSIONS))
+        _require(self.schema_version in READABLE_VERSIONS, "schema_version", self.schema_version, readable)
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         for name in self.graphs:
             _require_match(_GRAPH_NAME, "graphs: name", name, "letters, digits, _ - .")
@@ -293,10 +296,10 @@ class Manifest:
         _require(len(data) <= MAX_MANIFEST_BYTES, f"{MANIFEST}: bytes", len(data), f"at most {MAX_MANIFEST_BYTES}")
         document = loads(data, where=MANIFEST)
         version = document.get("schema_version") if isinstance(document, dict) else None
-        if type(version) is not int or version != SCHEMA_VERSION:
+        if type(version) is not int or version not in READABLE_VERSIONS:
             raise ArtifactRefused(
                 f"{MANIFEST}: no schema version" if version is None else f"{MANIFEST}: schema version {short(version)}",
-                expected=str(SCHEMA_VERSION),
+                expected=" or ".join(map(str, READABLE_VERSIONS)),
                 fix="upgrade flexvar-deploy or export again",
             )
         manifest = decode(cls, document, where=MANIFEST)

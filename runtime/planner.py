@@ -147,7 +147,8 @@ def plan(
     bf16_arithmetic: whether the backend computes bfloat16 as such on this processor; elsewhere it is widened.
     A backend that knows its own weights, working memory or libraries replaces them: `replace(plan(…), scratch=…)`.
     """
-    model, graphs = manifest.model, graph_specs(manifest.model, manifest.precision)
+    model = manifest.model
+    graphs = graph_specs(model, manifest.precision, manifest.schema_version)
     libraries = {graph: _library(manifest, backend, graph, bf16_arithmetic) for graph in (CONDITION, STEP, DECODE)}
     library, tokenizer = libraries[STEP], libraries[DECODE]
     decoded = min(images, decoded_at_once)

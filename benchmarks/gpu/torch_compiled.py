@@ -38,10 +38,10 @@ class PeerBlock(nn.Module):
         weight, bias = torch.cat([part.weight for part in parts], 1), torch.cat([part.bias for part in parts])
         self.qkv = Dense(weight, bias)  # one product here; ONNX Runtime is faster with three
 
-    def forward(self, x: Tensor, modulation: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
+    def forward(self, x: Tensor, modulation: list[Tensor], keys: Tensor, values: Tensor, past: int) -> Tensor:
         block = self.block
         N, L, _ = x.shape
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         hidden = (block._norm(x) * (1 + scale1) + shift1).to(block.dtype)
         q, k, v = self.qkv(hidden).view(N, L, 3, block.heads, block.head_size).unbind(2)
         q = (block._unit(q) * block.temperature).to(block.dtype).transpose(1, 2)
@@ -72,9 +72,9 @@ class Eager:
         self.offsets = [(model.positions(*size) + bias).detach().to(device) for size in schedule]
         self.weights = torch.tensor(default_guidance().weights(schedule), device=device)  # numbers would be compiled in
 
-    def head(self, x: Tensor, modulation: Tensor, t: Tensor) -> Tensor:
+    def head(self, x: Tensor, modulation: tuple[Tensor, Tensor], t: Tensor) -> Tensor:
         """Guided logits (B, L, V) of both branches (2B, L, C)."""
-        scale, shift = modulation[:, :, None].unbind(1)
+        scale, shift = modulation
         z = F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
         cond, uncond = z.chunk(2)
         logits: Tensor = self.step.head(cond + t * (cond - uncond)).float()
@@ -171,12 +171,12 @@ class CompiledPeer:
     def _begin(self, labels: Sequence[int]) -> None:
         eager, N = self.eager, 2 * len(labels)
         rows = torch.tensor([*labels, *[eager.null] * len(labels)], dtype=torch.int32, device=eager.device)
-        modulation, head, first = eager.condition(rows)
+        *blocks, scale, shift, first = eager.condition(rows)
         shape = (N, eager.heads, eager.schedule.tokens, eager.head_size)
         caches = [torch.zeros(2, *shape, dtype=eager.dtype, device=eager.device) for _ in range(eager.depth)]
         self._state = {
-            "modulation": [part.contiguous() for part in modulation.unbind(1)],
-            "head": head,
+            "modulation": [[part.contiguous() for part in blocks[i :: eager.depth]] for i in range(eager.depth)],
+            "head": (scale.contiguous(), shift.contiguous()),
             "first": first,
             "keys": [cache[0] for cache in caches],
             "values": [cache[1] for cache in caches],

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from ..conditions import RowGroup
 from ..manifest import ModelFacts
 from ..schedule import ScaleSchedule
 from . import kernels
@@ -81,8 +82,15 @@ def result_fields(model: ModelFacts, shape: Shape) -> Fields:
     }
 
 
-def work_fields(model: ModelFacts, shape: Shape, kv_dtype: str, parts: Sequence[range]) -> Fields:
-    """What stays on the device."""
+def condition_name(group: int) -> str:
+    """Name of the buffer that holds a group of what the condition graph computes."""
+    return f"condition_{group}"
+
+
+def work_fields(
+    model: ModelFacts, shape: Shape, kv_dtype: str, groups: Sequence[RowGroup], parts: Sequence[range]
+) -> Fields:
+    """What stays on the device. groups: of the condition graph's outputs; parts: of the images, see `decode_parts`."""
     N, B, C, D = shape.sequences, shape.images, model.width, model.code_dim
     schedule, factor = shape.schedule, model.downsampling
     later = max((h * w for h, w in schedule.scales[1:]), default=1)
@@ -90,9 +98,7 @@ def work_fields(model: ModelFacts, shape: Shape, kv_dtype: str, parts: Sequence[
     return {
         "cond_rows": ((B,), "int32"),
         "uncond_rows": ((B,), "int32"),
-        "modulation": ((N, model.depth, 6, C), "float32"),
-        "head_modulation": ((N, 2, C), "float32"),
-        "first_input": ((N, 1, C), "float32"),
+        **{condition_name(g): ((len(group.names), N, *group.row), "float32") for g, group in enumerate(groups)},
         "no_codes": ((N, 1, D), "float32"),
         "codes": ((N * later * D,), "float32"),
         "offset": ((N * later * C,), "float32"),

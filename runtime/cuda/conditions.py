@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..backends.base import Backend, Graph
+from ..conditions import RowGroup
 from ..graphs import CONDITION
 from ..manifest import ModelFacts
+from . import kernels
 from .array import DeviceArray
 from .device import Device
 
@@ -17,19 +19,29 @@ SLOTS = 64  # 0.4 MB each for d16
 
 
 class ConditionStore:
-    """modulation (slots, depth, 6, C), head_modulation (slots, 2, C) and first_input (slots, 1, C), float32.
+    """A buffer (len(names), slots, *row) float32 for each group of outputs of the condition graph.
 
     The graph always runs on `labels_per_run` labels, padded: a row does not depend on how many were asked for.
     """
 
-    def __init__(self, backend: Backend, device: Device, model: ModelFacts, open_graph: Callable[[str], Graph]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        device: Device,
+        model: ModelFacts,
+        groups: tuple[RowGroup, ...],
+        open_graph: Callable[[str], Graph],
+    ) -> None:
         self._backend, self._device, self._model, self._open = backend, device, model, open_graph
+        self._groups = groups
         self._slots: OrderedDict[int, int] = OrderedDict()
-        self._arrays: dict[str, DeviceArray] = {}
+        self._buffers: list[DeviceArray] = []
         self._capacity = 0
 
-    def __getitem__(self, name: str) -> DeviceArray:
-        return self._arrays[name]
+    def gather(self, slots: DeviceArray, targets: Sequence[DeviceArray]) -> None:
+        """Enqueue the copies from `slots` (N,) int32 on the device into a buffer (len(names), N, *row) per group."""
+        for buffer, target in zip(self._buffers, targets, strict=True):
+            self._device.launch(kernels.gather_rows(buffer, slots, target))
 
     def slots(self, labels: Sequence[int]) -> list[int]:
         """The slot of every label, computed first where it is not there. Valid until the next call."""
@@ -47,30 +59,30 @@ class ConditionStore:
 
     def clear(self) -> None:
         self._slots.clear()
-        self._arrays.clear()
+        self._buffers.clear()
         self._capacity = 0
 
     def _grow(self, capacity: int) -> None:
         self.clear()
-        for tensor in self._open(CONDITION).spec.outputs:
-            row = tuple(axis for axis in tensor.axes if isinstance(axis, int))
-            self._arrays[tensor.name] = self._backend.empty((capacity, *row), tensor.dtype)
+        for group in self._groups:
+            self._buffers.append(self._backend.empty((len(group.names), capacity, *group.row), "float32"))
         self._capacity = capacity
 
     def _compute(self, labels: list[int]) -> None:
-        """Run the graph once and copy the rows; slots of the labels longest unused are taken over."""
+        """Run the graph once and copy its rows; slots of the labels longest unused are taken over."""
         graph, per_run = self._open(CONDITION), self._backend.labels_per_run
         padded = np.full(per_run, self._model.null_class, np.int32)
         padded[: len(labels)] = labels
-        outputs = {
-            name: self._backend.empty((per_run, *array.shape[1:]), array.dtype) for name, array in self._arrays.items()
-        }
-        graph.run({"labels": self._backend.upload(padded)}, outputs)
+        computed = [self._backend.empty((len(group.names), per_run, *group.row), "float32") for group in self._groups]
+        views = (group.views(buffer) for group, buffer in zip(self._groups, computed, strict=True))
+        graph.run(
+            {"labels": self._backend.upload(padded)}, {name: view for named in views for name, view in named.items()}
+        )
         free = iter(set(range(self._capacity)) - set(self._slots.values()))
-        for row, label in enumerate(labels):
+        for label in labels:
             slot = next(free, None)
-            slot = self._slots.popitem(last=False)[1] if slot is None else slot
-            for name, array in self._arrays.items():
-                self._device.copy(array[slot], outputs[name][row])
-            self._slots[label] = slot
-        self._device.synchronize()  # `outputs` are dropped
+            self._slots[label] = self._slots.popitem(last=False)[1] if slot is None else slot
+        slots = self._backend.upload(np.array([self._slots[label] for label in labels], np.int32))
+        for buffer, rows in zip(self._buffers, computed, strict=True):
+            self._device.launch(kernels.scatter_rows(rows, slots, buffer))
+        self._device.synchronize()  # `computed` and `slots` are dropped

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..bundle import Bundle
+from ..conditions import RowGroup, row_groups
 from ..engines import graph_files
 from ..errors import OutOfMemory
-from ..graphs import DTYPE_OF_PRECISION, PREFILL, REQUIRED
+from ..graphs import CONDITION, DTYPE_OF_PRECISION, PREFILL, REQUIRED
 from ..manifest import ModelFacts
 from ..planner import IMAGES_PER_RUN, largest_batch
 from .array import DeviceArray
@@ -30,10 +32,10 @@ class DevicePlan:
         return self.weights + self.kv + self.buffers
 
 
-def generation_bytes(model: ModelFacts, shape: Shape, kv_dtype: str) -> int:
-    """Buffers of a generation, exactly as they are allocated."""
+def generation_bytes(model: ModelFacts, shape: Shape, kv_dtype: str, groups: Sequence[RowGroup]) -> int:
+    """Buffers of a generation, exactly as they are allocated. groups: of the condition graph's outputs."""
     parts = decode_parts(shape.images, IMAGES_PER_RUN)
-    fields = request_fields(shape), result_fields(model, shape), work_fields(model, shape, kv_dtype, parts)
+    fields = request_fields(shape), result_fields(model, shape), work_fields(model, shape, kv_dtype, groups, parts)
     return sum(map(nbytes, fields))
 
 
@@ -42,14 +44,14 @@ def device_plan(bundle: Bundle, shape: Shape, prefill: bool = False) -> DevicePl
     holds the weights of the step once more."""
     manifest = bundle.manifest
     kv_dtype = DTYPE_OF_PRECISION[manifest.precision]
-    cache_shape, cache_dtype = work_fields(manifest.model, shape, kv_dtype, ())["cache"]
+    cache_shape, cache_dtype = work_fields(manifest.model, shape, kv_dtype, (), ())["cache"]
     kv = DeviceArray(0, cache_shape, cache_dtype, None).nbytes
     graphs = [*REQUIRED, *([PREFILL] if prefill else [])]
     files = [name for graph in graphs for name in graph_files(bundle, graph)]
     return DevicePlan(
         weights=sum(manifest.files[name].size for name in files),
         kv=kv,
-        buffers=generation_bytes(manifest.model, shape, kv_dtype) - kv,
+        buffers=generation_bytes(manifest.model, shape, kv_dtype, row_groups(bundle.graph(CONDITION))) - kv,
     )
 
 

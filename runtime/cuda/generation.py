@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, Bound, Graph
+from ..conditions import RowGroup
 from ..errors import FlexVARError, OutOfMemory
 from ..graphs import DECODE, STEP, new_names, past_names
 from ..images import refuse_pixels
@@ -30,7 +31,7 @@ from ..schedule import ScaleSchedule
 from ..tables import Tables
 from . import kernels
 from .array import DeviceArray
-from .buffers import Arena, Shape, decode_parts, request_fields, result_fields, work_fields
+from .buffers import Arena, Shape, condition_name, decode_parts, request_fields, result_fields, work_fields
 from .conditions import ConditionStore
 from .device import Device, Replay
 
@@ -65,6 +66,7 @@ class DeviceGeneration:
         tables: Tables,
         shape: Shape,
         kv_dtype: str,
+        groups: tuple[RowGroup, ...],
         codebook: DeviceArray,
         open_graph: Callable[[str], Graph],
     ) -> None:
@@ -74,7 +76,12 @@ class DeviceGeneration:
         self._parts = decode_parts(shape.images, IMAGES_PER_RUN)
         self._request = Arena(device, request_fields(shape), pinned=True)
         self._result = Arena(device, result_fields(model, shape), pinned=True)
-        self._work = Arena(device, work_fields(model, shape, kv_dtype, self._parts))
+        self._work = Arena(device, work_fields(model, shape, kv_dtype, groups, self._parts))
+        self._conditions = [self._work[condition_name(g)] for g in range(len(groups))]
+        self._conditioned: dict[str, DeviceArray] = {}
+        for group, buffer in zip(groups, self._conditions, strict=True):
+            self._conditioned |= group.views(buffer)
+        self._first_input = self._conditioned.pop("first_input")
         self._write_constants(tables)
         self._steps = [self._bind_step(i) for i in range(len(shape.schedule))]
         self._decodes: list[Bound] = []
@@ -104,9 +111,7 @@ class DeviceGeneration:
         for i, t in enumerate(weights):
             host[f"t_{i}"][:] = t
         self._device.write(self._request.whole, self._request.host_whole)
-        for name in ("modulation", "head_modulation", "first_input"):
-            launch = kernels.gather_rows(conditions[name], self._request["slots"], self._work[name])
-            self._device.launch(launch)
+        conditions.gather(self._request["slots"], self._conditions)
         self._device.zero(self._result["status"])
 
     def seed(self, draws: Draws) -> None:
@@ -170,7 +175,7 @@ class DeviceGeneration:
         """
         sizes, N = self.shape.schedule.scales[: len(tokens)], self.shape.sequences
         repeats = N // self.shape.images
-        first = self._backend.download(self._work["first_input"])
+        first = self._backend.download(self._first_input)
         codes, offsets = [np.zeros((N, 1, self._model.code_dim), np.float32)], [first]
         for scale, size in zip(tokens, sizes[1:], strict=False):
             codes.append(np.tile(self._tables.next_codes(scale, size), (repeats, 1, 1)))
@@ -180,7 +185,7 @@ class DeviceGeneration:
         inputs = {
             "codes": self._backend.upload(joined),
             "offset": self._backend.upload(np.concatenate(offsets, axis=1)),
-            "modulation": self._work["modulation"],
+            **{t.name: self._conditioned[t.name] for t in graph.spec.inputs if t.name in self._conditioned},
             "scale": self._backend.upload(scale_of_tokens(sizes)),
         }
         graph.run(inputs, {name: cache[block][:L] for block, name in enumerate(new_names(self._model.depth))})
@@ -287,7 +292,7 @@ class DeviceGeneration:
     def _inputs(self, i: int) -> tuple[DeviceArray, DeviceArray]:
         """codes (N, L, D) and offset (N, L, C) of scale i: the first scale has no codes, only the class."""
         if i == 0:
-            return self._work["no_codes"], self._work["first_input"]
+            return self._work["no_codes"], self._first_input
         (h, w), N = self.shape.schedule[i], self.shape.sequences
         D, C = self._model.code_dim, self._model.width
         codes = self._work["codes"][: N * h * w * D].reshape(N, h * w, D)
@@ -301,8 +306,7 @@ class DeviceGeneration:
         inputs = {
             "codes": codes,
             "offset": offset,
-            "modulation": work["modulation"],
-            "head_modulation": work["head_modulation"],
+            **self._conditioned,
             "cond_rows": work["cond_rows"],
             "uncond_rows": work["uncond_rows"],
             "t": self._request[f"t_{i}"],

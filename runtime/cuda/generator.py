@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, Graph, host_dtype
+from ..conditions import row_groups
 from ..errors import InvalidInput, OutOfMemory
 from ..graphs import CONDITION, DECODE, DTYPE_OF_PRECISION, STEP
 from ..guidance import Guidance
 from ..loop import Draws, Loop
-from ..manifest import ModelFacts
+from ..manifest import GraphSpec, ModelFacts
 from ..planner import largest_batch
 from ..schedule import ScaleSchedule
 from ..tables import Tables
@@ -56,16 +57,18 @@ class DeviceGenerator:
         model: ModelFacts,
         precision: str,
         tables: Tables,
+        condition: GraphSpec,
         open_graph: Callable[[str], Graph],
         open_prefill: Callable[[], Graph | None],
     ) -> None:
         self._open_prefill = open_prefill
         self._backend, self._device, self._model, self._tables = backend, device, model, tables
+        self._groups = row_groups(condition)
         self._kv_dtype, self._open = DTYPE_OF_PRECISION[precision], open_graph
         device.activate()
         device.load(KernelConfig(model.vocabulary, model.code_dim, model.width))
         self._codebook: DeviceArray = backend.upload(tables.codebook)
-        self._conditions = ConditionStore(backend, device, model, open_graph)
+        self._conditions = ConditionStore(backend, device, model, self._groups, open_graph)
         self._spare: OrderedDict[Shape, DeviceGeneration] = OrderedDict()
         self._closed = False
 
@@ -120,7 +123,7 @@ class DeviceGenerator:
 
     def bytes_of(self, shape: Shape) -> int:
         """Device memory of the buffers of a shape, exactly."""
-        return generation_bytes(self._model, shape, self._kv_dtype)
+        return generation_bytes(self._model, shape, self._kv_dtype, self._groups)
 
     @contextmanager
     def _generation(self, schedule: ScaleSchedule, images: int, weights: Sequence[float]) -> Iterator[DeviceGeneration]:
@@ -166,6 +169,7 @@ class DeviceGenerator:
             self._tables,
             shape,
             self._kv_dtype,
+            self._groups,
             self._codebook,
             self._open,
         )

@@ -424,11 +424,24 @@ next_inputs(const int *__restrict__ tokens, const float *__restrict__ codebook, 
   }
 }
 
-// target[i] = source[rows[i]], rows of `columns` floats. Blocks: (ceil(columns / 4096), target rows).
+// target[k][i] = source[k][rows[i]], rows of `columns` floats, `source_rows` of them in each source[k].
+// Blocks: (ceil(columns / 4096), target rows, tables).
 KERNEL(256)
-gather_rows(const float *__restrict__ source, const int *__restrict__ rows, float *__restrict__ target, u32 columns) {
+gather_rows(const float *__restrict__ source, const int *__restrict__ rows, float *__restrict__ target, u32 columns,
+            u32 source_rows) {
   const u32 start = blockIdx.x * 4096, count = min(columns - start, 4096u);
-  copy_floats(target + (u64)blockIdx.y * columns + start, source + (u64)rows[blockIdx.y] * columns + start, count, 256);
+  const u64 from = (u64)blockIdx.z * source_rows + rows[blockIdx.y], to = (u64)blockIdx.z * gridDim.y + blockIdx.y;
+  copy_floats(target + to * columns + start, source + from * columns + start, count, 256);
+}
+
+// target[k][rows[i]] = source[k][i] for the first gridDim.y rows of each source[k], which has `source_rows`.
+// Blocks: (ceil(columns / 4096), rows written, tables).
+KERNEL(256)
+scatter_rows(const float *__restrict__ source, const int *__restrict__ rows, float *__restrict__ target, u32 columns,
+             u32 source_rows, u32 target_rows) {
+  const u32 start = blockIdx.x * 4096, count = min(columns - start, 4096u);
+  const u64 from = (u64)blockIdx.z * source_rows + blockIdx.y, to = (u64)blockIdx.z * target_rows + rows[blockIdx.y];
+  copy_floats(target + to * columns + start, source + from * columns + start, count, 256);
 }
 
 // --- pixels

@@ -20,7 +20,7 @@ from ..errors import BackendUnavailable
 from ..noise import check_index, check_seed
 from .array import DeviceArray
 
-KERNEL_NAMES = ("sample_rows", "next_inputs", "gather_rows", "to_uint8", "draws")
+KERNEL_NAMES = ("sample_rows", "next_inputs", "gather_rows", "scatter_rows", "to_uint8", "draws")
 TAPS = 4  # inputs that an output of a bicubic resize takes from, at most
 STATUS_WORDS = 2  # uint32
 
@@ -173,11 +173,24 @@ def next_inputs(
 
 
 def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
-    """target[i] = source[rows[i]]: source (M, …) and target (R, …) float32 with equal rows, rows (R,) int32."""
-    _require(source.shape[1:] == target.shape[1:] and rows.shape == (len(target),), "rows", source, rows, target)
-    columns = target[0].size
-    args = source.address, rows.address, target.address, ctypes.c_uint32(columns)
-    return Launch("gather_rows", (-(-columns // 4096), len(target), 1), (256, 1, 1), 0, args)
+    """target[k, i] = source[k, rows[i]] for every k: source (K, M, …) and target (K, R, …) float32 with rows of one
+    shape, rows (R,) int32."""
+    fits = _same_tables(source, target) and rows.shape == target.shape[1:2]
+    _require(fits, "rows", source, rows, target)
+    columns = target[0][0].size
+    args = source.address, rows.address, target.address, ctypes.c_uint32(columns), ctypes.c_uint32(source.shape[1])
+    return Launch("gather_rows", (-(-columns // 4096), target.shape[1], len(target)), (256, 1, 1), 0, args)
+
+
+def scatter_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
+    """target[k, rows[i]] = source[k, i] for every k and every i below R: source (K, M, …), M ≥ R, and target (K, T, …)
+    float32 with rows of one shape, rows (R,) int32, all different."""
+    fits = _same_tables(source, target) and len(rows.shape) == 1 and 0 < rows.shape[0] <= source.shape[1]
+    _require(fits, "rows", source, rows, target)
+    columns = target[0][0].size
+    numbers = (ctypes.c_uint32(number) for number in (columns, source.shape[1], target.shape[1]))
+    args = source.address, rows.address, target.address, *numbers
+    return Launch("scatter_rows", (-(-columns // 4096), rows.shape[0], len(target)), (256, 1, 1), 0, args)
 
 
 def to_uint8(
@@ -205,6 +218,11 @@ def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
     _require(streams.shape == (stream_words(B),), "streams", streams, out_BL)
     args = streams.address, out_BL.address, ctypes.c_uint32(B * L), ctypes.c_uint32(L), ctypes.c_uint32(scale)
     return Launch("draws", (-(-B * L // 256), 1, 1), (256, 1, 1), 0, args)
+
+
+def _same_tables(source: DeviceArray, target: DeviceArray) -> bool:
+    """Whether two arrays (K, rows, …) have the same K and rows of one shape."""
+    return len(source) == len(target) and source.shape[2:] == target.shape[2:]
 
 
 def _threads(vocabulary: int) -> int:

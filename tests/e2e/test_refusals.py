@@ -90,7 +90,10 @@ def link(bundle: Path) -> None:
             edit(lambda manifest: manifest["graphs"]["step"].update(file="/etc/passwd")),
             "file = '/etc/passwd' | a plain relative name",
         ),
-        (edit(lambda manifest: manifest.update(schema_version=2)), "schema version 2 | 1 | upgrade flexvar-deploy or"),
+        (
+            edit(lambda manifest: manifest.update(schema_version=3)),
+            "schema version 3 | 1 or 2 | upgrade flexvar-deploy or",
+        ),
         (edit(lambda manifest: manifest["model"].update(depth=3)), "graph condition with other tensors than a fp32"),
         (
             edit(lambda manifest: manifest["graphs"]["step"]["outputs"].pop()),

@@ -17,9 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from flexvar_export.emulate import emulate_bf16, widen
 from flexvar_export.modules import graph_module
+from flexvar_export.onnx_graphs import call_arguments
+from flexvar_export.parity import joined_modulation
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import ArtifactRefused, Bundle
 from flexvar_runtime.graphs import GRAPHS, graph_specs
+from flexvar_runtime.manifest import GraphSpec, TensorSpec
 
 F32, BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 SIZES = {"labels": 3, "images": 2, "sequences": 4, "new": 9, "past": 5, "height": 6, "width": 7}
@@ -188,7 +191,7 @@ def test_onnx_runtime_keeps_the_rounding(
 ) -> None:
     """Optimised or not, the same bits. Only the last level lays convolutions out in blocks of channels, which sums in
     another order: there a value may round to its neighbour, but as much is rounded as before."""
-    path = str(emulated.file(f"{graph}.onnx"))
+    path, spec = str(emulated.file(f"{graph}.onnx")), emulated.manifest.graphs[graph]
     literal = run(path, feeds(graph), "ORT_DISABLE_ALL")
     for level in ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"):
         assert all(map(np.array_equal, literal, run(path, feeds(graph), level)))
@@ -196,16 +199,19 @@ def test_onnx_runtime_keeps_the_rounding(
     if graph in ("condition", "step", "prefill"):
         assert all(map(np.array_equal, literal, optimised))
     else:
-        exact = outputs(tiny_pair, graph, torch.float32, feeds(graph))[0]
+        exact = outputs(tiny_pair, graph, spec, torch.float32, feeds(graph))[0]
         # the same error against float32, to a fifth; without rounding it would be a thousandth of that
         assert off(optimised[0], exact) == pytest.approx(off(literal[0], exact), rel=0.2)
     if graph == "condition":
         condition = graph_module(graph, *tiny_pair, torch.bfloat16)
         offsets = np.stack([block.offset.numpy() for block in condition.blocks])  # type: ignore[union-attr]
-        for got, offset in zip(optimised, (offsets, condition.head.offset.numpy()), strict=False):  # type: ignore[union-attr]
-            assert is_rounded_before(offset.reshape(got.shape[1:]), got).all()
-            exact = outputs(tiny_pair, graph, torch.float32, feeds(graph))[0 if got is optimised[0] else 1]
-            assert is_rounded_before(offset.reshape(got.shape[1:]), exact).mean() < 0.1  # float32: seen not to be
+        wide = outputs(tiny_pair, graph, spec, torch.float32, feeds(graph))
+        names, depth = [tensor.name for tensor in spec.outputs], emulated.manifest.model.depth
+        ours, exact = (joined_modulation(dict(zip(names, arrays, strict=True)), depth) for arrays in (optimised, wide))
+        for name, offset in (("modulation", offsets), ("head_modulation", condition.head.offset.numpy())):  # type: ignore[union-attr]
+            assert is_rounded_before(offset.reshape(ours[name].shape[1:]), ours[name]).all()
+            # float32 is seen not to be
+            assert is_rounded_before(offset.reshape(ours[name].shape[1:]), exact[name]).mean() < 0.1
     every = range(len(literal))
     by_half = {"condition": (), "step": every, "prefill": every, "decode": (0,), "encode": ()}[graph]
     for i in by_half:  # outputs that a bfloat16 operation computed
@@ -218,11 +224,11 @@ def test_emulated_equals_torch_in_bfloat16(
 ) -> None:
     """The same numbers after one product. Further on the two round a few values differently (torch fuses an activation
     or an attention and rounds it once), and all that follows from them: their errors are alike in size, no more."""
-    got = run(str(emulated.file(f"{graph}.onnx")), feeds(graph))
-    narrow, wide = (outputs(tiny_pair, graph, dtype, feeds(graph)) for dtype in (torch.bfloat16, torch.float32))
-    names = [tensor.name for tensor in emulated.manifest.graphs[graph].outputs]
+    got, spec = run(str(emulated.file(f"{graph}.onnx")), feeds(graph)), emulated.manifest.graphs[graph]
+    narrow, wide = (outputs(tiny_pair, graph, spec, dtype, feeds(graph)) for dtype in (torch.bfloat16, torch.float32))
+    names = [tensor.name for tensor in spec.outputs]
     for name, ours, theirs, exact in zip(names, got, narrow, wide, strict=True):
-        if name in ("modulation", "head_modulation", "new_k_0", "new_v_0"):
+        if graph == "condition" or name in ("new_k_0", "new_v_0"):
             assert np.mean(ours != theirs) < 0.01  # none here; another processor may sum in another order
         if name == "first_input":  # has no half-precision operation
             assert off(ours, exact) < 1e-6
@@ -233,16 +239,15 @@ def test_emulated_equals_torch_in_bfloat16(
         assert off(ours, theirs) < 1.2 * rounding  # errors that had nothing in common would be √2 apart
 
 
-def outputs(pair: tuple[FlexVAR, Tokenizer], graph: str, dtype: torch.dtype, feeds: Arrays) -> list[NDArray[Any]]:
-    pasts: list[list[torch.Tensor]] = [[], []]
-    arguments = []
-    for name, value in feeds.items():
-        if name.startswith("past_"):
-            pasts[name.startswith("past_v")].append(torch.from_numpy(value).to(dtype))
-        else:
-            arguments.append(torch.from_numpy(value))
+def outputs(
+    pair: tuple[FlexVAR, Tokenizer], graph: str, spec: GraphSpec, dtype: torch.dtype, feeds: Arrays
+) -> list[NDArray[Any]]:
+    def tensor(declared: TensorSpec) -> torch.Tensor:
+        value = torch.from_numpy(feeds[declared.name])
+        return value.to(dtype) if declared.name.startswith("past_") else value
+
     with torch.inference_mode():
-        results = graph_module(graph, *pair, dtype, decoder="phases")(*arguments, *(past for past in pasts if past))
+        results = graph_module(graph, *pair, dtype, decoder="phases")(*call_arguments(spec, tensor))
     flat: list[torch.Tensor] = []
     for result in results if isinstance(results, tuple) else (results,):
         flat += result if isinstance(result, list) else [result]

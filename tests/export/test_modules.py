@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flexvar_export.modules import Condition, Float32GroupNorm, Prefill, Step, graph_module
 from flexvar_ref import FlexVAR, Options, Tokenizer, as_scales, iter_scales
 from flexvar_ref.sampling import guidance_weight
+from flexvar_runtime.graphs import MODULATION
 
 Pair = tuple[FlexVAR, Tokenizer]
 SCALES = as_scales("1_2x3_4_3x6")
@@ -30,9 +31,15 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def conditioned(model: FlexVAR, labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    modulation, head, first = Condition(model, torch.float32)(torch.tensor(labels, dtype=torch.int32))
-    return modulation, head, first
+def split(outputs: tuple[Tensor, ...]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
+    """What `Condition` gives, as `Step` takes it: six parts of all blocks, those of the head, the first input."""
+    *parts, scale, shift, first = outputs
+    depth = len(parts) // len(MODULATION)
+    return [parts[i : i + depth] for i in range(0, len(parts), depth)], [scale, shift], first
+
+
+def conditioned(model: FlexVAR, labels: list[int]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
+    return split(Condition(model, torch.float32)(torch.tensor(labels, dtype=torch.int32)))
 
 
 def step_through(
@@ -57,7 +64,7 @@ def step_through(
         t = torch.full((B,), weights[i])
         depth = model.config.depth
         logits, keys, values = step(
-            codes, offset, modulation, head, rows, rows + (N - B), t, past[:depth], past[depth:]
+            codes, offset, *modulation, *head, rows, rows + (N - B), t, past[:depth], past[depth:]
         )
         past = [torch.cat(pair) for pair in zip(past, (*keys, *values), strict=True)]
         yield logits, past[:depth], past[depth:]
@@ -100,18 +107,19 @@ def test_new_keys_and_values_are_the_references_cache(tiny_pair: Pair, forced: l
 
 def test_prefill_leaves_the_keys_and_values_of_all_steps(tiny_pair: Pair, forced: list[Tensor]) -> None:
     """To float32 noise the reference's own cache, and what `Step` leaves scale by scale."""
-    model, depth = tiny_pair[0], tiny_pair[0].config.depth
+    model = tiny_pair[0]
     labels = torch.tensor(LABELS)
     expected = model.prefill(labels, forced, SCALES)
     *_, (_, stepped_keys, stepped_values) = step_through(model, LABELS, LABELS, [0.0] * len(SCALES), forced)
-    cond = model.condition(labels)
-    modulation = torch.stack([block.ada_lin(cond) for block in model.blocks], 1).view(len(LABELS), depth, 6, -1)
+    modulation, _, _ = conditioned(model, LABELS)
+    for part in (modulation[0], modulation[1], modulation[3], modulation[5]):
+        part.pop()  # the last block only gives keys and values
     codes, offset = [torch.zeros(len(LABELS), 1, model.config.code_dim)], [model.first_input(labels)]
     for tokens, size, following in zip(forced, SCALES, SCALES[1:], strict=False):
         codes.append(model.next_codes(tokens, size, following))
         offset.append((model.positions(*following) + model.word_embed.bias).expand(len(LABELS), -1, -1))
     scale = torch.cat([torch.full((h * w,), i, dtype=torch.int32) for i, (h, w) in enumerate(SCALES)])
-    keys, values = Prefill(model, torch.float32)(torch.cat(codes, 1), torch.cat(offset, 1), modulation, scale)
+    keys, values = Prefill(model, torch.float32)(torch.cat(codes, 1), torch.cat(offset, 1), *modulation, scale)
     for got, reference, stepped in zip(
         (*keys, *values),
         (*expected.keys, *expected.values),
@@ -142,7 +150,7 @@ def test_rows_choose_the_branches(tiny_pair: Pair) -> None:
 
     def logits(cond: int, uncond: int, t: float) -> Tensor:
         rows = (torch.tensor([row], dtype=torch.int32) for row in (cond, uncond))
-        result: Tensor = step(codes, first, modulation, head, *rows, torch.tensor([t]), past, past)[0]
+        result: Tensor = step(codes, first, *modulation, *head, *rows, torch.tensor([t]), past, past)[0]
         return result
 
     conditional, unconditional = logits(0, 0, 5.0), logits(1, 1, 5.0)
@@ -157,8 +165,8 @@ def test_condition_equals_the_reference(tiny_pair: Pair) -> None:
     modulation, head, first = conditioned(model, labels)
     cond = model.condition(torch.tensor(labels))
     for i, block in enumerate(model.blocks):
-        assert error(modulation[:, i].flatten(1), block.ada_lin(cond)) < NOISE
-    assert error(head.flatten(1), model.head_nm.ada_lin(cond)) < NOISE
+        assert error(torch.cat([part[i] for part in modulation], 1).flatten(1), block.ada_lin(cond)) < NOISE
+    assert error(torch.cat(head, 1).flatten(1), model.head_nm.ada_lin(cond)) < NOISE
     assert error(first, model.first_input(torch.tensor(labels))) < NOISE
 
 
@@ -171,7 +179,7 @@ def test_what_all_classes_share_costs_no_precision(tiny_pair: Pair) -> None:
     labels = torch.arange(model.config.classes + 1, dtype=torch.int32)
     expected = model.head_nm.ada_lin(model.condition(labels.long())).unflatten(1, (2, -1))
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
-    got = Condition(model, torch.bfloat16)(labels)[1]
+    got = torch.cat(split(Condition(model, torch.bfloat16)(labels))[1], 1)
     assert float((got - expected).norm() / spread) < 0.005
     plain = copy.deepcopy(linear).bfloat16()(torch.nn.functional.silu(model.condition(labels.long())).bfloat16())
     assert float((plain.float().view_as(expected) - expected).norm() / spread) > 0.015  # the gate
@@ -191,14 +199,14 @@ def test_decode_and_encode_equal_the_reference(tiny_pair: Pair, size: tuple[int,
 def test_half_modules_keep_float32_at_their_border(tiny_pair: Pair, dtype: torch.dtype) -> None:
     model, tokenizer = tiny_pair
     labels = torch.arange(2, dtype=torch.int32)
-    modulation, head, first = graph_module("condition", *tiny_pair, dtype)(labels)
+    modulation, head, first = split(graph_module("condition", *tiny_pair, dtype)(labels))
     past = [torch.zeros(0, 2, model.config.heads, 64, dtype=dtype)] * 2
     codes = torch.zeros(2, 1, model.config.code_dim)
     step = graph_module("step", *tiny_pair, dtype)
-    logits, keys, values = step(codes, first, modulation, head, labels, labels, torch.zeros(2), past, past)
+    logits, keys, values = step(codes, first, *modulation, *head, labels, labels, torch.zeros(2), past, past)
     image = graph_module("decode", *tiny_pair, dtype)(torch.zeros(1, 2, 2, dtype=torch.int32))
     latent = graph_module("encode", *tiny_pair, dtype)(image)
-    assert {x.dtype for x in (modulation, head, first, logits, image, latent)} == {torch.float32}
+    assert {x.dtype for x in (*modulation[0], *head, first, logits, image, latent)} == {torch.float32}
     assert {x.dtype for x in (*keys, *values)} == {dtype}
     assert latent.shape == (1, tokenizer.config.code_dim, 2, 2)
 
@@ -213,7 +221,7 @@ def test_keys_too_small_to_square_in_half_precision_are_normalised(tiny_pair: Pa
     modulation, head, first = conditioned(model, LABELS)
     past = [torch.zeros(0, 2, model.config.heads, 64, dtype=torch.float16)] * 2
     rows, codes = torch.arange(2, dtype=torch.int32), torch.zeros(2, 1, model.config.code_dim)
-    _, keys, _ = Step(model, torch.float16)(codes, first, modulation, head, rows, rows, torch.zeros(2), past, past)
+    _, keys, _ = Step(model, torch.float16)(codes, first, *modulation, *head, rows, rows, torch.zeros(2), past, past)
     for key in keys:
         assert torch.allclose(key.float().norm(dim=-1), torch.ones(1), atol=2e-3)  # rounding of 64 halves
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from flexvar_export.modules import graph_module
-from flexvar_export.onnx_graphs import INLINE_BYTES, export_graph
+from flexvar_export.onnx_graphs import INLINE_BYTES, call_arguments, export_graph
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import ArtifactRefused, Bundle
 from flexvar_runtime.graphs import GRAPHS, WEIGHTS_OF, graph_precision, graph_specs
@@ -185,21 +185,21 @@ def test_no_size_is_frozen(
         feeds = arrays_for(spec.inputs, sizes)
         results = session.run(None, feeds)
         with torch.inference_mode():
-            expected = flat(reference(*as_arguments(feeds)))
+            expected = flat(reference(*as_arguments(spec, feeds)))
         for tensor, got, value in zip(spec.outputs, results, expected, strict=True):
             error = np.linalg.norm(got.astype(np.float32) - value.numpy()) / np.linalg.norm(value.numpy())
             # Noise of the precision through some forty layers; where a size was baked in the error is near 1.
             assert error <= {"fp32": 1e-5, "fp16": 1e-2}[precision], (tensor.name, sizes)
 
 
-def as_arguments(feeds: dict[str, np.ndarray]) -> list[Tensor | list[Tensor]]:
-    """A module's arguments: past keys and past values are one list each, in float32."""
-    plain = [torch.from_numpy(value) for name, value in feeds.items() if not name.startswith("past_")]
-    pasts = [
-        [torch.from_numpy(value).float() for name, value in feeds.items() if name.startswith(part)]
-        for part in ("past_k", "past_v")
-    ]
-    return [*plain, *(past for past in pasts if past)]
+def as_arguments(spec: GraphSpec, feeds: dict[str, np.ndarray]) -> tuple[Tensor | list[Tensor], ...]:
+    """A module's arguments, past keys and values in float32."""
+
+    def tensor(declared: TensorSpec) -> Tensor:
+        value = torch.from_numpy(feeds[declared.name])
+        return value.float() if declared.name.startswith("past_") else value
+
+    return call_arguments(spec, tensor)
 
 
 def flat(results: object) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ import pytest
 
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.manifest import (
+    SCHEMA_VERSION,
     Defaults,
     GraphSpec,
     Manifest,
@@ -42,7 +43,7 @@ def manifest() -> Manifest:
     image = TensorSpec(name="image", dtype="float32", axes=("B", 3, "H", "W"))
     row = ParityRow(graph="step", scale="3x5", output="logits", metric="relative error", value=3e-6, bound=1e-5)
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         precision="fp32",
         model=ModelFacts(
             depth=2,

@@ -151,7 +151,7 @@ def test_a_graph_in_an_unchecked_file(bundle_dir: Path, edit_manifest: Edit) -> 
         (lambda document: document["model"].update(depth="2"), "got manifest.json: model.depth = '2'; expected an int"),
         (
             lambda document: document.update(schema_version=7),
-            "got manifest.json: schema version 7; expected 1; fix:",
+            "got manifest.json: schema version 7; expected 1 or 2; fix:",
         ),
         (lambda document: document["defaults"].update(top_p=float("nan")), "got manifest.json: the constant NaN"),
     ],
@@ -163,7 +163,7 @@ def test_manifest_refusals(bundle_dir: Path, edit_manifest: Edit, change: Any, g
 
 def test_duplicate_key(bundle_dir: Path) -> None:
     path = bundle_dir / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 1,\n "schema_version": 1'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 2,\n "schema_version": 2'))
     assert "got manifest.json: the key 'schema_version' twice; expected every key once" in _refusal(bundle_dir)
 
 

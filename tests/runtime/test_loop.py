@@ -25,7 +25,7 @@ from flexvar_runtime import (
 from flexvar_runtime.backends.base import Backend, Bound, host_dtype
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.engine import CONDITIONS_KEPT
-from flexvar_runtime.graphs import TABLES_FILE, graph_specs, new_names, past_names
+from flexvar_runtime.graphs import TABLES_FILE, graph_specs, modulation_names, new_names, past_names
 from flexvar_runtime.manifest import GraphSpec, Manifest, ModelFacts
 from flexvar_runtime.planner import IMAGES_PER_RUN, MemoryPlan, image_bytes, plan
 from flexvar_runtime.tables import Tables
@@ -282,11 +282,14 @@ def test_inputs_of_every_scale(open_pipeline: Open) -> None:
         np.testing.assert_array_equal(run.values["t"], np.full(2, t, np.float32))
         np.testing.assert_array_equal(run.values["cond_rows"], [0, 1])
         np.testing.assert_array_equal(run.values["uncond_rows"], [2, 3])
-        np.testing.assert_array_equal(run.values["modulation"][:, 0, 0, 0], [5, 9, NULL, NULL])
-        np.testing.assert_array_equal(run.values["head_modulation"][:, 0, 0], np.float32([5.1, 9.1, 100.1, 100.1]))
+        for k, name in enumerate((*modulation_names(DEPTH), "head_scale", "head_shift")):
+            rows = np.float32([5, 9, NULL, NULL]) + np.float32(k / 10)
+            np.testing.assert_allclose(run.values[name][:, 0, 0], rows, rtol=1e-6, err_msg=name)
         if i == 0:
             assert not run.values["codes"].any()
-            np.testing.assert_array_equal(run.values["offset"][:, 0, 0], np.float32([5.2, 9.2, 100.2, 100.2]))
+            np.testing.assert_array_equal(
+                run.values["offset"][:, 0, 0], np.float32([5, 9, NULL, NULL]) + np.float32(2.0)
+            )
         else:
             codes = tables.next_codes(steps[i - 1].tokens, steps[i].size)
             np.testing.assert_array_equal(run.values["codes"], np.concatenate([codes, codes]))
@@ -298,10 +301,10 @@ def test_guidance_off_is_a_single_batch(open_pipeline: Open, guidance: Guidance)
     pipeline, backend = open_pipeline()
     list(pipeline.iter_scales([5, 9], SCHEDULE, guidance))
     for run in backend.runs_of("step"):
-        assert run.inputs["modulation"].shape[0] == run.inputs["codes"].shape[0] == 2
+        assert run.inputs["gamma1_0"].shape[0] == run.inputs["codes"].shape[0] == 2
         np.testing.assert_array_equal(run.values["uncond_rows"], [0, 1])
         np.testing.assert_array_equal(run.values["t"], [0, 0])
-        np.testing.assert_array_equal(run.values["modulation"][:, 0, 0, 0], [5, 9])
+        np.testing.assert_array_equal(run.values["gamma1_0"][:, 0, 0], [5, 9])
     asked = np.concatenate([run.values["labels"] for run in backend.runs_of("condition")])
     assert NULL not in asked
     assert {run.outputs["new_k_0"].shape[1] for run in backend.runs_of("step")} == {2}
@@ -311,7 +314,7 @@ def test_guidance_off_is_a_single_batch(open_pipeline: Open, guidance: Guidance)
 def test_guidance_on_is_a_double_batch(open_pipeline: Open, guidance: Guidance) -> None:
     pipeline, backend = open_pipeline()
     list(pipeline.iter_scales([5, 9], SCHEDULE, guidance))
-    assert {run.inputs["modulation"].shape[0] for run in backend.runs_of("step")} == {4}
+    assert {run.inputs["gamma1_0"].shape[0] for run in backend.runs_of("step")} == {4}
 
 
 def test_the_ramp_of_one_scale_is_off(open_pipeline: Open) -> None:
@@ -358,7 +361,7 @@ def test_more_classes_than_are_remembered(open_pipeline: Open) -> None:
     labels = [*range(CONDITIONS_KEPT + 8)]
     pipeline(labels, "1_2", Guidance(0))
     [first, _] = backend.runs_of("step")
-    np.testing.assert_array_equal(first.values["modulation"][:, 0, 0, 0], labels)
+    np.testing.assert_array_equal(first.values["gamma1_0"][:, 0, 0], labels)
     pipeline(labels[-CONDITIONS_KEPT:], "1_2", Guidance(0))
     assert len(backend.opened("condition")) == 1
     pipeline([0], "1_2", Guidance(0))  # forgotten

@@ -36,7 +36,7 @@ def test_bytes_round_trip_and_are_stable(sealed: Manifest) -> None:
 def test_the_schema_version_is_looked_at_before_anything_else() -> None:
     error = _refusal({"schema_version": 7, "hologram": True})
     assert str(error) == (
-        "got manifest.json: schema version 7; expected 1; fix: upgrade flexvar-deploy or export again"
+        "got manifest.json: schema version 7; expected 1 or 2; fix: upgrade flexvar-deploy or export again"
     )
     assert error.exit_code == 5
 

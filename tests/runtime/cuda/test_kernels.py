@@ -52,7 +52,10 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     calls: list[Callable[[], object]] = [
         lambda: kernels.draws(array(4), array(2, 9), scale=0),
         lambda: kernels.sample_rows(array(2, 4, 9), array(6), array(2, 2, 3), array(2), scale=0, top_k=0, top_p=0.0),
-        lambda: kernels.gather_rows(array(3, 5), array(4), array(5, 5)),
+        lambda: kernels.gather_rows(array(1, 3, 5), array(4), array(1, 5, 5)),
+        lambda: kernels.gather_rows(array(2, 3, 5), array(4), array(1, 4, 5)),
+        lambda: kernels.scatter_rows(array(1, 3, 5), array(4), array(1, 9, 5)),
+        lambda: kernels.scatter_rows(array(1, 3, 5), array(2), array(1, 9, 6)),
         lambda: kernels.to_uint8(array(2, 3, 4, 4), array(2, 4, 4, 4), array(2)),
         lambda: kernels.next_inputs(
             array(1, 2, 2),
@@ -146,18 +149,32 @@ def test_next_inputs_equal_the_tables(D: int, C: int, copies: int, host_kernels:
 
 
 @pytest.mark.parametrize("columns", [(1,), (24,), (3, 5), (4097,), (2, 6, 1024)])
-def test_gathered_rows(columns: tuple[int, ...], host_kernels: Build) -> None:
+@pytest.mark.parametrize("tables", [1, 3])
+def test_gathered_rows(columns: tuple[int, ...], tables: int, host_kernels: Build) -> None:
     rng = np.random.default_rng(0)
-    source = rng.standard_normal((5, *columns)).astype(np.float32)
+    source = rng.standard_normal((tables, 5, *columns)).astype(np.float32)
     rows = np.array([4, 0, 0, 2, 3, 4, 1], np.int32)
-    target = np.zeros((7, *columns), np.float32)
+    target = np.zeros((tables, 7, *columns), np.float32)
     host_kernels(TINY).run(kernels.gather_rows(device_array(source), device_array(rows), device_array(target)))
-    assert np.array_equal(target, source[rows])
+    assert np.array_equal(target, source[:, rows])
     # an address off by 4 bytes
     memory = np.zeros(target.size + 2, np.float32)
     shifted = memory[1:-1].reshape(target.shape)
     host_kernels(TINY).run(kernels.gather_rows(device_array(source), device_array(rows), device_array(shifted)))
-    assert np.array_equal(shifted, source[rows]) and memory[0] == memory[-1] == 0
+    assert np.array_equal(shifted, source[:, rows]) and memory[0] == memory[-1] == 0
+
+
+@pytest.mark.parametrize("columns", [(1,), (3, 5), (4097,)])
+@pytest.mark.parametrize("tables", [1, 3])
+def test_scattered_rows(columns: tuple[int, ...], tables: int, host_kernels: Build) -> None:
+    """The first rows of every table go where `rows` says; everything else stays."""
+    rng = np.random.default_rng(0)
+    source = rng.standard_normal((tables, 4, *columns)).astype(np.float32)
+    target = rng.standard_normal((tables, 6, *columns)).astype(np.float32)
+    expected, rows = target.copy(), np.array([5, 0, 3], np.int32)
+    expected[:, rows] = source[:, :3]
+    host_kernels(TINY).run(kernels.scatter_rows(device_array(source), device_array(rows), device_array(target)))
+    assert np.array_equal(target, expected)
 
 
 # --- pixels
