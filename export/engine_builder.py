@@ -21,9 +21,9 @@ from flexvar_runtime.engine_writer import private_folder
 from flexvar_runtime.engines import PORTABLE, EngineId, PrecisionReport, graph_files
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
 from flexvar_runtime.manifest import GraphSpec
+from flexvar_runtime.onnx_scan import Scan, scan
 
 from .engine_precision import arithmetic, decompose_attention, dtype_name, prove_precision
-from .onnx_scan import Scan, scan
 
 log = logging.getLogger(__name__)
 

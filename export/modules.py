@@ -287,8 +287,9 @@ class Prefill(nn.Module):
 class Float32GroupNorm(nn.Module):
     """Group normalisation computed in float32, returned in the type of its input.
 
-    Written as an instance normalisation over the channels of a group: one fused kernel everywhere, where the ONNX
-    GroupNormalization operator is expanded into a dozen elementwise passes.
+    Written with means of whole channels and elementwise operations, which every runtime has kernels for. ONNX Runtime's
+    CUDA provider has none for InstanceNormalization from opset 22 on, and it expands GroupNormalization into a dozen
+    passes. Reading whole channels also leaves the maps in the layout of the convolutions.
     """
 
     gain: Tensor
@@ -297,13 +298,25 @@ class Float32GroupNorm(nn.Module):
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.groups, self.eps = norm.num_groups, norm.eps
-        self.register_buffer("gain", _vector(norm.weight[:, None, None], torch.float32))
+        self.register_buffer("gain", _vector(norm.weight.view(norm.num_groups, -1), torch.float32))
         self.register_buffer("bias", _vector(norm.bias[:, None, None], torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.float().reshape(x.shape[0], self.groups, -1)
-        normed = F.instance_norm(grouped, eps=self.eps).view(x.shape)
-        return (normed * self.gain + self.bias).to(x.dtype)
+        wide = x.float()
+        mean = self._group_mean(wide).expand(-1, -1, self.gain.shape[1])
+        centred = wide - self._per_channel(mean)
+        variance = self._group_mean(centred * centred)
+        factor = torch.rsqrt(variance + self.eps) * self.gain
+        return (centred * self._per_channel(factor) + self.bias).to(x.dtype)
+
+    def _group_mean(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> means of its groups of channels (B, G, 1)."""
+        return x.mean((2, 3)).unflatten(1, (self.groups, -1)).mean(2, keepdim=True)
+
+    @staticmethod
+    def _per_channel(x: Tensor) -> Tensor:
+        """x (B, G, C / G) -> (B, C, 1, 1)."""
+        return x.flatten(1)[:, :, None, None]
 
 
 class HalfConv(nn.Module):

@@ -23,7 +23,6 @@ from flexvar_export.bundle import TORCH_PRECISIONS, UNPROVEN
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts, tables
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
-from flexvar_export.onnx_scan import scan
 from flexvar_export.proof import PROOF_FILE, Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_ref.checkpoint import published_name
@@ -33,6 +32,7 @@ from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.graphs import DECODE, TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import ENGINES, MANIFEST, PHASES, PLAIN, SCHEMA_VERSION, Manifest, Provenance
+from flexvar_runtime.onnx_scan import scan
 
 from .plan import TINY
 

@@ -31,7 +31,6 @@ from flexvar_export.engine_precision import Layer, inspect_precision, prove_prec
 from flexvar_export.engine_profiles import profiles, step_pairs
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts
 from flexvar_export.modules import graph_module
-from flexvar_export.onnx_scan import Node, scan
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_runtime import (
     ArtifactRefused,
@@ -46,6 +45,7 @@ from flexvar_runtime.bundle_writer import seal
 from flexvar_runtime.engines import PORTABLE, RECIPE, EngineId, PrecisionReport, graph_files, graph_sha256
 from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, GRAPHS, PREFILL, STEP, graph_specs
 from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, ModelFacts, Provenance
+from flexvar_runtime.onnx_scan import Node, scan
 from flexvar_runtime.schedule import PUBLISHED
 
 Spoil = Callable[..., Bundle]
@@ -150,7 +150,7 @@ def test_profiles_of_the_other_graphs() -> None:
 def test_scan(tmp_path: Path, tiny_bundles: Callable[[str], Path]) -> None:
     path = tiny_bundles("fp32") / "step.onnx"
     model, found = onnx.load(str(path), load_external_data=False), scan(path)
-    assert found.nodes == tuple(Node(n.name, n.op_type, tuple(n.input)) for n in model.graph.node)
+    assert found.nodes == tuple(Node(n.name, n.op_type, tuple(n.input), tuple(n.output), n.domain) for n in model.graph.node)
     assert found.weight_files == {"step.onnx.data"}
 
 
