@@ -154,6 +154,13 @@ def _compiled(
     compiled(work, model, batches, Budget(**budget), static_batches, save)
 
 
+def _proof(work: Path, save: Save, *, model: str, batches: list[int], generations: int, budget: dict[str, Any]) -> None:
+    from ..timing import Budget
+    from .torch_proof import proof
+
+    proof(work, model, batches, generations, Budget(**budget), save)
+
+
 JOBS: dict[str, Callable[..., None]] = {
     "machine": _machine,
     "export": _export,
@@ -167,6 +174,7 @@ JOBS: dict[str, Callable[..., None]] = {
     "decoders": _decoders,
     "reference": _reference,
     "compiled": _compiled,
+    "proof": _proof,
 }
 
 if __name__ == "__main__":

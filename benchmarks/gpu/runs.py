@@ -198,36 +198,41 @@ def scale_times(run: Opened, repeats: int = 5) -> list[float]:
 def growth(work: Path, model: str, backend: str, generations: int, save: Save) -> None:
     """Memory of the process and of the device over many generations of one image."""
     with opened(work, model, backend) as run:
-        device = run.pipeline.backend.device
+        memory_growth(run, generations, save)
 
-        def look(done: int) -> dict[str, int | None]:
-            free = None if device is None else device.free_bytes()
-            return {"generations": done, "device_free_bytes": free, "resident_bytes": resident_bytes()}
 
-        def generate(i: int) -> None:
-            run.generate([i % min(run.pipeline.model.classes, KNOWN_CLASSES)], seed=i)
+def memory_growth(run: Opened, generations: int, save: Save) -> None:
+    """What `growth` saves, of a pipeline that is already open."""
+    device = run.pipeline.backend.device
 
-        for i in range(GROWTH_WARM_UP):
-            generate(i)
-        samples = [look(0)]
-        every = max(1, generations // GROWTH_SAMPLES)
-        for i in range(generations):
-            generate(i)
-            if (i + 1) % every == 0:
-                samples.append(look(i + 1))
-                save(run.facts | {"batch": 1, "samples": samples})
-        first, middle, last = samples[0], samples[len(samples) // 2], samples[-1]
-        save(
-            run.facts
-            | {
-                "batch": 1,
-                "generations": generations,
-                "samples": samples,
-                "device_grown_bytes": _difference(first, last, "device_free_bytes"),
-                "resident_grown_bytes": _difference(last, first, "resident_bytes"),
-                "resident_grown_bytes_second_half": _difference(last, middle, "resident_bytes"),
-            }
-        )
+    def look(done: int) -> dict[str, int | None]:
+        free = None if device is None else device.free_bytes()
+        return {"generations": done, "device_free_bytes": free, "resident_bytes": resident_bytes()}
+
+    def generate(i: int) -> None:
+        run.generate([i % min(run.pipeline.model.classes, KNOWN_CLASSES)], seed=i)
+
+    for i in range(GROWTH_WARM_UP):
+        generate(i)
+    samples = [look(0)]
+    every = max(1, generations // GROWTH_SAMPLES)
+    for i in range(generations):
+        generate(i)
+        if (i + 1) % every == 0:
+            samples.append(look(i + 1))
+            save(run.facts | {"batch": 1, "samples": samples})
+    first, middle, last = samples[0], samples[len(samples) // 2], samples[-1]
+    save(
+        run.facts
+        | {
+            "batch": 1,
+            "generations": generations,
+            "samples": samples,
+            "device_grown_bytes": _difference(first, last, "device_free_bytes"),
+            "resident_grown_bytes": _difference(last, first, "resident_bytes"),
+            "resident_grown_bytes_second_half": _difference(last, middle, "resident_bytes"),
+        }
+    )
 
 
 def _difference(a: dict[str, int | None], b: dict[str, int | None], key: str) -> int | None:

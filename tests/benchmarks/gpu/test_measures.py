@@ -13,17 +13,16 @@ import onnxruntime
 import pytest
 import torch
 from fakes import FakeDevice
-from host_kernels import COMPILER, HostKernels
 
 import flexvar_ref
 from flexvar_bench.energy import gpu_counter, joules_of_call
 from flexvar_bench.gpu import device as gpu_device
-from flexvar_bench.gpu.models import default_guidance, random_model, schedule_of
+from flexvar_bench.gpu.models import random_model, schedule_of
 from flexvar_bench.gpu.parity import parity
 from flexvar_bench.gpu.runs import Opened, latency
 from flexvar_bench.gpu.torch_compiled import CompiledPeer, Eager, sample_sorted
 from flexvar_bench.timing import Budget, memory_watch, repeat, timed_row
-from flexvar_export.proof import Proof, make_proof
+from flexvar_export.proof import Proof
 from flexvar_ref.sampling import probabilities
 from flexvar_runtime import Bundle, FlexVARPipeline, ScaleSchedule
 from flexvar_runtime.backends.ort_cuda import PROVIDER, OrtCuda
@@ -32,32 +31,6 @@ from flexvar_runtime.cuda.kernels import KernelConfig
 
 VOCABULARY = 512
 _session = onnxruntime.InferenceSession
-
-
-@pytest.fixture(scope="module")
-def proof() -> Proof:
-    return make_proof(*random_model("tiny"), schedule_of("tiny"), default_guidance())
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelConfig], HostKernels]:
-    if COMPILER is None:
-        pytest.skip("no C compiler here")
-    compiled: dict[KernelConfig, HostKernels] = {}
-
-    def of(config: KernelConfig) -> HostKernels:
-        if config not in compiled:
-            compiled[config] = HostKernels(config, tmp_path_factory.mktemp("kernels"), block=64)
-        return compiled[config]
-
-    return of
-
-
-@pytest.fixture
-def device(kernels: Callable[[KernelConfig], HostKernels]) -> FakeDevice:
-    device = FakeDevice(kernels)
-    device.activate()
-    return device
 
 
 def test_random_models_are_those_of_the_checkpoints(tiny_checkpoint: tuple[Path, Path]) -> None:
