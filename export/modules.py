@@ -297,7 +297,7 @@ class Float32GroupNorm(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        self.groups, self.eps = norm.num_groups, norm.eps
+        self.eps = norm.eps
         self.register_buffer("gain", _vector(norm.weight.view(norm.num_groups, -1), torch.float32))
         self.register_buffer("bias", _vector(norm.bias[:, None, None], torch.float32))
 
@@ -311,7 +311,7 @@ class Float32GroupNorm(nn.Module):
 
     def _group_mean(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> means of its groups of channels (B, G, 1)."""
-        return x.mean((2, 3)).unflatten(1, (self.groups, -1)).mean(2, keepdim=True)
+        return x.mean((2, 3)).reshape(-1, *self.gain.shape).mean(2, keepdim=True)
 
     @staticmethod
     def _per_channel(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import os
 import re
 import sys
@@ -18,13 +19,13 @@ from ..errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidI
 from ..manifest import GraphSpec
 from .base import Array, Availability, check_bindings
 
-MINIMUM = (1, 24)  # older ones read weights from anywhere a graph names
+MINIMUM = "1.24"  # older ones read weights from anywhere a graph names
 _ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
-def probe_onnxruntime(extra: str) -> Availability:
-    """Whether one ONNX Runtime, new enough, can be loaded; `extra` is the one of ours that installs it."""
+def probe_onnxruntime(extra: str, minimum: str = MINIMUM) -> Availability:
+    """Whether one ONNX Runtime, `minimum` or later, can be loaded; `extra` is the one of ours that installs it."""
     wheels = _wheels()
     if len(wheels) > 1:
         names = " and ".join(wheels)
@@ -41,14 +42,17 @@ def probe_onnxruntime(extra: str) -> Availability:
             return Availability(False, "onnxruntime is not installed", f"pip install 'flexvar-deploy[{extra}]'")
         first = (str(error) or type(error).__name__).splitlines()[0]
         return Availability(False, f"{wheel} cannot be loaded ({first})", f"pip install --force-reinstall {wheel}")
-    if tuple(int(part) for part in re.findall("[0-9]+", version)[:2]) < MINIMUM:
-        wanted = ".".join(map(str, MINIMUM))
+    if _numbers(version) < _numbers(minimum):
         return Availability(
             False,
-            f"{wheel or 'onnxruntime'} {version} is older than {wanted}",
-            f"pip install '{wheel or 'onnxruntime'}>={wanted}'",
+            f"{wheel or 'onnxruntime'} {version} is older than {minimum}",
+            f"pip install '{wheel or 'onnxruntime'}>={minimum}'",
         )
     return Availability(True, f"{wheel or 'onnxruntime'} {version}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall("[0-9]+", version)[:3])
 
 
 def _wheels() -> list[str]:
@@ -76,11 +80,17 @@ class OrtGraph:
         provider: tuple[str, dict[str, str]],
         place: tuple[str, int],
         address: Callable[[Array], int],
-        run_options: Any = None,
+        run_options: Callable[[int | None], Any] = lambda _: None,
+        captures: bool = False,
     ) -> None:
-        """place: device type and number as ONNX Runtime names them; address: where an array lies there."""
+        """place: device type and number as ONNX Runtime names them; address: where an array lies there.
+
+        captures: the provider replays a CUDA graph of its own for every binding, from its second run on. run_options:
+        makes the options of a run from the number of that CUDA graph, None for what is run once.
+        """
         self.spec, self._name, self._place, self._address = spec, path.name, place, address
-        self._run_options = run_options
+        self._run_options, self._run_once = run_options, run_options(None)
+        self._graph_ids = itertools.count(1) if captures else None
         ort = importlib.import_module("onnxruntime")
         try:
             self._session: Any = ort.InferenceSession(
@@ -102,8 +112,23 @@ class OrtGraph:
     def holds(self, size: tuple[int, int]) -> bool:
         return True
 
+    @property
+    def session(self) -> Any:
+        """ONNX Runtime's own session. Raises InvalidInput once the graph is closed."""
+        if self._session is None:
+            raise InvalidInput(f"{self._name}, closed", expected="an open graph", fix="open the bundle again")
+        return self._session
+
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OrtBound:
-        session = self._open_session()
+        """A number of a CUDA graph is never given twice: what was captured for it reads and writes these addresses."""
+        if self._graph_ids is None:
+            return OrtBound(self, self._binding(inputs, outputs), self._run_once, (inputs, outputs))
+        number = next(self._graph_ids)
+        binding = self._binding(inputs, outputs)
+        return OrtBound(self, binding, self._run_options(number), (inputs, outputs), captured=number)
+
+    def _binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+        session = self.session
         check_bindings(self.spec, inputs, outputs)
         try:
             binding = session.io_binding()
@@ -114,22 +139,22 @@ class OrtGraph:
             raise
         except Exception as error:
             raise _translate(error, self._name) from error
-        return OrtBound(self, binding, (inputs, outputs))
+        return binding
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        self.bind(inputs, outputs).run()
+        self.run_bound(self._binding(inputs, outputs), self._run_once)
 
-    def run_bound(self, binding: Any) -> None:
-        session = self._open_session()
+    def run_bound(self, binding: Any, run_options: Any) -> None:
+        session = self.session
         try:
-            session.run_with_iobinding(binding, self._run_options)
+            session.run_with_iobinding(binding, run_options)
         except Exception as error:
             raise _translate(error, self._name) from error
 
-    def _open_session(self) -> Any:
-        if self._session is None:
-            raise InvalidInput(f"{self._name}, closed", expected="an open graph", fix="open the bundle again")
-        return self._session
+    def release(self, number: int) -> None:
+        """Free the CUDA graph of this number; nothing where the graph is closed, which frees all."""
+        if self._session is not None:
+            self._session.release_captured_graph(number)
 
     def close(self) -> None:
         self._session = None
@@ -138,13 +163,19 @@ class OrtGraph:
 class OrtBound:
     """Addresses bound to a session. It keeps the arrays, which the binding does not."""
 
-    def __init__(self, graph: OrtGraph, binding: Any, arrays: object) -> None:
+    def __init__(
+        self, graph: OrtGraph, binding: Any, run_options: Any, arrays: object, captured: int | None = None
+    ) -> None:
+        """captured: number of the CUDA graph that ONNX Runtime captures for it."""
         self._graph, self._binding, self._arrays = graph, binding, arrays
+        self._run_options, self._captured = run_options, captured
 
     def run(self) -> None:
-        self._graph.run_bound(self._binding)
+        self._graph.run_bound(self._binding, self._run_options)
 
     def close(self) -> None:
+        if self._captured is not None and self._binding is not None:
+            self._graph.release(self._captured)
         self._binding = self._arrays = None
 
 

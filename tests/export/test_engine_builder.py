@@ -150,7 +150,9 @@ def test_profiles_of_the_other_graphs() -> None:
 def test_scan(tmp_path: Path, tiny_bundles: Callable[[str], Path]) -> None:
     path = tiny_bundles("fp32") / "step.onnx"
     model, found = onnx.load(str(path), load_external_data=False), scan(path)
-    assert found.nodes == tuple(Node(n.name, n.op_type, tuple(n.input), tuple(n.output), n.domain) for n in model.graph.node)
+    assert found.nodes == tuple(
+        Node(n.name, n.op_type, tuple(n.input), tuple(n.output), n.domain) for n in model.graph.node
+    )
     assert found.weight_files == {"step.onnx.data"}
 
 
