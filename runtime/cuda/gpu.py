@@ -32,6 +32,9 @@ class GpuFacts:
     capability: str
     total_bytes: int
 
+    def __str__(self) -> str:
+        return f"{self.name}, compute capability {self.capability}, {self.total_bytes / 2**30:.0f} GiB"
+
 
 def probe_gpu(device: str | None = None) -> Availability:
     """Whether a GPU can be used from here: library, driver, device. Starts no work."""
@@ -39,8 +42,14 @@ def probe_gpu(device: str | None = None) -> Availability:
         facts = find_gpu(device)
     except BackendUnavailable as error:
         return Availability(False, error.got, error.fix)
-    memory = f"{facts.total_bytes / 2**30:.0f} GiB"
-    return Availability(True, f"{facts.name}, compute capability {facts.capability}, {memory}")
+    return Availability(True, str(facts))
+
+
+def find_gpus() -> tuple[GpuFacts, ...]:
+    """Every GPU of this machine, in CUDA's order. Raises BackendUnavailable where there is none."""
+    first = find_gpu()
+    _, driver = _libraries()
+    return first, *(find_gpu(f"cuda:{i}") for i in range(1, _check(driver, driver.cuDeviceGetCount())))
 
 
 def find_gpu(device: str | None = None) -> GpuFacts:

@@ -19,7 +19,7 @@ import pytest
 from flexvar_runtime import BackendUnavailable, InvalidInput, OutOfMemory
 from flexvar_runtime.cuda import gpu, kernels
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.gpu import CudaDevice, GpuFacts, find_gpu, probe_gpu
+from flexvar_runtime.cuda.gpu import CudaDevice, GpuFacts, find_gpu, find_gpus, probe_gpu
 from flexvar_runtime.errors import DeviceFailed
 
 core = pytest.importorskip("cuda.core", reason="cuda-python is not installed")
@@ -161,6 +161,22 @@ def test_a_device_that_is_not_there(device: CudaDevice, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu, "_libraries", lambda: (module, counted))
     with pytest.raises(BackendUnavailable, match="got device cuda:3 of 1; expected a GPU that nvidia-smi lists"):
         find_gpu("cuda:3")
+
+
+def test_every_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = [(9, 0), (12, 1)]
+    module = SimpleNamespace(
+        Device=lambda i: SimpleNamespace(name=f"GPU {i}", compute_capability=capabilities[i]), __version__="1.2.2"
+    )
+    driver = SimpleNamespace(
+        cuInit=lambda _: (0,),
+        cuDeviceGetCount=lambda: (0, 2),
+        cuDeviceGet=lambda i: (0, i),
+        cuDeviceTotalMem=lambda i: (0, 2**34 * (i + 1)),
+    )
+    monkeypatch.setattr(gpu, "_libraries", lambda: (module, driver))
+    assert find_gpus() == (GpuFacts(0, "GPU 0", "9.0", 2**34), GpuFacts(1, "GPU 1", "12.1", 2**35))
+    assert str(find_gpus()[1]) == "GPU 1, compute capability 12.1, 32 GiB"
 
 
 def test_memory_is_moved_in_the_order_of_the_stream(device: CudaDevice, log: list[str]) -> None:
