@@ -15,7 +15,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..cuda.array import ALIGNMENT, DeviceArray
 from ..cuda.backend import DeviceArrays
-from ..cuda.device import Device, going_on
+from ..cuda.device import Device, allocate, going_on
 from ..cuda.gpu import CudaDevice, find_gpu, find_gpus
 from ..engines import WIDE, EngineId, Found, build_line, find_engine, read_engine
 from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
@@ -145,7 +145,7 @@ class Scratch:
 
     def take(self) -> DeviceArray:
         if self._block.nbytes < self._needed:
-            memory = self._device.allocate(self._needed)
+            memory = allocate(self._device, self._needed)
             self._block = DeviceArray(memory.address, (self._needed,), "uint8", memory)
         return self._block
 

@@ -163,6 +163,12 @@ class CudaDevice:
         with self.translating(f"a buffer of {nbytes / 2**20:.0f} MiB"):
             return Memory(self._device.memory_resource.allocate(max(nbytes, 1), stream=self.core_stream))
 
+    def trim(self) -> None:
+        self.synchronize()  # buffers are freed in the order of the stream
+        pool = self._pool()
+        if pool is not None:
+            self._call("cuMemPoolTrimTo", pool.handle, 0)
+
     def pinned(self, nbytes: int) -> NDArray[Any]:
         with self.translating(f"{nbytes / 2**20:.0f} MiB of page-locked memory"):
             self._pinned = self._pinned or self._core.LegacyPinnedMemoryResource()
@@ -244,11 +250,16 @@ class CudaDevice:
         return int(free) + self._cached_bytes()
 
     def _cached_bytes(self) -> int:
-        """What the pool holds without anyone using it."""
-        attributes = getattr(self._device.memory_resource, "attributes", None)  # none where there are no pools
-        if attributes is None:
+        """What the pool holds without anyone using it: cuda.core never gives it back by itself."""
+        pool = self._pool()
+        if pool is None:
             return 0
-        return max(int(attributes.reserved_mem_current) - int(attributes.used_mem_current), 0)
+        return max(int(pool.attributes.reserved_mem_current) - int(pool.attributes.used_mem_current), 0)
+
+    def _pool(self) -> Any:
+        """The memory pool that `allocate` takes from; None where the driver has no pools."""
+        resource = self._device.memory_resource
+        return resource if hasattr(resource, "attributes") else None
 
     def close(self) -> None:
         self._kernels.clear()
