@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def build(
 
     Every scale of the schedules gets a profile of its own, any other schedule up to the largest shares a wide one.
     Without --target, engines are for this machine's GPU; TensorRT-RTX builds without one, for a set of its own choice.
+    TensorRT-RTX does not run on compute capability 9.0 (H100, H200): build with TensorRT there.
     """
     from flexvar_runtime.backends import precisions
     from flexvar_runtime.backends.trt_library import FLAVOURS, load
@@ -124,8 +126,9 @@ def present_gpu() -> str | None:
 def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], str | None]) -> str:
     """The target of the engines: what was asked for, else the present GPU, else (TensorRT-RTX only) portable.
 
-    Raises InvalidInput, and BackendUnavailable where TensorRT finds no GPU.
+    Raises InvalidInput; BackendUnavailable where TensorRT finds no GPU, or TensorRT-RTX does not run on the one meant.
     """
+    from flexvar_runtime.backends.trt_library import require_runs_on
     from flexvar_runtime.engines import PORTABLE
 
     from .engine_builder import supported_targets
@@ -135,7 +138,7 @@ def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], s
             raise InvalidInput(
                 f"--target {asked[0]} with {library.flavour}",
                 expected="none: TensorRT builds for the GPU it runs on",
-                fix="leave it out and build on the target machine, or use --backend tensorrt-rtx",
+                fix="leave it out and build on the target machine; or see whether --backend tensorrt-rtx runs there",
             )
         gpu = current()
         if gpu is None:
@@ -145,27 +148,36 @@ def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], s
                 fix="build on the target machine (flexvar doctor says what is wrong), or use --backend tensorrt-rtx",
             )
         return gpu
-    supported = supported_targets(library)
-    names = {name.replace(".", ""): name for name in supported}
-    for one in asked:
-        if one.replace(".", "") not in names:
-            raise InvalidInput(
-                f"--target {one:.100}",
-                expected=f"one of {', '.join(names)} ({library.flavour} {library.version})",
-                fix="name one of them, or leave it out",
-            )
     if asked:
-        chosen = {names[one.replace(".", "")] for one in asked}
-        return ",".join(name for name in supported if name in chosen)
+        return _named_targets(library, asked)
     gpu = current()
-    if gpu is not None and gpu not in supported:
-        err.print(
-            f"compute capability {gpu} is not one that {library.flavour} {library.version} builds for by name "
-            f"({', '.join(supported)}): the engines are portable and may not run here",
-            highlight=False,
-            soft_wrap=True,
+    if gpu is None:
+        return PORTABLE
+    require_runs_on(library, gpu, instead="; or name the GPU of another machine with --target")
+    return gpu if gpu in supported_targets(library) else PORTABLE
+
+
+def _named_targets(library: TrtLibrary, asked: list[str]) -> str:
+    """The targets that were asked for ("86" or "8.6"), in the library's order, joined by commas."""
+    from flexvar_runtime.backends.trt_library import known_targets, require_runs_on
+
+    from .engine_builder import supported_targets
+
+    names = {name.replace(".", ""): name for name in supported_targets(library)}
+    for one in asked:
+        if one.replace(".", "") in names:
+            continue
+        number = re.fullmatch(r"([0-9]{1,2})\.?([0-9])", one)
+        capability = ".".join(number.groups()) if number else None
+        if capability is not None and capability not in known_targets(library):
+            require_runs_on(library, capability, given=f"--target {one}: ")
+        raise InvalidInput(
+            f"--target {one:.100}",
+            expected=f"one of {', '.join(names)} ({library.flavour} {library.version})",
+            fix="name one of them, or leave it out",
         )
-    return gpu if gpu in supported else PORTABLE
+    chosen = {one.replace(".", "") for one in asked}
+    return ",".join(name for short, name in names.items() if short in chosen)
 
 
 def read_schedules(bundle: Bundle, texts: list[str]) -> list[ScaleSchedule]:

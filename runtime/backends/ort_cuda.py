@@ -21,6 +21,7 @@ from ..bundle import Bundle
 from ..cuda.backend import DeviceArrays
 from ..cuda.device import Device
 from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
+from ..cuda.libraries import load_cuda_libraries
 from ..errors import BackendUnavailable, InvalidInput
 from ..graphs import DECODE, STEP
 from ..onnx_scan import scan
@@ -73,6 +74,7 @@ class OrtCuda(DeviceArrays):
 
     def __init__(self, device: Device) -> None:
         super().__init__("ort-cuda", device)
+        self.libraries = load_cuda_libraries()  # before `preload_dlls`, which looks beside the package
         ort = importlib.import_module("onnxruntime")
         preload = getattr(ort, "preload_dlls", None)
         if preload is not None:  # CUDA's libraries from their wheels, where they are not the system's

@@ -15,14 +15,14 @@ from typing import Any
 from ..bundle import Bundle
 from ..cuda.array import ALIGNMENT, DeviceArray
 from ..cuda.backend import DeviceArrays
-from ..cuda.device import Device, going_on
-from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
-from ..engines import PORTABLE, WIDE, EngineId, Found, build_line, find_engine, read_engine
+from ..cuda.device import Device, allocate, going_on
+from ..cuda.gpu import CudaDevice, find_gpu, find_gpus
+from ..engines import WIDE, EngineId, Found, build_line, find_engine, read_engine
 from ..errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 from ..graphs import REQUIRED
 from ..manifest import GraphSpec
 from .base import Availability, check_bindings, runs_precision
-from .trt_library import TENSORRT_RTX, TrtLibrary, known_targets, load, probe_library
+from .trt_library import TENSORRT_RTX, TrtLibrary, load, probe_library, require_runs_on, runs_on
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +31,35 @@ CONTEXTS_KEPT = 8  # of `run`, by shapes; those bound for a generation are its o
 
 
 def probe(name: str) -> Availability:
-    library = probe_library(name)
-    if not library.available:
-        return library
-    gpu = probe_gpu()
-    builds = "" if gpu.available or name != TENSORRT_RTX else " (engines can be built here all the same)"
-    return Availability(gpu.available, f"{library.detail}, {gpu.detail}{builds}", gpu.fix)
+    """Whether the library is there, and a GPU that it runs on."""
+    found = probe_library(name)
+    if not found.available:
+        return found
+    try:
+        gpus = find_gpus()
+    except BackendUnavailable as error:
+        builds = " (engines can be built here all the same)" if name == TENSORRT_RTX else ""
+        return Availability(False, f"{found.detail}, {error.got}{builds}", error.fix)
+    library = load(name)
+    fit = [gpu for gpu in gpus if runs_on(library, gpu.capability).available]
+    if fit:
+        return Availability(True, f"{found.detail}, {fit[0]}")
+    state = runs_on(library, gpus[0].capability)
+    return Availability(False, f"{state.detail} (here is {gpus[0]})", state.fix)
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    """Whether engines of every graph are there for this GPU and library."""
+    """Whether the library runs on this GPU, and engines of every graph are there for both."""
     runs = runs_precision(name, bundle.manifest.precision, PRECISIONS)
     if not runs.available:
         return runs
     try:
         library, gpu = load(name), find_gpu(device)
+        state = runs_on(library, gpu.capability)
+        if not state.available:
+            return state
         for graph in REQUIRED:
-            found = find_engine(
+            find_engine(
                 bundle,
                 graph,
                 flavour=name,
@@ -55,13 +67,6 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
                 target=gpu.capability,
                 engines_dir=engines,
             )
-            known = found.receipt.target != PORTABLE or gpu.capability in known_targets(library)
-            if not known:
-                return Availability(
-                    False,
-                    f"{name} {library.version} does not name compute capability {gpu.capability} among its targets",
-                    f"--backend {name} tries its portable engines all the same; or use --backend ort-cuda",
-                )
     except FlexVARError as error:
         return Availability(False, error.got, error.fix)
     return Availability(True, "engines are built")
@@ -72,7 +77,9 @@ def create(name: str, *, device: str | None, threads: int | None, engines: Path 
         raise InvalidInput(
             f"{threads} threads for {name}", expected="none", fix="leave them out: the GPU does the work"
         )
-    return TensorRT(load(name), CudaDevice(find_gpu(device)), engines)
+    library, gpu = load(name), find_gpu(device)
+    require_runs_on(library, gpu.capability)
+    return TensorRT(library, CudaDevice(gpu), engines)
 
 
 class TensorRT(DeviceArrays):
@@ -138,7 +145,7 @@ class Scratch:
 
     def take(self) -> DeviceArray:
         if self._block.nbytes < self._needed:
-            memory = self._device.allocate(self._needed)
+            memory = allocate(self._device, self._needed)
             self._block = DeviceArray(memory.address, (self._needed,), "uint8", memory)
         return self._block
 

@@ -27,6 +27,8 @@ TENSORRT, TENSORRT_RTX = FLAVOURS = ("tensorrt", "tensorrt-rtx")
 MINIMUM = {TENSORRT: (11, 0), TENSORRT_RTX: (1, 7)}  # the first whose networks are always strongly typed; tested
 _MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _PROVIDER = "onnxruntime_ep_nv_tensorrt_rtx"  # the wheel that carries the libraries of TensorRT-RTX
+_BUILD_ONLY = frozenset({"7.5"})  # TensorRT-RTX builds for it by name, but does not list it among those it runs on
+_RUNS_ABOVE = (12, 0)  # "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0", says TensorRT-RTX 1.7.1
 _LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")  # in the order in which they need each other
 
 Importer: TypeAlias = Callable[[str], Any]
@@ -106,6 +108,39 @@ def known_targets(library: TrtLibrary) -> tuple[str, ...]:
     members = library.module.ComputeCapability.__members__ if library.rtx else {}
     numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
     return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
+
+
+def runs_on(library: TrtLibrary, capability: str) -> Availability:
+    """Whether a library runs engines on GPUs of a compute capability ("9.0"), whatever the engines were built for.
+
+    TensorRT runs on the GPU that it built for. TensorRT-RTX builds without complaint for a GPU that it does not run on,
+    and refuses every engine there, also a portable one, when the engine is loaded (1.7.1 on 9.0).
+    """
+    targets = [name for name in known_targets(library) if name not in _BUILD_ONLY]
+    if not library.rtx or capability in targets or _number(capability) > _RUNS_ABOVE:
+        return Availability(True, f"{library.flavour} {library.version} runs on compute capability {capability}")
+    builds = ", for which it only builds engines" if capability in known_targets(library) else ""
+    return Availability(
+        False,
+        f"{library.flavour} {library.version} does not run on compute capability {capability}{builds}: "
+        f"it runs on {', '.join(targets)} and above",
+        "use --backend tensorrt, or --backend ort-cuda, which needs no engines",
+    )
+
+
+def require_runs_on(library: TrtLibrary, capability: str, *, given: str = "", instead: str = "") -> None:
+    """Raise BackendUnavailable where `runs_on` says no. given: the option that named the GPU; instead: another fix."""
+    state = runs_on(library, capability)
+    if not state.available:
+        raise BackendUnavailable(
+            f"{given}{state.detail}",
+            expected=f"a GPU that {library.flavour} runs on",
+            fix=f"{state.fix}{instead}",
+        )
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 _loaded: dict[tuple[str, Importer], TrtLibrary] = {}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..backends.base import host_dtype
 from ..engines import CONDITION_LABELS
 from .array import DeviceArray
-from .device import Device
+from .device import Device, allocate
 
 
 class DeviceArrays:
@@ -29,7 +29,7 @@ class DeviceArrays:
         self.device: Device = device
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        memory = self.device.allocate(math.prod(shape) * host_dtype(dtype).itemsize)
+        memory = allocate(self.device, math.prod(shape) * host_dtype(dtype).itemsize)
         return DeviceArray(memory.address, shape, dtype, memory)
 
     def upload(self, host: NDArray[Any]) -> DeviceArray:

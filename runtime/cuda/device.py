@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from ..errors import OutOfMemory
 from .array import DeviceArray
 from .kernels import KernelConfig, Launch
 
@@ -53,7 +54,13 @@ class Device(Protocol):
         """Make the device current in this thread."""
 
     def allocate(self, nbytes: int) -> Any:
-        """Device memory with an `address`, aligned to 256 bytes, freed when dropped. Raises OutOfMemory."""
+        """Device memory with an `address`, aligned to 256 bytes, freed when dropped. Raises OutOfMemory.
+
+        A device may keep what was dropped reserved for later; see `trim`.
+        """
+
+    def trim(self) -> None:
+        """Wait for the device, then give memory that nobody uses back to the driver. Not while capturing."""
 
     def pinned(self, nbytes: int) -> NDArray[Any]:
         """Page-locked host memory, (nbytes,) uint8: copies to and from it do not wait."""
@@ -86,7 +93,15 @@ class Device(Protocol):
         """Enqueue between two time stamps; the result gives the seconds between them, after `synchronize`."""
 
     def free_bytes(self) -> int:
-        """Device memory left."""
+        """Device memory left, with what is reserved and not used: `trim` makes that available to everybody."""
 
     def close(self) -> None:
         """Free the stream; nothing may be running."""
+
+
+def allocate(device: Device, nbytes: int) -> Any:
+    """Device memory, as `Device.allocate` gives it. Where none is left, it is tried once more after a `trim`."""
+    with suppress(OutOfMemory):
+        return device.allocate(nbytes)
+    device.trim()
+    return device.allocate(nbytes)

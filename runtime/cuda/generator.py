@@ -7,6 +7,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from traceback import clear_frames
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +35,7 @@ from .loop import DeviceLoop
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 SHAPES_KEPT = 4
 
 
@@ -78,11 +82,12 @@ class DeviceGenerator:
         with going_on("closing the generations"):
             self._device.activate()
             self._device.synchronize()
-        for generation in self._spare.values():
+        while self._spare:
             with going_on("closing a generation"):
-                generation.close()
-        self._spare.clear()
+                self._spare.popitem()[1].close()
         self._conditions.clear()
+        with going_on("giving memory back"):
+            self._device.trim()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -115,9 +120,13 @@ class DeviceGenerator:
         """A whole generation with one wait, at its end. Captured the first time a (shape, options) is asked for."""
         weights = guidance.weights(schedule)
         with self._generation(schedule, len(labels), weights) as generation:
-            generation.seed(draws)
-            generation.begin(self._conditions, labels, weights)
-            mode, seconds = generation.replay(Options.of(draws, schedule))
+
+            def run() -> tuple[str, float]:
+                generation.seed(draws)
+                generation.begin(self._conditions, labels, weights)
+                return generation.replay(Options.of(draws, schedule))
+
+            mode, seconds = self._with_room(run)
             decoded = generation.decoded() if keep_decoded else None
             return Replayed(generation.tokens, generation.pixels, mode, seconds, decoded)
 
@@ -162,7 +171,8 @@ class DeviceGenerator:
                 expected=f"at most {available / 2**30:.1f} GiB",
                 fix=f"use a batch of at most {fits}" if fits else "use a smaller schedule, or free the GPU",
             )
-        return DeviceGeneration(
+        build = partial(
+            DeviceGeneration,
             self._backend,
             self._device,
             self._model,
@@ -173,9 +183,38 @@ class DeviceGenerator:
             self._codebook,
             self._open,
         )
+        return self._with_room(build)
+
+    def _with_room(self, action: Callable[[], Result]) -> Result:
+        """Run an action. If memory runs out, free the shapes that nobody uses and run it once more.
+
+        Raises OutOfMemory if it runs out again.
+        """
+        try:
+            return _clearing_frames(action)
+        except OutOfMemory as error:
+            log.info("%s: unused buffers are freed, then it is tried once more", error.got)
+        self._drop(0)
+        self._device.trim()
+        return _clearing_frames(action)
 
     def _drop(self, kept: int) -> None:
-        if len(self._spare) > kept:
-            self._device.synchronize()
+        """Free the shapes longest unused, down to `kept`, and give their memory back to the driver."""
+        if len(self._spare) <= kept:
+            return
+        self._device.synchronize()
         while len(self._spare) > kept:
             self._spare.popitem(last=False)[1].close()
+        self._device.trim()
+
+
+def _clearing_frames(action: Callable[[], Result]) -> Result:
+    """Run an action. If it runs out of memory, clear the local variables in its traceback.
+
+    They refer to buffers, which would stay in memory as long as somebody keeps the error.
+    """
+    try:
+        return action()
+    except OutOfMemory as error:
+        clear_frames(error.__traceback__)
+        raise

@@ -32,6 +32,9 @@ class GpuFacts:
     capability: str
     total_bytes: int
 
+    def __str__(self) -> str:
+        return f"{self.name}, compute capability {self.capability}, {self.total_bytes / 2**30:.0f} GiB"
+
 
 def probe_gpu(device: str | None = None) -> Availability:
     """Whether a GPU can be used from here: library, driver, device. Starts no work."""
@@ -39,8 +42,14 @@ def probe_gpu(device: str | None = None) -> Availability:
         facts = find_gpu(device)
     except BackendUnavailable as error:
         return Availability(False, error.got, error.fix)
-    memory = f"{facts.total_bytes / 2**30:.0f} GiB"
-    return Availability(True, f"{facts.name}, compute capability {facts.capability}, {memory}")
+    return Availability(True, str(facts))
+
+
+def find_gpus() -> tuple[GpuFacts, ...]:
+    """Every GPU of this machine, in CUDA's order. Raises BackendUnavailable where there is none."""
+    first = find_gpu()
+    _, driver = _libraries()
+    return first, *(find_gpu(f"cuda:{i}") for i in range(1, _check(driver, driver.cuDeviceGetCount())))
 
 
 def find_gpu(device: str | None = None) -> GpuFacts:
@@ -154,6 +163,12 @@ class CudaDevice:
         with self.translating(f"a buffer of {nbytes / 2**20:.0f} MiB"):
             return Memory(self._device.memory_resource.allocate(max(nbytes, 1), stream=self.core_stream))
 
+    def trim(self) -> None:
+        self.synchronize()  # buffers are freed in the order of the stream
+        pool = self._pool()
+        if pool is not None:
+            self._call("cuMemPoolTrimTo", pool.handle, 0)
+
     def pinned(self, nbytes: int) -> NDArray[Any]:
         with self.translating(f"{nbytes / 2**20:.0f} MiB of page-locked memory"):
             self._pinned = self._pinned or self._core.LegacyPinnedMemoryResource()
@@ -235,11 +250,16 @@ class CudaDevice:
         return int(free) + self._cached_bytes()
 
     def _cached_bytes(self) -> int:
-        """What the pool holds without anyone using it."""
-        attributes = getattr(self._device.memory_resource, "attributes", None)  # none where there are no pools
-        if attributes is None:
+        """What the pool holds without anyone using it: cuda.core never gives it back by itself."""
+        pool = self._pool()
+        if pool is None:
             return 0
-        return max(int(attributes.reserved_mem_current) - int(attributes.used_mem_current), 0)
+        return max(int(pool.attributes.reserved_mem_current) - int(pool.attributes.used_mem_current), 0)
+
+    def _pool(self) -> Any:
+        """The memory pool that `allocate` takes from; None where the driver has no pools."""
+        resource = self._device.memory_resource
+        return resource if hasattr(resource, "attributes") else None
 
     def close(self) -> None:
         self._kernels.clear()

@@ -167,8 +167,12 @@ def test_the_bundles_schedule_is_the_default(run_cli: Run, half_bundle: Path, mo
     ("options", "code", "text"),
     [
         (["--backend", "cuda"], 2, "backend 'cuda' | tensorrt or tensorrt-rtx | name one of them"),
-        ([*RTX, "--target", "90"], 2, "--target 90 | one of 80, 86, 89, 120, 121 (tensorrt-rtx "),
+        ([*RTX, "--target", "hopper"], 2, "--target hopper | one of 80, 86, 89, 120, 121 (tensorrt-rtx "),
         ([*RTX, "--target", "7.5"], 2, "--target 7.5 | one of 80, "),
+        ([*RTX, "--target", "123"], 2, "--target 123 | one of 80, "),
+        ([*RTX, "--target", "86", "--target", "90"], 4, "--target 90: tensorrt-rtx "),
+        ([*RTX, "--target", "9.0"], 4, "does not run on compute capability 9.0: it runs on 8.0, "),
+        ([*RTX, "--target", "10.3"], 4, "use --backend tensorrt, or --backend ort-cuda"),
         ([*RTX, "--schedule", "2_4"], 2, "a schedule with first scale 2 | 1 as the first scale"),
         ([*RTX, "--schedule", "1024px"], 2, "schedule '1024px' | "),
         ([*RTX, "--max-batch", "0"], 2, "Invalid value for '--max-batch'"),
@@ -259,10 +263,24 @@ def targets(*options: str, gpu: str | None = None) -> str:
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert targets() == "portable"
     assert targets(gpu="8.9") == "8.9"
+    assert targets(gpu="12.3") == "portable"  # it runs there, but has no target of that name
     assert targets("120", "8.6", "86", gpu="8.9") == "8.6,12.0"
+    assert targets("86", gpu="9.0") == "8.6"  # for another machine
     assert capsys.readouterr().err == ""
-    assert targets(gpu="9.0") == "portable"
-    assert "compute capability 9.0 is not one that tensorrt-rtx 1.7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", ["7.5", "9.0", "10.0", "10.3"])
+def test_a_gpu_that_tensorrt_rtx_does_not_run_on_is_refused_before_the_build(
+    run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch, gpu: str
+) -> None:
+    """No portable engine is offered in place of one for it."""
+    monkeypatch.setattr(build_command, "present_gpu", lambda: gpu)
+    monkeypatch.setattr(engine_builder, "build_engine", lambda *_, **__: pytest.fail("it began to build"))
+    code, out, err = run_cli("build", half_bundle, *RTX, "--json")
+    error = json.loads(out)["error"]
+    assert code == 4 and not (half_bundle / "engines").exists(), err
+    assert f"does not run on compute capability {gpu}" in error["got"]
+    assert all(option in error["fix"] for option in ("--backend tensorrt,", "--backend ort-cuda", "--target"))
 
 
 def test_targets_of_tensorrt() -> None:

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from flexvar_runtime.backends.trt_library import FLAVOURS, Messages, TrtLibrary, load, probe_library
+from flexvar_runtime.backends.trt_library import (
+    FLAVOURS,
+    Messages,
+    TrtLibrary,
+    known_targets,
+    load,
+    probe_library,
+    require_runs_on,
+    runs_on,
+)
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 
 Importer = Callable[[str], Any]
@@ -142,6 +151,46 @@ def test_only_the_last_errors_are_kept() -> None:
         for i in range(5):
             messages.add(str(i))
         assert errors() == "3 | 4"
+
+
+# Where TensorRT-RTX runs
+
+
+@pytest.fixture(params=["the real library", "a fake"])
+def rtx(request: pytest.FixtureRequest) -> TrtLibrary:
+    if request.param == "the real library":
+        return load("tensorrt-rtx")
+    members = dict.fromkeys(["NONE", "CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120", "SM121"])
+    fake = module("1.7.1.116")
+    fake.ComputeCapability = types.SimpleNamespace(__members__=members)
+    return TrtLibrary("tensorrt-rtx", fake, "1.7.1.116")
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "12.0", "12.1", "12.3", "13.0"])
+def test_gpus_that_tensorrt_rtx_runs_on(rtx: TrtLibrary, capability: str) -> None:
+    assert runs_on(rtx, capability).available
+    require_runs_on(rtx, capability)
+
+
+@pytest.mark.parametrize("capability", ["7.0", "7.5", "8.7", "9.0", "10.0", "10.3", "11.0"])
+def test_gpus_that_it_does_not_run_on(rtx: TrtLibrary, capability: str) -> None:
+    state = runs_on(rtx, capability)
+    assert not state.available and f"does not run on compute capability {capability}" in state.detail
+    assert "8.0, 8.6, 8.9, 12.0, 12.1 and above" in state.detail
+    assert "--backend tensorrt," in (state.fix or "") and "--backend ort-cuda" in (state.fix or "")
+    with pytest.raises(BackendUnavailable) as refused:
+        require_runs_on(rtx, capability, given="--target 90: ")
+    assert refused.value.exit_code == 4 and refused.value.got.startswith("--target 90: tensorrt-rtx ")
+
+
+def test_turing_is_a_target_to_build_for_only(rtx: TrtLibrary) -> None:
+    assert "7.5" in known_targets(rtx) and "for which it only builds engines" in runs_on(rtx, "7.5").detail
+    assert "only builds" not in runs_on(rtx, "9.0").detail
+
+
+@pytest.mark.parametrize("capability", ["7.5", "9.0", "10.3", "12.3"])
+def test_tensorrt_is_not_asked(capability: str) -> None:
+    assert runs_on(TrtLibrary("tensorrt", module(), "11.4.0"), capability).available
 
 
 # The real TensorRT-RTX, which needs no GPU for this

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from flexvar_runtime import __version__
-from flexvar_runtime.backends import BACKENDS
+from flexvar_runtime.backends import BACKENDS, tensorrt
 from flexvar_runtime.backends.host import default_threads
+from flexvar_runtime.cuda.gpu import GpuFacts
 
 
 def test_this_machine(flexvar: Any) -> None:
@@ -86,3 +87,12 @@ def test_memory_that_is_not_known(flexvar: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("flexvar_runtime.cli.doctor.available_bytes", lambda: None)
     assert flexvar("doctor", "--json").json["available_memory_bytes"] is None
     assert flexvar("doctor").out.splitlines()[0].endswith(" processors, unknown")
+
+
+def test_tensorrt_rtx_on_a_gpu_that_it_does_not_run_on(flexvar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_gpus", lambda: (GpuFacts(0, "NVIDIA H200", "9.0", 2**37),))
+    ended = flexvar("doctor", "--json")
+    state = ended.json["backends"]["tensorrt-rtx"]
+    assert state["available"] is False and ended.json["auto"] != "tensorrt-rtx"
+    assert "does not run on compute capability 9.0" in state["detail"] and "NVIDIA H200" in state["detail"]
+    assert "--backend tensorrt," in state["fix"] and "--backend ort-cuda" in state["fix"]

@@ -1,11 +1,13 @@
-"""The kernels on a CPU, compiled once a session for every configuration asked for."""
+"""The kernels on a CPU, compiled once a session for every configuration asked for, and a machine with a fake GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_machine import Machine, make_machine
 from host_kernels import HostKernels
 
 from flexvar_runtime.cuda.kernels import KernelConfig
@@ -23,3 +25,11 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Host
         return built[key]
 
     return build
+
+
+@pytest.fixture
+def machine(
+    tiny_bundle: Path, host_kernels: Callable[..., HostKernels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Machine:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return make_machine(tiny_bundle, host_kernels, tmp_path / "engines", tmp_path / "state" / "flexvar" / "receipts")

@@ -22,16 +22,37 @@ from numpy.typing import NDArray
 
 from flexvar_runtime.cuda.array import ALIGNMENT, DeviceArray
 from flexvar_runtime.cuda.kernels import KernelConfig, Launch
-from flexvar_runtime.errors import DeviceFailed
+from flexvar_runtime.errors import DeviceFailed, OutOfMemory
 
 GUARD = 256  # bytes on either side of an allocation, which nobody may touch
 
 
 @dataclass(frozen=True, eq=False)
 class FakeMemory:
-    storage: NDArray[np.uint8]
+    """What a program holds of a block: the block is free when this is dropped."""
+
     address: int
-    nbytes: int
+
+
+class Block:
+    """Memory of the device: in use, or dropped and still reserved."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.storage: NDArray[np.uint8] = np.full(nbytes + 2 * GUARD + ALIGNMENT, 0xAB, np.uint8)
+        self.address = -(-(self.storage.ctypes.data + GUARD) // ALIGNMENT) * ALIGNMENT
+        self.nbytes = nbytes
+        self.used = False
+
+    def take(self) -> FakeMemory:
+        start = self.address - self.storage.ctypes.data
+        self.storage[start : start + self.nbytes] = 0xFF  # NaN as float32: memory that was never written shows
+        memory = FakeMemory(self.address)
+        weakref.finalize(memory, self._drop).atexit = False
+        self.used = True
+        return memory
+
+    def _drop(self) -> None:
+        self.used = False
 
     def check_guards(self) -> None:
         start = self.address - self.storage.ctypes.data
@@ -57,18 +78,22 @@ class FakeReplay:
 
 @dataclass
 class FakeDevice:
-    """A GPU whose work waits in a queue until somebody synchronises; `events` notes every call in order."""
+    """A GPU whose work waits in a queue until somebody synchronises; `events` notes every call in order.
+
+    Its memory is a pool like CUDA's at its worst: what is dropped stays reserved until `trim`, and serves a buffer of
+    exactly its size only.
+    """
 
     kernels: Callable[[KernelConfig], HostKernels]
     name: str = "emulated GPU"
     capability: str = "8.6"
     ordinal: int = 0
     stream: int = 0x5EED
-    free: int = 2**32
+    size: int = 2**32
     refuse_capture: str | None = None
     events: list[str] = field(default_factory=list)
     queue: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
-    memories: list[FakeMemory] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     active: bool = False
     closed: bool = False
     _captured: list[tuple[str, Callable[[], None]]] | None = None
@@ -93,13 +118,30 @@ class FakeDevice:
 
     def allocate(self, nbytes: int) -> FakeMemory:
         self._blocking("allocate")
-        storage = np.full(nbytes + 2 * GUARD + ALIGNMENT, 0xAB, np.uint8)
-        address = -(-(storage.ctypes.data + GUARD) // ALIGNMENT) * ALIGNMENT
-        memory = FakeMemory(storage, address, nbytes)
-        start = address - storage.ctypes.data
-        storage[start : start + nbytes] = 0xFF  # NaN as float32: memory that was never written shows
-        self.memories.append(memory)
-        return memory
+        unused = [] if self.queue else [block for block in self.blocks if not block.used and block.nbytes == nbytes]
+        if unused:
+            return unused[0].take()
+        if self.reserved + nbytes > self.size:
+            raise OutOfMemory(
+                f"{nbytes} bytes beside {self.reserved} that are reserved", expected="a buffer that fits", fix="none"
+            )
+        self.blocks.append(Block(nbytes))
+        return self.blocks[-1].take()
+
+    @property
+    def used(self) -> int:
+        """Bytes of all buffers that somebody holds."""
+        return sum(block.nbytes for block in self.blocks if block.used)
+
+    @property
+    def reserved(self) -> int:
+        """These, and bytes of the buffers that were dropped since the last `trim`."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def trim(self) -> None:
+        self.synchronize()
+        self.note("trim")
+        self.blocks = [block for block in self.blocks if block.used]
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         self._blocking("pinned")
@@ -153,8 +195,8 @@ class FakeDevice:
         queue, self.queue = self.queue, []
         for _, work in queue:
             work()
-        for memory in self.memories:
-            memory.check_guards()
+        for block in self.blocks:
+            block.check_guards()
 
     def elapsed(self, enqueue: Callable[[], None]) -> Callable[[], float]:
         enqueue()
@@ -162,7 +204,7 @@ class FakeDevice:
 
     def free_bytes(self) -> int:
         self._blocking("free_bytes")
-        return self.free
+        return self.size - self.used
 
     def close(self) -> None:
         assert not self.queue

@@ -5,22 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakeDevice, fake_trt
-from host_kernels import HostKernels
+from fake_machine import OTHER, SCHEDULE, Machine
 
-from flexvar_export.engine_profiles import profiles
 from flexvar_runtime import (
     ArtifactRefused,
-    Bundle,
     FlexVARPipeline,
     Guidance,
     InvalidInput,
@@ -28,65 +22,12 @@ from flexvar_runtime import (
     Sampling,
     ScaleSchedule,
 )
-from flexvar_runtime.backends.tensorrt import TensorRT, TrtGraph
-from flexvar_runtime.backends.trt_library import TrtLibrary
+from flexvar_runtime.backends.tensorrt import TrtGraph
 from flexvar_runtime.cuda.buffers import Shape
 from flexvar_runtime.cuda.device_plan import device_plan
 from flexvar_runtime.cuda.generation import REPLAYS_KEPT, WARM_UPS
 from flexvar_runtime.cuda.generator import SHAPES_KEPT
-from flexvar_runtime.engine_writer import lock_engine, write_engine
-from flexvar_runtime.engines import RECIPE, EngineId, PrecisionReport, graph_sha256
 from flexvar_runtime.errors import DeviceFailed
-from flexvar_runtime.graphs import GRAPHS
-
-SCHEDULE = "1_2_3_4"
-OTHER = "1_2x3_4x3_3x5"
-REPORT = PrecisionReport(claimed="fp32", layers={}, fused_attention=0, share=1.0)
-
-
-@dataclass
-class Machine:
-    """A machine with an emulated GPU, a fake TensorRT and engines of a bundle."""
-
-    bundle: Bundle
-    device: FakeDevice
-    library: TrtLibrary
-    engines: Path
-
-    def open(self) -> FlexVARPipeline:
-        return FlexVARPipeline(self.bundle, TensorRT(self.library, self.device, self.engines))
-
-
-@pytest.fixture
-def machine(
-    tiny_bundle: Path,
-    host_kernels: Callable[..., HostKernels],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Machine:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    bundle = Bundle.open(tiny_bundle)
-    device = FakeDevice(partial(host_kernels, block=64))
-    device.engines = {}  # type: ignore[attr-defined]
-    described: dict[bytes, tuple[Any, Any]] = {}
-    library = TrtLibrary("tensorrt", fake_trt(device, described.__getitem__), "11.4.0")
-    folder, receipts = tmp_path / "engines", tmp_path / "state" / "flexvar" / "receipts"
-    for graph in GRAPHS:
-        ranges = profiles(graph, [ScaleSchedule.parse(SCHEDULE), ScaleSchedule.parse(OTHER)], 12, bundle.manifest.model)
-        wanted = EngineId(
-            graph=graph,
-            graph_sha256=graph_sha256(bundle, graph),
-            recipe=RECIPE,
-            flavour="tensorrt",
-            version="11.4.0",
-            target="8.6",
-            profiles=ranges,
-        )
-        plan = str(bundle.graph_file(graph)).encode()
-        described[plan] = (ranges, bundle.graph(graph))
-        with lock_engine(folder, wanted, receipts):
-            write_engine(folder, wanted, plan, REPORT, receipts)
-    return Machine(bundle, device, library, folder)
 
 
 @pytest.fixture(scope="module")
@@ -259,13 +200,15 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(machine: Machine) -
     with machine.open() as pipeline:
         generator: Any = pipeline.engine._generator
         schedule = ScaleSchedule.parse(SCHEDULE)
-        machine.device.free = generator.bytes_of(Shape(schedule, 3, True))
+        pipeline([0] * 3, SCHEDULE, seed=1)
+        generator._drop(0)
+        machine.device.size = machine.device.used + generator.bytes_of(Shape(schedule, 3, True))
         pipeline([0] * 3, SCHEDULE, seed=1)
         with machine.device.recorded() as events, pytest.raises(OutOfMemory) as refusal:
             pipeline([0] * 4, SCHEDULE, seed=1)
         assert "allocate" not in events
         assert str(refusal.value).endswith("fix: use a batch of at most 3")
-        machine.device.free = 1000
+        machine.device.size = machine.device.used + 1000
         with pytest.raises(OutOfMemory, match="use a smaller schedule, or free the GPU"):
             pipeline([0], SCHEDULE, seed=1)
 
@@ -275,10 +218,9 @@ def test_buffers_are_counted_exactly(machine: Machine) -> None:
         generator: Any = pipeline.engine._generator
         shape = Shape(ScaleSchedule.parse(OTHER), 10, True)
         generator._open("step")
-        before = len(machine.device.memories)
+        before = machine.device.used
         generation = generator._allocate(shape)
-        arenas = machine.device.memories[before : before + 3]
-        assert generator.bytes_of(shape) == generation.nbytes == sum(memory.nbytes for memory in arenas)
+        assert generator.bytes_of(shape) == generation.nbytes == machine.device.used - before
         plan = device_plan(machine.bundle, shape)
         assert plan.kv == generation._work["cache"].nbytes and plan.kv + plan.buffers == generation.nbytes
         files = machine.bundle.manifest.files

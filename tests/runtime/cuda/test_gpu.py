@@ -19,7 +19,7 @@ import pytest
 from flexvar_runtime import BackendUnavailable, InvalidInput, OutOfMemory
 from flexvar_runtime.cuda import gpu, kernels
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.gpu import CudaDevice, GpuFacts, find_gpu, probe_gpu
+from flexvar_runtime.cuda.gpu import CudaDevice, GpuFacts, find_gpu, find_gpus, probe_gpu
 from flexvar_runtime.errors import DeviceFailed
 
 core = pytest.importorskip("cuda.core", reason="cuda-python is not installed")
@@ -56,6 +56,7 @@ class Driver:
 
     def __init__(self, log: list[str]) -> None:
         self._log, self.failure = log, 0
+        self.trimmed: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
         assert hasattr(importlib.import_module("cuda.bindings.driver"), name), name
@@ -66,6 +67,8 @@ class Driver:
                 return 0, {2: b"CUDA_ERROR_OUT_OF_MEMORY", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}[int(arguments[0])]
             if self.failure:
                 return (self.failure,)
+            if name == "cuMemPoolTrimTo":
+                self.trimmed.append(arguments)
             if name.startswith("cuMemcpy"):
                 ctypes.memmove(arguments[0], arguments[1], arguments[2])
             return (0, 1000, 9000) if name == "cuMemGetInfo" else (0,)
@@ -106,6 +109,7 @@ def device(log: list[str], monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
         {
             "allocate": lambda nbytes, *, stream: Buffer(nbytes),
             "attributes": SimpleNamespace(reserved_mem_current=500, used_mem_current=100),
+            "handle": 4242,
         },
     )
     event = Recorder(log, "Event")
@@ -161,6 +165,22 @@ def test_a_device_that_is_not_there(device: CudaDevice, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu, "_libraries", lambda: (module, counted))
     with pytest.raises(BackendUnavailable, match="got device cuda:3 of 1; expected a GPU that nvidia-smi lists"):
         find_gpu("cuda:3")
+
+
+def test_every_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = [(9, 0), (12, 1)]
+    module = SimpleNamespace(
+        Device=lambda i: SimpleNamespace(name=f"GPU {i}", compute_capability=capabilities[i]), __version__="1.2.2"
+    )
+    driver = SimpleNamespace(
+        cuInit=lambda _: (0,),
+        cuDeviceGetCount=lambda: (0, 2),
+        cuDeviceGet=lambda i: (0, i),
+        cuDeviceTotalMem=lambda i: (0, 2**34 * (i + 1)),
+    )
+    monkeypatch.setattr(gpu, "_libraries", lambda: (module, driver))
+    assert find_gpus() == (GpuFacts(0, "GPU 0", "9.0", 2**34), GpuFacts(1, "GPU 1", "12.1", 2**35))
+    assert str(find_gpus()[1]) == "GPU 1, compute capability 12.1, 32 GiB"
 
 
 def test_memory_is_moved_in_the_order_of_the_stream(device: CudaDevice, log: list[str]) -> None:
@@ -238,6 +258,26 @@ def test_errors_of_the_driver(device: CudaDevice, code: int, kind: type[Exceptio
 
 def test_free_memory_counts_what_the_pool_holds(device: CudaDevice) -> None:
     assert device.free_bytes() == 1000 + 400
+
+
+def test_the_pool_is_trimmed_after_the_device_is_done(device: CudaDevice, log: list[str]) -> None:
+    device.trim()
+    assert log == ["Stream.sync", "cuMemPoolTrimTo"] and device.__dict__["driver"].trimmed == [(4242, 0)]
+
+
+def test_without_a_pool_nothing_is_reserved(device: CudaDevice, log: list[str]) -> None:
+    """What cuda.core gives where the driver has no pools."""
+    real = pytest.importorskip("cuda.core.cu13._memory._legacy")._SynchronousMemoryResource
+    assert not hasattr(real, "attributes")
+    device._device._answers["memory_resource"] = SimpleNamespace()
+    device.trim()
+    assert log == ["Stream.sync"] and device.free_bytes() == 1000
+
+
+def test_a_pool_that_cannot_be_trimmed_is_an_error_of_ours(device: CudaDevice) -> None:
+    device.__dict__["driver"].failure = 700
+    with pytest.raises(DeviceFailed, match="cuMemPoolTrimTo: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        device.trim()
 
 
 def test_arguments_are_packed_as_the_kernels_take_them() -> None:
