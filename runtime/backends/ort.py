@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import itertools
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 
 from ..errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
 from ..manifest import GraphSpec
-from .base import Array, Availability, check_bindings
+from .base import Array, Availability, Bound, check_bindings
 
 MINIMUM = "1.24"  # older ones read weights from anywhere a graph names
 _ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
@@ -68,66 +67,68 @@ def _wheels() -> list[str]:
     return [name for names in folders.values() for name in names]
 
 
+def open_session(path: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
+    """A session of ONNX Runtime. Raises ArtifactRefused, BackendUnavailable, OutOfMemory."""
+    ort = importlib.import_module("onnxruntime")
+    try:
+        return ort.InferenceSession(
+            str(path),
+            options,
+            providers=[provider],
+            enable_fallback=0,  # else it tries the CPU, and says so on standard output
+        )
+    except Exception as error:
+        raise _translate(error, path.name) from error
+
+
 class OrtGraph:
     """One session. Arrays are bound by address: inputs are read and outputs written in place, nothing is copied."""
 
+    most_images = None  # any number
+
     def __init__(
         self,
-        path: Path,
+        name: str,
         spec: GraphSpec,
         *,
-        options: Any,
-        provider: tuple[str, dict[str, str]],
+        open_session: Callable[[], Any],
         place: tuple[str, int],
         address: Callable[[Array], int],
-        run_options: Callable[[int | None], Any] = lambda _: None,
-        captures: bool = False,
+        run_options: Any = None,
     ) -> None:
-        """place: device type and number as ONNX Runtime names them; address: where an array lies there.
-
-        captures: the provider replays a CUDA graph of its own for every binding, from its second run on. run_options:
-        makes the options of a run from the number of that CUDA graph, None for what is run once.
-        """
-        self.spec, self._name, self._place, self._address = spec, path.name, place, address
-        self._run_options, self._run_once = run_options, run_options(None)
-        self._graph_ids = itertools.count(1) if captures else None
-        ort = importlib.import_module("onnxruntime")
-        try:
-            self._session: Any = ort.InferenceSession(
-                str(path),
-                options,
-                providers=[provider],
-                enable_fallback=0,  # else it tries the CPU, and says so on standard output
-            )
-        except Exception as error:
-            raise _translate(error, self._name) from error
-        self.provider = str(self._session.get_providers()[0])
+        """name: for messages; place: device type and number as ONNX Runtime names them; address: where an array lies
+        there; run_options: of ONNX Runtime."""
+        self.spec, self.name = spec, name
+        self._place, self._address, self._run_options = place, address, run_options
+        self._open_session = open_session
+        self._closed = False
+        self._session: Any = open_session()
         self._types = {
             t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype)
             for t in (*spec.inputs, *spec.outputs)
         }
 
-    most_images = None  # any number
+    @property
+    def session(self) -> Any:
+        """ONNX Runtime's own session. Raises InvalidInput once the graph is closed."""
+        if self._closed:
+            raise InvalidInput(f"{self.name}, closed", expected="an open graph", fix="open the bundle again")
+        if self._session is None:
+            self._session = self._open_session()
+        return self._session
+
+    def renew(self) -> None:
+        """Free the session and everything it holds; the next use opens another. Nothing of it may be running."""
+        self._session = None
 
     def holds(self, size: tuple[int, int]) -> bool:
         return True
 
-    @property
-    def session(self) -> Any:
-        """ONNX Runtime's own session. Raises InvalidInput once the graph is closed."""
-        if self._session is None:
-            raise InvalidInput(f"{self._name}, closed", expected="an open graph", fix="open the bundle again")
-        return self._session
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+        return OrtBound(self, self.binding(inputs, outputs), (inputs, outputs))
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OrtBound:
-        """A number of a CUDA graph is never given twice: what was captured for it reads and writes these addresses."""
-        if self._graph_ids is None:
-            return OrtBound(self, self._binding(inputs, outputs), self._run_once, (inputs, outputs))
-        number = next(self._graph_ids)
-        binding = self._binding(inputs, outputs)
-        return OrtBound(self, binding, self._run_options(number), (inputs, outputs), captured=number)
-
-    def _binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+    def binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+        """ONNX Runtime's binding of these arrays to the session. It does not keep them."""
         session = self.session
         check_bindings(self.spec, inputs, outputs)
         try:
@@ -138,44 +139,34 @@ class OrtGraph:
         except FlexVARError:
             raise
         except Exception as error:
-            raise _translate(error, self._name) from error
+            raise _translate(error, self.name) from error
         return binding
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        self.run_bound(self._binding(inputs, outputs), self._run_once)
+        self.run_binding(self.binding(inputs, outputs))
 
-    def run_bound(self, binding: Any, run_options: Any) -> None:
+    def run_binding(self, binding: Any, run_options: Any = None) -> None:
+        """run_options: in place of the graph's own."""
         session = self.session
         try:
-            session.run_with_iobinding(binding, run_options)
+            session.run_with_iobinding(binding, self._run_options if run_options is None else run_options)
         except Exception as error:
-            raise _translate(error, self._name) from error
-
-    def release(self, number: int) -> None:
-        """Free the CUDA graph of this number; nothing where the graph is closed, which frees all."""
-        if self._session is not None:
-            self._session.release_captured_graph(number)
+            raise _translate(error, self.name) from error
 
     def close(self) -> None:
-        self._session = None
+        self._session, self._closed = None, True
 
 
 class OrtBound:
     """Addresses bound to a session. It keeps the arrays, which the binding does not."""
 
-    def __init__(
-        self, graph: OrtGraph, binding: Any, run_options: Any, arrays: object, captured: int | None = None
-    ) -> None:
-        """captured: number of the CUDA graph that ONNX Runtime captures for it."""
+    def __init__(self, graph: OrtGraph, binding: Any, arrays: object) -> None:
         self._graph, self._binding, self._arrays = graph, binding, arrays
-        self._run_options, self._captured = run_options, captured
 
     def run(self) -> None:
-        self._graph.run_bound(self._binding, self._run_options)
+        self._graph.run_binding(self._binding)
 
     def close(self) -> None:
-        if self._captured is not None and self._binding is not None:
-            self._graph.release(self._captured)
         self._binding = self._arrays = None
 
 

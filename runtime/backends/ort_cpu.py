@@ -17,7 +17,7 @@ from ..graphs import STEP, graph_precision
 from .base import Availability, runs_precision
 from .byte_products import exact_here, make_exact
 from .host import HostBackend, check_options, default_threads, require_contiguous
-from .ort import OrtGraph, probe_onnxruntime
+from .ort import OrtGraph, open_session, probe_onnxruntime
 
 PRECISIONS = frozenset({"fp32", "fp16", "int8"})
 
@@ -67,11 +67,11 @@ class OrtCpu(HostBackend):
         if once:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
+        path = bundle.graph_file(graph)
         return OrtGraph(
-            bundle.graph_file(graph),
+            path.name,
             bundle.graph(graph),
-            options=options,
-            provider=("CPUExecutionProvider", {}),
+            open_session=lambda: open_session(path, options, ("CPUExecutionProvider", {})),
             place=("cpu", 0),
             address=_address,
         )

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int32]
-WARM_UPS = 2  # one lets engines settle on their shapes, ONNX Runtime allocates in the first and searches in the second
+WARM_UPS = 2  # before a capture: one lets engines settle on their shapes
 REPLAYS_KEPT = 4  # captured graphs of one shape: as many options as are in use at a time
 
 
@@ -136,12 +136,12 @@ class DeviceGeneration:
     def _capture(self, options: Options) -> Replay | _Enqueue:
         """Warm up, then capture. Where that cannot be, the work is enqueued anew each time."""
         enqueue = partial(self._enqueue, options)
+        if not self._backend.captures:
+            log.info("%s: a generation is enqueued, its library cannot be captured as a whole", self._backend.name)
+            return _Enqueue(enqueue)
         for _ in range(WARM_UPS):
             enqueue()
             self._device.synchronize()
-        if not self._backend.captures:
-            log.info("%s: enqueued kernel by kernel, its library cannot be captured", self._backend.name)
-            return _Enqueue(enqueue)
         try:
             return self._device.capture(enqueue)
         except OutOfMemory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, Invalid
 from flexvar_runtime.backends import create, ort_cuda, probe
 from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.ort_cuda import PROVIDER, OrtCuda
+from flexvar_runtime.backends.ort_placement import RECORD
+from flexvar_runtime.onnx_scan import scan
 
 SCHEDULE = "1_2_3_4"
 
@@ -57,22 +61,39 @@ def test_a_session_on_the_processor_is_refused(device: FakeDevice, tiny_bundle: 
     """What ONNX Runtime gives, with a warning, where CUDA does not work."""
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(BackendUnavailable) as refusal:
         OrtCuda(device).open(Bundle.open(tiny_bundle), "step")
-    assert refusal.value.got == "ONNX Runtime that fell back to CPUExecutionProvider for step"
+    assert refusal.value.got.startswith("ONNX Runtime that fell back to CPUExecutionProvider for step")
     assert refusal.value.expected == PROVIDER
 
 
 class OnStream:
-    """A session of the processor in the clothes of CUDA: what is run waits on the stream of the device."""
+    """A session of the processor in the clothes of CUDA: what is run waits on the stream of the device.
+
+    A run with a new number is recorded with the addresses it is bound to; every later run with that number repeats what
+    was recorded, whatever it is bound to, as a CUDA graph does.
+    """
 
     def __init__(self, device: FakeDevice, path: str, options: Any, providers: Any) -> None:
         [(name, settings)] = providers
         assert name == PROVIDER and settings["user_compute_stream"] == str(device.stream)
         assert settings["device_id"] == "0" and settings["use_tf32"] == "0"
-        self._device, self._name = device, Path(path).stem
+        assert settings["cudnn_conv_algo_search"] == "DEFAULT"
+        assert options.get_session_config_entry(RECORD) == "1" and options.log_severity_level == 4
+        self.name, self.captures = Path(path).stem, settings["enable_cuda_graph"] == "1"
+        self.captured: dict[int, Any] = {}
+        self.numbers: list[int] = []  # of every run
+        self.device, self.scan = device, scan(Path(path))
+        self.elsewhere: frozenset[str] = self.scan.shape_arithmetic()  # names of nodes on the processor
         self._session = _session(path, options, providers=["CPUExecutionProvider"])
 
     def get_providers(self) -> list[str]:
-        return [PROVIDER]
+        return [PROVIDER, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        parts: dict[str, list[Any]] = {PROVIDER: [], "CPUExecutionProvider": []}
+        for node in self.scan.nodes:
+            place = "CPUExecutionProvider" if node.name in self.elsewhere else PROVIDER
+            parts[place].append(SimpleNamespace(op_type=node.operator, name=node.name, domain=""))
+        return [SimpleNamespace(ep_name=place, get_nodes=nodes.copy) for place, nodes in parts.items()]
 
     def io_binding(self) -> Any:
         binding = self._session.io_binding()
@@ -89,25 +110,190 @@ class OnStream:
     def run_with_iobinding(self, binding: Any, run_options: Any) -> None:
         key = "disable_synchronize_execution_providers"
         assert run_options.get_run_config_entry(key) == "1", "it would wait"
-        self._device.enqueue(f"run {self._name}", lambda: self._session.run_with_iobinding(binding.real))
+        number = int(run_options.get_run_config_entry("gpu_graph_id"))
+        self.numbers.append(number)
+        assert number == -1 or self.captures
+        recorded = binding.real if number == -1 else self.captured.setdefault(number, binding.real)
+        self.device.enqueue(f"run {self.name}", lambda: self._session.run_with_iobinding(recorded))
 
 
 _session = onnxruntime.InferenceSession
+Sessions = list[OnStream]
 
 
-def test_the_same_images_as_on_the_cpu(device: FakeDevice, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1)([3, 1], SCHEDULE, seed=4)
-    monkeypatch.setattr(
-        onnxruntime,
-        "InferenceSession",
-        lambda path, options, providers, enable_fallback: OnStream(device, path, options, providers),
-    )
+@pytest.fixture
+def sessions(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> Sessions:
+    """Every session that is opened from here on."""
+    opened: Sessions = []
+
+    def make(path: str, options: Any, providers: Any, enable_fallback: int) -> Any:
+        if providers[0][0] != PROVIDER:  # ort-cpu, to compare with
+            return _session(path, options, providers=providers)
+        opened.append(OnStream(device, path, options, providers))
+        return opened[-1]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    return opened
+
+
+def same(got: Any, expected: Any) -> None:
+    for scale, other in zip(got.tokens, expected.tokens, strict=True):
+        np.testing.assert_array_equal(scale, other)
+    np.testing.assert_array_equal(got.images, expected.images)
+
+
+@pytest.fixture
+def expected(tiny_bundle: Path) -> Callable[..., Any]:
+    """The generation of ort-cpu."""
+
+    def generate(labels: list[int], schedule: str, seed: int) -> Any:
+        with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipeline:
+            return pipeline(labels, schedule, seed=seed)
+
+    return generate
+
+
+def test_the_same_images_as_on_the_cpu(
+    device: FakeDevice, tiny_bundle: Path, expected: Callable[..., Any], sessions: Sessions
+) -> None:
+    reference = expected([3, 1], SCHEDULE, 4)
     with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
         for _ in range(2):
             got = pipeline([3, 1], SCHEDULE, seed=4)
             assert got.timings.mode == "stream" and got.settings[0].backend == "ort-cuda"
-            for scale, other in zip(got.tokens, expected.tokens, strict=True):
-                np.testing.assert_array_equal(scale, other)
-            np.testing.assert_array_equal(got.images, expected.images)
+            same(got, reference)
         encoded = pipeline.encode(got.images)
         assert encoded.shape == (2, 4, 4)
+    assert {session.name for session in sessions if session.captures} == {"step", "decode"}
+
+
+# ONNX Runtime's own CUDA graphs --------------------------------------------------------------------------------------
+
+
+def test_one_capture_a_shape(
+    device: FakeDevice, tiny_bundle: Path, expected: Callable[..., Any], sessions: Any
+) -> None:
+    """For all seeds and classes; a scale has a number of its own, and so has every batch."""
+    with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
+        for labels, seed in (([3, 1], 4), ([0, 2], 5), ([3, 1], 6)):
+            same(pipeline(labels, SCHEDULE, seed=seed), expected(labels, SCHEDULE, seed))
+        [step] = [session for session in sessions if session.name == "step"]
+        [decode] = [session for session in sessions if session.name == "decode"]
+        assert step.numbers == [1, 2, 3, 4] * 3 and decode.numbers == [1] * 3
+        list(pipeline.iter_scales([3, 1], SCHEDULE, seed=4))  # the same buffers
+        assert step.numbers[12:] == [1, 2, 3, 4]
+        pipeline([1], SCHEDULE, seed=4)
+        assert step.numbers[16:] == [5, 6, 7, 8] and decode.numbers[3:] == [2]
+        assert len(step.captured) == 8 and len(decode.captured) == 2
+
+
+def test_what_is_run_once_is_not_captured(device: FakeDevice, tiny_bundle: Path, sessions: Any) -> None:
+    with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
+        tokens = np.zeros((2, 3, 3), np.int32)
+        pipeline.decode(tokens)
+        pipeline.decode(tokens)
+        pipeline([1], SCHEDULE, seed=4)
+    decode = next(session for session in sessions if session.name == "decode")
+    assert decode.numbers == [-1, -1, 1] and list(decode.captured) == [1]
+    condition = next(session for session in sessions if session.name == "condition")
+    assert set(condition.numbers) == {-1} and not condition.captured
+
+
+def test_a_new_binding_has_a_new_number(device: FakeDevice, tiny_bundle: Path, sessions: Any) -> None:
+    """Also where an earlier one was closed: its CUDA graph writes to addresses that somebody else may have by now."""
+    graph: Any = OrtCuda(device).open(Bundle.open(tiny_bundle), "decode")
+    backend = OrtCuda(device)
+
+    def bind(images: int) -> Any:
+        tokens = backend.upload(np.full((images, 2, 2), images, np.int32))
+        factor = graph.spec.outputs[0].axes[2].partition("_x")[2]
+        image = backend.empty((images, 3, 2 * int(factor), 2 * int(factor)), "float32")
+        return graph.bind({"tokens": tokens}, {"image": image})
+
+    first, second = bind(1), bind(2)
+    first.run()
+    second.run()
+    first.close()
+    first.close()  # counts once
+    third = bind(1)
+    third.run()
+    second.run()
+    device.synchronize()
+    assert sessions[0].numbers == [1, 2, 3, 2]
+    with pytest.raises(InvalidInput, match="unbound"):
+        first.run()
+
+
+def test_unused_cuda_graphs_do_not_pile_up(
+    device: FakeDevice,
+    tiny_bundle: Path,
+    expected: Callable[..., Any],
+    sessions: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX Runtime frees them with their session only: it is opened anew, and what is in use is captured again."""
+    monkeypatch.setattr(ort_cuda, "UNUSED_KEPT", 6)
+    schedules = ["1_2", "1_3", "1_2_3", "1_4", "1_2_4", "1_3_4", "1_2"]  # more than buffers are kept for
+    with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
+        for turn in range(3):
+            for schedule in schedules:
+                same(pipeline([3], schedule, seed=turn), expected([3], schedule, turn))
+        steps = [session for session in sessions if session.name == "step"]
+        in_use = 4 * 3  # bindings of the shapes kept, at most
+        assert len(steps) > 3 and all(len(session.captured) <= 6 + in_use + 3 for session in steps)
+        references = [weakref.ref(session) for session in steps]
+        del steps
+        sessions.clear()
+        gc.collect()
+        alive = [reference for reference in references if reference() is not None]
+        assert len(alive) <= 1, "a session that was given up is still held"
+
+
+# Nothing leaves the GPU unseen ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", ["step", "decode", "encode"])
+def test_a_node_on_the_processor_is_refused_by_name(
+    device: FakeDevice, tiny_bundle: Path, sessions: Any, monkeypatch: pytest.MonkeyPatch, graph: str
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    computing = [node for node in scan(bundle.graph_file(graph)).nodes if node.operator in ("Mul", "Conv", "Add")]
+    planted = computing[len(computing) // 2]
+    assert planted.name not in scan(bundle.graph_file(graph)).shape_arithmetic()
+    real = OnStream.__init__
+
+    def init(self: OnStream, *arguments: Any) -> None:
+        real(self, *arguments)
+        self.elsewhere |= {planted.name} if self.name == graph else set()
+
+    monkeypatch.setattr(OnStream, "__init__", init)
+    with pytest.raises(BackendUnavailable) as refusal:
+        OrtCuda(device).open(bundle, graph)
+    assert refusal.value.exit_code == 4
+    assert f"{graph}: ONNX Runtime runs 1 {planted.operator} on CPUExecutionProvider" in refusal.value.got
+    assert planted.name in refusal.value.got
+    if graph != "encode":
+        with FlexVARPipeline(bundle, OrtCuda(device)) as pipeline, pytest.raises(BackendUnavailable):
+            pipeline([1], SCHEDULE, seed=0)
+
+
+def test_shape_arithmetic_may_be_on_the_processor(device: FakeDevice, tiny_bundle: Path, sessions: Any) -> None:
+    OrtCuda(device).open(Bundle.open(tiny_bundle), "decode")
+    [decode] = sessions
+    assert decode.elsewhere, "the graph computes sizes, and they were on the processor"
+
+
+def test_a_library_that_does_not_tell_is_refused(
+    device: FakeDevice, tiny_bundle: Path, sessions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(OnStream, "get_provider_graph_assignment_info")
+    with pytest.raises(BackendUnavailable, match=r"expected onnxruntime-gpu 1\.31\.1 or later; fix: pip install"):
+        OrtCuda(device).open(Bundle.open(tiny_bundle), "step")
+
+
+def test_an_older_library_is_told_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDER])
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
+    state = probe("ort-cuda")
+    assert not state.available and state.detail.endswith("1.31.0 is older than 1.31.1")
+    assert state.fix is not None and state.fix.endswith(">=1.31.1'")
