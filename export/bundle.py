@@ -24,11 +24,8 @@ from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_precision, graph_specs
 from flexvar_runtime.manifest import (
-    DECODERS,
-    PHASES,
     PRECISIONS,
     SCHEMA_VERSION,
-    TRANSPOSED,
     Defaults,
     GraphSpec,
     Manifest,
@@ -45,10 +42,10 @@ from .onnx_graphs import export_graph
 from .parity import prove, require_parity
 from .proof import PROOF_FILE, make_proof
 from .sensitivity import parts_to_keep, rounding_errors, step_excess
+from .targets import AUTO, GPU, choose_decoder, choose_target, require_cuda_kernels
 
 # int8: what `modules` takes for it
 TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-AUTO = "auto"
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 UNPROVEN = ParityRecord(backend="none", emulated=False, passed=False, rows=(), free_running_agreement=None)
 
@@ -67,6 +64,7 @@ def export_bundle(
     float32_parts: Sequence[str] | None = None,
     defaults: Defaults = PUBLISHED_DEFAULTS,
     quality_order: Sequence[str] = (),
+    target: str = AUTO,
     decoder: str = AUTO,
     progress: Progress = lambda _: None,
 ) -> Bundle:
@@ -76,11 +74,12 @@ def export_bundle(
     or where that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
     defaults: what requests that do not say otherwise take; the proof is of their schedule and guidance.
     quality_order: schedules to the size of the default one, best first, for deadlines.
+    target: "cpu", "gpu", or "auto": a GPU for fp16, else a CPU. For a GPU every node must have a CUDA kernel.
     decoder: how it upsamples, "phases", "transposed" (see `upsampling`) or "plain" as the reference does; "auto": what
-    pays in that precision.
+    pays on the target.
 
-    Raises ArtifactRefused (checkpoint or fp16 range), ParityFailed, InvalidInput, BackendUnavailable. Whatever happens,
-    nothing unproven is left under the name `out`.
+    Raises ArtifactRefused (checkpoint, fp16 range or a missing CUDA kernel), ParityFailed, InvalidInput,
+    BackendUnavailable. Whatever happens, nothing unproven is left under the name `out`.
     """
     if precision not in PRECISIONS:
         raise InvalidInput(f"precision {precision!r}", expected=" or ".join(PRECISIONS), fix="name one of them")
@@ -88,10 +87,8 @@ def export_bundle(
         raise InvalidInput(
             f"{float32_parts[0]!r:.100} kept in float32", expected="another precision", fix="leave it out"
         )
-    if decoder == AUTO:
-        decoder = TRANSPOSED if precision == "int8-bf16" else PHASES  # TensorRT-RTX builds no such layer in bf16
-    if decoder not in DECODERS:
-        raise InvalidInput(f"decoder {decoder!r:.100}", expected=", ".join((AUTO, *DECODERS)), fix="name one of them")
+    target = choose_target(target, precision)
+    decoder = choose_decoder(decoder, precision, target)
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
     if graph_precision(precision, STEP) == "int8":
         library = importlib.import_module("onnxruntime")
@@ -113,6 +110,8 @@ def export_bundle(
             progress(f"exporting {name}")
             module = graph_module(name, model, vae, _dtype(precision, name), kept, decoder)
             _export(name, specs, module, directory)
+        if target == GPU:
+            require_cuda_kernels(directory, specs)
         tables(model, vae).save(directory / TABLES_FILE)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

@@ -59,11 +59,15 @@ def export(
             "asks for it), none, or names as in blocks.0.mlp,blocks.1.attention."
         ),
     ] = "auto",
+    target: Annotated[
+        str,
+        typer.Option(help="What the bundle is for: cpu, gpu, or auto (gpu for fp16, else cpu). It still runs on both."),
+    ] = "auto",
     decoder: Annotated[
         str,
         typer.Option(
-            help="How the decoder upsamples: plain as the reference, or with fewer multiplications in phases or "
-            "transposed (one convolution, the faster on OpenVINO in bf16); auto: transposed in int8-bf16, else phases."
+            help="How the decoder doubles a map: plain, phases, transposed, or auto. auto is plain for a GPU, "
+            "transposed for int8-bf16, else phases. phases and transposed need fewer multiplications."
         ),
     ] = "auto",
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
@@ -103,6 +107,7 @@ def export(
             float32_parts=_float32_parts(float32),
             defaults=chosen,
             quality_order=order,
+            target=target,
             decoder=decoder,
             progress=progress,
         )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar_ref.tokenizer import Decoder, Upsample
-from flexvar_runtime.manifest import PHASES, PLAIN, TRANSPOSED
+from flexvar_runtime.manifest import PHASES, TRANSPOSED
 
 # (phase, place in the window, tap): even rows meet one pixel with the first tap and the next with the other two.
 _FOLD = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))
@@ -73,16 +73,33 @@ class TransposedUpsample(nn.Module):
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
 
 
+class RepeatUpsample(nn.Module):
+    """x (B, C, h, w) -> (B, C, 2h, 2w): as `upsample`, every pixel repeated without a resize.
+
+    ONNX Runtime's CUDA provider resizes no bfloat16.
+    """
+
+    def __init__(self, upsample: Upsample, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = upsample.conv.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        repeated = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+        result: Tensor = self.conv(repeated.flatten(4, 5).flatten(2, 3))
+        return result
+
+
 _FORMS = {PHASES: PhaseUpsample, TRANSPOSED: TransposedUpsample}
 
 
 def replace_upsampling(decoder: Decoder, form: str, dtype: torch.dtype) -> None:
-    """Give every upsampling of `decoder`, whose weights are the reference's, another form, in place; PLAIN: none."""
-    if form == PLAIN:
+    """Give every upsampling of `decoder`, whose weights are the reference's, another form, in place; PLAIN: its own."""
+    make: type[nn.Module] | None = _FORMS.get(form, RepeatUpsample if dtype == torch.bfloat16 else None)
+    if make is None:
         return
     for level in decoder.conv_blocks:
         if isinstance(level.upsample, Upsample):
-            level.upsample = _FORMS[form](level.upsample, dtype)
+            level.upsample = make(level.upsample, dtype)
 
 
 def _bias(upsample: Upsample, dtype: torch.dtype) -> Tensor:

@@ -12,11 +12,14 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..backends import BACKENDS, CPU_BACKENDS, create, precisions, probe
+from ..backends.ort_placement import listed, without_cuda_kernel
 from ..bundle import Bundle
 from ..deadline import quality_order
+from ..errors import ArtifactRefused
 from ..guidance import Guidance
 from ..manifest import Manifest
 from ..memory import available_bytes
+from ..onnx_scan import scan
 from ..planner import MemoryPlan, largest_batch, plan, size_text
 from ..schedule import ScaleSchedule
 from ..strict_json import encode
@@ -44,7 +47,7 @@ def inspect(
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
-    data = {"bundle": opened.sha256, **cast(dict[str, Any], encode(manifest))}
+    data = {"bundle": opened.sha256, **cast(dict[str, Any], encode(manifest)), "ort_cuda": _on_ort_cuda(opened)}
     memory = None
     if (schedule, batch_size, cfg) != (None, None, None):
         memory = _Memory.of(manifest, schedule, batch_size or 1, cfg)
@@ -64,6 +67,7 @@ def inspect(
             *((("class names", _listed(model.class_names)),) if model.class_names else ()),
             ("tokens", f"{model.vocabulary} codes of dimension {model.code_dim}, {model.downsampling} pixels a side"),
             ("decoder", manifest.decoder),
+            ("ort-cuda", _on_ort_cuda(opened)),
             ("schedule", defaults.schedule),
             ("deadlines take", ", ".join(map(str, quality_order(manifest)))),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
@@ -91,6 +95,18 @@ def inspect(
             memory.show()
 
     emit(data, as_json, show)
+
+
+def _on_ort_cuda(bundle: Bundle) -> str:
+    """Whether ONNX Runtime has CUDA kernels for all that the graphs compute, as far as is known without a GPU."""
+    if bundle.manifest.precision not in precisions("ort-cuda"):
+        return f"does not run {bundle.manifest.precision}"
+    try:
+        missing = {name: without_cuda_kernel(scan(bundle.graph_file(name))) for name in bundle.manifest.graphs}
+    except ArtifactRefused as error:
+        return f"unknown: {error.got}"
+    found = [f"{name} {listed(node.operator for node in nodes)}" for name, nodes in missing.items() if nodes]
+    return f"refuses it, no CUDA kernel for: {'; '.join(found)}" if found else "has a CUDA kernel for every node"
 
 
 def _listed(names: tuple[str, ...]) -> str:
