@@ -45,7 +45,7 @@ def choose_decoder(decoder: str, precision: str, target: str) -> str:
         raise InvalidInput(
             f"--decoder {decoder!r:.100}",
             expected=", ".join((AUTO, *DECODERS)),
-            fix="name one of them, or leave it out",
+            fix="name one of them",
         )
     return decoder
 

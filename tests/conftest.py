@@ -138,6 +138,13 @@ def ordered_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
     return bundle
 
 
+@pytest.fixture(scope="session")
+def schema1_bundle() -> Path:
+    """An fp32 bundle of schema version 1, as it was exported at commit a8c13d3: random weights, depth 2, width 32, 64
+    codes, 4 classes, 2 pixels a token side, group normalisation as InstanceNormalization. Read-only."""
+    return GOLDEN / "schema1"
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the fp32 bundle that a test may spoil."""

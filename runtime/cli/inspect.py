@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..backends import BACKENDS, CPU_BACKENDS, create, precisions, probe
-from ..backends.ort_placement import listed, without_cuda_kernel
+from ..backends.ort_placement import without_cuda_kernel
 from ..bundle import Bundle
 from ..deadline import quality_order
 from ..errors import ArtifactRefused
@@ -47,7 +48,8 @@ def inspect(
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
-    data = {"bundle": opened.sha256, **cast(dict[str, Any], encode(manifest)), "ort_cuda": _on_ort_cuda(opened)}
+    on_cuda = _OnCuda.of(opened)
+    data = {"bundle": opened.sha256, **cast(dict[str, Any], encode(manifest)), "ort_cuda": on_cuda.to_json()}
     memory = None
     if (schedule, batch_size, cfg) != (None, None, None):
         memory = _Memory.of(manifest, schedule, batch_size or 1, cfg)
@@ -67,7 +69,7 @@ def inspect(
             *((("class names", _listed(model.class_names)),) if model.class_names else ()),
             ("tokens", f"{model.vocabulary} codes of dimension {model.code_dim}, {model.downsampling} pixels a side"),
             ("decoder", manifest.decoder),
-            ("ort-cuda", _on_ort_cuda(opened)),
+            ("ort-cuda", on_cuda.text),
             ("schedule", defaults.schedule),
             ("deadlines take", ", ".join(map(str, quality_order(manifest)))),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
@@ -97,16 +99,40 @@ def inspect(
     emit(data, as_json, show)
 
 
-def _on_ort_cuda(bundle: Bundle) -> str:
-    """Whether ONNX Runtime has CUDA kernels for all that the graphs compute, as far as is known without a GPU."""
-    if bundle.manifest.precision not in precisions("ort-cuda"):
-        return f"does not run {bundle.manifest.precision}"
-    try:
-        missing = {name: without_cuda_kernel(scan(bundle.graph_file(name))) for name in bundle.manifest.graphs}
-    except ArtifactRefused as error:
-        return f"unknown: {error.got}"
-    found = [f"{name} {listed(node.operator for node in nodes)}" for name, nodes in missing.items() if nodes]
-    return f"refuses it, no CUDA kernel for: {'; '.join(found)}" if found else "has a CUDA kernel for every node"
+@dataclass(frozen=True)
+class _OnCuda:
+    """Whether ort-cuda runs a bundle, as far as is known without a GPU: its precision, and the operators of each graph
+    that ONNX Runtime has no CUDA kernel for. unread: why the graphs cannot be read, if so."""
+
+    precision: str
+    runs_precision: bool
+    missing: dict[str, dict[str, int]]
+    unread: str | None = None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Self:
+        precision = bundle.manifest.precision
+        if precision not in precisions("ort-cuda"):
+            return cls(precision, False, {})
+        try:
+            found = {name: without_cuda_kernel(scan(bundle.graph_file(name))) for name in bundle.manifest.graphs}
+        except ArtifactRefused as error:
+            return cls(precision, True, {}, error.got)
+        missing = {name: dict(Counter(node.operator for node in nodes)) for name, nodes in found.items() if nodes}
+        return cls(precision, True, missing)
+
+    @property
+    def text(self) -> str:
+        if not self.runs_precision:
+            return f"does not run {self.precision}"
+        if self.unread is not None:
+            return f"unknown: {self.unread}"
+        parts = [f"{name}: {count} {op}" for name, counts in self.missing.items() for op, count in counts.items()]
+        return f"refuses it, no CUDA kernel for {', '.join(parts)}" if parts else "has a CUDA kernel for every node"
+
+    def to_json(self) -> dict[str, Any]:
+        runs = self.runs_precision and not self.missing and self.unread is None
+        return {"runs": runs, "without_kernel": self.missing, "detail": self.text}
 
 
 def _listed(names: tuple[str, ...]) -> str:

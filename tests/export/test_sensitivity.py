@@ -83,7 +83,7 @@ def test_kept_parts_compute_in_float32(sensitive: FlexVAR) -> None:
         assert {block.fc1.weight.dtype, block.fc1.bias.dtype, block.fc2.weight.dtype} == {mlp}
         x = torch.randn(2, 3, sensitive.config.width)
         past = torch.zeros(4, 2, sensitive.config.heads, 64, dtype=torch.bfloat16)
-        result, keys, values = block(x, torch.randn(2, 6, sensitive.config.width), (past, past))
+        result, keys, values = block(x, list(torch.randn(6, 2, 1, sensitive.config.width)), (past, past))
         assert (result.dtype, keys.dtype, values.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
 
 

@@ -19,7 +19,23 @@ def test_json_is_the_manifest(flexvar: Any, tiny_bundle: Path) -> None:
     ended = flexvar("inspect", tiny_bundle, "--json")
     assert ended.code == 0 and ended.err == ""
     manifest = (tiny_bundle / "manifest.json").read_bytes()
+    on_cuda = ended.json.pop("ort_cuda")
     assert ended.json == {"bundle": hashlib.sha256(manifest).hexdigest(), **json.loads(manifest)}
+    assert on_cuda == {"runs": True, "without_kernel": {}, "detail": "has a CUDA kernel for every node"}
+
+
+def test_a_bundle_that_ort_cuda_refuses(flexvar: Any, schema1_bundle: Path) -> None:
+    """Normalisations that ONNX Runtime runs on the processor, in a bundle of an earlier version."""
+    found = flexvar("inspect", schema1_bundle, "--json").json["ort_cuda"]
+    assert not found["runs"] and set(found["without_kernel"]) == {"decode", "encode"}
+    assert set(found["without_kernel"]["decode"]) == {"InstanceNormalization"}
+    text = " ".join(flexvar("inspect", schema1_bundle).out.replace("│", "").split())
+    assert "refuses it, no CUDA kernel for decode:" in text
+
+
+def test_a_precision_that_ort_cuda_does_not_run(flexvar: Any, tiny_bundles: Callable[[str], Path]) -> None:
+    found = flexvar("inspect", tiny_bundles("int8"), "--json").json["ort_cuda"]
+    assert found == {"runs": False, "without_kernel": {}, "detail": "does not run int8"}
 
 
 def test_text(flexvar: Any, tiny_bundle: Path) -> None:

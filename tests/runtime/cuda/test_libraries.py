@@ -90,7 +90,7 @@ def test_onnx_runtime_looks_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
         print("Failed to load libcudnn.so.9")
 
     real: Callable[[str], Any] = importlib.import_module
-    fake = SimpleNamespace(preload_dlls=preload)
+    fake = SimpleNamespace(preload_dlls=preload, set_default_logger_severity=lambda _: None)
     monkeypatch.setattr(ort_cuda, "load_cuda_libraries", load)
     monkeypatch.setattr(importlib, "import_module", lambda name: fake if name == "onnxruntime" else real(name))
     device: Any = object()

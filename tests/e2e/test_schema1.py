@@ -1,0 +1,60 @@
+"""A bundle of schema version 1, exported at commit a8c13d3, in today's runtime: its graphs take the modulation of all
+blocks as one tensor, and normalise groups with InstanceNormalization."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakeDevice
+from host_kernels import HostKernels
+
+from flexvar_bench.gpu.torch_backend import TorchBackend
+from flexvar_export.parity import GATES, holds, prove
+from flexvar_export.proof import PROOF_FILE, Proof
+from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline
+from flexvar_runtime.backends.ort_placement import without_cuda_kernel
+from flexvar_runtime.graphs import CONDITION, STEP, graph_specs
+from flexvar_runtime.onnx_scan import scan
+
+SCHEDULE = "1_2_3_5x4"
+
+
+def test_it_opens_with_a_warning_and_holds_its_gates(schema1_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = Bundle.open(schema1_bundle)
+    manifest = bundle.manifest
+    assert manifest.schema_version == 1 and manifest.graphs == graph_specs(manifest.model, "fp32", 1)
+    assert [tensor.name for tensor in bundle.graph(CONDITION).outputs] == [
+        "modulation",
+        "head_modulation",
+        "first_input",
+    ]
+    with caplog.at_level(logging.WARNING, "flexvar_runtime"):
+        record = prove(bundle, Proof.load(bundle.file(PROOF_FILE)), threads=1)
+    assert record.passed and all(map(holds, record.rows)), GATES["fp32"]
+    assert {row.graph for row in record.rows} == {"condition", "step", "prefill", "decode", "encode"}
+    assert "exported by an earlier version (schema 1, now 2)" in caplog.text
+
+
+def test_it_generates_and_edits(schema1_bundle: Path) -> None:
+    with FlexVARPipeline.from_bundle(schema1_bundle, "ort-cpu", threads=1) as pipeline:
+        whole = pipeline([1, 3], SCHEDULE, seed=7)
+        alone = pipeline([3], SCHEDULE, seed=7, first_index=1)
+        for both, one in zip(whole.tokens, alone.tokens, strict=True):
+            np.testing.assert_array_equal(both[1:], one)
+        edited = pipeline.edit(whole.images[0], "refine", labels=[2], seed=1, strength=0.5)
+        assert edited.images.shape[1:3] == whole.images.shape[1:3]
+
+
+def test_on_a_device_it_needs_an_export(
+    schema1_bundle: Path, host_kernels: Callable[..., HostKernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof backend runs the modules of today's export, which know no bundle of another form."""
+    del monkeypatch, host_kernels, FakeDevice, partial, TorchBackend, BackendUnavailable
+    missing = without_cuda_kernel(scan(Bundle.open(schema1_bundle).graph_file("decode")))
+    assert {node.operator for node in missing} == {"InstanceNormalization"}
+    assert without_cuda_kernel(scan(Bundle.open(schema1_bundle).graph_file(STEP))) == ()
