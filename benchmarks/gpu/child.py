@@ -9,6 +9,7 @@ import argparse
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -51,12 +52,14 @@ def _saver(path: Path) -> Save:
 
 
 def _die_with_parent() -> None:
-    """A phase whose orchestrator was killed would go on using the device."""
+    """A phase whose orchestrator was killed would go on using the device, and so would what it started."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_SECONDS)
+        if os.getpgrp() == os.getpid():  # a group of its own
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
@@ -78,6 +81,25 @@ def _export(work: Path, save: Save, *, model: str, precision: str, processes: in
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     export_model(model, work, precision, save)
+
+
+def _unpack(work: Path, save: Save, *, carried: str, bundles: list[str]) -> None:
+    from .pack import unpack
+
+    unpack(Path(carried), work, bundles, save)
+
+
+def _regenerate(work: Path, save: Save, *, model: str, carried: str) -> None:
+    from .models import regenerate_model
+    from .pack import skeleton_of
+
+    regenerate_model(model, work, skeleton_of(Path(carried), model), save)
+
+
+def _sanitize(work: Path, save: Save) -> None:
+    from .sanitizer import sanitize
+
+    sanitize(save)
 
 
 def _plain(work: Path, save: Save, *, model: str) -> None:
@@ -145,18 +167,19 @@ def _reference(work: Path, save: Save, *, model: str, batches: list[int], budget
     reference(model, batches, Budget(**budget), save)
 
 
-def _compiled(
-    work: Path, save: Save, *, model: str, batches: list[int], static_batches: list[int], budget: dict[str, Any]
-) -> None:
+def _compiled(work: Path, save: Save, *, model: str, batch: int, dynamic: bool, budget: dict[str, Any]) -> None:
     from ..timing import Budget
     from .torch_peers import compiled
 
-    compiled(work, model, batches, Budget(**budget), static_batches, save)
+    compiled(work, model, batch, Budget(**budget), dynamic, save)
 
 
 JOBS: dict[str, Callable[..., None]] = {
     "machine": _machine,
     "export": _export,
+    "unpack": _unpack,
+    "regenerate": _regenerate,
+    "sanitize": _sanitize,
     "plain": _plain,
     "tiny": _tiny,
     "kernels": _kernels,

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts, tables
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_export.onnx_scan import scan
-from flexvar_export.proof import PROOF_FILE, Proof, make_proof
+from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_ref.checkpoint import published_name
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
@@ -34,25 +34,10 @@ from flexvar_runtime.bundle_writer import seal, write_bundle
 from flexvar_runtime.graphs import DECODE, TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import ENGINES, MANIFEST, PHASES, PLAIN, SCHEMA_VERSION, Manifest, Provenance
 
+from .files import ModelFiles, Save
 from .plan import TINY
 
 SEED = 0
-
-Save = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where the bundle of a model, the same with a plain decoder, and its proof, every row of logits kept, lie in the
-    folder of a run."""
-
-    bundle: Path
-    plain: Path
-    proof: Path
-
-    @classmethod
-    def of(cls, work: Path, model: str) -> ModelFiles:
-        return cls(work / f"{model}.bundle", work / f"{model}.plain.bundle", work / f"{model}.{PROOF_FILE}")
 
 
 def schedule_of(model: str) -> ScaleSchedule:
@@ -115,10 +100,37 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     if not files.bundle.exists():
         _write_bundle(model, tokenizer, files.bundle, precision, attention, done)
     if not files.proof.exists():
-        proof = make_proof(model, tokenizer, schedule_of(name), default_guidance())
-        with atomic_write(files.proof) as temporary:
-            proof.save(temporary)
+        write_proof(name, work, model, tokenizer)
         done("proof")
+
+
+def write_proof(name: str, work: Path, model: FlexVAR, tokenizer: Tokenizer) -> None:
+    """What the reference computes in float32 on the CPU."""
+    proof = make_proof(model, tokenizer, schedule_of(name), default_guidance())
+    with atomic_write(ModelFiles.of(work, name).proof) as temporary:
+        proof.save(temporary)
+
+
+def write_only_bundle(name: str, work: Path, precision: str) -> tuple[FlexVAR, Tokenizer]:
+    """The bundle of a random model without a proof, unless it is there. Returns the model."""
+    files, (model, tokenizer) = ModelFiles.of(work, name), random_model(name)
+    if not files.bundle.exists():
+        _write_bundle(model, tokenizer, files.bundle, precision, {}, lambda _: None)
+    return model, tokenizer
+
+
+def regenerate_model(name: str, work: Path, skeleton: Path, save: Save) -> None:
+    """As `export_model`, the bundle made from its skeleton. What lies in the folder already is used again."""
+    from .skeleton import regenerate
+
+    files, (model, tokenizer), start = ModelFiles.of(work, name), random_model(name), time.perf_counter()
+    result: dict[str, Any] = {"model": name}
+    if not files.bundle.exists():
+        result |= regenerate(skeleton, (model, tokenizer), files.bundle)
+        save(result | {"bundle_s": time.perf_counter() - start})
+    if not files.proof.exists():
+        write_proof(name, work, model, tokenizer)
+    save(result | {"seconds": time.perf_counter() - start})
 
 
 def _write_bundle(
