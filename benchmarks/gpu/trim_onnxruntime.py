@@ -92,9 +92,10 @@ def require_tools() -> None:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder]
-    platform = ["--python-version", PYTHON, "--implementation", "cp", "--platform", "manylinux_2_28_x86_64"]
-    done = subprocess.run([*command, *platform, f"onnxruntime-gpu=={VERSION}"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", PYTHON, "--implementation", "cp", "--platform", "manylinux_2_28_x86_64"]
+    command += ["--dest", str(folder), f"onnxruntime-gpu=={VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     found = next(folder.glob("onnxruntime_gpu*.whl"), None)
     if done.returncode or found is None:
         reason = (done.stderr.strip().splitlines() or ["no last words"])[-1]

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from flexvar_bench import gpu_check
+from flexvar_bench.gpu import measurement
 from flexvar_bench.gpu import models as gpu_models
 from flexvar_bench.gpu import report as gpu_report
 from flexvar_bench.gpu.models import (
@@ -189,16 +190,32 @@ def test_no_time_at_all(checkout: Path, work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        (["--only", "profil"], "gpu_check: got phase 'profil'; expected one of "),
-        (["--backends", "cuda"], "gpu_check: got backend 'cuda'; expected "),
+        (["--out", "x", "--only", "profil"], "--only"),
+        (["--out", "x", "--backends", "cuda"], "backend 'cuda'"),
+        ([], "--out"),
+        (["--stage", "first", "--out", "x"], "--carried"),
+        (["--stage", "first", "--out", "x", "--carried", "nowhere"], "--carried"),
+        (["--stage", "first", "--out", "x", "--carried", "y", "--minutes", "3"], "--minutes"),
+        (["--out", "x", "--carried", "y"], "--carried"),
+        (["--pack", "x", "--out", "y"], "--out"),
+        (["--pack", "."], "--pack"),
+        (["--rehearse"], "--out"),
     ],
 )
-def test_refusals(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main(["--out", str(tmp_path / "out"), *options]) == 2
-    assert capsys.readouterr().err.startswith(message)
-    assert not (tmp_path / "out").exists()
+def test_refusals(
+    options: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check.main(options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gpu_check: ") and said.count("\n") == 1 and named in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_missing_is_said_first(
@@ -211,12 +228,12 @@ def test_what_is_missing_is_said_first(
         "gpu_check: no safetensors here: nothing can be measured; fix: pip install safetensors\n"
     )
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "import sys; sys.exit('no libnvrtc')")
-    assert gpu_check.without_cuda() == "no cuda.core with NVRTC (no libnvrtc)"
-    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "print('1.2.0')")
-    assert gpu_check.without_cuda() is None
-    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "print('0.4.1')")
-    assert gpu_check.without_cuda() == "cuda.core 0.4.1, older than 1.0"
+    monkeypatch.setattr(measurement, "CUDA_PROBE", "import sys; sys.exit('no libnvrtc')")
+    assert measurement.without_cuda() == "no cuda.core with NVRTC (no libnvrtc)"
+    monkeypatch.setattr(measurement, "CUDA_PROBE", "print('1.2.0')")
+    assert measurement.without_cuda() is None
+    monkeypatch.setattr(measurement, "CUDA_PROBE", "print('0.4.1')")
+    assert measurement.without_cuda() == "cuda.core 0.4.1, older than 1.0"
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     options = ["--tiny", "--minutes", "0.1"]  # nothing is started
     assert gpu_check.main(["--out", str(tmp_path), *options]) == 0
