@@ -19,7 +19,7 @@ from flexvar_runtime.loop import Draws
 from flexvar_runtime.sampling import sample
 
 from ..timing import quantiles
-from .models import Save
+from .files import Save
 
 SEEDS = (0, 1, 2**63, 2**64 - 1)
 INDICES = (0, 5, 2**32, 2**64 - 1)

@@ -25,8 +25,9 @@ from flexvar_runtime.planner import IMAGES_PER_RUN
 
 from ..energy import gpu_counter
 from ..timing import Budget, memory_watch, quantiles, repeat, resident_bytes, timed_row
+from .files import ModelFiles, Save
 from .machine import probe_backend, used_bytes
-from .models import ModelFiles, Save, default_guidance, load_proof, schedule_of
+from .models import default_guidance, load_proof, schedule_of
 from .parity import equal_share, parity
 from .plan import CPU_BACKEND, TINY
 

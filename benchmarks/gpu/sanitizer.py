@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ from flexvar_runtime.errors import DeviceFailed
 
 from .files import Save
 from .kernel_checks import kernel_checks
+from .tools import find_tool
 
 TOOL = "compute-sanitizer"
-FOLDERS = ("/usr/local/cuda*/bin", "/opt/nvidia/*", "/opt/nvidia/*/*")  # where CUDA's packages put it
 FOUND_ERRORS = 7  # exit code
 LAST_WORDS = 1000  # letters
 CHECKS = (sys.executable, "-m", "flexvar_bench.gpu.kernel_checks")
@@ -24,7 +23,7 @@ def sanitize(save: Save) -> None:
     """Raises DeviceFailed for a kernel that computes something else, or that memcheck finds at fault."""
     result: dict[str, Any] = {"equal_host": kernel_checks()}
     save(result)
-    tool = find_tool(TOOL, FOLDERS)
+    tool = find_tool(TOOL)
     result["memcheck"] = _memcheck(tool) if tool else {"reason": f"not measured: no {TOOL} here"}
     save(result)
     wrong = [name for name, holds in result["equal_host"].items() if not holds]
@@ -32,13 +31,6 @@ def sanitize(save: Save) -> None:
         raise DeviceFailed(f"other results in {', '.join(wrong)}", expected="those of the host", fix="see the kernel")
     if result["memcheck"].get("exit_code"):
         raise DeviceFailed(f"memcheck: {result['memcheck']['last_words']}", expected="no error", fix="see its report")
-
-
-def find_tool(name: str, folders: tuple[str, ...] = ()) -> Path | None:
-    """A program on PATH or in one of the folders, which may hold wildcards."""
-    on_path = shutil.which(name)
-    elsewhere = (path for folder in folders for path in sorted(Path("/").glob(f"{folder}/{name}"[1:])))
-    return Path(on_path) if on_path else next((path for path in elsewhere if path.is_file()), None)
 
 
 def _memcheck(tool: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ The weights of d16 and the like come from `random_model`, so they need not trave
     weights.json   for every file of weights: its tensors, where they lie, and a checksum of each
     weights.bin    the tensors that do travel, one behind the other
 
-Small tensors travel: among them are those that are computed at export (offsets, means, temperatures), which another
-processor may round otherwise. So do those that are not found in the module of their graph.
+Tensors that are computed at export travel, since another processor may round them otherwise: those of the names below,
+and all small ones. So do those that are not found in the module of their graph.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flexvar_export.bundle import TORCH_PRECISIONS
@@ -33,6 +35,7 @@ from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.manifest import MANIFEST, Manifest
 
 SMALL_BYTES = 64 * 1024
+COMPUTED = frozenset({"offset", "mean", "start", "temperature"})  # last part of the name
 BUNDLE, INDEX, CARRIED = "bundle", "weights.json", "weights.bin"
 DATA_SUFFIX = ".data"
 WORKERS = 4  # files made at a time: each needs its weights twice in memory
@@ -67,7 +70,8 @@ def make_skeleton(bundle: Path, model: Model, folder: Path) -> None:
             for name, offset, length in _external(bundle / spec.file):
                 source.seek(offset)
                 raw, place = source.read(length), None
-                if length <= SMALL_BYTES or name not in state or _bytes(state[name]) != raw:
+                small = length <= SMALL_BYTES or name.rpartition(".")[2] in COMPUTED
+                if small or name not in state or _bytes(state[name]) != raw:
                     place = len(carried)
                     carried += raw
                 pieces.append(Piece(name, offset, length, zlib.crc32(raw), place))
@@ -157,4 +161,5 @@ def _raw(piece: Piece, state: dict[str, Tensor], carried: memoryview) -> memoryv
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    array: NDArray[np.uint8] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return array.data

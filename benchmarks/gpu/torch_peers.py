@@ -23,8 +23,9 @@ from flexvar_runtime import Sampling
 
 from ..energy import gpu_counter
 from ..timing import Budget, memory_watch, repeat, timed_row
+from .files import Save
 from .machine import device_seconds, used_bytes, uses_gpu
-from .models import Save, default_guidance, load_proof, random_model, schedule_of
+from .models import default_guidance, load_proof, random_model, schedule_of
 from .torch_compiled import CompiledPeer, Eager, to_pixels
 
 AUTOCAST, RESIDENT = "autocast-fp16", "resident-bf16"

@@ -11,7 +11,7 @@ import pytest
 from fakes import FakeDevice
 from host_kernels import HostKernels
 
-from flexvar_bench.gpu import kernel_checks, sanitizer
+from flexvar_bench.gpu import kernel_checks, sanitizer, tools
 from flexvar_runtime.cuda import gpu
 from flexvar_runtime.errors import DeviceFailed
 
@@ -58,9 +58,9 @@ def test_what_memcheck_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_tool_in_a_folder_of_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cuda-13" / "bin"
+    folder = tmp_path / "usr" / "local" / "cuda-13" / "bin"
     folder.mkdir(parents=True)
     (folder / "compute-sanitizer").touch()
-    monkeypatch.setenv("PATH", "")
-    assert sanitizer.find_tool("compute-sanitizer", (f"{tmp_path}/cuda*/bin",)) == folder / "compute-sanitizer"
-    assert sanitizer.find_tool("compute-sanitizer", (f"{tmp_path}/nowhere",)) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tools.find_tool("compute-sanitizer", tmp_path) == folder / "compute-sanitizer"
+    assert tools.find_tool("nvcc", tmp_path) is None
