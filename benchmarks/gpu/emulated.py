@@ -9,40 +9,50 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexvar_runtime.cuda import gpu
+from flexvar_runtime.cuda.device import Replay
 from flexvar_runtime.errors import EnvironmentFailed
 
-from . import child
+from . import child, first_gpu
 
 FAKES = Path(__file__).resolve().parents[2] / "tests" / "runtime" / "cuda"
 COMMAND = (sys.executable, "-m", "flexvar_bench.gpu.emulated")
 BLOCK = 64  # threads of a block of the sampling kernel: fewer are faster on a processor
 
 
-def install(folder: Path) -> None:
-    """Whoever imports `CudaDevice` and `find_gpu` after this gets the emulated device. folder: for its kernels."""
+def emulated_gpu(folder: Path) -> Callable[[], Any]:
+    """What starts an emulated device that counts its captures. folder: for its kernels."""
     if not FAKES.is_dir():
         raise EnvironmentFailed("no tests beside benchmarks/", expected="a checkout", fix="rehearse in a clone")
     sys.path.insert(0, str(FAKES))
     fakes, host_kernels = importlib.import_module("fakes"), importlib.import_module("host_kernels")
 
-    class EmulatedDevice(fakes.FakeDevice):  # type: ignore[misc, name-defined]
-        def __init__(self, facts: gpu.GpuFacts) -> None:
-            super().__init__(lambda config: host_kernels.HostKernels(config, folder, block=BLOCK), name=facts.name)
+    class EmulatedGpu(fakes.FakeDevice):  # type: ignore[misc, name-defined]
+        captures = 0
 
-    def find_gpu(device: str | None = None) -> gpu.GpuFacts:
-        return gpu.GpuFacts(0, "emulated GPU", "8.6", 2**32)
+        def capture(self, enqueue: Callable[[], None]) -> Replay:
+            self.captures += 1
+            replay: Replay = super().capture(enqueue)
+            return replay
 
-    replaced: Any = gpu
-    replaced.CudaDevice, replaced.find_gpu = EmulatedDevice, find_gpu
+    def start() -> EmulatedGpu:
+        device = EmulatedGpu(lambda config: host_kernels.HostKernels(config, folder, block=BLOCK))
+        device.activate()
+        return device
+
+    return start
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
-        install(Path(folder))
+        start = emulated_gpu(Path(folder))
+        first_gpu.start_gpu = start
+        if sys.argv[1:2] == ["proof"]:  # it counts captures on a device of its own
+            proof: Any = importlib.import_module(".torch_proof", __package__)
+            proof.start_device = start
         return child.main()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexvar_runtime import Sampling
-from flexvar_runtime.cuda import gpu, kernels
+from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.array import DeviceArray
 from flexvar_runtime.cuda.backend import DeviceArrays
 from flexvar_runtime.cuda.kernels import KernelConfig, Launch
@@ -21,6 +21,8 @@ from flexvar_runtime.images import to_uint8
 from flexvar_runtime.loop import Draws
 from flexvar_runtime.resize import bicubic_matrix
 from flexvar_runtime.sampling import sample
+
+from . import first_gpu
 
 CONFIG = KernelConfig(512, 8, 128)  # of the tiny model
 SEED, INDICES = 2**63, (0, 5, 2**32)
@@ -32,8 +34,7 @@ class Bench:
     """The first GPU with our kernels, and arrays there."""
 
     def __init__(self) -> None:
-        self.device = gpu.CudaDevice(gpu.find_gpu())
-        self.device.activate()
+        self.device = first_gpu.start_gpu()
         self.device.load(CONFIG)
         self.arrays = DeviceArrays("kernels", self.device)
         self._held: list[DeviceArray] = []  # a launch holds addresses only

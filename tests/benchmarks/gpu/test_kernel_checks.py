@@ -11,17 +11,18 @@ import pytest
 from fakes import FakeDevice
 from host_kernels import HostKernels
 
-from flexvar_bench.gpu import kernel_checks, sanitizer, tools
-from flexvar_runtime.cuda import gpu
+from flexvar_bench.gpu import first_gpu, kernel_checks, sanitizer, tools
 from flexvar_runtime.errors import DeviceFailed
 
 
 @pytest.fixture(autouse=True)
 def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "find_gpu", lambda: None)
-    monkeypatch.setattr(
-        gpu, "CudaDevice", lambda _: FakeDevice(lambda config: HostKernels(config, tmp_path / "kernels", block=64))
-    )
+    def start_gpu() -> FakeDevice:
+        device = FakeDevice(lambda config: HostKernels(config, tmp_path / "kernels", block=64))
+        device.activate()
+        return device
+
+    monkeypatch.setattr(first_gpu, "start_gpu", start_gpu)
 
 
 def test_all_are_equal_and_the_sanitizer_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
