@@ -28,6 +28,7 @@ from .stages import BACKEND, SECONDS, rehearsal, stage_plan
 REFUSED = f"tiny {BACKEND}"
 GRACE_SECONDS = 15.0  # beyond its limit, after which a stage is killed
 SCRIPT = "benchmarks/gpu_check.py"
+NOTE_LETTERS = 160
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def show(console: Console, stage: str, steps: list[Step], seconds: float, taken:
     for step in steps:
         state = step.state if step.is_right else f"{step.state} !"
         ran = "–" if step.taken is None else f"{step.taken:.1f}"
-        table.add_row(step.name, f"{step.limit:.0f}", ran, state, step.note[:100])
+        table.add_row(step.name, f"{step.limit:.0f}", ran, state, step.note[:NOTE_LETTERS])
     table.add_section()
     table.add_row("all", f"{seconds:.0f}", f"{taken:.1f}", "in time" if taken <= seconds else "too long !", "")
     console.print(table)

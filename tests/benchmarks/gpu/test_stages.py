@@ -83,6 +83,7 @@ def test_a_step_of_a_rehearsal_is_judged() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("proof" not in child.JOBS, reason="a stage needs the job proof")
 def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both stages from a copy of the tracked files, about two minutes. Nothing of ours is found but the copy."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -94,6 +95,8 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert first["phases"]["kernels"]["result"]["device"] == "emulated GPU"
     assert all(first["phases"]["sanitize"]["result"]["equal_host"].values())
     assert first["phases"]["regenerate tiny"]["result"]["made"] > 0, "weights were made, not carried"
+    proof = first["phases"]["proof tiny"]["result"]
+    assert proof["device"] == "emulated GPU" and proof["parity"]["passed"] and proof["replays"]["holds"]
     assert "built without CUDA" in first["phases"][REFUSED]["reason"]
     assert measured["phases"]["regenerate tiny"]["result"]["reason"] == "there from an earlier run"
     assert {row["side"] for row in measured["rows"]} >= {"ort-cpu", "torch.compile dynamic", "torch.compile exact"}
