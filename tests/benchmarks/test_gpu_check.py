@@ -256,7 +256,7 @@ def test_a_whole_run(checkout: Path, tmp_path: Path) -> None:
     sides = {row["side"] for row in result["rows"]}
     variants = {AS_PUBLISHED, "flexvar_ref resident-bf16", "torch.compile dynamic", "torch.compile exact"}
     assert sides == {"ort-cpu"} | variants
-    compiled = result["phases"]["compiled tiny"]["result"]
+    compiled = result["phases"]["compiled tiny batch 1 exact"]["result"]
     assert compiled["relative_error"] < compiled["gate"] == 1e-5, "float32 on a processor"
     assert [row["left_out"] for row in result["rows"]] == [None] * len(result["rows"])
     assert {row["decoder"] for row in result["phases"]["decoders ort-cpu tiny"]["result"]["rows"]} == {
