@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo/out
 BENCH_OUT ?= build/bench
+REHEARSAL_OUT ?= build/gpu-rehearsal
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
@@ -12,7 +13,7 @@ PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:expor
 LINKS := .mypy_cache/packages
 
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-slow test-engines demo bench clean
+.PHONY: help venv lint test test-slow test-engines demo bench gpu-rehearsal clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -53,6 +54,9 @@ bench: venv ## the models of benchmarks/standard.toml measured and drawn, into B
 	@mkdir -p "$(BENCH_OUT)"
 	@"$(BIN)/flexvar" bench run --suite benchmarks/standard.toml -o "$(BENCH_OUT)/results.jsonl" --force
 	@"$(BIN)/flexvar" bench report "$(BENCH_OUT)/results.jsonl" -o "$(BENCH_OUT)/page"
+
+gpu-rehearsal: venv ## both stages of benchmarks/gpu_check.py without a GPU, into REHEARSAL_OUT (build/gpu-rehearsal); minutes
+	@OMP_NUM_THREADS=1 "$(BIN)/python" benchmarks/gpu_check.py --rehearse --out "$(REHEARSAL_OUT)"
 
 clean: ## remove what was generated, except the virtual environment
 	@rm -rf build dist demo/out flexvar_deploy.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

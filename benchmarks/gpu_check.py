@@ -1,33 +1,46 @@
-"""Everything a machine with a GPU can tell, in one command of at most nine minutes, under that machine's own Python:
+"""Everything a machine with a GPU can tell, in one command, under that machine's own Python.
 
-    python3 benchmarks/gpu_check.py --out "$OUT"
+    python3 benchmarks/gpu_check.py --out DIR
 
-needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich there, and for everything but the peers in
-torch cuda-core 1.0 or later with NVRTC; no network, and nothing of ours installed. It says which of TensorRT,
-TensorRT-RTX and ONNX Runtime CUDA runs, and why the others do not; holds every graph and its tokens against the
-reference; and times d16, d20 and d24 with random weights at 256 px in 10 guided steps, decoder included, against the
-eager reference and torch.compile.
+It needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich, and for everything but the peers in torch
+cuda-core 1.0 or later with NVRTC. It needs no network, and nothing of ours installed. It says which of TensorRT,
+TensorRT-RTX and ONNX Runtime CUDA runs, and why the others do not. It holds every graph and its tokens against the
+reference. It times d16, d20 and d24 (random weights, 256 px, 10 guided steps, decoder included) against the eager
+reference and torch.compile. It takes at most nine minutes.
 
-Every phase is a process with a limit of its own; DIR/gpu_check.json is complete, up to there, after each of them. The
-plan, in the order of importance, in seconds, for one backend that works:
+Every phase is a process with a limit of its own. The result in DIR is a complete JSON file at any moment, whatever ends
+the run. The plan, in the order of importance, in seconds, for one backend that works:
 
     20  machine: what is installed, and the two rates that limit everything
     90  export of the tiny model, d16, d20 and d24 side by side; meanwhile every backend tries the tiny model, or says
         why it cannot
+    20  the other form of d16's decoder
     12  our kernels: draws, tokens, time of sampling
     45  d16: parity, times, memory; where the time goes
     25       the eager reference, twice
-    80       torch.compile with a CUDA graph
+   100       torch.compile with a CUDA graph, batches 8 and 64
     20       memory over 1,000 generations
     20       the decoder in phases and plain
     70  d20: parity, times, where the time goes; reference
     70  d24: the same
-    452 of 540; TensorRT builds engines first, 70 for each model
+    492 of 540; TensorRT builds engines first, 70 for each model; torch.compile at batch 1 comes last, 90
 
 What does not fit says that no time was left: fewer --depths, or one of the --backends, leaves more of it. Limits grow
-with --minutes, and where less is asked for.
+with --minutes, and where less is asked for. What lies in --work from an earlier run is not made again.
 
-    python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR    puts a run that is over among the results
+A GPU machine that is lent for a quarter of an hour runs two stages instead, on d16 and ONNX Runtime CUDA. First, here:
+
+    python3 benchmarks/gpu_check.py --pack PACK          all that travels beside the tracked files, at most 38 MiB
+    python3 benchmarks/gpu_check.py --rehearse --out DIR     both stages without a GPU, from a copy of the checkout
+
+Then there, from the root of the checkout, with the packed folder beside it:
+
+    python3 benchmarks/gpu_check.py --stage first --carried PACK --work /tmp/work --out DIR     does it work? 200 s
+    python3 benchmarks/gpu_check.py --stage measure --carried PACK --work /tmp/work --out DIR   how fast is it? 330 s
+
+And here again, once the results are back:
+
+    python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR
 """
 
 from __future__ import annotations
@@ -36,22 +49,17 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
-import json
-import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .gpu.measurement import Clock, Setting
     from .gpu.plan import Phase, Request
 
 PACKAGES = {
@@ -60,7 +68,7 @@ PACKAGES = {
     "flexvar_export": "export",
     "flexvar_bench": "benchmarks",
 }
-RESULT = "gpu_check.json"
+RESULT = "gpu_check.json"  # of a stage: gpu_check_first.json, gpu_check_measure.json
 NEEDED = {
     "torch": "torch",
     "numpy": "numpy",
@@ -71,13 +79,7 @@ NEEDED = {
     "typer": "typer",
     "rich": "rich",
 }  # as they are imported and as they are installed
-CUDA_PROBE = """
-import cuda.core
-from cuda.bindings import nvrtc
-nvrtc.nvrtcVersion()
-print(cuda.core.__version__)
-"""
-RESERVE_SECONDS = 6.0  # for the last process to end and the table to be printed
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None) -> int:
@@ -88,125 +90,113 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
         names = " ".join(absent)
         print(f"gpu_check: no {names} here: nothing can be measured; fix: pip install {names}", file=sys.stderr)
         return 4
-    arguments = _parse(argv)
-    from .gpu.plan import phases, with_limits
-    from .gpu.report import merge
+    from flexvar_runtime.errors import FlexVARError
 
-    if arguments.merge is not None:
-        print(merge(arguments.out / RESULT, arguments.merge))
-        return 0
+    from .gpu.command_line import UsageError, parse
+
     try:
-        request = _request(arguments)
-        plan = with_limits(select(phases(request), arguments.only), arguments.minutes)
-    except ValueError as error:
+        mode, arguments = parse(argv, __doc__ or "")
+        if mode == "merge":
+            return _merge(arguments)
+        if mode == "pack":
+            return _pack(arguments)
+        if mode == "rehearse":
+            from .gpu.rehearsal import rehearse
+
+            return rehearse(ROOT, arguments.out)
+        return (_stage if mode == "stage" else _plan)(arguments, started, package_path)
+    except UsageError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    deadline = started + 60 * arguments.minutes - RESERVE_SECONDS
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
-    with _work(arguments.work, arguments.precision) as work:
-        return _measure(arguments, request, plan, work, deadline, started, package_path)
+    except FlexVARError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return error.exit_code
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from .gpu.plan import BATCHES, GENERATIONS, GPU_BACKENDS, MODELS
+def _merge(arguments: argparse.Namespace) -> int:
+    from .gpu.report import merge
+    from .gpu.stages import SECONDS
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULT}")
-    parser.add_argument("--depths", type=_numbers, default=MODELS, help="comma-separated; the first is measured first")
-    parser.add_argument("--batches", type=_numbers, default=None, help=f"comma-separated, by default {BATCHES}")
-    parser.add_argument("--backends", type=lambda text: tuple(text.split(",")), default=GPU_BACKENDS)
-    parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="of the exported graphs")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
-    parser.add_argument("--generations", type=int, default=None, help=f"watched for growth, by default {GENERATIONS}")
-    parser.add_argument("--only", nargs="+", metavar="PHASE", help="phases or kinds of phases, with all they need")
-    parser.add_argument(
-        "--tiny", action="store_true", help="the tiny model only; on a machine without a GPU, a rehearsal"
-    )
-    parser.add_argument(
-        "--work", type=Path, help="folder for bundles and engines, kept and used again; by default a temporary one"
-    )
-    parser.add_argument("--merge", type=Path, metavar="DIR", help=f"measure nothing: put {RESULT} of --out into DIR")
-    return parser.parse_args(argv)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _measure(
-    arguments: argparse.Namespace,
-    request: Request,
-    plan: Sequence[Phase],
-    work: Path,
-    deadline: float,
-    started: float,
-    package_path: Path | None,
-) -> int:
-    from rich.console import Console
-
-    from flexvar_runtime import __version__
-
-    from .gpu.report import document, headline, show, write
-    from .gpu.runner import Record, Runner
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    options = {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "work", "merge")}
-    missing = without_cuda()
-    if missing:
-        print(
-            f"gpu_check: {missing}: our kernels and backends on a GPU will not be measured, only the peers in torch; "
-            "fix: pip install 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
-            file=sys.stderr,
-            flush=True,
-        )
-    facts: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": options,
-        "version": __version__,
-        "source_sha256": source_hash(),
-        "model": request.models[0],
-        "missing": missing,
-    }
-    seen: dict[str, str] = {}
-
-    def result(records: dict[str, Record]) -> dict[str, Any]:
-        minutes = round((time.monotonic() - started) / 60, 2)
-        as_json = {name: record.to_json() for name, record in records.items()}
-        return document(facts | {"minutes_taken": minutes}, as_json, request.models[0])
-
-    def report(records: dict[str, Record]) -> None:
-        write(arguments.out / RESULT, result(records))
-        for name, record in records.items():
-            if record.seconds is not None and name not in seen:
-                seen[name] = record.status
-                print(
-                    f"{time.monotonic() - started:6.1f} s  {name}: {record.status}, {record.seconds:.1f} s", flush=True
-                )
-
-    records = Runner(plan, work, deadline, _environment(work, package_path), report).run()
-    final = result(records)
-    write(arguments.out / RESULT, final)
-    show(final, console)
-    print(json.dumps(headline(final)), flush=True)
+    names = [RESULT, *map(stage_result, SECONDS)]
+    there = [path for name in names if (path := arguments.out / name).is_file()] or [arguments.out / RESULT]
+    for path in there:
+        print(merge(path, arguments.merge))
     return 0
 
 
-def without_cuda() -> str | None:
-    """Why our kernels cannot run for want of cuda.core or NVRTC; None where both are there. Loaded in a process of its
-    own: a broken library may end it."""
-    from flexvar_runtime.cuda.gpu import MINIMUM
+def _pack(arguments: argparse.Namespace) -> int:
+    from .gpu.measurement import work_folder
+    from .gpu.pack import make_pack
+    from .gpu.stages import Target, rehearsal
 
-    try:
-        done = subprocess.run([sys.executable, "-c", CUDA_PROBE], capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        return "cuda.core or NVRTC does not load within 20 s"
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return f"no cuda.core with NVRTC ({reason:.200})"
-    version = done.stdout.strip()
-    old = tuple(int(part) for part in re.findall("[0-9]+", version)[:2]) < MINIMUM
-    return f"cuda.core {version}, older than {'.'.join(map(str, MINIMUM))}" if old else None
+    target = rehearsal(arguments.pack) if arguments.tiny else Target(arguments.pack)
+    with work_folder(arguments.work, target.precision) as work:
+        size = make_pack(arguments.pack, target, work, ROOT, arguments.cuobjdump)
+    print(f"{arguments.pack}: {size}")
+    return 0
+
+
+def _stage(arguments: argparse.Namespace, started: float, package_path: Path | None) -> int:
+    from .gpu import emulated, runner
+    from .gpu.measurement import Clock, work_folder
+    from .gpu.pack import SITE, check_pack
+    from .gpu.plan import select
+    from .gpu.stages import SECONDS, Target, rehearsal, stage_plan
+
+    carried = arguments.carried.resolve()
+    target = rehearsal(carried) if arguments.tiny else Target(carried)
+    check_pack(carried, target)
+    plan = select(stage_plan(arguments.stage, target), arguments.only)
+    clock = Clock(started, SECONDS[arguments.stage])
+    with work_folder(arguments.work, target.precision) as work:
+        folders = [folder for folder in (package_path, work / SITE) if folder is not None]
+        setting = _setting(arguments, stage_result(arguments.stage), work, folders, target.model)
+        command = emulated.COMMAND if target.rehearsed else runner.CHILD
+        return _run(plan, replace(setting, command=command), clock)
+
+
+def _plan(arguments: argparse.Namespace, started: float, package_path: Path | None) -> int:
+    from .gpu.measurement import Clock, work_folder
+    from .gpu.plan import made_before, phases, select, with_limits
+
+    request = _request(arguments)
+    plan = select(phases(request), arguments.only)
+    clock = Clock(started, 60 * arguments.minutes)
+    with work_folder(arguments.work, arguments.precision) as work:
+        there = made_before(plan, work)
+        longer = with_limits([phase for phase in plan if phase.name not in there], arguments.minutes)
+        limits = {phase.name: phase for phase in longer}
+        plan = [limits.get(phase.name, phase) for phase in plan]
+        folders = [package_path] if package_path else []
+        return _run(plan, _setting(arguments, RESULT, work, folders, request.models[0]), clock)
+
+
+def _setting(arguments: argparse.Namespace, result: str, work: Path, folders: Sequence[Path], model: str) -> Setting:
+    from .gpu.measurement import Setting, environment
+
+    hidden = ("out", "work", "carried")  # folders of the machine
+    return Setting(
+        result=arguments.out / result,
+        work=work,
+        environment=environment(work, folders),
+        model=model,
+        options={key: str(value) for key, value in vars(arguments).items() if key not in hidden},
+        source_sha256=source_hash(),
+    )
+
+
+def _run(plan: Sequence[Phase], setting: Setting, clock: Clock) -> int:
+    from .gpu.measurement import measure
+    from .gpu.plan import made_before
+
+    setting.result.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
+    measure(plan, setting, clock, made_before(plan, setting.work))
+    return 0
+
+
+def stage_result(stage: str) -> str:
+    return f"gpu_check_{stage}.json"
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -228,57 +218,14 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:
-    """Phases of these names or jobs, and all that they need. Raises ValueError for a name that is neither."""
-    if not only:
-        return list(plan)
-    known = {phase.name for phase in plan} | {phase.job for phase in plan}
-    strange = sorted(set(only) - known)
-    if strange:
-        raise ValueError(f"got phase {strange[0]!r}; expected one of {', '.join(sorted(known))}; fix: name one of them")
-    wanted = {phase.name for phase in plan if {phase.name, phase.job} & {*only, "machine"}}
-    for phase in reversed(plan):  # what is needed comes before
-        if phase.name in wanted:
-            wanted |= set(phase.needs)
-    return [phase for phase in plan if phase.name in wanted]
-
-
 def source_hash() -> str:
     """One hash of all our source files: what was measured."""
-    digest, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
     for folder in sorted(PACKAGES.values()):
-        for path in sorted((root / folder).rglob("*")):
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cu"):
-                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def _environment(work: Path, package_path: Path | None) -> dict[str, str]:
-    """Of the phases: our packages first, and receipts and caches of their own, so that nobody else's are touched."""
-    path = [str(package_path)] if package_path else []
-    path += [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    folders = {
-        "XDG_STATE_HOME": "state",
-        "XDG_CACHE_HOME": "cache",
-        "TORCHINDUCTOR_CACHE_DIR": "inductor",
-        "TRITON_CACHE_DIR": "triton",
-    }
-    own = {name: str(work / folder) for name, folder in folders.items()}
-    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(path)}
-
-
-@contextmanager
-def _work(folder: Path | None, precision: str) -> Iterator[Path]:
-    """A folder that is kept has one inside for each precision."""
-    if folder is not None:
-        (folder / precision).mkdir(parents=True, exist_ok=True)
-        yield (folder / precision).resolve()
-        return
-    temporary = Path(tempfile.mkdtemp(prefix="gpu-check-"))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link_packages(root: Path, folder: Path) -> None:
@@ -289,12 +236,11 @@ def link_packages(root: Path, folder: Path) -> None:
 
 def run_from_checkout() -> int:
     """Run as a script, with nothing of ours installed, or another version of it."""
-    root = Path(__file__).resolve().parent.parent
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != root / "benchmarks"]
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"]
     with tempfile.TemporaryDirectory(prefix="gpu-check-packages-") as folder:
-        link_packages(root, Path(folder))
+        link_packages(ROOT, Path(folder))
         sys.path.insert(0, folder)
-        package = next(name for name, source in PACKAGES.items() if root / source == Path(__file__).resolve().parent)
+        package = next(name for name, source in PACKAGES.items() if ROOT / source == Path(__file__).resolve().parent)
         again = importlib.import_module(f"{package}.{Path(__file__).stem}")  # this file, with its package around it
         return int(again.main(package_path=Path(folder)))
 

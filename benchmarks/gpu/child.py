@@ -9,6 +9,7 @@ import argparse
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -51,12 +52,14 @@ def _saver(path: Path) -> Save:
 
 
 def _die_with_parent() -> None:
-    """A phase whose orchestrator was killed would go on using the device."""
+    """A phase whose orchestrator was killed would go on using the device, and so would what it started."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_SECONDS)
+        if os.getpgrp() == os.getpid():  # a group of its own
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
@@ -80,10 +83,29 @@ def _export(work: Path, save: Save, *, model: str, precision: str, processes: in
     export_model(model, work, precision, save)
 
 
-def _plain(work: Path, save: Save, *, model: str) -> None:
-    from .models import plain_model
+def _unpack(work: Path, save: Save, *, carried: str, bundles: list[str]) -> None:
+    from .pack import unpack
 
-    plain_model(model, work, save)
+    unpack(Path(carried), work, bundles, save)
+
+
+def _regenerate(work: Path, save: Save, *, model: str, carried: str) -> None:
+    from .models import regenerate_model
+    from .pack import skeleton_of
+
+    regenerate_model(model, work, skeleton_of(Path(carried), model), save)
+
+
+def _sanitize(work: Path, save: Save) -> None:
+    from .sanitizer import sanitize
+
+    sanitize(save)
+
+
+def _in_phases(work: Path, save: Save, *, model: str) -> None:
+    from .models import phases_model
+
+    phases_model(model, work, save)
 
 
 def _tiny(work: Path, save: Save, *, backend: str) -> None:
@@ -145,13 +167,11 @@ def _reference(work: Path, save: Save, *, model: str, batches: list[int], budget
     reference(model, batches, Budget(**budget), save)
 
 
-def _compiled(
-    work: Path, save: Save, *, model: str, batches: list[int], static_batches: list[int], budget: dict[str, Any]
-) -> None:
+def _compiled(work: Path, save: Save, *, model: str, batch: int, dynamic: bool, budget: dict[str, Any]) -> None:
     from ..timing import Budget
     from .torch_peers import compiled
 
-    compiled(work, model, batches, Budget(**budget), static_batches, save)
+    compiled(work, model, batch, Budget(**budget), dynamic, save)
 
 
 def _proof(work: Path, save: Save, *, model: str, batches: list[int], generations: int, budget: dict[str, Any]) -> None:
@@ -164,7 +184,10 @@ def _proof(work: Path, save: Save, *, model: str, batches: list[int], generation
 JOBS: dict[str, Callable[..., None]] = {
     "machine": _machine,
     "export": _export,
-    "plain": _plain,
+    "unpack": _unpack,
+    "regenerate": _regenerate,
+    "sanitize": _sanitize,
+    "in-phases": _in_phases,
     "tiny": _tiny,
     "kernels": _kernels,
     "build": _build,

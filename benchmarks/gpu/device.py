@@ -13,13 +13,13 @@ from flexvar_runtime.backends.base import Backend
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.array import DeviceArray
 from flexvar_runtime.cuda.backend import DeviceArrays
-from flexvar_runtime.cuda.gpu import CudaDevice, find_gpu
 from flexvar_runtime.cuda.kernels import KernelConfig
 from flexvar_runtime.loop import Draws
 from flexvar_runtime.sampling import sample
 
 from ..timing import quantiles
-from .models import Save
+from . import first_gpu
+from .files import Save
 
 SEEDS = (0, 1, 2**63, 2**64 - 1)
 INDICES = (0, 5, 2**32, 2**64 - 1)
@@ -30,8 +30,7 @@ WARM_UPS, REPEATS = 2, 10
 
 def device_kernels(vocabulary: int, schedule: ScaleSchedule, batches: Sequence[int], save: Save) -> None:
     """Compile and run them on the first GPU."""
-    device = CudaDevice(find_gpu())
-    device.activate()
+    device = first_gpu.start_gpu()
     arrays = DeviceArrays("kernels", device)
     device.load(KernelConfig(vocabulary, 32, 64))
     result: dict[str, Any] = {"device": device.name, "capability": device.capability, "vocabulary": vocabulary}

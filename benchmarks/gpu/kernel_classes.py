@@ -23,7 +23,7 @@ _CLASSES = (
     ("convolution", r"conv(?!ert)|fprop|implicit_gemm|winograd|im2col"),
     (
         "copies",
-        r"memcpy|memset|nchw_?to_?nhwc|nhwc_?to_?nchw|transpose|copy|concat|cat_?array|gather|permute|slice|split(?!_?k)",
+        r"memcpy|memset|nchw_?to_?nhwc|nhwc_?to_?nchw|transpose|copy|concat|cat_?array|gather|scatter|permute|slice|split(?!_?k)",
     ),
     ("gemm", r"gemm|gemv|nvjet|cublas|matmul|tensorop|split_?k|triton_(?:tem|mm)"),
     (

@@ -20,6 +20,7 @@ from flexvar_runtime import __version__
 from flexvar_runtime.backends import probe
 
 from ..machine import installed
+from .tools import found_tools
 
 DISTRIBUTIONS = (
     "torch",
@@ -39,7 +40,19 @@ DISTRIBUTIONS = (
     "nvidia-cudnn-cu13",
     "nvidia-cublas",
 )
-SMI_FIELDS = ("name", "driver_version", "memory.total", "memory.used", "compute_cap", "clocks.max.sm", "power.limit")
+SMI_FIELDS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "compute_cap",
+    "compute_mode",
+    "mig.mode.current",
+    "clocks.sm",
+    "clocks.max.sm",
+    "temperature.gpu",
+    "power.limit",
+)
 COPY_BYTES = 4 * 2**30
 GEMM_SIDE = 8192
 REPEATS = 10
@@ -83,6 +96,7 @@ def machine(save: Callable[[dict[str, Any]], None], tiny: bool) -> None:
         "processors": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "nvidia_smi": nvidia_smi(),
+        "tools": found_tools(),
         "versions": {"flexvar-deploy": __version__} | installed(DISTRIBUTIONS),
         "torch": {
             "cuda": torch.version.cuda,

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flexvar_export.bundle import TORCH_PRECISIONS, UNPROVEN
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts, tables
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
-from flexvar_export.proof import PROOF_FILE, Proof, make_proof
+from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_ref.checkpoint import published_name
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
@@ -34,25 +34,10 @@ from flexvar_runtime.graphs import DECODE, TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import ENGINES, MANIFEST, PHASES, PLAIN, SCHEMA_VERSION, Manifest, Provenance
 from flexvar_runtime.onnx_scan import scan
 
+from .files import ModelFiles, Save
 from .plan import TINY
 
 SEED = 0
-
-Save = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where the bundle of a model, the same with a plain decoder, and its proof, every row of logits kept, lie in the
-    folder of a run."""
-
-    bundle: Path
-    plain: Path
-    proof: Path
-
-    @classmethod
-    def of(cls, work: Path, model: str) -> ModelFiles:
-        return cls(work / f"{model}.bundle", work / f"{model}.plain.bundle", work / f"{model}.{PROOF_FILE}")
 
 
 def schedule_of(model: str) -> ScaleSchedule:
@@ -108,17 +93,44 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     def done(step: str) -> None:
         nonlocal start
         seconds[step], start = time.perf_counter() - start, time.perf_counter()
-        save(common | {"decoder": PHASES, "attention_nodes": attention, "seconds": seconds})
+        save(common | {"decoder": PLAIN, "attention_nodes": attention, "seconds": seconds})
 
     model, tokenizer = random_model(name)
     done("weights")
     if not files.bundle.exists():
         _write_bundle(model, tokenizer, files.bundle, precision, attention, done)
     if not files.proof.exists():
-        proof = make_proof(model, tokenizer, schedule_of(name), default_guidance())
-        with atomic_write(files.proof) as temporary:
-            proof.save(temporary)
+        write_proof(name, work, model, tokenizer)
         done("proof")
+
+
+def write_proof(name: str, work: Path, model: FlexVAR, tokenizer: Tokenizer) -> None:
+    """What the reference computes in float32 on the CPU."""
+    proof = make_proof(model, tokenizer, schedule_of(name), default_guidance())
+    with atomic_write(ModelFiles.of(work, name).proof) as temporary:
+        proof.save(temporary)
+
+
+def write_only_bundle(name: str, work: Path, precision: str) -> tuple[FlexVAR, Tokenizer]:
+    """The bundle of a random model without a proof, unless it is there. Returns the model."""
+    files, (model, tokenizer) = ModelFiles.of(work, name), random_model(name)
+    if not files.bundle.exists():
+        _write_bundle(model, tokenizer, files.bundle, precision, {}, lambda _: None)
+    return model, tokenizer
+
+
+def regenerate_model(name: str, work: Path, skeleton: Path, save: Save) -> None:
+    """As `export_model`, the bundle made from its skeleton. What lies in the folder already is used again."""
+    from .skeleton import regenerate
+
+    files, (model, tokenizer), start = ModelFiles.of(work, name), random_model(name), time.perf_counter()
+    result: dict[str, Any] = {"model": name}
+    if not files.bundle.exists():
+        result |= regenerate(skeleton, (model, tokenizer), files.bundle)
+        save(result | {"bundle_s": time.perf_counter() - start})
+    if not files.proof.exists():
+        write_proof(name, work, model, tokenizer)
+    save(result | {"seconds": time.perf_counter() - start})
 
 
 def _write_bundle(
@@ -134,7 +146,7 @@ def _write_bundle(
     specs = graph_specs(facts, precision)
     with write_bundle(bundle) as directory:
         for graph, spec in specs.items():
-            module = graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision], decoder=PHASES)
+            module = graph_module(graph, model, tokenizer, TORCH_PRECISIONS[precision], decoder=PLAIN)
             export_graph(module, spec, directory, specs.get(WEIGHTS_OF.get(graph, "")))
             attention[graph] = sum(node.operator == "Attention" for node in scan(directory / spec.file).nodes)
             done(graph)
@@ -150,21 +162,21 @@ def _write_bundle(
             parity=UNPROVEN,
             largest_activation={},
             files={},
-            decoder=PHASES,
+            decoder=PLAIN,
         )
         seal(directory, manifest)
     done("files")
 
 
-def plain_model(name: str, work: Path, save: Save) -> None:
-    """The bundle of an exported model once more, its decoder upsampling as the reference does; all else is linked."""
+def phases_model(name: str, work: Path, save: Save) -> None:
+    """The bundle of an exported model once more, its decoder upsampling in phases; all else is linked."""
     files = ModelFiles.of(work, name)
-    manifest = replace(Bundle.open(files.bundle).manifest, decoder=PLAIN)
-    with write_bundle(files.plain, force=True) as directory:
+    manifest = replace(Bundle.open(files.bundle).manifest, decoder=PHASES)
+    with write_bundle(files.in_phases, force=True) as directory:
         spec = manifest.graphs[DECODE]
         others = shutil.ignore_patterns(ENGINES, MANIFEST, f"{spec.file}*")
         shutil.copytree(files.bundle, directory, ignore=others, copy_function=os.link, dirs_exist_ok=True)
-        module = graph_module(DECODE, *random_model(name), TORCH_PRECISIONS[manifest.precision], decoder=PLAIN)
+        module = graph_module(DECODE, *random_model(name), TORCH_PRECISIONS[manifest.precision], decoder=PHASES)
         export_graph(module, spec, directory)
         seal(directory, manifest)
-    save({"model": name, "precision": manifest.precision, "decoder": PLAIN})
+    save({"model": name, "precision": manifest.precision, "decoder": PHASES})

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flexvar_runtime.backends import TENSORRT_BACKENDS
+from flexvar_runtime.errors import InvalidInput
+
+from .files import ModelFiles
 
 TINY = "tiny"  # the name of the tiny model
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
@@ -68,24 +72,66 @@ def phases(request: Request) -> list[Phase]:
     exported: tuple[str, ...] = (*small, *request.models)
     found += [_export(model, request, share=len(exported)) for model in exported]
     found += [_tiny(backend) for backend in request.backends]
-    found.append(Phase(f"plain {main}", "plain", {"model": main}, 20, 60, alone=False, needs=(f"export {main}",)))
+    found.append(
+        Phase(f"in-phases {main}", "in-phases", {"model": main}, 20, 60, alone=False, needs=(f"export {main}",))
+    )
     found.append(Phase("kernels", "kernels", {"model": main, "batches": request.batches}, 12, 40))
     for backend in request.backends:
         found += _measure(main, backend, request)
-    found += [_reference(main, request), _compiled(main, request)]
+    rows = [compiled(main, batch, dynamic, request.budget) for batch, dynamic in compiled_rows(request.batches)]
+    others_first = len(request.batches) - 1
+    found += [_reference(main, request), *rows[:others_first]]
     found += [_growth(main, backend, request) for backend in request.backends]
     found += [_decoders(main, backend, request) for backend in request.backends]
     for model in others:
         for backend in request.backends:
             found += _measure(model, backend, request)
         found.append(_reference(model, request))
-    return found
+    return [*found, *rows[others_first:]]
 
 
 def planned_seconds(plan: Sequence[Phase]) -> float:
-    """What all should take: exports run side by side, and the tiny model and the plain decoder beside them."""
-    beside = [phase.seconds for phase in plan if phase.job == "export"]
-    return max(beside, default=0) + sum(p.seconds for p in plan if p.job not in ("export", "tiny", "plain"))
+    """What all should take, started in the order that the runner starts them."""
+    names, waiting = {phase.name for phase in plan}, list(plan)
+    running, done, now = list[tuple[float, Phase]](), set[str](), 0.0
+    while waiting or running:
+        for phase in list(waiting):
+            if any(need in names and need not in done for need in phase.needs):
+                continue
+            if running and (phase.alone or any(other.alone for _, other in running)):
+                break
+            waiting.remove(phase)
+            running.append((now + phase.seconds, phase))
+            if phase.alone:
+                break
+        now, ended = min(running, key=lambda one: one[0])
+        running.remove((now, ended))
+        done.add(ended.name)
+    return now
+
+
+def made_before(plan: Sequence[Phase], work: Path) -> dict[str, dict[str, Any]]:
+    """Phases that would make a bundle and a proof that lie in `work` already, with the result of each: they are not
+    run."""
+    result = {"reason": "there from an earlier run"}
+    makers = [phase for phase in plan if phase.job in ("export", "regenerate")]
+    return {p.name: p.options | result for p in makers if ModelFiles.of(work, p.options["model"]).are_there}
+
+
+def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:
+    """Phases of these names or jobs, and all that they need. Raises InvalidInput for a name that is neither."""
+    if not only:
+        return list(plan)
+    known = {phase.name for phase in plan} | {phase.job for phase in plan}
+    strange = sorted(set(only) - known)
+    if strange:
+        names = ", ".join(sorted(known))
+        raise InvalidInput(f"phase {strange[0]!r}", expected=f"one of {names}", fix="name one of them after --only")
+    wanted = {phase.name for phase in plan if {phase.name, phase.job} & {*only, "machine"}}
+    for phase in reversed(plan):  # what is needed comes before
+        if phase.name in wanted:
+            wanted |= set(phase.needs)
+    return [phase for phase in plan if phase.name in wanted]
 
 
 def with_limits(plan: Sequence[Phase], minutes: float) -> list[Phase]:
@@ -133,14 +179,19 @@ def _reference(model: str, request: Request) -> Phase:
     return Phase(f"reference {model}", "reference", options, 25, 60, needs=("machine",))
 
 
-def _compiled(model: str, request: Request) -> Phase:
-    options = {
-        "model": model,
-        "batches": request.batches,
-        "static_batches": request.batches[:1],
-        "budget": request.budget,
-    }
-    return Phase(f"compiled {model}", "compiled", options, 80, 150, needs=(f"export {model}",))
+def compiled_rows(batches: Sequence[int]) -> list[tuple[int, bool]]:
+    """Batch, and whether for all shapes at once, of the rows of torch.compile: the first batch, whose times are known
+    best, comes last, with dynamic and with exact shapes."""
+    first, *others = batches
+    return [*((batch, True) for batch in others), (first, True), (first, False)]
+
+
+def compiled(model: str, batch: int, dynamic: bool, budget: dict[str, float], needs: str = "export") -> Phase:
+    """One row, in a process of its own: one that is stopped while it compiles costs no other. needs: what makes the
+    proof. The second dynamic row takes compiled blocks from the cache of the first."""
+    options = {"model": model, "batch": batch, "dynamic": dynamic, "budget": budget}
+    name = f"compiled {model} batch {batch} {'dynamic' if dynamic else 'exact'}"
+    return Phase(name, "compiled", options, 50 if dynamic else 40, 90, needs=(f"{needs} {model}",))
 
 
 def _growth(model: str, backend: str, request: Request) -> Phase:
@@ -156,5 +207,5 @@ def _decoders(model: str, backend: str, request: Request) -> Phase:
         "max_batch": request.max_batch,
         "budget": request.budget | {"seconds": 1},
     }
-    needs = (f"plain {model}", f"run {backend} {model}")
+    needs = (f"in-phases {model}", f"run {backend} {model}")
     return Phase(f"decoders {backend} {model}", "decoders", options, 20, 90, needs=needs)

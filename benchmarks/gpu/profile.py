@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .files import Save
 from .kernel_classes import kernels_of, summary
 from .machine import uses_gpu
-from .models import Save, schedule_of
+from .models import schedule_of
 from .runs import opened
 
 WARM_UPS = 3

@@ -17,7 +17,7 @@ from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.manifest import PLAIN, ModelFacts
 
 from ..limits import generation_limit
-from .runner import DONE, NOT_MEASURED
+from .runner import DONE, NOT_MEASURED, RUNNING
 
 SCHEMA = 1
 REFERENCE, COMPILED = "flexvar_ref", "torch.compile"
@@ -294,7 +294,7 @@ def merge(run: Path, folder: Path) -> Path:
 
 
 def _better(new: Mapping[str, Any], old: Mapping[str, Any] | None) -> bool:
-    order = (NOT_MEASURED, "failed", "stopped", DONE)
+    order = (NOT_MEASURED, "failed", RUNNING, "stopped", DONE)
     return old is None or order.index(new["status"]) >= order.index(old["status"])
 
 

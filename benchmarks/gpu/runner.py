@@ -23,13 +23,13 @@ GRACE_SECONDS = 2.0  # between asking a process to end and ending it
 TAIL = 2000  # letters of a failed phase's last words
 LEAST_SHARE = 0.5  # of what a phase should take must be left for it to be started
 
-DONE, FAILED, STOPPED, NOT_MEASURED = "done", "failed", "stopped", "not measured"
+DONE, FAILED, STOPPED, NOT_MEASURED, RUNNING = "done", "failed", "stopped", "not measured", "running"
 
 
 @dataclass(frozen=True)
 class Record:
     """What became of a phase. result: what it last wrote, whole or in part; reason: why it is not done, in one line;
-    stderr: its last words, where it is not done."""
+    stderr: its last words, where it is not done. A status of "running" stays only where the whole run was killed."""
 
     status: str
     reason: str | None = None
@@ -54,12 +54,12 @@ class _Running:
     stop_at: float
     started: str
     folder: Path
+    written: int = 0  # when its result was last changed, in nanoseconds
 
 
 class Runner:
-    """Runs phases until all are through or the deadline comes. `report` is called with all records after each change.
-
-    command: how a phase is started, without its job and options.
+    """Runs phases until all are through or the deadline comes. `report` is called with all records after each change:
+    a phase that begins, one that has found something, and one that ends.
     """
 
     def __init__(
@@ -70,13 +70,19 @@ class Runner:
         environment: Mapping[str, str],
         report: Callable[[dict[str, Record]], None],
         command: Sequence[str] = CHILD,
+        made: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
-        """deadline: of the clock `time.monotonic`."""
+        """deadline: of the clock `time.monotonic`. command: how a phase is started, without its job and options. made:
+        results of phases that need not run, by name."""
         self._work, self._deadline, self._environment = work, deadline, dict(environment)
         self._report, self._command = report, tuple(command)
-        self._waiting = list(phases)
+        made = made or {}
+        self._waiting = [phase for phase in phases if phase.name not in made]
         self._running: list[_Running] = []
-        self.records = {phase.name: not_measured("not reached") for phase in phases}
+        self.records = {
+            phase.name: Record(DONE, result=made[phase.name]) if phase.name in made else not_measured("not reached")
+            for phase in phases
+        }
 
     def run(self) -> dict[str, Record]:
         """Records of all phases, in their order."""
@@ -87,8 +93,11 @@ class Runner:
                 self._collect()
                 time.sleep(POLL_SECONDS if self._running else 0)
         finally:
-            for running in self._running:
+            for running in self._running:  # all are asked before the first is waited for
+                _signal(running.process, signal.SIGTERM)
+            for running in list(self._running):
                 _end(running.process)
+                self._running.remove(running)
                 self._finish(running, Record(STOPPED, "the run was interrupted"))
         return self.records
 
@@ -142,12 +151,14 @@ class Runner:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         stop_at = min(began + phase.limit, self._deadline)
         self._running.append(_Running(phase, process, began, stop_at, started, folder))
+        self._record(phase, Record(RUNNING, RUNNING, started))
 
     def _collect(self) -> None:
         for running in list(self._running):
             code = running.process.poll()
             late = time.monotonic() > running.stop_at
             if code is None and not late:
+                self._look_at(running)
                 continue
             taken = time.monotonic() - running.began
             _end(running.process)  # what it started, too
@@ -161,16 +172,30 @@ class Runner:
                 record = Record(STOPPED, f"stopped after {taken:.0f} s, {which}")
             self._finish(running, record)
 
+    def _look_at(self, running: _Running) -> None:
+        """Report what a phase has found so far, where that is new."""
+        with suppress(OSError):
+            written = (running.folder / "result.json").stat().st_mtime_ns
+            if written != running.written:
+                running.written = written
+                self._record(running.phase, Record(RUNNING, RUNNING, running.started, None, _result(running.folder)))
+
     def _finish(self, running: _Running, record: Record) -> None:
-        result, seconds = None, round(time.monotonic() - running.began, 1)
-        with suppress(OSError, ValueError):
-            result = json.loads((running.folder / "result.json").read_text())
+        result, seconds = _result(running.folder), round(time.monotonic() - running.began, 1)
         stderr = None if record.status == DONE else _tail(running.folder / "stderr")
         self._record(running.phase, Record(record.status, record.reason, running.started, seconds, result, stderr))
 
     def _record(self, phase: Phase, record: Record) -> None:
         self.records[phase.name] = record
         self._report(self.records)
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    """What a phase has written, if it has."""
+    with suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return found
+    return None
 
 
 def _tail(stderr: Path) -> str:
@@ -190,7 +215,11 @@ def _why_failed(code: int, stderr: str) -> str:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started: politely, then not."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, kind)
+        _signal(process, kind)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)  # not for ever: one that hangs in the driver cannot be ended
+
+
+def _signal(process: subprocess.Popen[bytes], kind: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, kind)

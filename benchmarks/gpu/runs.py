@@ -25,8 +25,9 @@ from flexvar_runtime.planner import IMAGES_PER_RUN
 
 from ..energy import gpu_counter
 from ..timing import Budget, memory_watch, quantiles, repeat, resident_bytes, timed_row
+from .files import ModelFiles, Save
 from .machine import probe_backend, used_bytes
-from .models import ModelFiles, Save, default_guidance, load_proof, schedule_of
+from .models import default_guidance, load_proof, schedule_of
 from .parity import equal_share, parity
 from .plan import CPU_BACKEND, TINY
 
@@ -63,22 +64,22 @@ class Opened:
 
 
 @contextmanager
-def opened(work: Path, model: str, backend: str, *, plain: bool = False) -> Iterator[Opened]:
-    """plain: the bundle with the plain decoder. Both have their engines in one folder."""
+def opened(work: Path, model: str, backend: str, *, in_phases: bool = False) -> Iterator[Opened]:
+    """in_phases: the bundle with a decoder in phases. Both have their engines in one folder."""
     files, start = ModelFiles.of(work, model), time.perf_counter()
-    bundle, engines = files.plain if plain else files.bundle, files.bundle / ENGINES
+    bundle, engines = files.in_phases if in_phases else files.bundle, files.bundle / ENGINES
     with FlexVARPipeline.from_bundle(
         bundle, backend=backend, engines=engines if backend in TENSORRT_BACKENDS else None
     ) as pipeline:
         yield Opened(pipeline, model, time.perf_counter() - start)
 
 
-def build(work: Path, model: str, backend: str, max_batch: int, save: Save, *, plain: bool = False) -> None:
+def build(work: Path, model: str, backend: str, max_batch: int, save: Save, *, in_phases: bool = False) -> None:
     """`flexvar build` for this machine's GPU: engines of every graph. How far it came stands on standard error."""
     files, start, printed = ModelFiles.of(work, model), time.perf_counter(), io.StringIO()
     with redirect_stdout(printed):
         build_command.build(
-            files.plain if plain else files.bundle,
+            files.in_phases if in_phases else files.bundle,
             backend,
             schedule=[str(schedule_of(model))],
             max_batch=max_batch,
@@ -245,10 +246,10 @@ def decoders(
 ) -> None:
     """The decoder alone in both forms: whether upsampling in phases saves time on this device."""
     case, result = load_proof(work, model).cases[0], dict[str, Any]()
-    for plain in (False, True):
-        if plain and backend in TENSORRT_BACKENDS:  # of the other graphs, engines are there
-            build(work, model, backend, max_batch, lambda _: None, plain=True)
-        with opened(work, model, backend, plain=plain) as run:
+    for in_phases in (False, True):
+        if in_phases and backend in TENSORRT_BACKENDS:  # of the other graphs, engines are there
+            build(work, model, backend, max_batch, lambda _: None, in_phases=True)
+        with opened(work, model, backend, in_phases=in_phases) as run:
             engine = run.pipeline.engine
             result = run.facts | {"rows": result.get("rows", [])}
             images = np.concatenate([part.copy() for part in engine.decode(case.tokens[-1])])

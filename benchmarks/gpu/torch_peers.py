@@ -23,8 +23,9 @@ from flexvar_runtime import Sampling
 
 from ..energy import gpu_counter
 from ..timing import Budget, memory_watch, repeat, timed_row
+from .files import Save
 from .machine import device_seconds, used_bytes, uses_gpu
-from .models import Save, default_guidance, load_proof, random_model, schedule_of
+from .models import default_guidance, load_proof, random_model, schedule_of
 from .torch_compiled import CompiledPeer, Eager, to_pixels
 
 AUTOCAST, RESIDENT = "autocast-fp16", "resident-bf16"
@@ -114,10 +115,9 @@ def _none(_: object) -> None:
     return None
 
 
-def compiled(
-    work: Path, model_name: str, batches: Sequence[int], budget: Budget, static_batches: Sequence[int], save: Save
-) -> None:
-    """Blocks and decoder compiled, the whole generation one CUDA graph; with dynamic shapes, and with exact ones.
+def compiled(work: Path, model_name: str, batch: int, budget: Budget, dynamic: bool, save: Save) -> None:
+    """Blocks and decoder compiled, the whole generation one CUDA graph. dynamic: blocks for all shapes at once, else
+    for each.
 
     Held against the proof first, uncompiled: a peer that computes something else would be no peer.
     """
@@ -128,13 +128,10 @@ def compiled(
     result["gate"] = GATES["fp16" if uses_gpu() else "fp32"].relative
     save(result)
     compiler = "inductor" if uses_gpu() else "eager"  # a rehearsal needs no code
-    for dynamic, sizes in ((True, batches[:1]), (False, static_batches), (True, batches[1:])):
-        peer = CompiledPeer(eager, compiler=compiler, dynamic=dynamic)
-        for batch in sizes:
-            labels = [i % eager.classes for i in range(batch)]
-            seconds = device_seconds(lambda: peer.prepare(labels))  # noqa: B023  # called at once
-            row = _row(peer.run, batch, budget)
-            row |= {"shapes": "dynamic" if dynamic else "exact", "mode": peer.mode, "prepare_s": seconds}
-            result["rows"].append(row)
-            save(result)
-            peer.release()
+    peer = CompiledPeer(eager, compiler=compiler, dynamic=dynamic)
+    labels = [i % eager.classes for i in range(batch)]
+    seconds = device_seconds(lambda: peer.prepare(labels))
+    row = _row(peer.run, batch, budget)
+    row |= {"shapes": "dynamic" if dynamic else "exact", "mode": peer.mode, "prepare_s": seconds}
+    save(result | {"rows": [row]})
+    peer.release()

@@ -19,8 +19,9 @@ from flexvar_runtime.backends.base import Backend
 from flexvar_runtime.cuda.gpu import CudaDevice, CudaReplay, GpuFacts, find_gpu
 
 from ..timing import Budget
+from .files import ModelFiles, Save
 from .machine import used_bytes
-from .models import ModelFiles, Save, default_guidance, load_proof, random_model, schedule_of
+from .models import default_guidance, load_proof, random_model, schedule_of
 from .parity import equal_share, parity
 from .runs import Opened, latency, memory_growth
 from .torch_backend import TorchBackend

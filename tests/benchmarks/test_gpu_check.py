@@ -16,14 +16,15 @@ import pytest
 from rich.console import Console
 
 from flexvar_bench import gpu_check
+from flexvar_bench.gpu import measurement
 from flexvar_bench.gpu import models as gpu_models
 from flexvar_bench.gpu import report as gpu_report
+from flexvar_bench.gpu.files import ModelFiles
 from flexvar_bench.gpu.models import (
-    ModelFiles,
     default_guidance,
     export_model,
     load_proof,
-    plain_model,
+    phases_model,
     random_model,
     schedule_of,
 )
@@ -116,7 +117,7 @@ def test_parts_of_a_run(checkout: Path, work: Path, tmp_path: Path) -> None:
     check_run(result)
     phases = result["phases"]
     assert phases["export tiny"]["result"]["reason"] == "there from an earlier run"
-    assert phases["run ort-cpu tiny"]["result"]["decoder"] == result["rows"][0]["decoder"] == "phases"
+    assert phases["run ort-cpu tiny"]["result"]["decoder"] == result["rows"][0]["decoder"] == "plain"
     assert result["missing"] is None
     tensorrt = phases["tiny tensorrt"]
     assert tensorrt["status"] == "failed" and "backend tensorrt: tensorrt is not installed" in tensorrt["reason"]
@@ -127,7 +128,7 @@ def test_parts_of_a_run(checkout: Path, work: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_where_an_earlier_one_was_stopped(
-    tiny_bundle: Path, graph_cache: GraphCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundles: Callable[[str], Path], graph_cache: GraphCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped while the proof was written. What is measured is what `flexvar export` makes of the same model."""
     monkeypatch.setattr(gpu_models, "export_graph", graph_cache.export_graph)
@@ -141,33 +142,38 @@ def test_a_run_goes_on_where_an_earlier_one_was_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(gpu_models, "make_proof", lambda *_: Half())
         with pytest.raises(KeyboardInterrupt):
-            export_model("tiny", tmp_path, "fp32", saved.append)
-    assert saved[-1]["decoder"] == "phases" and "proof" not in saved[-1]["seconds"]
+            export_model("tiny", tmp_path, "fp16", saved.append)
+    assert saved[-1]["decoder"] == "plain" and "proof" not in saved[-1]["seconds"]
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.bundle"]
-    export_model("tiny", tmp_path, "fp32", saved.append)
+    export_model("tiny", tmp_path, "fp16", saved.append)
     assert load_proof(tmp_path, "tiny").cases and set(saved[-1]["seconds"]) == {"weights", "proof"}
-    ours, theirs = (Bundle.open(path).manifest for path in (ModelFiles.of(tmp_path, "tiny").bundle, tiny_bundle))
-    assert ours.decoder == theirs.decoder == "phases" and ours.graphs == theirs.graphs
-    assert ours.files["decode.onnx"] == theirs.files["decode.onnx"]
-    assert ours.files["decode.onnx.data"] == theirs.files["decode.onnx.data"]
+    both = ModelFiles.of(tmp_path, "tiny").bundle, tiny_bundles("fp16")
+    ours, theirs = (Bundle.open(path).manifest for path in both)
+    assert ours.decoder == theirs.decoder == "plain" and ours.graphs == theirs.graphs
+    for name in ("step.onnx", "decode.onnx", "condition.onnx"):
+        assert ours.files[name] == theirs.files[name]
 
 
 def test_both_decoders_are_timed(
-    tiny_bundle: Path, work: Path, tmp_path: Path, graph_cache: GraphCache, monkeypatch: pytest.MonkeyPatch
+    tiny_bundles: Callable[[str], Path],
+    work: Path,
+    tmp_path: Path,
+    graph_cache: GraphCache,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gpu_models, "export_graph", graph_cache.export_graph)
     ours = ModelFiles.of(tmp_path, "tiny")
-    shutil.copytree(tiny_bundle, ours.bundle)
+    shutil.copytree(tiny_bundles("fp16"), ours.bundle)
     shutil.copy(ModelFiles.of(work / "fp16", "tiny").proof, ours.proof)  # of any precision
     saved: list[dict[str, Any]] = []
     for _ in range(2):  # again over what is there
-        plain_model("tiny", tmp_path, saved.append)
-    assert saved[-1] == {"model": "tiny", "precision": "fp32", "decoder": "plain"}
+        phases_model("tiny", tmp_path, saved.append)
+    assert saved[-1] == {"model": "tiny", "precision": "fp16", "decoder": "phases"}
     decoders(tmp_path, "tiny", "ort-cpu", (1, 2, 64), 64, Budget(warmup=1, least=2, most=2), saved.append)
     rows = saved[-1]["rows"]
-    expected = [(form, batch) for form in ("phases", "plain") for batch in (1, 2, 8)]
+    expected = [(form, batch) for form in ("plain", "phases") for batch in (1, 2, 8)]
     assert [(row["decoder"], row["batch"]) for row in rows] == expected, "the runtime decodes eight at most"
-    assert all(row["psnr_db"] > 80 and row["wall_s"]["median"] > 0 and row["device_s"] is None for row in rows)
+    assert all(row["psnr_db"] > 50 and row["wall_s"]["median"] > 0 and row["device_s"] is None for row in rows)
     assert rows[0]["psnr_db"] != rows[3]["psnr_db"], "two decoders"
 
 
@@ -182,6 +188,7 @@ def test_growth_of_memory(work: Path) -> None:
 def test_no_time_at_all(checkout: Path, work: Path, tmp_path: Path) -> None:
     result, _ = run(checkout, tmp_path, "--backends", "ort-cpu", "--work", str(work), "--minutes", "0.11")
     states = {name: record["status"] for name, record in result["phases"].items()}
+    assert states.pop("export tiny") == "done", "it is there from an earlier run"
     assert set(states.values()) <= {"not measured", "stopped"}
     assert result["phases"]["reference tiny"]["reason"].startswith("not measured: ")
     assert result["minutes_taken"] < 0.25
@@ -189,16 +196,32 @@ def test_no_time_at_all(checkout: Path, work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        (["--only", "profil"], "gpu_check: got phase 'profil'; expected one of "),
-        (["--backends", "cuda"], "gpu_check: got backend 'cuda'; expected "),
+        (["--out", "x", "--only", "profil"], "--only"),
+        (["--out", "x", "--backends", "cuda"], "backend 'cuda'"),
+        ([], "--out"),
+        (["--stage", "first", "--out", "x"], "--carried"),
+        (["--stage", "first", "--out", "x", "--carried", "nowhere"], "--carried"),
+        (["--stage", "first", "--out", "x", "--carried", "y", "--minutes", "3"], "--minutes"),
+        (["--out", "x", "--carried", "y"], "--carried"),
+        (["--pack", "x", "--out", "y"], "--out"),
+        (["--pack", "."], "--pack"),
+        (["--rehearse"], "--out"),
     ],
 )
-def test_refusals(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main(["--out", str(tmp_path / "out"), *options]) == 2
-    assert capsys.readouterr().err.startswith(message)
-    assert not (tmp_path / "out").exists()
+def test_refusals(
+    options: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check.main(options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gpu_check: ") and said.count("\n") == 1 and named in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_missing_is_said_first(
@@ -211,12 +234,12 @@ def test_what_is_missing_is_said_first(
         "gpu_check: no safetensors here: nothing can be measured; fix: pip install safetensors\n"
     )
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "import sys; sys.exit('no libnvrtc')")
-    assert gpu_check.without_cuda() == "no cuda.core with NVRTC (no libnvrtc)"
-    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "print('1.2.0')")
-    assert gpu_check.without_cuda() is None
-    monkeypatch.setattr(gpu_check, "CUDA_PROBE", "print('0.4.1')")
-    assert gpu_check.without_cuda() == "cuda.core 0.4.1, older than 1.0"
+    monkeypatch.setattr(measurement, "CUDA_PROBE", "import sys; sys.exit('no libnvrtc')")
+    assert measurement.without_cuda() == "no cuda.core with NVRTC (no libnvrtc)"
+    monkeypatch.setattr(measurement, "CUDA_PROBE", "print('1.2.0')")
+    assert measurement.without_cuda() is None
+    monkeypatch.setattr(measurement, "CUDA_PROBE", "print('0.4.1')")
+    assert measurement.without_cuda() == "cuda.core 0.4.1, older than 1.0"
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     options = ["--tiny", "--minutes", "0.1"]  # nothing is started
     assert gpu_check.main(["--out", str(tmp_path), *options]) == 0
@@ -238,7 +261,7 @@ def test_a_whole_run(checkout: Path, tmp_path: Path) -> None:
     sides = {row["side"] for row in result["rows"]}
     variants = {AS_PUBLISHED, "flexvar_ref resident-bf16", "torch.compile dynamic", "torch.compile exact"}
     assert sides == {"ort-cpu"} | variants
-    compiled = result["phases"]["compiled tiny"]["result"]
+    compiled = result["phases"]["compiled tiny batch 1 exact"]["result"]
     assert compiled["relative_error"] < compiled["gate"] == 1e-5, "float32 on a processor"
     assert [row["left_out"] for row in result["rows"]] == [None] * len(result["rows"])
     assert {row["decoder"] for row in result["phases"]["decoders ort-cpu tiny"]["result"]["rows"]} == {

@@ -7,11 +7,14 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flexvar_bench import gpu_check
-from flexvar_bench.gpu.plan import Phase, Request, phases, planned_seconds, with_limits
+from flexvar_bench.gpu.files import ModelFiles
+from flexvar_bench.gpu.measurement import RESERVE_SECONDS
+from flexvar_bench.gpu.plan import Phase, Request, made_before, phases, planned_seconds, select, with_limits
 from flexvar_bench.gpu.runner import Record, Runner
 
 CHILD = """
@@ -43,7 +46,9 @@ with log.open("a") as file:
 """
 
 
-def run(work: Path, plan: list[Phase], seconds: float = 60) -> tuple[dict[str, Record], list[dict[str, str]]]:
+def run(
+    work: Path, plan: list[Phase], seconds: float = 60, made: dict[str, dict[str, Any]] | None = None
+) -> tuple[dict[str, Record], list[dict[str, str]]]:
     """Records, and the states that were reported on the way."""
     script = work / "child.py"
     script.write_text(CHILD)
@@ -55,6 +60,7 @@ def run(work: Path, plan: list[Phase], seconds: float = 60) -> tuple[dict[str, R
         dict(os.environ),
         lambda records: seen.append({name: record.status for name, record in records.items()}),
         command=(sys.executable, "-S", str(script)),
+        made=made,
     )
     return runner.run(), seen
 
@@ -78,13 +84,21 @@ def test_one_that_crashes_takes_nothing_along(tmp_path: Path) -> None:
     assert records["e"].reason == "not measured: it needs 'd', which is not measured"
     assert records["f"].reason == "not measured: it needs 'nobody', which was left out"
     assert seen[0] == dict.fromkeys("abcdef", "not measured"), "reported before anything runs"
-    assert len(seen) == 1 + len(plan)
+    assert all({"a": state} in [{"a": states["a"]} for states in seen] for state in ("running", "failed"))
+    assert seen[-1] == {name: record.status for name, record in records.items()}
 
 
 def test_what_an_earlier_run_found_is_not_taken(tmp_path: Path) -> None:
     run(tmp_path, [Phase("a", "quick", {"n": 1})])
     records, _ = run(tmp_path, [Phase("a", "mute")])
     assert (records["a"].status, records["a"].result) == ("done", None)
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    plan = [Phase("a", "fail"), Phase("b", "quick", needs=("a",))]
+    records, _ = run(tmp_path, plan, made={"a": {"reason": "there from an earlier run"}})
+    assert (records["a"].status, records["a"].seconds) == ("done", None)
+    assert records["b"].status == "done", "what needs it is run"
 
 
 def test_one_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
@@ -156,10 +170,25 @@ def test_the_plan_is_in_order(request_: Request) -> None:
 def test_the_plan_fits_nine_minutes() -> None:
     """With one backend that needs no engines: what the docstring says."""
     plan = phases(Request(backends=("ort-cuda",)))
-    total = planned_seconds(plan)
-    assert total < 9 * 60 - gpu_check.RESERVE_SECONDS
-    *listed, promised = re.findall(r"^    (\d+) ", gpu_check.__doc__ or "", re.MULTILINE)
+    *important, dynamic, exact = plan
+    assert (dynamic.name, exact.name) == ("compiled d16 batch 1 dynamic", "compiled d16 batch 1 exact")
+    total = planned_seconds(important)
+    assert total < 9 * 60 - RESERVE_SECONDS
+    *listed, promised = re.findall(r"^ {3,4}(\d+) ", gpu_check.__doc__ or "", re.MULTILINE)
     assert sum(map(int, listed)) == int(promised) == total
+    assert planned_seconds(plan) == total + 90
+
+
+def test_what_an_earlier_run_made_is_not_counted(tmp_path: Path) -> None:
+    plan = select(phases(Request(depths=(16,), backends=("ort-cuda",))), ["run ort-cuda d16"])
+    files = ModelFiles.of(tmp_path, "d16")
+    files.bundle.mkdir()
+    assert made_before(plan, tmp_path) == {}, "not without its proof"
+    files.proof.touch()
+    [(name, result)] = made_before(plan, tmp_path).items()
+    assert name == "export d16" and result["reason"] == "there from an earlier run"
+    left = [phase for phase in plan if phase.name != name]
+    assert planned_seconds(plan) - planned_seconds(left) == 90 - 35, "the tiny model is exported and tried beside it"
 
 
 def test_limits_grow_with_the_time_there_is() -> None:
@@ -168,7 +197,7 @@ def test_limits_grow_with_the_time_there_is() -> None:
     limits = {name: {p.name: p.limit for p in with_limits(plan, minutes)} for name, minutes in (("9", 9), ("18", 18))}
     assert limits["9"] == {phase.name: phase.limit for phase in plan}
     assert limits["18"] == {phase.name: 2 * phase.limit for phase in plan}
-    one = gpu_check.select(plan, ["build tensorrt d16"])
+    one = select(plan, ["build tensorrt d16"])
     assert with_limits(one, 9)[-1].limit == pytest.approx(150 * 540 / planned_seconds(one))
     assert planned_seconds(one) == 20 + 90 + 70, "what runs beside the exports is not counted"
     assert with_limits(one, 0.1) == one, "never shorter"
@@ -176,10 +205,10 @@ def test_limits_grow_with_the_time_there_is() -> None:
 
 def test_parts_are_chosen_with_what_they_need() -> None:
     plan = phases(Request(backends=("ort-cuda", "tensorrt")))
-    chosen = [phase.name for phase in gpu_check.select(plan, ["profile tensorrt d20"])]
+    chosen = [phase.name for phase in select(plan, ["profile tensorrt d20"])]
     needed = ["machine", "export tiny", "export d20", "tiny tensorrt", "build tensorrt d20", "run tensorrt d20"]
     assert chosen == [*needed, "profile tensorrt d20"]
-    assert {phase.job for phase in gpu_check.select(plan, ["reference"])} == {"machine", "reference"}
-    assert gpu_check.select(plan, None) == plan
+    assert {phase.job for phase in select(plan, ["reference"])} == {"machine", "reference"}
+    assert select(plan, None) == plan
     with pytest.raises(ValueError, match="got phase 'profil'; expected one of build, build tensorrt d16"):
-        gpu_check.select(plan, ["profil"])
+        select(plan, ["profil"])

@@ -159,7 +159,7 @@ def test_arrays_are_bound_in_place(pipeline: FlexVARPipeline) -> None:
     bound = graph.bind({"labels": labels}, {"first_input": first_input})
     backend.device.write(labels, changed := np.array([3, 1], np.int32))
     bound.run()
-    expected = pipeline.engine.condition(changed.tolist()).first_input
+    expected = pipeline.engine.condition(changed.tolist()).tensors()["first_input"]
     np.testing.assert_array_equal(backend.download(first_input), expected)
     bound.close()
 

@@ -1,0 +1,60 @@
+"""A phase of a rehearsal: `child`, with the tests' emulated device in place of the first GPU.
+
+The emulated device compiles our kernels with the C compiler and runs what is enqueued when somebody waits for it. It
+says nothing of times, of CUDA libraries or of a driver.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flexvar_runtime.cuda.device import Replay
+from flexvar_runtime.errors import EnvironmentFailed
+
+from . import child, first_gpu
+
+FAKES = Path(__file__).resolve().parents[2] / "tests" / "runtime" / "cuda"
+COMMAND = (sys.executable, "-m", "flexvar_bench.gpu.emulated")
+BLOCK = 64  # threads of a block of the sampling kernel: fewer are faster on a processor
+
+
+def emulated_gpu(folder: Path) -> Callable[[], Any]:
+    """What starts an emulated device that counts its captures. folder: for its kernels."""
+    if not FAKES.is_dir():
+        raise EnvironmentFailed("no tests beside benchmarks/", expected="a checkout", fix="rehearse in a clone")
+    sys.path.insert(0, str(FAKES))
+    fakes, host_kernels = importlib.import_module("fakes"), importlib.import_module("host_kernels")
+
+    class EmulatedGpu(fakes.FakeDevice):  # type: ignore[misc, name-defined]
+        captures = 0
+
+        def capture(self, enqueue: Callable[[], None]) -> Replay:
+            self.captures += 1
+            replay: Replay = super().capture(enqueue)
+            return replay
+
+    def start() -> EmulatedGpu:
+        device = EmulatedGpu(lambda config: host_kernels.HostKernels(config, folder, block=BLOCK))
+        device.activate()
+        return device
+
+    return start
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
+        start = emulated_gpu(Path(folder))
+        first_gpu.start_gpu = start
+        if sys.argv[1:2] == ["proof"]:  # it counts captures on a device of its own
+            proof: Any = importlib.import_module(".torch_proof", __package__)
+            proof.start_device = start
+        return child.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""onnxruntime-gpu, cut down to what one Hopper GPU needs for this model: 255 MB become about 25.
+
+The wheel (Linux x86-64, CPython 3.12, CUDA 13) holds kernels for many GPUs. Only those for sm_90 are kept, without the
+families that the model does not use: mixture of experts, XQA, int4 products, flash attention of other head sizes,
+CUTLASS products. The archive is unpacked into a folder on PYTHONPATH. It was run on an H200 (2026-11-27).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.errors import EnvironmentFailed
+
+from .fat_binary import keep_kernels
+
+VERSION = "1.31.1"
+PYTHON = "3.12"  # of the machine that it is for
+ARCHITECTURE = 90
+CAPI = "onnxruntime/capi"
+PROVIDER = f"{CAPI}/libonnxruntime_providers_cuda.so"
+LEFT_OUT = (
+    f"{CAPI}/libonnxruntime.so",  # a second copy, for programs in C
+    f"{CAPI}/libonnxruntime_providers_tensorrt.so",
+    *(f"onnxruntime/{part}" for part in ("transformers", "tools", "quantization", "datasets", "backend")),
+)
+UNUSED = re.compile(
+    rb"[Mm]oe|MOE|grouped_gemm|GroupedGemm|xqa|kernel_mha|fpA|weight_only|matmul_4bits|MatMulNBits"
+    rb"|batched_half_cu|batched_bfloat16"
+)
+FLASH_HEAD = re.compile(rb"Flash_fwd_kernel_traitsILi(\d+)")
+HEAD_SIZE = b"64"
+
+
+def trim_onnxruntime(archive: Path, *, cuobjdump: Path | None = None, wheel: Path | None = None) -> None:
+    """Write `archive`, a .tar.xz. It takes minutes.
+
+    cuobjdump: by default the one on PATH, or of an installed Triton. wheel: by default pip downloads it. Raises
+    EnvironmentFailed for a tool that is missing, ArtifactRefused for a wheel of another make.
+    """
+    tool = find_cuobjdump(cuobjdump)
+    require_tools()
+    with tempfile.TemporaryDirectory(prefix="onnxruntime-") as folder:
+        site = Path(folder) / "site"
+        with zipfile.ZipFile(wheel or _download(Path(folder))) as packed:
+            packed.extractall(site)
+        for part in LEFT_OUT:
+            for path in site.glob(f"{part}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        keep_kernels(site / PROVIDER, ARCHITECTURE, is_used, tool)
+        _pack(site, archive)
+
+
+def is_used(names: bytes) -> bool:
+    """Whether a cubin with kernels of these names is needed for the model."""
+    if UNUSED.search(names):
+        return False
+    head_sizes = set(FLASH_HEAD.findall(names))
+    if head_sizes:
+        return HEAD_SIZE in head_sizes
+    return b"cutlass" not in names or b"AttentionKernel" in names
+
+
+def find_cuobjdump(given: Path | None) -> Path:
+    """NVIDIA's tool, which Triton's wheel carries. Raises EnvironmentFailed where it is missing."""
+    triton = importlib.util.find_spec("triton")
+    carried = triton and triton.origin and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    found = given or shutil.which("cuobjdump") or carried
+    if not found or not os.access(found, os.X_OK):
+        raise EnvironmentFailed(
+            f"no cuobjdump that can be run ({found or 'neither on PATH nor in an installed Triton'})",
+            expected="NVIDIA's cuobjdump",
+            fix="pip install triton, whose wheel carries it, or pass --cuobjdump FILE",
+        )
+    return Path(found)
+
+
+def require_tools() -> None:
+    """Raises EnvironmentFailed where readelf or xz is missing."""
+    for tool, package in (("readelf", "binutils"), ("xz", "xz-utils")):
+        if shutil.which(tool) is None:
+            raise EnvironmentFailed(f"no {tool}", expected=f"{tool} on PATH", fix=f"install the package {package}")
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", PYTHON, "--implementation", "cp", "--platform", "manylinux_2_28_x86_64"]
+    command += ["--dest", str(folder), f"onnxruntime-gpu=={VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = next(folder.glob("onnxruntime_gpu*.whl"), None)
+    if done.returncode or found is None:
+        reason = (done.stderr.strip().splitlines() or ["no last words"])[-1]
+        raise EnvironmentFailed(
+            f"no onnxruntime-gpu {VERSION} ({reason:.200})",
+            expected="its wheel from the package index",
+            fix="run --pack where pip reaches a package index",
+        )
+    return found
+
+
+def _pack(site: Path, archive: Path) -> None:
+    """In the order of names and without times or owners, so that the same wheel gives the same archive."""
+
+    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.mtime = info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        return info
+
+    with atomic_write(archive, force=True) as temporary, temporary.open("wb") as target:
+        command = ["xz", "-9", "--threads=2", "--stdout"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=target) as packer:
+            assert packer.stdin is not None
+            with tarfile.open(fileobj=packer.stdin, mode="w|") as tar:
+                for path in sorted(site.rglob("*")):
+                    tar.add(path, str(path.relative_to(site)), recursive=False, filter=plain)
+            packer.stdin.close()
+        if packer.returncode:
+            raise EnvironmentFailed(f"xz, exit code {packer.returncode}", expected="0", fix="see what xz printed")

@@ -1,0 +1,183 @@
+"""What travels to a GPU machine: made, measured, refused where it is too much, and unpacked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexvar_bench import gpu_check
+from flexvar_bench.gpu import models, pack, skeleton
+from flexvar_bench.gpu.files import ModelFiles
+from flexvar_bench.gpu.models import random_model, regenerate_model
+from flexvar_bench.gpu.pack import MIB, Size, check_pack, make_pack, require_fit, skeleton_of, tracked_bytes, unpack
+from flexvar_bench.gpu.skeleton import make_skeleton, regenerate
+from flexvar_bench.gpu.stages import Target, rehearsal
+from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
+from flexvar_runtime.errors import EnvironmentFailed
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A git checkout with one tracked file of 1,000 bytes."""
+    root = tmp_path / "clone"
+    root.mkdir()
+    (root / "tracked").write_bytes(bytes(1000))
+    (root / "untracked").write_bytes(bytes(5000))
+    for command in (["init", "--quiet"], ["add", "tracked"]):
+        subprocess.run(["git", "-C", str(root), *command], check=True)
+    return root
+
+
+def track(root: Path, name: str, nbytes: int) -> None:
+    with (root / name).open("wb") as file:
+        file.truncate(nbytes)
+    subprocess.run(["git", "-C", str(root), "add", "--intent-to-add", name], check=True)
+
+
+@pytest.fixture
+def work(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny model exported in float32, as an earlier run leaves it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    files = ModelFiles.of(folder, "tiny")
+    shutil.copytree(tiny_bundle, files.bundle)
+    files.proof.write_bytes(b"the proof")
+    return folder
+
+
+@pytest.fixture
+def packed(work: Path, clone: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "packed"
+    make_pack(folder, rehearsal(folder), work, clone)
+    return folder
+
+
+# The skeleton ---------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_skeleton_gives_the_same_files_again(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skeleton, "SMALL_BYTES", 1024)  # as large a share is made as of d16
+    model = random_model("tiny")
+    make_skeleton(tiny_bundle, model, tmp_path / "skeleton")
+    found = regenerate(tmp_path / "skeleton", model, tmp_path / "again.bundle")
+    assert contents(tmp_path / "again.bundle") == contents(tiny_bundle)
+    assert found["made"] == len(list(tiny_bundle.glob("*.data"))) > 1
+    weights = sum(path.stat().st_size for path in tiny_bundle.glob("*.data"))
+    assert (tmp_path / "skeleton" / skeleton.CARRIED).stat().st_size < 0.1 * weights
+    assert not list((tmp_path / "skeleton").rglob("*.data"))
+
+
+def test_a_proof_and_a_bundle_that_are_there_are_left_alone(work: Path, tmp_path: Path) -> None:
+    saved: list[dict[str, Any]] = []
+    before = ModelFiles.of(work, "tiny").bundle.stat().st_mtime_ns
+    regenerate_model("tiny", work, tmp_path / "nowhere", saved.append)
+    assert ModelFiles.of(work, "tiny").bundle.stat().st_mtime_ns == before
+    assert "made" not in saved[-1]
+
+
+def test_another_model_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A weight that another processor made otherwise: by name, and nothing is left behind."""
+    model, tokenizer = random_model("tiny")
+    make_skeleton(tiny_bundle, (model, tokenizer), tmp_path / "skeleton")
+    model.head.weight[0, 0] += 1e-3
+    with pytest.raises(ArtifactRefused, match=r"step\.onnx\.data with another sha256.*step\.onnx\.data: head\.weight"):
+        regenerate(tmp_path / "skeleton", (model, tokenizer), tmp_path / "again.bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["skeleton"]
+
+
+@pytest.mark.parametrize("name", [skeleton.CARRIED, "bundle/condition.onnx", "bundle/tables.npz"])
+def test_a_broken_skeleton_is_refused(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    model = random_model("tiny")
+    make_skeleton(tiny_bundle, model, tmp_path / "skeleton")
+    path = tmp_path / "skeleton" / name
+    data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactRefused, match="another sha256"):
+        regenerate(tmp_path / "skeleton", model, tmp_path / "again.bundle")
+
+
+# The pack -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_for_a_rehearsal(packed: Path, clone: Path) -> None:
+    listed = json.loads((packed / pack.CONTENTS).read_text())
+    assert (listed["model"], listed["precision"]) == ("tiny", "fp32")
+    files = {str(path.relative_to(packed)) for path in packed.rglob("*") if path.is_file()}
+    assert set(listed["files"]) == files - {pack.CONTENTS}
+    assert skeleton_of(packed, "tiny").is_dir() and pack.ONNXRUNTIME not in files
+    assert tracked_bytes(clone) == 1000, "of tracked files only"
+    check_pack(packed, rehearsal(packed))
+    with pytest.raises(InvalidInput, match="--carried"):
+        check_pack(packed, Target(packed))
+
+
+def test_too_much_is_refused(work: Path, clone: Path, tmp_path: Path) -> None:
+    track(clone, "large", 58 * MIB)
+    folder = tmp_path / "packed"
+    with pytest.raises(ArtifactRefused, match=r"MiB packed and 58\.0 MiB of tracked files.* 60 MiB together"):
+        make_pack(folder, rehearsal(folder), work, clone)
+    assert not folder.exists()
+    require_fit(Size(38 * MIB, 22 * MIB))
+    for size in (Size(38 * MIB + 1, 0), Size(30 * MIB, 30 * MIB + 1)):
+        with pytest.raises(ArtifactRefused):
+            require_fit(size)
+
+
+def test_outside_a_clone(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFailed, match="git"):
+        tracked_bytes(tmp_path)
+
+
+def test_a_whole_pack_is_unpacked(work: Path, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library and the tiny bundle. d16 and the library are stand-ins."""
+    library = tmp_path / "library" / "onnxruntime"
+    library.mkdir(parents=True)
+    (library / "__init__.py").write_text("")
+    archive = tmp_path / "library.tar.xz"
+    with tarfile.open(archive, "w:xz") as tar:
+        tar.add(library, "onnxruntime")
+    monkeypatch.setattr(pack, "_onnxruntime", lambda *_: archive)
+    monkeypatch.setattr(models, "write_only_bundle", lambda *_: None)
+    monkeypatch.setattr(skeleton, "make_skeleton", lambda _, __, folder: folder.mkdir(parents=True))
+    folder, there, saved = tmp_path / "packed", tmp_path / "there", list[dict[str, Any]]()
+    there.mkdir()
+    make_pack(folder, Target(folder), work, clone)
+    for _ in range(2):  # again over what is there
+        unpack(folder, there, ["tiny"], saved.append)
+    assert saved[-1]["onnxruntime"] is True and (there / "site" / "onnxruntime" / "__init__.py").is_file()
+    files = ModelFiles.of(there, "tiny")
+    assert Bundle.open(files.bundle).manifest.precision == "fp32" and files.proof.read_bytes() == b"the proof"
+    (folder / "tiny" / "tiny.proof.npz").write_bytes(b"another")
+    with pytest.raises(ArtifactRefused, match=r"tiny/tiny\.proof\.npz with another sha256"):
+        unpack(folder, there, ["tiny"], saved.append)
+
+
+def test_a_folder_that_exists_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--pack", str(tmp_path), "--tiny"]) == 2
+    assert "--pack" in capsys.readouterr().err
+
+
+def test_results_of_stages_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"schema": 1, "created": "2026-11-27T10:00:00+00:00", "options": {}, "version": "1", "model": "d16"}
+    facts |= {"minutes_taken": 3, "source_sha256": "x", "gpu": "NVIDIA H200"}
+    quick = {"status": "done", "reason": None, "stderr": None, "seconds": 1, "result": {}}
+    for stage in ("first", "measure"):
+        document = facts | {"phases": {f"step of {stage}": quick}}
+        (tmp_path / f"gpu_check_{stage}.json").write_text(json.dumps(document))
+    assert gpu_check.main(["--merge", str(tmp_path), "--out", str(tmp_path)]) == 0
+    merged = json.loads((tmp_path / "gpu_nvidia-h200_2026-11-27.json").read_text())
+    assert set(merged["phases"]) == {"step of first", "step of measure"}

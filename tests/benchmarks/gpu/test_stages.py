@@ -1,0 +1,103 @@
+"""The two stages for a lent GPU machine: order, limits, what is used again; and a rehearsal of both."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flexvar_bench import gpu_check
+from flexvar_bench.gpu import child
+from flexvar_bench.gpu.measurement import RESERVE_SECONDS
+from flexvar_bench.gpu.plan import Phase, made_before, planned_seconds
+from flexvar_bench.gpu.rehearsal import REFUSED, rehearse, steps_of
+from flexvar_bench.gpu.stages import FIRST, MEASURE, SECONDS, Target, rehearsal, stage_plan
+
+ROOT = Path(gpu_check.__file__).resolve().parent.parent
+TARGET = Target(Path("pack"))
+
+
+def names(stage: str, target: Target = TARGET) -> list[str]:
+    return [phase.name for phase in stage_plan(stage, target)]
+
+
+@pytest.mark.parametrize("stage", SECONDS)
+@pytest.mark.parametrize("target", [TARGET, rehearsal(Path("pack"))], ids=["d16", "rehearsal"])
+def test_a_stage_fits_its_time(stage: str, target: Target) -> None:
+    """On a fresh machine, where all has to be made."""
+    plan = stage_plan(stage, target)
+    assert planned_seconds(plan) <= SECONDS[stage] - RESERVE_SECONDS
+    for i, phase in enumerate(plan):
+        assert 0 < phase.seconds <= phase.limit < SECONDS[stage], phase.name
+        assert set(phase.needs) <= {before.name for before in plan[:i]}, phase.name
+        assert phase.job in {*child.JOBS, "proof"}
+    assert len({phase.name for phase in plan}) == len(plan)
+
+
+def test_the_first_stage_asks_whether_all_works() -> None:
+    found = names(FIRST)
+    assert found[0] == "machine"
+    expected = {"unpack", "regenerate d16", "sanitize", "tiny ort-cuda", "kernels", "proof tiny", "proof d16"}
+    assert expected < set(found) and found[-1] == "run ort-cuda d16"
+    plan = {phase.name: phase for phase in stage_plan(FIRST, TARGET)}
+    assert plan["run ort-cuda d16"].options["batches"] == (1, 8)
+    beside = {name for name, phase in plan.items() if not phase.alone}
+    assert {"regenerate d16", "unpack", "sanitize", "proof tiny"} <= beside, "d16 is made beside the first steps"
+    assert not {"kernels", "proof d16", "run ort-cuda d16"} & beside, "times are taken alone"
+    assert plan["proof d16"].options.keys() == {"model", "batches", "generations", "budget"}
+
+
+def test_rows_of_torch_compile_are_phases_of_their_own() -> None:
+    plan = [phase for phase in stage_plan(MEASURE, TARGET) if phase.job == "compiled"]
+    rows = [(phase.options["batch"], phase.options["dynamic"]) for phase in plan]
+    assert rows == [(8, True), (64, True), (8, False), (64, False)], "8 and 64 are not known yet"
+    assert plan[0].name == "compiled d16 batch 8 dynamic" and plan[-1].name == "compiled d16 batch 64 exact"
+    assert all(phase.needs == ("regenerate d16",) for phase in plan), "one that is interrupted costs only itself"
+    assert names(MEASURE)[-len(plan) :] == [phase.name for phase in plan], "after what is measured of ours"
+
+
+def test_what_the_first_stage_made_is_not_made_again(tmp_path: Path) -> None:
+    plan = stage_plan(MEASURE, TARGET)
+    (tmp_path / "d16.bundle").mkdir()
+    (tmp_path / "d16.proof.npz").touch()
+    made = made_before(plan, tmp_path)
+    assert list(made) == ["regenerate d16"]
+    left = [phase for phase in plan if phase.name not in made]
+    assert planned_seconds(left) == planned_seconds(plan) - 35 + 10, "only the library is unpacked"
+
+
+def test_a_step_of_a_rehearsal_is_judged() -> None:
+    plan = [Phase("a", "quick", limit=10), Phase(REFUSED, "tiny", limit=10)]
+    good, refused = (
+        {"status": "done", "seconds": 9.0, "reason": None},
+        {"status": "failed", "seconds": 1.0, "reason": "no GPU"},
+    )
+    assert [step.is_right for step in steps_of(plan, {"a": good, REFUSED: refused})] == [True, True]
+    assert [step.is_right for step in steps_of(plan, {"a": refused, REFUSED: good})] == [False, False]
+    assert [step.is_right for step in steps_of(plan, {"a": good | {"seconds": 11.0}})] == [False, False]
+    [there, _] = steps_of(plan, {"a": good | {"seconds": None}})
+    assert there.is_right and replace(there, state="stopped").is_right is False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("proof" not in child.JOBS, reason="a stage needs the job proof")
+def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stages from a copy of the tracked files, about two minutes. Nothing of ours is found but the copy."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert rehearse(ROOT, tmp_path) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Stage first, rehearsed" in printed and "compiled tiny batch 64 exact" in printed
+    first, measured = (json.loads((tmp_path / f"gpu_check_{stage}.json").read_text()) for stage in SECONDS)
+    assert first["source_sha256"] == gpu_check.source_hash()
+    assert first["phases"]["kernels"]["result"]["device"] == "emulated GPU"
+    assert all(first["phases"]["sanitize"]["result"]["equal_host"].values())
+    assert first["phases"]["regenerate tiny"]["result"]["made"] > 0, "weights were made, not carried"
+    proof = first["phases"]["proof tiny"]["result"]
+    assert proof["device"] == "emulated GPU" and proof["parity"]["passed"] and proof["replays"]["holds"]
+    assert "built without CUDA" in first["phases"][REFUSED]["reason"]
+    assert measured["phases"]["regenerate tiny"]["result"]["reason"] == "there from an earlier run"
+    assert {row["side"] for row in measured["rows"]} >= {"ort-cpu", "torch.compile dynamic", "torch.compile exact"}
+    assert sys.executable not in (tmp_path / "gpu_check_first.json").read_text()

@@ -1,0 +1,71 @@
+"""The README's GPU table says what the committed results say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SIDES = {
+    "eager reference, as published": "flexvar_ref autocast-fp16",
+    "eager reference, resident weights": "flexvar_ref resident-bf16",
+    "`torch.compile`, dynamic shapes": "torch.compile dynamic",
+    "`torch.compile`, exact shapes": "torch.compile exact",
+    "`ort-cuda`, first run": "ort-cuda",
+}
+PRECISIONS = {"fp16 autocast": ("autocast-fp16",), "bf16": ("resident-bf16",), "fp16": ("fp16", "float16")}
+BATCHES = (1, 8, 64)
+
+
+@pytest.fixture(scope="module")
+def section() -> str:
+    text = (ROOT / "README.md").read_text()
+    return text.partition("## On an NVIDIA GPU")[2].partition("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def measured(section: str) -> dict[str, Any]:
+    """The results that the table names."""
+    [name] = re.findall(r"\(benchmarks/results/(gpu_[^)]+\.json)\)", section)
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(section: str) -> dict[str, list[str]]:
+    """Label to cells: precision, mode, then one a batch."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    [head] = [cells for cells in lines if "batch 64" in cells]
+    assert head[1:] == ["precision", "mode", *(f"batch {batch}" for batch in BATCHES)]
+    return {cells[0]: cells[1:] for cells in lines if len(cells) == len(head) and cells not in (head, ["---"] * 6)}
+
+
+def rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def test_every_figure(table: dict[str, list[str]], measured: dict[str, Any]) -> None:
+    rows = {(row["side"], row["batch"]): row for row in measured["rows"] if row["model"] == "d16"}
+    for label, (precision, mode, *cells) in table.items():
+        for batch, cell in zip(BATCHES, cells, strict=True):
+            row = rows.pop((SIDES.get(label, ""), batch), None)
+            if row is None:
+                assert cell == "not measured", f"{label}, batch {batch}"
+                continue
+            assert cell == f"{rounded(row['wall_ms'])} ({rounded(row['images_per_second'])})", f"{label}, batch {batch}"
+            assert row["precision"] in PRECISIONS[precision] and row["decoder_included"]
+            modes = row["mode"] or "eager"
+            assert mode == (modes if isinstance(modes, str) else ", ".join(modes))
+            assert row["left_out"] is None, "what is wrong has no time"
+    assert not rows, "measured, and not in the table"
+
+
+def test_card_and_date(section: str, measured: dict[str, Any]) -> None:
+    assert f"on an {measured['gpu']}, {measured['created'][:10]}" in section
+    assert "decoder included" in section
+    assert {phase["stderr"] for phase in measured["phases"].values()} == {None}
