@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from fake_ort import OnStream
 from fakes import FakeDevice
 
 import flexvar_ref
@@ -25,12 +25,11 @@ from flexvar_bench.timing import Budget, memory_watch, repeat, timed_row
 from flexvar_export.proof import Proof
 from flexvar_ref.sampling import probabilities
 from flexvar_runtime import Bundle, FlexVARPipeline, ScaleSchedule
-from flexvar_runtime.backends.ort_cuda import PROVIDER, OrtCuda
+from flexvar_runtime.backends.ort_cuda import OrtCuda
 from flexvar_runtime.cuda.backend import DeviceArrays
 from flexvar_runtime.cuda.kernels import KernelConfig
 
 VOCABULARY = 512
-_session = onnxruntime.InferenceSession
 
 
 def test_random_models_are_those_of_the_checkpoints(tiny_checkpoint: tuple[Path, Path]) -> None:
@@ -53,34 +52,13 @@ def test_kernels_against_the_host(device: FakeDevice, monkeypatch: pytest.Monkey
     assert not any(row["holds"] for row in gpu_device.tokens_equal(arrays, VOCABULARY))
 
 
-class OnDevice:
-    """A session of the processor in the clothes of CUDA; see tests/runtime/cuda/test_ort_cuda.py."""
-
-    def __init__(self, device: FakeDevice, path: str, options: Any) -> None:
-        self._device, self._session = device, _session(path, options, providers=["CPUExecutionProvider"])
-
-    def get_providers(self) -> list[str]:
-        return [PROVIDER]
-
-    def io_binding(self) -> Any:
-        real = self._session.io_binding()
-
-        def bind(there: Callable[..., None]) -> Callable[..., None]:
-            return lambda name, _place, number, *rest: there(name, "cpu", number, *rest)
-
-        return SimpleNamespace(real=real, bind_input=bind(real.bind_input), bind_output=bind(real.bind_output))
-
-    def run_with_iobinding(self, binding: Any, run_options: Any) -> None:
-        self._device.enqueue("run", lambda: self._session.run_with_iobinding(binding.real))
-
-
 def test_parity_and_times_on_a_device(
     device: FakeDevice, tiny_bundle: Path, proof: Proof, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda path, options, providers, enable_fallback: OnDevice(device, path, options),
+        lambda path, options, providers, enable_fallback: OnStream(device, path, options, providers),
     )
     with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
         found = parity(pipeline, proof)

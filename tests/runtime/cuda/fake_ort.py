@@ -1,0 +1,69 @@
+"""A session of ONNX Runtime that computes on the processor and behaves as on CUDA, on an emulated device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+from fakes import FakeDevice
+
+from flexvar_runtime.backends.ort_cuda import PROVIDER
+from flexvar_runtime.backends.ort_placement import RECORD
+from flexvar_runtime.onnx_scan import scan
+
+real_session = onnxruntime.InferenceSession
+
+
+class OnStream:
+    """A session of the processor in the clothes of CUDA: what is run waits on the stream of the device.
+
+    A run with a new number is recorded with the addresses it is bound to; every later run with that number repeats what
+    was recorded, whatever it is bound to, as a CUDA graph does.
+    """
+
+    def __init__(self, device: FakeDevice, path: str, options: Any, providers: Any) -> None:
+        [(name, settings)] = providers
+        assert name == PROVIDER and settings["user_compute_stream"] == str(device.stream)
+        assert settings["device_id"] == "0" and settings["use_tf32"] == "0"
+        assert settings["cudnn_conv_algo_search"] == "DEFAULT"
+        assert options.get_session_config_entry(RECORD) == "1" and options.log_severity_level == 4
+        self.name, self.captures = Path(path).stem, settings["enable_cuda_graph"] == "1"
+        self.captured: dict[int, Any] = {}
+        self.numbers: list[int] = []  # of every run
+        self.device, self.scan = device, scan(Path(path))
+        self.elsewhere: frozenset[str] = self.scan.shape_arithmetic()  # names of nodes on the processor
+        self._session = real_session(path, options, providers=["CPUExecutionProvider"])
+
+    def get_providers(self) -> list[str]:
+        return [PROVIDER, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        parts: dict[str, list[Any]] = {PROVIDER: [], "CPUExecutionProvider": []}
+        for node in self.scan.nodes:
+            place = "CPUExecutionProvider" if node.name in self.elsewhere else PROVIDER
+            parts[place].append(SimpleNamespace(op_type=node.operator, name=node.name, domain=""))
+        return [SimpleNamespace(ep_name=place, get_nodes=nodes.copy) for place, nodes in parts.items()]
+
+    def io_binding(self) -> Any:
+        binding = self._session.io_binding()
+
+        def bind(real: Callable[..., None]) -> Callable[..., None]:
+            def on_device(name: str, place: str, number: int, dtype: Any, shape: Any, address: int) -> None:
+                assert (place, number) == ("cuda", 0)
+                real(name, "cpu", 0, dtype, shape, address)
+
+            return on_device
+
+        return SimpleNamespace(real=binding, bind_input=bind(binding.bind_input), bind_output=bind(binding.bind_output))
+
+    def run_with_iobinding(self, binding: Any, run_options: Any) -> None:
+        key = "disable_synchronize_execution_providers"
+        assert run_options.get_run_config_entry(key) == "1", "it would wait"
+        number = int(run_options.get_run_config_entry("gpu_graph_id"))
+        self.numbers.append(number)
+        assert number == -1 or self.captures
+        recorded = binding.real if number == -1 else self.captured.setdefault(number, binding.real)
+        self.device.enqueue(f"run {self.name}", lambda: self._session.run_with_iobinding(recorded))
