@@ -28,7 +28,7 @@ class OnStream:
         [(name, settings)] = providers
         assert name == PROVIDER and settings["user_compute_stream"] == str(device.stream)
         assert settings["device_id"] == "0" and settings["use_tf32"] == "0"
-        assert settings["cudnn_conv_algo_search"] == "DEFAULT"
+        assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
         assert options.get_session_config_entry(RECORD) == "1" and options.log_severity_level == 4
         self.name, self.captures = Path(path).stem, settings["enable_cuda_graph"] == "1"
         self.captured: dict[int, Any] = {}
