@@ -18,12 +18,12 @@ the run. The plan, in the order of importance, in seconds, for one backend that 
     12  our kernels: draws, tokens, time of sampling
     45  d16: parity, times, memory; where the time goes
     25       the eager reference, twice
-   100       torch.compile with a CUDA graph, batches 8 and 64
+   140       torch.compile with a CUDA graph, batches 8 and 64
     20       memory over 1,000 generations
     20       the decoder in phases and plain
     70  d20: parity, times, where the time goes; reference
     70  d24: the same
-    492 of 540; TensorRT builds engines first, 70 for each model; torch.compile at batch 1 comes last, 90
+    532 of 540; TensorRT builds engines first, 70 for each model; torch.compile at batch 1 comes last, 130
 
 What does not fit says that no time was left: fewer --depths, or one of the --backends, leaves more of it. Limits grow
 with --minutes, and where less is asked for. What lies in --work from an earlier run is not made again.

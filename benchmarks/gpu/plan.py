@@ -191,7 +191,7 @@ def compiled(model: str, batch: int, dynamic: bool, budget: dict[str, float], ne
     proof. The second dynamic row takes compiled blocks from the cache of the first."""
     options = {"model": model, "batch": batch, "dynamic": dynamic, "budget": budget}
     name = f"compiled {model} batch {batch} {'dynamic' if dynamic else 'exact'}"
-    return Phase(name, "compiled", options, 50 if dynamic else 40, 90, needs=(f"{needs} {model}",))
+    return Phase(name, "compiled", options, 70 if dynamic else 60, 100, needs=(f"{needs} {model}",))
 
 
 def _growth(model: str, backend: str, request: Request) -> Phase:

@@ -20,7 +20,8 @@ from ..limits import generation_limit
 from .runner import DONE, NOT_MEASURED, RUNNING
 
 SCHEMA = 1
-REFERENCE, COMPILED = "flexvar_ref", "torch.compile"
+REFERENCE, COMPILED, MODULES = PEERS = ("flexvar_ref", "torch.compile", "torch-modules")
+MEASURED = ("run", "proof", "reference", "compiled")  # jobs whose rows are times of whole generations
 MAIN = "d16"  # the goals are for it
 AS_PUBLISHED = f"{REFERENCE} autocast-fp16"
 GOALS = {
@@ -69,7 +70,7 @@ def rows(records: Records) -> list[dict[str, Any]]:
     """Every measured batch of every side; share: of the strict limit, where the machine's rates are known; left_out:
     why it does not count towards the goals."""
     found = []
-    for result in (*results(records, "run"), *results(records, "reference"), *results(records, "compiled")):
+    for result in (result for job in MEASURED for result in results(records, job)):
         for row in result.get("rows", ()):
             if "wall_s" not in row:
                 continue
@@ -185,7 +186,7 @@ def _yes(name: str, holds: Sequence[bool]) -> dict[str, Any]:
 def _best(flat: Sequence[Mapping[str, Any]], model: str, batch: int) -> Mapping[str, Any] | None:
     """The fastest of our backends on a GPU."""
     rows = [row for row in flat if (row["model"], row["batch"]) == (model, batch) and row["device"] != "cpu"]
-    ours = (row for row in rows if not row["side"].startswith((REFERENCE, COMPILED)))
+    ours = (row for row in rows if not row["side"].startswith(PEERS))
     return min(ours, key=lambda row: row["wall_ms"], default=None)
 
 

@@ -53,8 +53,8 @@ def test_the_first_stage_asks_whether_all_works() -> None:
 def test_rows_of_torch_compile_are_phases_of_their_own() -> None:
     plan = [phase for phase in stage_plan(MEASURE, TARGET) if phase.job == "compiled"]
     rows = [(phase.options["batch"], phase.options["dynamic"]) for phase in plan]
-    assert rows == [(8, True), (64, True), (8, False), (64, False)], "8 and 64 are not known yet"
-    assert plan[0].name == "compiled d16 batch 8 dynamic" and plan[-1].name == "compiled d16 batch 64 exact"
+    assert rows == [(8, False), (64, False)], "with dynamic shapes both are known"
+    assert plan[0].name == "compiled d16 batch 8 exact" and plan[-1].name == "compiled d16 batch 64 exact"
     assert all(phase.needs == ("regenerate d16",) for phase in plan), "one that is interrupted costs only itself"
     assert names(MEASURE)[-len(plan) :] == [phase.name for phase in plan], "after what is measured of ours"
 
