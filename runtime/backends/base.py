@@ -128,38 +128,55 @@ def runs_precision(name: str, precision: str, precisions: frozenset[str]) -> Ava
     )
 
 
-def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
-    """The size of every named axis. Refuses bindings that are not what a graph declares: names, ranks, types, sizes,
-    and axes of one name of one size.
+class BindingCheck:
+    """Holds arrays against what a graph declares: names, ranks, types, sizes, and axes of one name of one size.
 
-    Outputs may be left out. Raises InvalidInput: bound by address, a wrong array would be read or written beside.
+    Made once a graph, since it runs before every step.
     """
-    sizes: dict[str, int] = {}
-    for declared, bound, optional in ((spec.inputs, inputs, False), (spec.outputs, outputs, True)):
-        names = {tensor.name for tensor in declared}
-        if not set(bound) <= names or not (optional or set(bound) == names):
+
+    def __init__(self, spec: GraphSpec) -> None:
+        self._inputs, self._outputs = (
+            {tensor.name: (tensor.axes, host_dtype(tensor.dtype)) for tensor in tensors}
+            for tensors in (spec.inputs, spec.outputs)
+        )
+
+    def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
+        """The size of every named axis. Outputs may be left out.
+
+        Raises InvalidInput: bound by address, a wrong array would be read or written beside.
+        """
+        sizes: dict[str, int] = {}
+        for declared, bound, complete in ((self._inputs, inputs, True), (self._outputs, outputs, False)):
+            if not bound.keys() <= declared.keys() or (complete and len(bound) != len(declared)):
+                raise InvalidInput(
+                    f"bindings {sorted(bound)}", expected=f"{sorted(declared)}", fix="bind what the manifest declares"
+                )
+            for name, array in bound.items():
+                axes, dtype = declared[name]
+                self._check(name, array, axes, dtype, sizes)
+        return sizes
+
+    @staticmethod
+    def _check(
+        name: str, array: Array, axes: tuple[str | int, ...], dtype: np.dtype[Any], sizes: dict[str, int]
+    ) -> None:
+        shape = array.shape
+        fits = len(shape) == len(axes)
+        for axis, size in zip(axes, shape, strict=False):
+            fits &= size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
+        if not fits:
             raise InvalidInput(
-                f"bindings {sorted(bound)}", expected=f"{sorted(names)}", fix="bind what the manifest declares"
+                f"{name} of shape {tuple(shape)}",
+                expected=f"axes {axes} with {sizes}",
+                fix="bind an array of that shape",
             )
-        for tensor in declared:
-            if tensor.name not in bound:
-                continue
-            shape = tuple(bound[tensor.name].shape)
-            wanted = tuple(
-                sizes.setdefault(axis, size) if isinstance(axis, str) else axis
-                for axis, size in zip(tensor.axes, shape, strict=False)
-            )
-            if len(shape) != len(tensor.axes) or shape != wanted:
-                raise InvalidInput(
-                    f"{tensor.name} of shape {shape}",
-                    expected=f"axes {tensor.axes} with {sizes}",
-                    fix="bind an array of that shape",
-                )
-            if host_dtype(bound[tensor.name].dtype) != host_dtype(tensor.dtype):
-                raise InvalidInput(
-                    f"{tensor.name} of {bound[tensor.name].dtype}", expected=tensor.dtype, fix="convert it first"
-                )
-    return sizes
+        if array.dtype is not dtype and host_dtype(array.dtype) != dtype:
+            raise InvalidInput(f"{name} of {array.dtype}", expected=str(dtype), fix="convert it first")
+
+
+def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
+    """`BindingCheck` of a graph that is bound once. Raises InvalidInput."""
+    return BindingCheck(spec)(inputs, outputs)
 
 
 def host_dtype(dtype: str | np.dtype[Any]) -> np.dtype[Any]:

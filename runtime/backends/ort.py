@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
 from ..manifest import GraphSpec
-from .base import Array, Availability, Bound, check_bindings
+from .base import Array, Availability, BindingCheck, Bound
 
 MINIMUM = "1.24"  # older ones read weights from anywhere a graph names
 _ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
@@ -81,6 +82,15 @@ def open_session(path: Path, options: Any, provider: tuple[str, dict[str, str]])
         raise _translate(error, path.name) from error
 
 
+@dataclass
+class _Reused:
+    """A binding that runs of a graph share. It holds addresses, not arrays: every run brings all of them."""
+
+    binding: Any
+    outputs: set[str]
+    bound: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+
+
 class OrtGraph:
     """One session. Arrays are bound by address: inputs are read and outputs written in place, nothing is copied."""
 
@@ -103,6 +113,8 @@ class OrtGraph:
         self._open_session = open_session
         self._closed = False
         self._session: Any = open_session()
+        self._reused: _Reused | None = None
+        self._check = BindingCheck(spec)
         self._types = {
             t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype)
             for t in (*spec.inputs, *spec.outputs)
@@ -119,7 +131,7 @@ class OrtGraph:
 
     def renew(self) -> None:
         """Free the session and everything it holds; the next use opens another. Nothing of it may be running."""
-        self._session = None
+        self._session = self._reused = None
 
     def holds(self, size: tuple[int, int]) -> bool:
         return True
@@ -129,21 +141,46 @@ class OrtGraph:
 
     def binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
         """ONNX Runtime's binding of these arrays to the session. It does not keep them."""
+        binding = self._new_binding()
+        self._bind(binding, inputs, outputs, {})
+        return binding
+
+    def _new_binding(self) -> Any:
         session = self.session
-        check_bindings(self.spec, inputs, outputs)
         try:
-            binding = session.io_binding()
+            return session.io_binding()
+        except Exception as error:
+            raise _translate(error, self.name) from error
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """A step has a hundred inputs, most of them the same at every scale: only what moved is bound anew."""
+        reused, self._reused = self._reused, None  # what fails half bound is not used again
+        if reused is None or reused.outputs != outputs.keys():
+            reused = _Reused(self._new_binding(), set(outputs))
+        self._bind(reused.binding, inputs, outputs, reused.bound)
+        self.run_binding(reused.binding)
+        self._reused = reused
+
+    def _bind(
+        self,
+        binding: Any,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        bound: dict[str, tuple[int, tuple[int, ...]]],
+    ) -> None:
+        """bound: address and shape of what is bound already, by name; brought up to date."""
+        self._check(inputs, outputs)
+        try:
             for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
                 for name, array in arrays.items():
-                    bind(name, *self._place, self._types[name], array.shape, self._address(array))
+                    place = self._address(array), array.shape
+                    if bound.get(name) != place:
+                        bind(name, *self._place, self._types[name], place[1], place[0])
+                        bound[name] = place
         except FlexVARError:
             raise
         except Exception as error:
             raise _translate(error, self.name) from error
-        return binding
-
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        self.run_binding(self.binding(inputs, outputs))
 
     def run_binding(self, binding: Any, run_options: Any = None) -> None:
         """run_options: in place of the graph's own."""
@@ -154,7 +191,8 @@ class OrtGraph:
             raise _translate(error, self.name) from error
 
     def close(self) -> None:
-        self._session, self._closed = None, True
+        self.renew()
+        self._closed = True
 
 
 class OrtBound:

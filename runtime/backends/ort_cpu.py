@@ -78,4 +78,5 @@ class OrtCpu(HostBackend):
 
 
 def _address(array: NDArray[Any]) -> int:
-    return int(require_contiguous(array).ctypes.data)
+    address: int = require_contiguous(array).__array_interface__["data"][0]
+    return address
