@@ -59,7 +59,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .gpu.measurement import Clock, Setting
+    from .gpu.measurement import Clock, RunSetup
     from .gpu.plan import Phase, Request
 
 PACKAGES = {
@@ -127,11 +127,11 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _pack(arguments: argparse.Namespace) -> int:
     from .gpu.measurement import work_folder
     from .gpu.pack import make_pack
-    from .gpu.stages import Target, rehearsal
+    from .gpu.stages import StageSetup, rehearsal
 
-    target = rehearsal(arguments.pack) if arguments.tiny else Target(arguments.pack)
-    with work_folder(arguments.work, target.precision) as work:
-        size = make_pack(arguments.pack, target, work, ROOT, arguments.cuobjdump)
+    setup = rehearsal(arguments.pack) if arguments.tiny else StageSetup(arguments.pack)
+    with work_folder(arguments.work, setup.precision) as work:
+        size = make_pack(arguments.pack, setup, work, ROOT, arguments.cuobjdump)
     print(f"{arguments.pack}: {size}")
     return 0
 
@@ -141,41 +141,41 @@ def _stage(arguments: argparse.Namespace, started: float, package_path: Path | N
     from .gpu.measurement import Clock, work_folder
     from .gpu.pack import SITE, check_pack
     from .gpu.plan import select
-    from .gpu.stages import SECONDS, Target, rehearsal, stage_plan
+    from .gpu.stages import SECONDS, StageSetup, rehearsal, stage_plan
 
     carried = arguments.carried.resolve()
-    target = rehearsal(carried) if arguments.tiny else Target(carried)
-    check_pack(carried, target)
-    plan = select(stage_plan(arguments.stage, target), arguments.only)
+    stage = rehearsal(carried) if arguments.tiny else StageSetup(carried)
+    check_pack(carried, stage)
+    plan = select(stage_plan(arguments.stage, stage), arguments.only)
     clock = Clock(started, SECONDS[arguments.stage])
-    with work_folder(arguments.work, target.precision) as work:
+    with work_folder(arguments.work, stage.precision) as work:
         folders = [folder for folder in (package_path, work / SITE) if folder is not None]
-        setting = _setting(arguments, stage_result(arguments.stage), work, folders, target.model)
-        command = emulated.COMMAND if target.rehearsed else runner.CHILD
-        return _run(plan, replace(setting, command=command), clock)
+        setup = _run_setup(arguments, stage_result(arguments.stage), work, folders, stage.model)
+        command = emulated.COMMAND if stage.rehearsed else runner.CHILD
+        return _run(plan, replace(setup, command=command), clock)
 
 
 def _plan(arguments: argparse.Namespace, started: float, package_path: Path | None) -> int:
     from .gpu.measurement import Clock, work_folder
-    from .gpu.plan import made_before, phases, select, with_limits
+    from .gpu.plan import finished_before, phases, select, with_limits
 
     request = _request(arguments)
     plan = select(phases(request), arguments.only)
     clock = Clock(started, 60 * arguments.minutes)
     with work_folder(arguments.work, arguments.precision) as work:
-        there = made_before(plan, work)
+        there = finished_before(plan, work)
         longer = with_limits([phase for phase in plan if phase.name not in there], arguments.minutes)
         limits = {phase.name: phase for phase in longer}
         plan = [limits.get(phase.name, phase) for phase in plan]
         folders = [package_path] if package_path else []
-        return _run(plan, _setting(arguments, RESULT, work, folders, request.models[0]), clock)
+        return _run(plan, _run_setup(arguments, RESULT, work, folders, request.models[0]), clock)
 
 
-def _setting(arguments: argparse.Namespace, result: str, work: Path, folders: Sequence[Path], model: str) -> Setting:
-    from .gpu.measurement import Setting, environment
+def _run_setup(arguments: argparse.Namespace, result: str, work: Path, folders: Sequence[Path], model: str) -> RunSetup:
+    from .gpu.measurement import RunSetup, environment
 
     hidden = ("out", "work", "carried")  # folders of the machine
-    return Setting(
+    return RunSetup(
         result=arguments.out / result,
         work=work,
         environment=environment(work, folders),
@@ -185,13 +185,13 @@ def _setting(arguments: argparse.Namespace, result: str, work: Path, folders: Se
     )
 
 
-def _run(plan: Sequence[Phase], setting: Setting, clock: Clock) -> int:
+def _run(plan: Sequence[Phase], setup: RunSetup, clock: Clock) -> int:
     from .gpu.measurement import measure
-    from .gpu.plan import made_before
+    from .gpu.plan import finished_before
 
-    setting.result.parent.mkdir(parents=True, exist_ok=True)
+    setup.result.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
-    measure(plan, setting, clock, made_before(plan, setting.work))
+    measure(plan, setup, clock, finished_before(plan, setup.work))
     return 0
 
 

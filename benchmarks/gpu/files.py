@@ -25,6 +25,6 @@ class ModelFiles:
         return cls(work / f"{model}.bundle", work / f"{model}.phases.bundle", work / f"{model}.proof.npz")
 
     @property
-    def are_there(self) -> bool:
+    def exist(self) -> bool:
         """Whether an earlier run left the bundle and its proof."""
         return self.bundle.exists() and self.proof.exists()

@@ -30,7 +30,7 @@ OPTIONS = ((900, 0.95), (0, 0.0), (1, 0.95), (50, 0.9))  # top_k, top_p
 INPUT_TOLERANCE = 1e-4  # next inputs are sums of 16 float32 products of unit size
 
 
-class Bench:
+class KernelHarness:
     """The first GPU with our kernels, and arrays there."""
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class Bench:
         self.arrays = DeviceArrays("kernels", self.device)
         self._held: list[DeviceArray] = []  # a launch holds addresses only
 
-    def up(self, array: NDArray[Any]) -> DeviceArray:
+    def upload(self, array: NDArray[Any]) -> DeviceArray:
         self._held.append(self.arrays.upload(np.ascontiguousarray(array)))
         return self._held[-1]
 
-    def pair(self, two: tuple[NDArray[Any], NDArray[Any]]) -> tuple[DeviceArray, DeviceArray]:
-        return self.up(two[0]), self.up(two[1])
+    def upload_pair(self, two: tuple[NDArray[Any], NDArray[Any]]) -> tuple[DeviceArray, DeviceArray]:
+        return self.upload(two[0]), self.upload(two[1])
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         self._held.append(self.arrays.empty(shape, dtype))
@@ -57,9 +57,9 @@ class Bench:
 
     def run(self, launch: Launch, result: DeviceArray) -> NDArray[Any]:
         self.device.launch(launch)
-        return self.down(result)
+        return self.download(result)
 
-    def down(self, array: DeviceArray) -> NDArray[Any]:
+    def download(self, array: DeviceArray) -> NDArray[Any]:
         found: NDArray[Any] = self.arrays.download(array)
         return found
 
@@ -71,9 +71,9 @@ class Bench:
 
 def kernel_checks() -> dict[str, bool]:
     """Name of a check to whether it holds."""
-    bench, rng = Bench(), np.random.default_rng(0)
+    harness, rng = KernelHarness(), np.random.default_rng(0)
     found: dict[str, bool] = {}
-    checks: tuple[Callable[[Bench, np.random.Generator], Iterator[tuple[str, bool]]], ...] = (
+    checks: tuple[Callable[[KernelHarness, np.random.Generator], Iterator[tuple[str, bool]]], ...] = (
         _draws,
         _tokens,
         _next_inputs,
@@ -81,79 +81,81 @@ def kernel_checks() -> dict[str, bool]:
         _pixels,
     )
     for check in checks:
-        found.update(check(bench, rng))
-    bench.close()
+        found.update(check(harness, rng))
+    harness.close()
     return found
 
 
-def _draws(bench: Bench, _: np.random.Generator) -> Iterator[tuple[str, bool]]:
-    streams, host = bench.up(kernels.stream_block(SEED, INDICES)), Draws(Sampling(), SEED, INDICES)
+def _draws(harness: KernelHarness, _: np.random.Generator) -> Iterator[tuple[str, bool]]:
+    streams, host = harness.upload(kernels.stream_block(SEED, INDICES)), Draws(Sampling(), SEED, INDICES)
     for i, length in enumerate((1, 9, 257)):
-        out = bench.empty((len(INDICES), length), "uint32")
-        got = bench.run(kernels.draws(streams, out, scale=i), out)
+        out = harness.empty((len(INDICES), length), "uint32")
+        got = harness.run(kernels.draws(streams, out, scale=i), out)
         yield f"draws {length}", np.array_equal(got.reshape(-1), host.noise(i, length))
 
 
-def _tokens(bench: Bench, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
-    streams, status = bench.up(kernels.stream_block(SEED, INDICES)), bench.status()
+def _tokens(harness: KernelHarness, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+    streams, status = harness.upload(kernels.stream_block(SEED, INDICES)), harness.status()
     for h, w in ((1, 1), (3, 5)):
         for top_k, top_p in OPTIONS:
             noise = Draws(Sampling(top_k, top_p), SEED, INDICES).noise(2, h * w)
             logits = (4 * rng.standard_normal((len(INDICES), h * w, CONFIG.vocabulary))).astype(np.float32)
-            out = bench.empty((len(INDICES), h, w), "int32")
-            launch = kernels.sample_rows(bench.up(logits), streams, out, status, scale=2, top_k=top_k, top_p=top_p)
-            got = bench.run(launch, out)
+            out = harness.empty((len(INDICES), h, w), "int32")
+            launch = kernels.sample_rows(
+                harness.upload(logits), streams, out, status, scale=2, top_k=top_k, top_p=top_p
+            )
+            got = harness.run(launch, out)
             host = sample(logits.reshape(-1, CONFIG.vocabulary), noise, top_k=top_k, top_p=top_p)
             yield f"sample_rows {h}x{w} top_k {top_k} top_p {top_p}", np.array_equal(got.reshape(-1), host)
-    yield "sample_rows sets no error flag", kernels.read_status(bench.down(status)) is None
+    yield "sample_rows sets no error flag", kernels.read_status(harness.download(status)) is None
 
 
-def _next_inputs(bench: Bench, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def _next_inputs(harness: KernelHarness, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
     B, (h, w), (H, W), V, D, C = 2, (3, 2), (5, 4), CONFIG.vocabulary, CONFIG.code_dim, CONFIG.width
     tokens = rng.integers(0, V, (B, h, w)).astype(np.int32)
     codebook = rng.standard_normal((V, D)).astype(np.float32)
     positions = rng.standard_normal((H * W, C)).astype(np.float32)
     rows, columns = bicubic_matrix(h, H), bicubic_matrix(w, W)
-    codes, offset = bench.empty((2 * B, H * W, D), "float32"), bench.empty((2 * B, H * W, C), "float32")
+    codes, offset = harness.empty((2 * B, H * W, D), "float32"), harness.empty((2 * B, H * W, C), "float32")
     launch = kernels.next_inputs(
-        bench.up(tokens),
-        bench.up(codebook),
-        bench.pair(kernels.taps(rows)),
-        bench.pair(kernels.taps(columns)),
-        bench.up(positions),
+        harness.upload(tokens),
+        harness.upload(codebook),
+        harness.upload_pair(kernels.taps(rows)),
+        harness.upload_pair(kernels.taps(columns)),
+        harness.upload(positions),
         codes,
         offset,
     )
-    got = bench.run(launch, codes)
+    got = harness.run(launch, codes)
     exact = [matrix.astype(np.float64) for matrix in (rows, columns, codebook[tokens])]
     want = np.einsum("yh,xw,bhwd->byxd", *exact).reshape(B, H * W, D)
     close = np.allclose(got[:B], want, atol=INPUT_TOLERANCE)
     yield "next_inputs codes, both branches", bool(close) and np.array_equal(got[:B], got[B:])
     expected = np.broadcast_to(positions, (2 * B, H * W, C))
-    yield "next_inputs offsets", np.array_equal(bench.down(offset), expected)
+    yield "next_inputs offsets", np.array_equal(harness.download(offset), expected)
 
 
-def _rows(bench: Bench, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def _rows(harness: KernelHarness, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
     source, rows = rng.standard_normal((14, 7, 1, CONFIG.width)).astype(np.float32), np.array([6, 0, 3], np.int32)
-    target = bench.empty((14, 3, 1, CONFIG.width), "float32")
-    got = bench.run(kernels.gather_rows(bench.up(source), bench.up(rows), target), target)
+    target = harness.empty((14, 3, 1, CONFIG.width), "float32")
+    got = harness.run(kernels.gather_rows(harness.upload(source), harness.upload(rows), target), target)
     yield "gather_rows", np.array_equal(got, source[:, rows])
     before = rng.standard_normal((14, 9, 1, CONFIG.width)).astype(np.float32)
-    target, expected = bench.up(before), before.copy()
+    target, expected = harness.upload(before), before.copy()
     expected[:, rows] = source[:, :3]
-    got = bench.run(kernels.scatter_rows(bench.up(source), bench.up(rows), target), target)
+    got = harness.run(kernels.scatter_rows(harness.upload(source), harness.upload(rows), target), target)
     yield "scatter_rows", np.array_equal(got, expected)
 
 
-def _pixels(bench: Bench, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def _pixels(harness: KernelHarness, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
     image = (1.5 * rng.standard_normal((2, 3, 33, 31))).astype(np.float32)
-    pixels, status = bench.empty((2, 33, 31, 3), "uint8"), bench.status()
-    got = bench.run(kernels.to_uint8(bench.up(image), pixels, status), pixels)
+    pixels, status = harness.empty((2, 33, 31, 3), "uint8"), harness.status()
+    got = harness.run(kernels.to_uint8(harness.upload(image), pixels, status), pixels)
     yield "to_uint8", np.array_equal(got, to_uint8(image))
     image = image.copy()
     image[1, 2, 5, 5] = np.nan
-    bench.run(kernels.to_uint8(bench.up(image), pixels, status), pixels)
-    yield "to_uint8 sets the error flag for NaN", kernels.read_status(bench.down(status)) is not None
+    harness.run(kernels.to_uint8(harness.upload(image), pixels, status), pixels)
+    yield "to_uint8 sets the error flag for NaN", kernels.read_status(harness.download(status)) is not None
 
 
 def main() -> int:

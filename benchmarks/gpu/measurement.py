@@ -52,7 +52,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSetup:
     """What phases run in. result: the file. model: the one that the goals are for. command: how a phase is started."""
 
     result: Path
@@ -65,34 +65,34 @@ class Setting:
 
 
 def measure(
-    plan: Sequence[Phase], setting: Setting, clock: Clock, made: Mapping[str, dict[str, Any]] | None = None
+    plan: Sequence[Phase], setup: RunSetup, clock: Clock, made: Mapping[str, dict[str, Any]] | None = None
 ) -> None:
     """made: results of phases that need not run. The result file is whole whenever this process ends."""
     missing = _warn_without_cuda()
     facts: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": dict(setting.options),
+        "options": dict(setup.options),
         "version": __version__,
-        "source_sha256": setting.source_sha256,
-        "model": setting.model,
+        "source_sha256": setup.source_sha256,
+        "model": setup.model,
         "missing": missing,
     }
     seen = set[str]()
 
     def result(records: dict[str, Record]) -> dict[str, Any]:
         as_json = {name: record.to_json() for name, record in records.items()}
-        return document(facts | {"minutes_taken": round(clock.taken / 60, 2)}, as_json, setting.model)
+        return document(facts | {"minutes_taken": round(clock.taken / 60, 2)}, as_json, setup.model)
 
     def report(records: dict[str, Record]) -> None:
-        write(setting.result, result(records))
+        write(setup.result, result(records))
         for name, record in records.items():
             if record.seconds is not None and name not in seen:
                 seen.add(name)
                 print(f"{clock.taken:6.1f} s  {name}: {record.status}, {record.seconds:.1f} s", flush=True)
 
-    runner = Runner(plan, setting.work, clock.deadline, setting.environment, report, setting.command, made)
+    runner = Runner(plan, setup.work, clock.deadline, setup.environment, report, setup.command, made)
     final = result(runner.run())
-    write(setting.result, final)
+    write(setup.result, final)
     show(final, Console(width=None if sys.stdout.isatty() else 140))
     print(json.dumps(headline(final)), flush=True)
 

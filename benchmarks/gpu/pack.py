@@ -22,7 +22,7 @@ from typing import Any
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed, InvalidInput
 
 from .files import ModelFiles
-from .stages import Target
+from .stages import StageSetup
 
 CONTENTS, ONNXRUNTIME, SITE = "pack.json", "onnxruntime.tar.xz", "site"
 MIB = 2**20
@@ -42,7 +42,7 @@ class Size:
         return f"{self.packed / MIB:.1f} MiB packed and {self.tracked / MIB:.1f} MiB of tracked files"
 
 
-def make_pack(folder: Path, target: Target, work: Path, root: Path, cuobjdump: Path | None = None) -> Size:
+def make_pack(folder: Path, setup: StageSetup, work: Path, root: Path, cuobjdump: Path | None = None) -> Size:
     """Write `folder`, which must not exist. root: of the checkout. What lies in `work` from an earlier time is used.
 
     Raises ArtifactRefused where more than 60 MiB would travel; then no folder is written.
@@ -57,17 +57,17 @@ def make_pack(folder: Path, target: Target, work: Path, root: Path, cuobjdump: P
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         partial = Path(temporary) / folder.name
         partial.mkdir()
-        for small in target.carried_bundles:
-            export_model(small, work, target.precision, lambda _: None)
+        for small in setup.carried_bundles:
+            export_model(small, work, setup.precision, lambda _: None)
             files, copies = ModelFiles.of(work, small), ModelFiles.of(partial / small, small)
             shutil.copytree(files.bundle, copies.bundle)
             shutil.copy(files.proof, copies.proof)
-        model = write_only_bundle(target.model, work, target.precision)
-        bundle = ModelFiles.of(work, target.model).bundle
-        make_skeleton(bundle, model, skeleton_of(partial, target.model))
-        if not target.rehearsed:
+        model = write_only_bundle(setup.model, work, setup.precision)
+        bundle = ModelFiles.of(work, setup.model).bundle
+        make_skeleton(bundle, model, skeleton_of(partial, setup.model))
+        if not setup.rehearsed:
             shutil.copy(_onnxruntime(work, cuobjdump), partial / ONNXRUNTIME)
-        _write_contents(partial, target)
+        _write_contents(partial, setup)
         size = Size(_bytes_under(partial), tracked)
         require_fit(size)
         partial.rename(folder)
@@ -105,16 +105,16 @@ def tracked_files(root: Path) -> list[str]:
     return [name for name in listed.split("\0") if name and (root / name).is_symlink() | (root / name).is_file()]
 
 
-def check_pack(pack: Path, target: Target) -> None:
+def check_pack(pack: Path, setup: StageSetup) -> None:
     """Raises InvalidInput for a folder that is no pack, or one that was made for something else."""
     try:
         made_for = json.loads((pack / CONTENTS).read_text())["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInput(f"--carried {pack} ({error})", expected="a packed folder", fix=REMAKE) from error
-    if made_for != target.model:
-        tiny = "without --tiny" if target.rehearsed else "with --tiny"
+    if made_for != setup.model:
+        tiny = "without --tiny" if setup.rehearsed else "with --tiny"
         raise InvalidInput(
-            f"--carried {pack}, packed for {made_for}", expected=f"one for {target.model}", fix=f"it was made {tiny}"
+            f"--carried {pack}, packed for {made_for}", expected=f"one for {setup.model}", fix=f"it was made {tiny}"
         )
 
 
@@ -129,7 +129,7 @@ def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[
             raise ArtifactRefused(f"{name} with another sha256 than packed", expected="the packed file", fix=REMAKE)
     for model in bundles:
         files, packed = ModelFiles.of(work, model), ModelFiles.of(pack / model, model)
-        if not files.are_there:
+        if not files.exist:
             shutil.copytree(packed.bundle, files.bundle, dirs_exist_ok=True)
             shutil.copy(packed.proof, files.proof)
     archive, site = pack / ONNXRUNTIME, work / SITE
@@ -152,12 +152,12 @@ def _onnxruntime(work: Path, cuobjdump: Path | None) -> Path:
     return archive
 
 
-def _write_contents(folder: Path, target: Target) -> None:
+def _write_contents(folder: Path, setup: StageSetup) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         str(path.relative_to(folder)): {"size_bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
     }
-    facts = {"model": target.model, "precision": target.precision, "files": files}
+    facts = {"model": setup.model, "precision": setup.precision, "files": files}
     (folder / CONTENTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -110,12 +110,12 @@ def planned_seconds(plan: Sequence[Phase]) -> float:
     return now
 
 
-def made_before(plan: Sequence[Phase], work: Path) -> dict[str, dict[str, Any]]:
+def finished_before(plan: Sequence[Phase], work: Path) -> dict[str, dict[str, Any]]:
     """Phases that would make a bundle and a proof that lie in `work` already, with the result of each: they are not
     run."""
     result = {"reason": "there from an earlier run"}
     makers = [phase for phase in plan if phase.job in ("export", "regenerate")]
-    return {p.name: p.options | result for p in makers if ModelFiles.of(work, p.options["model"]).are_there}
+    return {p.name: p.options | result for p in makers if ModelFiles.of(work, p.options["model"]).exist}
 
 
 def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:
@@ -188,7 +188,7 @@ def compiled_rows(batches: Sequence[int]) -> list[tuple[int, bool]]:
 
 def compiled(model: str, batch: int, dynamic: bool, budget: dict[str, float], needs: str = "export") -> Phase:
     """One row, in a process of its own: one that is stopped while it compiles costs no other. needs: what makes the
-    proof. The second dynamic row takes compiled blocks from the cache of the first."""
+    proof."""
     options = {"model": model, "batch": batch, "dynamic": dynamic, "budget": budget}
     name = f"compiled {model} batch {batch} {'dynamic' if dynamic else 'exact'}"
     return Phase(name, "compiled", options, 70 if dynamic else 60, 100, needs=(f"{needs} {model}",))

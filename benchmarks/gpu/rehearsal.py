@@ -42,7 +42,7 @@ class Step:
     note: str
 
     @property
-    def is_right(self) -> bool:
+    def as_expected(self) -> bool:
         """Whether it ended within its limit, in the state that it has without a GPU."""
         expected = FAILED if self.name == REFUSED else DONE
         return self.state == expected and self.taken is not None and self.taken <= self.limit
@@ -63,7 +63,7 @@ def rehearse(root: Path, out: Path) -> int:
             taken = _run(stage, seconds, checkout, pack, folder / "work", out)
             steps = steps_of(stage_plan(stage, rehearsal(pack)), _records(out / f"gpu_check_{stage}.json"))
             show(console, stage, steps, seconds, taken)
-            right &= taken <= seconds and all(step.is_right for step in steps)
+            right &= taken <= seconds and all(step.as_expected for step in steps)
     console.print("The rehearsal went well." if right else "The rehearsal FAILED: see the steps marked with !.")
     return 0 if right else 1
 
@@ -88,7 +88,7 @@ def steps_of(plan: list[Phase], records: dict[str, Any]) -> list[Step]:
 def show(console: Console, stage: str, steps: list[Step], seconds: float, taken: float) -> None:
     table = Table("step", "limit s", "taken s", "state", "note", title=f"Stage {stage}, rehearsed")
     for step in steps:
-        state = step.state if step.is_right else f"{step.state} !"
+        state = step.state if step.as_expected else f"{step.state} !"
         ran = "–" if step.taken is None else f"{step.taken:.1f}"
         table.add_row(step.name, f"{step.limit:.0f}", ran, state, step.note[:NOTE_LETTERS])
     table.add_section()

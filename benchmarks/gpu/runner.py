@@ -158,7 +158,7 @@ class Runner:
             code = running.process.poll()
             late = time.monotonic() > running.stop_at
             if code is None and not late:
-                self._look_at(running)
+                self._report_progress(running)
                 continue
             taken = time.monotonic() - running.began
             _end(running.process)  # what it started, too
@@ -172,7 +172,7 @@ class Runner:
                 record = Record(STOPPED, f"stopped after {taken:.0f} s, {which}")
             self._finish(running, record)
 
-    def _look_at(self, running: _Running) -> None:
+    def _report_progress(self, running: _Running) -> None:
         """Report what a phase has found so far, where that is new."""
         with suppress(OSError):
             written = (running.folder / "result.json").stat().st_mtime_ns

@@ -23,9 +23,9 @@ measurement.CUDA_PROBE = "print('1.2.0')"
 folder = Path(sys.argv[1])
 command = (sys.executable, str(folder / "phase.py"))
 environment = measurement.environment(folder, [])
-setting = measurement.Setting(folder / "result.json", folder, environment, "d16", {}, "x", command)
+setup = measurement.RunSetup(folder / "result.json", folder, environment, "d16", {}, "x", command)
 plan = [Phase("growth quick", "quick"), Phase("growth long", "long"), Phase("growth never", "quick")]
-measurement.measure(plan, setting, measurement.Clock(time.monotonic(), 60))
+measurement.measure(plan, setup, measurement.Clock(time.monotonic(), 60))
 """
 PHASE = """
 import json, os, sys, time

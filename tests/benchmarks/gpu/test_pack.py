@@ -18,7 +18,7 @@ from flexvar_bench.gpu.files import ModelFiles
 from flexvar_bench.gpu.models import random_model, regenerate_model
 from flexvar_bench.gpu.pack import MIB, Size, check_pack, make_pack, require_fit, skeleton_of, tracked_bytes, unpack
 from flexvar_bench.gpu.skeleton import make_skeleton, regenerate
-from flexvar_bench.gpu.stages import Target, rehearsal
+from flexvar_bench.gpu.stages import StageSetup, rehearsal
 from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
 from flexvar_runtime.errors import EnvironmentFailed
 
@@ -122,7 +122,7 @@ def test_a_pack_for_a_rehearsal(packed: Path, clone: Path) -> None:
     assert tracked_bytes(clone) == 1000, "of tracked files only"
     check_pack(packed, rehearsal(packed))
     with pytest.raises(InvalidInput, match="--carried"):
-        check_pack(packed, Target(packed))
+        check_pack(packed, StageSetup(packed))
 
 
 def test_too_much_is_refused(work: Path, clone: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_whole_pack_is_unpacked(work: Path, clone: Path, tmp_path: Path, monke
     monkeypatch.setattr(skeleton, "make_skeleton", lambda _, __, folder: folder.mkdir(parents=True))
     folder, there, saved = tmp_path / "packed", tmp_path / "there", list[dict[str, Any]]()
     there.mkdir()
-    make_pack(folder, Target(folder), work, clone)
+    make_pack(folder, StageSetup(folder), work, clone)
     for _ in range(2):  # again over what is there
         unpack(folder, there, ["tiny"], saved.append)
     assert saved[-1]["onnxruntime"] is True and (there / "site" / "onnxruntime" / "__init__.py").is_file()

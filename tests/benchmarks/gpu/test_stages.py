@@ -12,23 +12,23 @@ import pytest
 from flexvar_bench import gpu_check
 from flexvar_bench.gpu import child
 from flexvar_bench.gpu.measurement import RESERVE_SECONDS
-from flexvar_bench.gpu.plan import Phase, made_before, planned_seconds
+from flexvar_bench.gpu.plan import Phase, finished_before, planned_seconds
 from flexvar_bench.gpu.rehearsal import REFUSED, rehearse, steps_of
-from flexvar_bench.gpu.stages import FIRST, MEASURE, SECONDS, Target, rehearsal, stage_plan
+from flexvar_bench.gpu.stages import FIRST, MEASURE, SECONDS, StageSetup, rehearsal, stage_plan
 
 ROOT = Path(gpu_check.__file__).resolve().parent.parent
-TARGET = Target(Path("pack"))
+SETUP = StageSetup(Path("pack"))
 
 
-def names(stage: str, target: Target = TARGET) -> list[str]:
-    return [phase.name for phase in stage_plan(stage, target)]
+def names(stage: str, setup: StageSetup = SETUP) -> list[str]:
+    return [phase.name for phase in stage_plan(stage, setup)]
 
 
 @pytest.mark.parametrize("stage", SECONDS)
-@pytest.mark.parametrize("target", [TARGET, rehearsal(Path("pack"))], ids=["d16", "rehearsal"])
-def test_a_stage_fits_its_time(stage: str, target: Target) -> None:
+@pytest.mark.parametrize("setup", [SETUP, rehearsal(Path("pack"))], ids=["d16", "rehearsal"])
+def test_a_stage_fits_its_time(stage: str, setup: StageSetup) -> None:
     """On a fresh machine, where all has to be made."""
-    plan = stage_plan(stage, target)
+    plan = stage_plan(stage, setup)
     assert planned_seconds(plan) <= SECONDS[stage] - RESERVE_SECONDS
     for i, phase in enumerate(plan):
         assert 0 < phase.seconds <= phase.limit < SECONDS[stage], phase.name
@@ -42,7 +42,7 @@ def test_the_first_stage_asks_whether_all_works() -> None:
     assert found[0] == "machine"
     expected = {"unpack", "regenerate d16", "sanitize", "tiny ort-cuda", "kernels", "proof tiny", "proof d16"}
     assert expected < set(found) and found[-1] == "run ort-cuda d16"
-    plan = {phase.name: phase for phase in stage_plan(FIRST, TARGET)}
+    plan = {phase.name: phase for phase in stage_plan(FIRST, SETUP)}
     assert plan["run ort-cuda d16"].options["batches"] == (1, 8)
     beside = {name for name, phase in plan.items() if not phase.alone}
     assert {"regenerate d16", "unpack", "sanitize", "proof tiny"} <= beside, "d16 is made beside the first steps"
@@ -51,7 +51,7 @@ def test_the_first_stage_asks_whether_all_works() -> None:
 
 
 def test_rows_of_torch_compile_are_phases_of_their_own() -> None:
-    plan = [phase for phase in stage_plan(MEASURE, TARGET) if phase.job == "compiled"]
+    plan = [phase for phase in stage_plan(MEASURE, SETUP) if phase.job == "compiled"]
     rows = [(phase.options["batch"], phase.options["dynamic"]) for phase in plan]
     assert rows == [(8, False), (64, False)], "with dynamic shapes both are known"
     assert plan[0].name == "compiled d16 batch 8 exact" and plan[-1].name == "compiled d16 batch 64 exact"
@@ -60,10 +60,10 @@ def test_rows_of_torch_compile_are_phases_of_their_own() -> None:
 
 
 def test_what_the_first_stage_made_is_not_made_again(tmp_path: Path) -> None:
-    plan = stage_plan(MEASURE, TARGET)
+    plan = stage_plan(MEASURE, SETUP)
     (tmp_path / "d16.bundle").mkdir()
     (tmp_path / "d16.proof.npz").touch()
-    made = made_before(plan, tmp_path)
+    made = finished_before(plan, tmp_path)
     assert list(made) == ["regenerate d16"]
     left = [phase for phase in plan if phase.name not in made]
     assert planned_seconds(left) == planned_seconds(plan) - 35 + 10, "only the library is unpacked"
@@ -75,11 +75,11 @@ def test_a_step_of_a_rehearsal_is_judged() -> None:
         {"status": "done", "seconds": 9.0, "reason": None},
         {"status": "failed", "seconds": 1.0, "reason": "no GPU"},
     )
-    assert [step.is_right for step in steps_of(plan, {"a": good, REFUSED: refused})] == [True, True]
-    assert [step.is_right for step in steps_of(plan, {"a": refused, REFUSED: good})] == [False, False]
-    assert [step.is_right for step in steps_of(plan, {"a": good | {"seconds": 11.0}})] == [False, False]
+    assert [step.as_expected for step in steps_of(plan, {"a": good, REFUSED: refused})] == [True, True]
+    assert [step.as_expected for step in steps_of(plan, {"a": refused, REFUSED: good})] == [False, False]
+    assert [step.as_expected for step in steps_of(plan, {"a": good | {"seconds": 11.0}})] == [False, False]
     [there, _] = steps_of(plan, {"a": good | {"seconds": None}})
-    assert there.is_right and replace(there, state="stopped").is_right is False
+    assert there.as_expected and replace(there, state="stopped").as_expected is False
 
 
 @pytest.mark.slow
