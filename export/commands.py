@@ -61,13 +61,15 @@ def export(
     ] = "auto",
     target: Annotated[
         str,
-        typer.Option(help="What the bundle is for: cpu, gpu, or auto (gpu for fp16, else cpu). It still runs on both."),
+        typer.Option(
+            help="Device to export for: cpu, gpu or auto (gpu for fp16, else cpu). gpu needs a CUDA kernel a node."
+        ),
     ] = "auto",
     decoder: Annotated[
         str,
         typer.Option(
-            help="How the decoder doubles a map: plain, phases, transposed, or auto. auto is plain for a GPU, "
-            "transposed for int8-bf16, else phases. phases and transposed need fewer multiplications."
+            help="How the decoder upsamples: plain (as the reference), phases, transposed or auto. phases and "
+            "transposed need fewer multiplications. auto is plain for gpu, transposed for int8-bf16, else phases."
         ),
     ] = "auto",
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.graphs import OPSET
 from flexvar_runtime.manifest import GraphSpec, TensorSpec
 
 from .int8 import TRANSLATIONS
 
-OPSET = 23  # the first with Attention; every runtime in use takes it
 INLINE_BYTES = 2**20  # weights beyond this go to a file of their own, which runtimes map into memory
 MADE_UP_BYTES = 2**16  # constants of the exporter's own, such as the ones that a normalisation is scaled by
 # Distinct sizes, none of them 0 or 1: whatever the exporter would bake in then shows up as a failure.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flexvar_runtime.backends.ort_cuda import PRECISIONS as CUDA_PRECISIONS
-from flexvar_runtime.backends.ort_placement import listed, without_cuda_kernel
+from flexvar_runtime.backends.ort_placement import count_operators, without_cuda_kernel
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 from flexvar_runtime.manifest import DECODERS, PHASES, PLAIN, TRANSPOSED, GraphSpec
 from flexvar_runtime.onnx_scan import scan
@@ -55,9 +55,9 @@ def require_cuda_kernels(directory: Path, graphs: Mapping[str, GraphSpec]) -> No
     for name, spec in graphs.items():
         missing = without_cuda_kernel(scan(directory / spec.file))
         if missing:
+            counts = count_operators(node.operator for node in missing)
             raise ArtifactRefused(
-                f"graph {name}: ONNX Runtime has no CUDA kernel for {listed(node.operator for node in missing)}; "
-                f"the first is {missing[0].name}",
+                f"graph {name}: ONNX Runtime has no CUDA kernel for {counts}; the first is {missing[0].name}",
                 expected="a graph that runs on a GPU as a whole",
-                fix="leave --decoder out; with --target cpu the bundle is exported for CPUs only",
+                fix="leave --decoder out, or pass --target cpu for a bundle that is for CPUs only",
             )

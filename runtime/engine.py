@@ -67,7 +67,8 @@ class Engine:
                 )
         if version < SCHEMA_VERSION:
             log.warning(
-                "the bundle was exported by an earlier version (schema %d, now %d); it runs; a new export is faster",
+                "this bundle has schema version %d, and this version exports %d; ort-cuda refuses it, and on other "
+                "backends a new export with flexvar export is faster",
                 version,
                 SCHEMA_VERSION,
             )

@@ -20,6 +20,8 @@ GRAPHS = (*REQUIRED, PREFILL)
 WEIGHTS_OF = {PREFILL: STEP}
 """Graphs that take their weights from another's file."""
 TABLES_FILE = "tables.npz"
+OPSET = 23
+"""Version of the ONNX operators in every graph: the first with Attention; every runtime in use takes it."""
 MODULATION = ("gamma1", "gamma2", "scale1", "scale2", "shift1", "shift2")
 """Parts of a block's modulation, 1 of its attention and 2 of its MLP, in the order in which a checkpoint has them."""
 HEAD_MODULATION = ("head_scale", "head_shift")
@@ -81,8 +83,8 @@ def graph_specs(model: ModelFacts, precision: str, schema_version: int = SCHEMA_
         return TensorSpec(name=name, dtype=kv, axes=(tokens, "sequences", model.heads, model.head_size))
 
     def modulation(axis: str, keys_only: bool = False) -> tuple[TensorSpec, ...]:
-        """keys_only: without what only matters after the keys and values of the last block, where there are others (a
-        part is never left without tensors)."""
+        """keys_only: for `prefill`. Of the last block only scale1 and shift1 stay, which its keys and values depend on.
+        With a single block all parts stay, because each part needs at least one tensor."""
         if schema_version in JOINED_MODULATION:
             return (f32("modulation", axis, depth, 6, C),)
         last = f"_{depth - 1}" if keys_only and depth > 1 else "none"

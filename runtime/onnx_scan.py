@@ -25,6 +25,7 @@ _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _BYTES = 2  # wire type of texts, bytes and messages
 _MAX_DEPTH = 8
 _SHAPES = frozenset({"Shape", "Size"})
+_FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: float32, float16, float64, bfloat16
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,18 @@ class Scan:
     opset: int = 0
 
     def shape_arithmetic(self) -> frozenset[str]:
-        """Names of the nodes that compute nothing but shapes: every input comes from a shape, or is a constant."""
-        shapes, constants, found = set[str](), {"", *self.constants}, set[str]()
+        """Names of the tensors that hold sizes and are computed from nothing but shapes and constants.
+
+        A tensor in floating point is none of them, whatever it is computed from.
+        """
+        shapes, constants = set[str](), {"", *self.constants}
         for node in self.nodes:
             given = set(node.inputs) - constants
             if node.operator == "Constant":
                 constants |= set(node.outputs)
             elif node.operator in _SHAPES or (given and given <= shapes):
-                shapes |= set(node.outputs)
-                found.add(node.name)
-        return frozenset(found)
+                shapes |= {name for name in node.outputs if self.kinds.get(name) not in _FLOATING}
+        return frozenset(shapes)
 
 
 class _Reading:

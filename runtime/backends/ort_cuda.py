@@ -1,11 +1,11 @@
 """ONNX Runtime on an NVIDIA GPU, on the stream of the device and on its memory.
 
-Asked for CUDA where it cannot have it, ONNX Runtime gives a session on the processor and a warning, and nodes that CUDA
-has no kernel for run on the processor without a word: here both are refused. Its own TensorRT provider is not used: it
+If CUDA is missing, ONNX Runtime opens a session on the CPU and only warns. Nodes without a CUDA kernel run on the CPU
+silently. This backend raises BackendUnavailable in both cases. ONNX Runtime's own TensorRT provider is not used: it
 needs an older TensorRT.
 
-A step has hundreds of small kernels, which take longer to launch than to run. ONNX Runtime therefore captures a CUDA
-graph of its own for every binding of the step and of the decoder, and replays it.
+A step has hundreds of small kernels, which take longer to launch than to run. So ONNX Runtime captures a CUDA graph for
+every binding of the step and of the decoder, and replays it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import io
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -25,39 +26,60 @@ from ..cuda.backend import DeviceArrays
 from ..cuda.device import Device
 from ..cuda.gpu import CudaDevice, find_gpu, probe_gpu
 from ..cuda.libraries import describe_missing, load_cuda_libraries
-from ..errors import BackendUnavailable, InvalidInput
+from ..errors import BackendUnavailable, FlexVARError, InvalidInput
 from ..graphs import DECODE, STEP
 from ..onnx_scan import scan
 from .base import Array, Availability, runs_precision
 from .ort import OrtGraph, open_session, probe_onnxruntime
-from .ort_placement import RECORD, require_placed
+from .ort_placement import (
+    EXPORT_FOR_GPU,
+    RECORD_ASSIGNMENT,
+    count_operators,
+    require_placed,
+    without_cuda_kernel,
+)
 
 log = logging.getLogger(__name__)
 
 NOT_CAPTURED = -1  # what ONNX Runtime takes for a run outside any CUDA graph
 UNUSED_KEPT = 256  # CUDA graphs of closed bindings, 10 to 15 of a shape, before their session is opened anew
-SILENT = 4  # ONNX Runtime's level of messages that leaves nothing but crashes
+SILENT = 4  # FATAL: ONNX Runtime logs nothing that it raises
 
 PRECISIONS = DeviceArrays.precisions
 PROVIDER = "CUDAExecutionProvider"
-MINIMUM = "1.31.1"  # the first that says where it runs the nodes of a graph
+MINIMUM = "1.31.1"  # the version that was run on a GPU, and whose CUDA kernels `ort_placement` lists
 CAPTURED = frozenset({STEP, DECODE})  # graphs that are run again and again with the same addresses
 _EXTRA = "pip uninstall -y onnxruntime && pip install 'flexvar-deploy[gpu]'"
 
 
 def probe(name: str) -> Availability:
-    state = probe_onnxruntime("gpu", MINIMUM)
+    state = probe_onnxruntime("gpu")
     if not state.available:
         return state
     ort = importlib.import_module("onnxruntime")
     if PROVIDER not in getattr(ort, "get_available_providers", list)():
         return Availability(False, f"{state.detail} is built without CUDA", _EXTRA)
+    state = probe_onnxruntime("gpu", MINIMUM)
+    if not state.available:
+        return state
     gpu = probe_gpu()
-    return Availability(gpu.available, f"{state.detail}, {gpu.detail}", gpu.fix)
+    if not gpu.available:
+        return Availability(False, f"{state.detail}, {gpu.detail}", gpu.fix)
+    missing = describe_missing(load_cuda_libraries())
+    return Availability(True, f"{state.detail}, {gpu.detail}, every node must run on the GPU{missing}")
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    return runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    """Whether it runs the bundle's precision and ONNX Runtime has a CUDA kernel for every node of its graphs."""
+    state = runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    if not state.available:
+        return state
+    for graph in bundle.manifest.graphs:
+        missing = without_cuda_kernel(scan(bundle.graph_file(graph)))
+        if missing:
+            counts = count_operators(node.operator for node in missing)
+            return Availability(False, f"{name} has no CUDA kernel for {counts} of {graph}", EXPORT_FOR_GPU)
+    return state
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> OrtCuda:
@@ -70,9 +92,12 @@ def create(name: str, *, device: str | None, threads: int | None, engines: Path 
 class OrtCuda(DeviceArrays):
     """Backend on a device.
 
-    A whole generation is not captured: ONNX Runtime stages small copies in pinned memory that it uses again after the
-    run, so replaying a graph that somebody else captured reads what is there by then (its pull requests 32081 and
-    32121). Its own CUDA graphs are safe.
+    A whole generation is not captured. ONNX Runtime copies through pinned memory that it reuses after the run, so a
+    replay of a CUDA graph that somebody else captured would read overwritten data (its pull requests 32081 and 32121).
+    Its own CUDA graphs are safe.
+
+    Opening it silences ONNX Runtime's default logger in this process: the CUDA provider writes dozens of lines there
+    while it looks for convolutions.
     """
 
     captures = False
@@ -81,7 +106,7 @@ class OrtCuda(DeviceArrays):
         super().__init__("ort-cuda", device)
         self.libraries = load_cuda_libraries()  # before `preload_dlls`, which looks beside the package
         ort = importlib.import_module("onnxruntime")
-        ort.set_default_logger_severity(SILENT)  # the provider's remarks go to no session's log
+        ort.set_default_logger_severity(SILENT)
         preload = getattr(ort, "preload_dlls", None)
         if preload is not None:  # CUDA's libraries from their wheels, where they are not the system's
             said = io.StringIO()
@@ -109,7 +134,7 @@ class OrtCuda(DeviceArrays):
         ort = importlib.import_module("onnxruntime")
         options = ort.SessionOptions()
         options.log_severity_level = SILENT  # errors are raised, and placement is checked below
-        options.add_session_config_entry(RECORD, "1")
+        options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
         provider = {
             "device_id": str(self.device.ordinal),
             "user_compute_stream": str(self.device.stream),
@@ -144,9 +169,10 @@ def run_options(cuda_graph: int) -> Any:
 class CapturingGraph(OrtGraph):
     """A graph whose bindings ONNX Runtime captures as CUDA graphs, each at its first run.
 
-    A CUDA graph reads and writes the addresses that it was captured with, so every binding has a number of its own and
-    no number is given twice. ONNX Runtime 1.31 frees CUDA graphs only with their session: once so many belong to
-    bindings that are closed, the session is opened anew, and bindings that are still in use are captured again.
+    A CUDA graph reads and writes the addresses that it was captured with. So every binding has a number of its own, and
+    no number is given twice. ONNX Runtime captures a number once in every thread that runs it, and frees CUDA graphs
+    only with their session. Once UNUSED_KEPT of them belong to closed bindings, the session is freed. The next run
+    opens another, and bindings that are still in use are captured again.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -163,11 +189,16 @@ class CapturingGraph(OrtGraph):
     def next_number(self) -> int:
         return next(self._numbers)
 
-    def drop(self, bound: CapturedBound) -> None:
-        """Count the CUDA graph of a binding that is closed. The device is idle."""
+    def count_unused(self, cuda_graphs: int) -> None:
+        """Count CUDA graphs that will not be replayed again."""
+        self._unused += cuda_graphs
+
+    def forget(self, bound: CapturedBound) -> None:
+        """Take a closed binding off the list, and free the session where too much of it is unused. The device is
+        idle."""
         self._bounds.discard(bound)
-        self._unused += 1
         if self._unused >= UNUSED_KEPT:
+            log.info("%s: its session is opened anew, to free %d unused CUDA graphs", self.name, self._unused)
             for other in self._bounds:
                 other.detach()  # a binding keeps its session
             self.renew()
@@ -183,25 +214,35 @@ class CapturedBound:
         self._arrays: tuple[Mapping[str, Array], Mapping[str, Array]] | None = (inputs, outputs)
         self._binding: Any = None
         self._options: Any = None
+        self._threads: set[int] = set()  # that have captured it
         self._attach()
 
     def _attach(self) -> None:
         if self._arrays is None:
-            raise InvalidInput(f"{self._graph.name}, unbound", expected="a binding in use", fix="bind it again")
+            raise InvalidInput(
+                f"a closed binding of {self._graph.name}", expected="a binding in use", fix="bind the graph again"
+            )
         self._binding = self._graph.binding(*self._arrays)
         self._options = run_options(self._graph.next_number())
 
     def detach(self) -> None:
-        """Give up the session, which is about to be freed."""
+        """Give up the binding and its CUDA graphs; the next run makes others."""
         self._binding = self._options = None
+        self._graph.count_unused(len(self._threads))
+        self._threads.clear()
 
     def run(self) -> None:
         if self._binding is None:
             self._attach()
-        self._graph.run_binding(self._binding, self._options)
+        self._threads.add(threading.get_ident())
+        try:
+            self._graph.run_binding(self._binding, self._options)
+        except FlexVARError:
+            self.detach()  # what was captured of a run that failed must not be replayed
+            raise
 
     def close(self) -> None:
         if self._arrays is not None:
             self._arrays = None
             self.detach()
-            self._graph.drop(self)
+            self._graph.forget(self)

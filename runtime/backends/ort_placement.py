@@ -1,7 +1,7 @@
 """Where ONNX Runtime runs the nodes of a graph, and whether its CUDA provider has a kernel for each of them.
 
-A node without a CUDA kernel runs on the processor, with a copy there and one back, and ONNX Runtime only says so in a
-log that is usually off. Arithmetic on shapes belongs on the processor: the sizes it computes are needed there.
+A node without a CUDA kernel runs on the CPU, with a copy there and one back, and ONNX Runtime only says so in a log
+that is usually off. Arithmetic on shapes belongs on the CPU: the sizes it computes are needed there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import BackendUnavailable
+from ..graphs import OPSET
 from ..onnx_scan import Node, Scan
 
-RECORD = "session.record_ep_graph_assignment_info"  # the session option without which nothing is recorded
-OPSET = 23  # of the graphs of a bundle; the kernels below are those for its operators
+RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"  # the session option without which nothing is recorded
+EXPORT_FOR_GPU = "export the bundle again with flexvar export --target gpu"
 _FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
 _WIDE = frozenset({_FLOAT, _FLOAT16, _BFLOAT16})
 _NO_BFLOAT16 = frozenset({_FLOAT, _FLOAT16})
@@ -37,9 +38,13 @@ _MOVES = frozenset({"Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Sq
 
 
 def without_cuda_kernel(scan: Scan) -> tuple[Node, ...]:
-    """Nodes of a graph that compute something and that the CUDA provider is not known to have a kernel for."""
+    """Nodes of a graph that compute something and that the CUDA provider is not known to have a kernel for.
+
+    All of them where the graph has operators of another version than KERNELS.
+    """
     shapes = scan.shape_arithmetic()
-    return tuple(node for node in scan.nodes if node.name not in shapes and not _has_kernel(node, scan))
+    computing = (node for node in scan.nodes if not shapes.intersection(node.outputs))
+    return tuple(node for node in computing if scan.opset != OPSET or not _has_kernel(node, scan))
 
 
 def _has_kernel(node: Node, scan: Scan) -> bool:
@@ -51,7 +56,8 @@ def _has_kernel(node: Node, scan: Scan) -> bool:
 def require_placed(session: Any, scan: Scan, graph: str, provider: str) -> None:
     """Raise BackendUnavailable where `session` runs a node that computes something on another provider.
 
-    session: made with the option RECORD; scan: of the file it was made from; graph: its name, for the message.
+    session: made with the option RECORD_ASSIGNMENT; scan: of the file it was made from; graph: its name, for the
+    message.
     """
     recorded = getattr(session, "get_provider_graph_assignment_info", None)
     if recorded is None:
@@ -60,28 +66,30 @@ def require_placed(session: Any, scan: Scan, graph: str, provider: str) -> None:
             expected="onnxruntime-gpu 1.31.1 or later",
             fix="pip install --upgrade 'onnxruntime-gpu>=1.31.1'",
         )
-    shapes, known = scan.shape_arithmetic(), {node.name for node in scan.nodes}
+    shapes = scan.shape_arithmetic()
+    by_name = {node.name: node for node in scan.nodes if node.name}
 
     def computes(operator: str, name: str) -> bool:
-        """A node that ONNX Runtime itself made up is judged by its operator."""
-        return name not in shapes if name in known else operator not in _MOVES
+        """A node that ONNX Runtime itself made up, or that has no name, is judged by its operator."""
+        node = by_name.get(name)
+        return operator not in _MOVES if node is None else not shapes.intersection(node.outputs)
 
     elsewhere = [
-        (part.ep_name, str(node.op_type), str(node.name))
+        (str(node.op_type), str(node.name))
         for part in recorded()
         for node in part.get_nodes()
         if part.ep_name != provider and computes(node.op_type, node.name)
     ]
     if elsewhere:
-        place, operator, name = elsewhere[0]
+        operator, name = elsewhere[0]
         raise BackendUnavailable(
-            f"{graph}: ONNX Runtime runs {listed(operator for _, operator, _ in elsewhere)} on {place}; "
-            f"the first is {name} ({operator})",
-            expected=f"every node that computes something on {provider}",
-            fix="export the bundle again with this version, or use another backend",
+            f"graph {graph}, of which {count_operators(each for each, _ in elsewhere)} would run on the CPU; the first "
+            f"is {name or 'without a name'} ({operator})",
+            expected=f"a CUDA kernel for every node in {provider}",
+            fix=f"{EXPORT_FOR_GPU}, or use another backend (flexvar doctor lists those that work)",
         )
 
 
-def listed(operators: Iterable[str]) -> str:
+def count_operators(operators: Iterable[str]) -> str:
     """Operators and how many nodes each has: "39 InstanceNormalization, 1 Pad"."""
     return ", ".join(f"{count} {operator}" for operator, count in Counter(operators).most_common())

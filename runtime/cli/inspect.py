@@ -127,8 +127,9 @@ class _OnCuda:
             return f"does not run {self.precision}"
         if self.unread is not None:
             return f"unknown: {self.unread}"
-        parts = [f"{name}: {count} {op}" for name, counts in self.missing.items() for op, count in counts.items()]
-        return f"refuses it, no CUDA kernel for {', '.join(parts)}" if parts else "has a CUDA kernel for every node"
+        counted = [(n, operator, graph) for graph in self.missing for operator, n in self.missing[graph].items()]
+        parts = [f"{n} {operator} nodes of {graph}" for n, operator, graph in counted]
+        return f"does not run: no CUDA kernel for {', '.join(parts)}" if parts else "has a CUDA kernel for every node"
 
     def to_json(self) -> dict[str, Any]:
         runs = self.runs_precision and not self.missing and self.unread is None

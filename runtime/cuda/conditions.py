@@ -79,10 +79,12 @@ class ConditionStore:
             {"labels": self._backend.upload(padded)}, {name: view for named in views for name, view in named.items()}
         )
         free = iter(set(range(self._capacity)) - set(self._slots.values()))
+        taken: dict[int, int] = {}
         for label in labels:
             slot = next(free, None)
-            self._slots[label] = self._slots.popitem(last=False)[1] if slot is None else slot
-        slots = self._backend.upload(np.array([self._slots[label] for label in labels], np.int32))
+            taken[label] = self._slots.popitem(last=False)[1] if slot is None else slot
+        slots = self._backend.upload(np.array(list(taken.values()), np.int32))
         for buffer, rows in zip(self._buffers, computed, strict=True):
             self._device.launch(kernels.scatter_rows(rows, slots, buffer))
         self._device.synchronize()  # `computed` and `slots` are dropped
+        self._slots |= taken  # only now: a slot whose rows were never written must not be found again

@@ -11,7 +11,7 @@ import onnxruntime
 from fakes import FakeDevice
 
 from flexvar_runtime.backends.ort_cuda import PROVIDER
-from flexvar_runtime.backends.ort_placement import RECORD
+from flexvar_runtime.backends.ort_placement import RECORD_ASSIGNMENT
 from flexvar_runtime.onnx_scan import scan
 
 real_session = onnxruntime.InferenceSession
@@ -29,12 +29,15 @@ class OnStream:
         assert name == PROVIDER and settings["user_compute_stream"] == str(device.stream)
         assert settings["device_id"] == "0" and settings["use_tf32"] == "0"
         assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
-        assert options.get_session_config_entry(RECORD) == "1" and options.log_severity_level == 4
+        assert options.get_session_config_entry(RECORD_ASSIGNMENT) == "1" and options.log_severity_level == 4
         self.name, self.captures = Path(path).stem, settings["enable_cuda_graph"] == "1"
         self.captured: dict[int, Any] = {}
         self.numbers: list[int] = []  # of every run
         self.device, self.scan = device, scan(Path(path))
-        self.elsewhere: frozenset[str] = self.scan.shape_arithmetic()  # names of nodes on the processor
+        shapes = self.scan.shape_arithmetic()
+        on_cpu = (node.name for node in self.scan.nodes if shapes.intersection(node.outputs))
+        self.elsewhere = frozenset(on_cpu)  # names of nodes on the processor
+        self.failing: Exception | None = None  # raised by the next run
         self._session = real_session(path, options, providers=["CPUExecutionProvider"])
 
     def get_providers(self) -> list[str]:
@@ -64,6 +67,11 @@ class OnStream:
         assert run_options.get_run_config_entry(key) == "1", "it would wait"
         number = int(run_options.get_run_config_entry("gpu_graph_id"))
         self.numbers.append(number)
+        if self.failing is not None:
+            error, self.failing = self.failing, None
+            if number != -1:  # as ONNX Runtime: what the failed run left is replayed from now on
+                self.captured.setdefault(number, self._session.io_binding())
+            raise error
         assert number == -1 or self.captures
         recorded = binding.real if number == -1 else self.captured.setdefault(number, binding.real)
         self.device.enqueue(f"run {self.name}", lambda: self._session.run_with_iobinding(recorded))

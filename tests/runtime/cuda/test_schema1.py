@@ -36,7 +36,7 @@ def test_it_opens_with_a_warning_and_holds_its_gates(schema1_bundle: Path, caplo
         record = prove(bundle, Proof.load(bundle.file(PROOF_FILE)), threads=1)
     assert record.passed and all(map(holds, record.rows))
     assert {row.graph for row in record.rows} == {"condition", "step", "prefill", "decode", "encode"}
-    assert "exported by an earlier version (schema 1, now 2)" in caplog.text
+    assert "schema version 1, and this version exports 2" in caplog.text
 
 
 def test_it_generates_and_edits(schema1_bundle: Path) -> None:
