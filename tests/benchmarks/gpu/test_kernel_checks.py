@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from fakes import FakeDevice
 from host_kernels import HostKernels
 
 from flexvar_bench.gpu import first_gpu, kernel_checks, sanitizer, tools
-from flexvar_runtime.errors import DeviceFailed
+from flexvar_runtime.errors import BackendUnavailable, DeviceFailed
 
 
 @pytest.fixture(autouse=True)
@@ -39,30 +38,50 @@ def test_all_are_equal_and_the_sanitizer_is_optional(monkeypatch: pytest.MonkeyP
         "scatter_rows",
         "to_uint8",
     }
-    assert saved[-1]["memcheck"] == {"reason": "not measured: no compute-sanitizer here"}
+    assert saved[-1]["memcheck"] == {"reason": "not measured: compute-sanitizer is not installed here"}
 
 
 def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[dict[str, Any]] = []
     monkeypatch.setattr(sanitizer, "find_tool", lambda *_: None)
     monkeypatch.setattr(kernel_checks, "to_uint8", lambda image: np.zeros((2, 33, 31, 3), np.uint8))
-    with pytest.raises(DeviceFailed, match="other results in to_uint8;"):
+    with pytest.raises(DeviceFailed, match="other results than the host's in to_uint8;"):
         sanitizer.sanitize(saved.append)
 
 
-def test_what_memcheck_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool, saved = tmp_path / "compute-sanitizer", list[dict[str, Any]]()
-    tool.write_text("#!/bin/sh\necho '1 error'\nexit 7\n")
+@pytest.fixture
+def memcheck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for compute-sanitizer that finds one error, and kernels that agree with the host."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '1 error'\necho 'a traceback' >&2\nexit 7\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(sanitizer, "kernel_checks", lambda: {"draws": True})
+    return tool
+
+
+def test_what_memcheck_finds(memcheck: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr(sanitizer, "find_gpu", lambda: None)
     with pytest.raises(DeviceFailed, match="memcheck: 1 error"):
         sanitizer.sanitize(saved.append)
-    assert saved[-1]["memcheck"]["exit_code"] == 7
-    tool.write_text("#!/bin/sh\nexit 0\n")
+    assert saved[-1]["memcheck"]["exit_code"] == 7 and saved[-1]["memcheck"]["stderr"] == "a traceback"
+    memcheck.write_text("#!/bin/sh\nexit 0\n")
     sanitizer.sanitize(saved.append)
     assert saved[-1]["memcheck"]["exit_code"] == 0
-    assert subprocess.run([str(tool)], check=False).returncode == 0
+
+
+@pytest.mark.usefixtures("memcheck")
+def test_memcheck_is_not_started_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a rehearsal the kernels are emulated, and the child of memcheck would look for a real GPU."""
+
+    def find_gpu() -> None:
+        raise BackendUnavailable("no working NVIDIA driver", expected="a GPU", fix="install one")
+
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr(sanitizer, "find_gpu", find_gpu)
+    sanitizer.sanitize(saved.append)
+    assert saved[-1]["memcheck"] == {"reason": "not measured: there is no GPU here (no working NVIDIA driver)"}
 
 
 def test_a_tool_in_a_folder_of_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

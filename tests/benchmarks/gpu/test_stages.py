@@ -11,6 +11,7 @@ import pytest
 
 from flexvar_bench import gpu_check
 from flexvar_bench.gpu import child
+from flexvar_bench.gpu import rehearsal as gpu_rehearsal
 from flexvar_bench.gpu.measurement import RESERVE_SECONDS
 from flexvar_bench.gpu.plan import Phase, finished_before, planned_seconds
 from flexvar_bench.gpu.rehearsal import REFUSED, rehearse, steps_of
@@ -80,6 +81,56 @@ def test_a_step_of_a_rehearsal_is_judged() -> None:
     assert [step.as_expected for step in steps_of(plan, {"a": good | {"seconds": 11.0}})] == [False, False]
     [there, _] = steps_of(plan, {"a": good | {"seconds": None}})
     assert there.as_expected and replace(there, state="stopped").as_expected is False
+
+
+STAND_IN = """
+import json, sys, time
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1]) if "--out" in sys.argv else None
+if out:
+    stage, phases = sys.argv[sys.argv.index("--stage") + 1], json.loads(Path(__file__).with_name("phases").read_text())
+    BEHAVIOUR
+    done = {"status": "done", "seconds": 1.0, "reason": None}
+    (out / f"gpu_check_{stage}.json").write_text(json.dumps({"phases": dict.fromkeys(phases[stage], done)}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "said"),
+    [
+        ("pass", 0, "went well"),
+        ("sys.exit(0)", 1, "missing !"),
+        ("sys.exit(2)", 1, "exit code 2 !"),
+        ("time.sleep(60)", 1, "too long !"),
+    ],
+    ids=["works", "writes nothing", "fails", "hangs"],
+)
+def test_an_old_result_does_not_pass_for_a_new_one(
+    behaviour: str,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The stages are stand-ins. A good result of an earlier rehearsal lies in the folder."""
+    root, out, done = tmp_path / "root", tmp_path / "out", {"status": "done", "seconds": 1.0, "reason": None}
+    monkeypatch.setattr(gpu_rehearsal, "REFUSED", "nothing is refused")
+    if behaviour.startswith("time"):
+        monkeypatch.setattr(gpu_rehearsal, "SECONDS", dict.fromkeys(SECONDS, 0.2))
+        monkeypatch.setattr(gpu_rehearsal, "GRACE_SECONDS", 0.2)
+    (root / "benchmarks").mkdir(parents=True)
+    out.mkdir()
+    phases = {stage: [phase.name for phase in stage_plan(stage, rehearsal(root))] for stage in SECONDS}
+    (root / "benchmarks" / "phases").write_text(json.dumps(phases))
+    (root / "benchmarks" / "gpu_check.py").write_text(STAND_IN.replace("BEHAVIOUR", behaviour))
+    monkeypatch.setattr(gpu_rehearsal, "tracked_files", lambda _: ["benchmarks/phases", "benchmarks/gpu_check.py"])
+    for stage in SECONDS:
+        old = {"phases": dict.fromkeys(phases[stage], done)}
+        (out / f"gpu_check_{stage}.json").write_text(json.dumps(old))
+    assert rehearse(root, out) == code
+    printed = capsys.readouterr().out
+    assert said in printed and printed.count("rehearsed") == 2, "the table of each stage is shown"
 
 
 @pytest.mark.slow
