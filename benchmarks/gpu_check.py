@@ -163,7 +163,7 @@ def _plan(arguments: argparse.Namespace, started: float, package_path: Path | No
     plan = select(phases(request), arguments.only)
     clock = Clock(started, 60 * arguments.minutes)
     with work_folder(arguments.work, arguments.precision) as work:
-        there = finished_before(plan, work)
+        there = finished_before(plan, work, source_hash())
         longer = with_limits([phase for phase in plan if phase.name not in there], arguments.minutes)
         limits = {phase.name: phase for phase in longer}
         plan = [limits.get(phase.name, phase) for phase in plan]
@@ -186,12 +186,15 @@ def _run_setup(arguments: argparse.Namespace, result: str, work: Path, folders: 
 
 
 def _run(plan: Sequence[Phase], setup: RunSetup, clock: Clock) -> int:
+    from .gpu.files import ModelFiles
     from .gpu.measurement import measure
-    from .gpu.plan import finished_before
+    from .gpu.plan import finished_before, makers
 
     setup.result.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
-    measure(plan, setup, clock, finished_before(plan, setup.work))
+    for phase in makers(plan):  # here, since what a phase prints is not shown
+        ModelFiles.of(setup.work, phase.options["model"]).keep_only(setup.source_sha256)
+    measure(plan, setup, clock, finished_before(plan, setup.work, setup.source_sha256))
     return 0
 
 
@@ -218,13 +221,13 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def source_hash() -> str:
-    """One hash of all our source files: what was measured."""
+def source_hash(root: Path = ROOT) -> str:
+    """The sha256 of all our source files in the checkout `root`. It tells what was measured, and what made a bundle."""
     digest = hashlib.sha256()
     for folder in sorted(PACKAGES.values()):
-        for path in sorted((ROOT / folder).rglob("*")):
+        for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".cu"):
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

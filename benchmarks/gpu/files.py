@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flexvar_runtime.atomic import atomic_write
 
 Save = Callable[[dict[str, Any]], None]
 """What a phase calls with all that it has found so far."""
@@ -13,18 +16,39 @@ Save = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies in the folder of a run: its bundle, the same with a decoder in phases, and its proof with
-    every row of logits."""
+    """Where the files of a model lie in the folder of a run.
+
+    bundle: the bundle. in_phases: the same bundle with a decoder in phases. proof: every row of logits of the
+    reference. stamp: the hash of the sources that made the other three.
+    """
 
     bundle: Path
     in_phases: Path
     proof: Path
+    stamp: Path
 
     @classmethod
     def of(cls, work: Path, model: str) -> ModelFiles:
-        return cls(work / f"{model}.bundle", work / f"{model}.phases.bundle", work / f"{model}.proof.npz")
+        names = (f"{model}.bundle", f"{model}.phases.bundle", f"{model}.proof.npz", f"{model}.sources")
+        return cls(*(work / name for name in names))
 
     @property
     def exist(self) -> bool:
-        """Whether an earlier run left the bundle and its proof."""
+        """Whether the bundle and its proof are there, from whichever sources."""
         return self.bundle.exists() and self.proof.exists()
+
+    def made_by(self, sources: str) -> bool:
+        """Whether the stamp names these sources. sources: their hash."""
+        return self.stamp.is_file() and self.stamp.read_text().strip() == sources
+
+    def keep_only(self, sources: str) -> None:
+        """Delete files that other sources made, say so in one line, and stamp what will be made with `sources`."""
+        if self.made_by(sources):
+            return
+        old = [path for path in (self.bundle, self.in_phases, self.proof) if path.exists()]
+        if old:
+            print(f"{self.bundle}: made by other sources, so it is made anew", flush=True)
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with atomic_write(self.stamp, force=True) as temporary:
+            temporary.write_text(f"{sources}\n")

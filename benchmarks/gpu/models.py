@@ -34,8 +34,9 @@ from flexvar_runtime.graphs import DECODE, TABLES_FILE, WEIGHTS_OF, graph_specs
 from flexvar_runtime.manifest import ENGINES, MANIFEST, PHASES, PLAIN, SCHEMA_VERSION, Manifest, Provenance
 from flexvar_runtime.onnx_scan import scan
 
+from ..gpu_check import source_hash
 from .files import ModelFiles, Save
-from .plan import TINY
+from .plan import REUSED, TINY
 
 SEED = 0
 
@@ -79,15 +80,16 @@ def _fill(module: FlexVAR | Tokenizer) -> None:
 
 
 def export_model(name: str, work: Path, precision: str, save: Save) -> None:
-    """The bundle of a random model, unproven, and beside it what the reference computes in float32 on the CPU.
+    """Write the unproven bundle of a random model, and its proof: what the reference computes in float32 on the CPU.
 
-    What lies in the folder already is used again: it holds one precision.
+    Files that the same sources have made in `work` already are kept. `work` holds one precision.
     """
     files, seconds, start = ModelFiles.of(work, name), dict[str, float](), time.perf_counter()
     attention: dict[str, int] = {}
     common = {"model": name, "precision": precision, "weights": "random"}
-    if files.bundle.exists() and files.proof.exists():
-        save(common | {"reason": "there from an earlier run"})
+    files.keep_only(source_hash())
+    if files.exist:
+        save(common | {"reason": REUSED})
         return
 
     def done(step: str) -> None:
@@ -105,26 +107,28 @@ def export_model(name: str, work: Path, precision: str, save: Save) -> None:
 
 
 def write_proof(name: str, work: Path, model: FlexVAR, tokenizer: Tokenizer) -> None:
-    """What the reference computes in float32 on the CPU."""
+    """Write what the reference computes in float32 on the CPU."""
     proof = make_proof(model, tokenizer, schedule_of(name), default_guidance())
     with atomic_write(ModelFiles.of(work, name).proof) as temporary:
         proof.save(temporary)
 
 
 def write_only_bundle(name: str, work: Path, precision: str) -> tuple[FlexVAR, Tokenizer]:
-    """The bundle of a random model without a proof, unless it is there. Returns the model."""
+    """Write the bundle of a random model without a proof, unless the same sources have made it. Returns the model."""
     files, (model, tokenizer) = ModelFiles.of(work, name), random_model(name)
+    files.keep_only(source_hash())
     if not files.bundle.exists():
         _write_bundle(model, tokenizer, files.bundle, precision, {}, lambda _: None)
     return model, tokenizer
 
 
 def regenerate_model(name: str, work: Path, skeleton: Path, save: Save) -> None:
-    """As `export_model`, the bundle made from its skeleton. What lies in the folder already is used again."""
+    """Write the bundle from its skeleton, and the proof. Files that the same sources have made already are kept."""
     from .skeleton import regenerate
 
     files, (model, tokenizer), start = ModelFiles.of(work, name), random_model(name), time.perf_counter()
     result: dict[str, Any] = {"model": name}
+    files.keep_only(source_hash())
     if not files.bundle.exists():
         result |= regenerate(skeleton, (model, tokenizer), files.bundle)
         save(result | {"bundle_s": time.perf_counter() - start})

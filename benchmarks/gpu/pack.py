@@ -21,6 +21,7 @@ from typing import Any
 
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed, InvalidInput
 
+from ..gpu_check import source_hash
 from .files import ModelFiles
 from .stages import StageSetup
 
@@ -129,6 +130,7 @@ def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[
             raise ArtifactRefused(f"{name} with another sha256 than packed", expected="the packed file", fix=REMAKE)
     for model in bundles:
         files, packed = ModelFiles.of(work, model), ModelFiles.of(pack / model, model)
+        files.keep_only(source_hash())
         if not files.exist:
             shutil.copytree(packed.bundle, files.bundle, dirs_exist_ok=True)
             shutil.copy(packed.proof, files.proof)

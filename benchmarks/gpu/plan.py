@@ -19,6 +19,7 @@ MODELS = (16, 20, 24)
 BATCHES = (1, 8, 64)
 GENERATIONS = 1000  # looked at for growth of memory
 MINUTES = 9.0  # that the limits below are made for
+REUSED = "there from an earlier run"
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,23 @@ def planned_seconds(plan: Sequence[Phase]) -> float:
     return now
 
 
-def finished_before(plan: Sequence[Phase], work: Path) -> dict[str, dict[str, Any]]:
-    """Phases that would make a bundle and a proof that lie in `work` already, with the result of each: they are not
-    run."""
-    result = {"reason": "there from an earlier run"}
-    makers = [phase for phase in plan if phase.job in ("export", "regenerate")]
-    return {p.name: p.options | result for p in makers if ModelFiles.of(work, p.options["model"]).exist}
+def makers(plan: Sequence[Phase]) -> list[Phase]:
+    """The phases that make a bundle and a proof, which a later run can use again."""
+    return [phase for phase in plan if phase.job in ("export", "regenerate")]
+
+
+def finished_before(plan: Sequence[Phase], work: Path, sources: str) -> dict[str, dict[str, Any]]:
+    """Phases that need not run, with the result of each: what they make lies in `work`, made by the same sources.
+
+    sources: the hash of our source files.
+    """
+    found = {}
+    for phase in makers(plan):
+        files = ModelFiles.of(work, phase.options["model"])
+        if files.exist and files.made_by(sources):
+            facts = {key: phase.options[key] for key in ("model", "precision") if key in phase.options}
+            found[phase.name] = facts | {"reason": REUSED}
+    return found
 
 
 def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:

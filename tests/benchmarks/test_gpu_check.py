@@ -52,13 +52,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def work(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(checkout: Path, tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model exported, as an earlier run leaves it."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "fp16").mkdir()
     files = ModelFiles.of(folder / "fp16", "tiny")
     shutil.copytree(tiny_bundles("fp16"), files.bundle)
     make_proof(*random_model("tiny"), schedule_of("tiny"), default_guidance()).save(files.proof)
+    files.stamp.write_text(gpu_check.source_hash(checkout))
     return folder
 
 
@@ -144,7 +145,7 @@ def test_a_run_goes_on_where_an_earlier_one_was_stopped(
         with pytest.raises(KeyboardInterrupt):
             export_model("tiny", tmp_path, "fp16", saved.append)
     assert saved[-1]["decoder"] == "plain" and "proof" not in saved[-1]["seconds"]
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.bundle"]
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.bundle", "tiny.sources"}
     export_model("tiny", tmp_path, "fp16", saved.append)
     assert load_proof(tmp_path, "tiny").cases and set(saved[-1]["seconds"]) == {"weights", "proof"}
     both = ModelFiles.of(tmp_path, "tiny").bundle, tiny_bundles("fp16")
@@ -152,6 +153,22 @@ def test_a_run_goes_on_where_an_earlier_one_was_stopped(
     assert ours.decoder == theirs.decoder == "plain" and ours.graphs == theirs.graphs
     for name in ("step.onnx", "decode.onnx", "condition.onnx"):
         assert ours.files[name] == theirs.files[name]
+
+
+def test_a_bundle_of_other_sources_is_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work" / "fp16").mkdir(parents=True)
+    files = ModelFiles.of(tmp_path / "work" / "fp16", "tiny")
+    files.bundle.mkdir()
+    files.proof.touch()
+    files.stamp.write_text("other sources")
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    options = ["--tiny", "--minutes", "0.1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert gpu_check.main(options) == 0  # nothing is started
+    assert f"{files.bundle}: made by other sources, so it is made anew" in capsys.readouterr().out.splitlines()
+    result = json.loads((tmp_path / "out" / gpu_check.RESULT).read_text())
+    assert result["phases"]["export tiny"]["status"] == "not measured" and not files.bundle.exists()
 
 
 def test_both_decoders_are_timed(

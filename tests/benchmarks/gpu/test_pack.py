@@ -17,8 +17,9 @@ from flexvar_bench.gpu import models, pack, skeleton
 from flexvar_bench.gpu.files import ModelFiles
 from flexvar_bench.gpu.models import random_model, regenerate_model
 from flexvar_bench.gpu.pack import MIB, Size, check_pack, make_pack, require_fit, skeleton_of, tracked_bytes, unpack
+from flexvar_bench.gpu.plan import finished_before
 from flexvar_bench.gpu.skeleton import make_skeleton, regenerate
-from flexvar_bench.gpu.stages import StageSetup, rehearsal
+from flexvar_bench.gpu.stages import StageSetup, rehearsal, stage_plan
 from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
 from flexvar_runtime.errors import EnvironmentFailed
 
@@ -49,6 +50,7 @@ def work(tiny_bundle: Path, tmp_path: Path) -> Path:
     files = ModelFiles.of(folder, "tiny")
     shutil.copytree(tiny_bundle, files.bundle)
     files.proof.write_bytes(b"the proof")
+    files.stamp.write_text(gpu_check.source_hash())
     return folder
 
 
@@ -86,6 +88,24 @@ def test_a_proof_and_a_bundle_that_are_there_are_left_alone(work: Path, tmp_path
     regenerate_model("tiny", work, tmp_path / "nowhere", saved.append)
     assert ModelFiles.of(work, "tiny").bundle.stat().st_mtime_ns == before
     assert "made" not in saved[-1]
+
+
+def test_what_other_sources_made_is_made_anew(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, files = list[dict[str, Any]](), ModelFiles.of(work, "tiny")
+    make_skeleton(files.bundle, random_model("tiny"), tmp_path / "skeleton")
+    files.stamp.write_text("other sources")
+    files.in_phases.mkdir()
+    regenerate_model("tiny", work, tmp_path / "skeleton", saved.append)
+    assert saved[-1]["made"] > 0 and files.proof.read_bytes() != b"the proof" and not files.in_phases.exists()
+    assert capsys.readouterr().out == f"{files.bundle}: made by other sources, so it is made anew\n"
+    plan = stage_plan("measure", rehearsal(tmp_path))
+    assert list(finished_before(plan, work, gpu_check.source_hash())) == ["regenerate tiny"], "now it is used again"
+    files.stamp.unlink()
+    monkeypatch.setattr(models, "_write_bundle", lambda *given: given[2].mkdir())
+    models.write_only_bundle("tiny", work, "fp32")
+    assert not list(files.bundle.iterdir()), "exported anew, since nobody knows what made it"
 
 
 def test_another_model_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -161,6 +181,10 @@ def test_a_whole_pack_is_unpacked(work: Path, clone: Path, tmp_path: Path, monke
     assert saved[-1]["onnxruntime"] is True and (there / "site" / "onnxruntime" / "__init__.py").is_file()
     files = ModelFiles.of(there, "tiny")
     assert Bundle.open(files.bundle).manifest.precision == "fp32" and files.proof.read_bytes() == b"the proof"
+    files.stamp.write_text("other sources")
+    files.proof.write_bytes(b"of other sources")
+    unpack(folder, there, ["tiny"], saved.append)
+    assert files.proof.read_bytes() == b"the proof" and files.made_by(gpu_check.source_hash())
     (folder / "tiny" / "tiny.proof.npz").write_bytes(b"another")
     with pytest.raises(ArtifactRefused, match=r"tiny/tiny\.proof\.npz with another sha256"):
         unpack(folder, there, ["tiny"], saved.append)

@@ -14,7 +14,7 @@ import pytest
 from flexvar_bench import gpu_check
 from flexvar_bench.gpu.files import ModelFiles
 from flexvar_bench.gpu.measurement import RESERVE_SECONDS
-from flexvar_bench.gpu.plan import Phase, Request, finished_before, phases, planned_seconds, select, with_limits
+from flexvar_bench.gpu.plan import REUSED, Phase, Request, finished_before, phases, planned_seconds, select, with_limits
 from flexvar_bench.gpu.runner import Record, Runner
 
 CHILD = """
@@ -183,10 +183,11 @@ def test_what_an_earlier_run_made_is_not_counted(tmp_path: Path) -> None:
     plan = select(phases(Request(depths=(16,), backends=("ort-cuda",))), ["run ort-cuda d16"])
     files = ModelFiles.of(tmp_path, "d16")
     files.bundle.mkdir()
-    assert finished_before(plan, tmp_path) == {}, "not without its proof"
+    files.stamp.write_text("sources")
+    assert finished_before(plan, tmp_path, "sources") == {}, "not without its proof"
     files.proof.touch()
-    [(name, result)] = finished_before(plan, tmp_path).items()
-    assert name == "export d16" and result["reason"] == "there from an earlier run"
+    [(name, result)] = finished_before(plan, tmp_path, "sources").items()
+    assert name == "export d16" and result == {"model": "d16", "precision": "fp16", "reason": REUSED}
     left = [phase for phase in plan if phase.name != name]
     assert planned_seconds(plan) - planned_seconds(left) == 90 - 35, "the tiny model is exported and tried beside it"
 

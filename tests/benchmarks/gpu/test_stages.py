@@ -13,7 +13,7 @@ from flexvar_bench import gpu_check
 from flexvar_bench.gpu import child
 from flexvar_bench.gpu import rehearsal as gpu_rehearsal
 from flexvar_bench.gpu.measurement import RESERVE_SECONDS
-from flexvar_bench.gpu.plan import Phase, finished_before, planned_seconds
+from flexvar_bench.gpu.plan import REUSED, Phase, finished_before, planned_seconds
 from flexvar_bench.gpu.rehearsal import REFUSED, rehearse, steps_of
 from flexvar_bench.gpu.stages import FIRST, MEASURE, SECONDS, StageSetup, rehearsal, stage_plan
 
@@ -64,8 +64,11 @@ def test_what_the_first_stage_made_is_not_made_again(tmp_path: Path) -> None:
     plan = stage_plan(MEASURE, SETUP)
     (tmp_path / "d16.bundle").mkdir()
     (tmp_path / "d16.proof.npz").touch()
-    made = finished_before(plan, tmp_path)
-    assert list(made) == ["regenerate d16"]
+    assert finished_before(plan, tmp_path, "new sources") == {}, "nobody knows what made it"
+    (tmp_path / "d16.sources").write_text("sources")
+    assert finished_before(plan, tmp_path, "new sources") == {}
+    made = finished_before(plan, tmp_path, "sources")
+    assert made == {"regenerate d16": {"model": "d16", "reason": REUSED}}, "without folders of the machine"
     left = [phase for phase in plan if phase.name not in made]
     assert planned_seconds(left) == planned_seconds(plan) - 35 + 10, "only the library is unpacked"
 
@@ -149,6 +152,6 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     proof = first["phases"]["proof tiny"]["result"]
     assert proof["device"] == "emulated GPU" and proof["parity"]["passed"] and proof["replays"]["holds"]
     assert "built without CUDA" in first["phases"][REFUSED]["reason"]
-    assert measured["phases"]["regenerate tiny"]["result"]["reason"] == "there from an earlier run"
+    assert measured["phases"]["regenerate tiny"]["result"]["reason"] == REUSED
     assert {row["side"] for row in measured["rows"]} >= {"ort-cpu", "torch.compile dynamic", "torch.compile exact"}
     assert sys.executable not in (tmp_path / "gpu_check_first.json").read_text()
