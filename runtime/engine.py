@@ -9,8 +9,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,7 +215,7 @@ class Engine:
         for start in range(0, B, batch):
             part = tokens_Bhw[start : start + batch]
             view = image[: len(part)]
-            self.graph(DECODE).run({"tokens": self.backend.upload(part)}, {"image": view})
+            self._run(DECODE, {"tokens": self.backend.upload(part)}, {"image": view})
             yield self.backend.download(view)
 
     def encode(self, image_BCHW: Float32) -> Float32:
@@ -227,9 +227,17 @@ class Engine:
         for start in range(0, B, batch):
             part = image_BCHW[start : start + batch]
             latent = self.backend.empty((len(part), self.model.code_dim, h, w), "float32")
-            self.graph(ENCODE).run({"image": self.backend.upload(part)}, {"latent": latent})
+            self._run(ENCODE, {"image": self.backend.upload(part)}, {"latent": latent})
             latents.append(self.backend.download(latent))
         return np.concatenate(latents)
+
+    def _run(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+        """Run a graph once; on a device once more if memory runs out, after unused buffers are freed."""
+        run = partial(self.graph(name).run, inputs, outputs)
+        if self._generator is None:
+            run()
+        else:
+            self._generator.retry_after_freeing(run)
 
     def _require_fits(self, schedule: ScaleSchedule, images: int, guided: bool) -> None:
         """Refuse, before anything is opened, what would not fit with the decoder running one image at a time."""

@@ -66,7 +66,7 @@ def probe(name: str) -> Availability:
     if not gpu.available:
         return Availability(False, f"{state.detail}, {gpu.detail}", gpu.fix)
     missing = describe_missing(load_cuda_libraries())
-    return Availability(True, f"{state.detail}, {gpu.detail}, every node must run on the GPU{missing}")
+    return Availability(True, f"{state.detail}, {gpu.detail}, refuses graphs with nodes on the CPU{missing}")
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:

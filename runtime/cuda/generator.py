@@ -107,6 +107,7 @@ class DeviceGenerator:
                 weights,
                 self._require_open,
                 self._open_prefill,
+                self.retry_after_freeing,
             )
 
     def replay(
@@ -126,7 +127,7 @@ class DeviceGenerator:
                 generation.begin(self._conditions, labels, weights)
                 return generation.replay(Options.of(draws, schedule))
 
-            mode, seconds = self._with_room(run)
+            mode, seconds = self.retry_after_freeing(run)
             decoded = generation.decoded() if keep_decoded else None
             return Replayed(generation.tokens, generation.pixels, mode, seconds, decoded)
 
@@ -183,9 +184,9 @@ class DeviceGenerator:
             self._codebook,
             self._open,
         )
-        return self._with_room(build)
+        return self.retry_after_freeing(build)
 
-    def _with_room(self, action: Callable[[], Result]) -> Result:
+    def retry_after_freeing(self, action: Callable[[], Result]) -> Result:
         """Run an action. If memory runs out, free the shapes that nobody uses and run it once more.
 
         Raises OutOfMemory if it runs out again.

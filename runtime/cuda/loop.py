@@ -33,19 +33,21 @@ class DeviceLoop:
         weights: Sequence[float],
         require_open: Callable[[], None],
         open_prefill: Callable[[], Graph | None],
+        retry: Callable[[Callable[[], None]], None],
     ) -> None:
+        """retry: runs an action, and once more after it ran out of memory."""
         self._generation, self._device, self._backend = generation, device, backend
         self._begin = partial(generation.begin, conditions, labels, weights)
         self._begun: Draws | bool | None = None
         self._next = 0
-        self._require_open, self._open_prefill = require_open, open_prefill
+        self._require_open, self._open_prefill, self._retry = require_open, open_prefill, retry
 
     def logits(self, index: int, previous_Bhw: Tokens | None) -> NDArray[np.float32]:
         self._start(True)
         if previous_Bhw is not None:
             given = np.ascontiguousarray(previous_Bhw, np.int32)  # kept until the download below has waited
             self._device.write(self._generation.tokens_on_device(index - 1), given)
-        self._generation.enqueue_scale(index)
+        self._enqueue_scale(index)
         return self._backend.download(self._generation.logits(index))
 
     def force(self, tokens: Sequence[Tokens]) -> tuple[ScaleTime, ...]:
@@ -56,10 +58,10 @@ class DeviceLoop:
         for i, scale in enumerate(given):
             self._device.write(generation.tokens_on_device(i), scale)
         if prefill is not None:
-            generation.prefill(prefill, given)
+            self._retry(partial(generation.prefill, prefill, given))
         else:
             for i in range(len(given)):
-                generation.enqueue_scale(i)
+                self._enqueue_scale(i)
         self._device.synchronize()
         self._next = len(given)
         return shared_time(generation.shape.schedule.scales[: len(given)], time.perf_counter() - started)
@@ -69,7 +71,7 @@ class DeviceLoop:
         self._start(draws)
         i, self._next = self._next, self._next + 1
         schedule = self._generation.shape.schedule
-        self._generation.enqueue_scale(i)
+        self._enqueue_scale(i)
         self._generation.enqueue_draws(i, Options.of(draws, schedule))
         tokens = self._generation.download_tokens(i)
         kept = tokens if given is None else given.put_back(i, tokens)
@@ -87,5 +89,8 @@ class DeviceLoop:
         self._device.synchronize()
         if isinstance(draws, Draws):
             self._generation.seed(draws)
-        self._begin()
+        self._retry(self._begin)
         self._begun = draws
+
+    def _enqueue_scale(self, i: int) -> None:
+        self._retry(partial(self._generation.enqueue_scale, i))

@@ -210,6 +210,27 @@ def test_a_run_that_failed_is_not_replayed(
         assert step.numbers[0] not in step.numbers[1:]
 
 
+@pytest.mark.parametrize("graph", ["step", "decode", "encode"])
+def test_what_runs_alone_is_tried_once_more(
+    device: FakeDevice, tiny_bundle: Path, expected: Callable[..., Any], sessions: Any, graph: str
+) -> None:
+    """Scale by scale, a preview, an encoded picture: memory that unused buffers hold is freed, then it works."""
+    reference = expected([3, 1], SCHEDULE, 4)
+    with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
+        pipeline([1], "1_2", seed=0)  # a spare shape
+        pipeline.engine.graph(graph)
+        next(session for session in sessions if session.name == graph).failing = MemoryError()
+        with device.recorded() as events:
+            if graph == "step":
+                steps = list(pipeline.iter_scales([3, 1], SCHEDULE, seed=4))
+                np.testing.assert_array_equal(steps[-1].tokens, reference.tokens[-1])
+            elif graph == "decode":
+                np.testing.assert_array_equal(pipeline.decode(reference.tokens[-1]), reference.images)
+            else:
+                assert pipeline.encode(reference.images).shape == (2, 4, 4)
+        assert "trim" in events
+
+
 def test_a_class_whose_rows_were_not_written_is_computed_again(
     device: FakeDevice, tiny_bundle: Path, expected: Callable[..., Any], sessions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
