@@ -53,7 +53,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,12 +114,10 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from .gpu.report import merge
-    from .gpu.stages import SECONDS
+    from .gpu.result_file import merge
 
-    names = [RESULT, *map(stage_result, SECONDS)]
-    there = [path for name in names if (path := arguments.out / name).is_file()] or [arguments.out / RESULT]
-    for path in there:
+    found = sorted(arguments.out.glob(f"{Path(RESULT).stem}*.json"), key=lambda path: path.stat().st_mtime)
+    for path in found or [arguments.out / RESULT]:
         print(merge(path, arguments.merge))
     return 0
 
@@ -138,6 +136,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _stage(arguments: argparse.Namespace, started: float, package_path: Path | None) -> int:
     from .gpu import emulated, runner
+    from .gpu.command_line import recorded_options
     from .gpu.measurement import Clock, work_folder
     from .gpu.pack import SITE, check_pack
     from .gpu.plan import select
@@ -150,12 +149,15 @@ def _stage(arguments: argparse.Namespace, started: float, package_path: Path | N
     clock = Clock(started, SECONDS[arguments.stage])
     with work_folder(arguments.work, stage.precision) as work:
         folders = [folder for folder in (package_path, work / SITE) if folder is not None]
-        setup = _run_setup(arguments, stage_result(arguments.stage), work, folders, stage.model)
+        options = recorded_options("stage", arguments)
+        options |= {"model": stage.model, "backend": stage.backend, "precision": stage.precision}
+        setup = _run_setup(arguments.out / stage_result(arguments.stage), work, folders, stage.model, options)
         command = emulated.COMMAND if stage.rehearsed else runner.CHILD
         return _run(plan, replace(setup, command=command), clock)
 
 
 def _plan(arguments: argparse.Namespace, started: float, package_path: Path | None) -> int:
+    from .gpu.command_line import PLAN, recorded_options
     from .gpu.measurement import Clock, work_folder
     from .gpu.plan import finished_before, phases, select, with_limits
 
@@ -168,21 +170,14 @@ def _plan(arguments: argparse.Namespace, started: float, package_path: Path | No
         limits = {phase.name: phase for phase in longer}
         plan = [limits.get(phase.name, phase) for phase in plan]
         folders = [package_path] if package_path else []
-        return _run(plan, _run_setup(arguments, RESULT, work, folders, request.models[0]), clock)
+        options = recorded_options(PLAN, arguments)
+        return _run(plan, _run_setup(arguments.out / RESULT, work, folders, request.models[0], options), clock)
 
 
-def _run_setup(arguments: argparse.Namespace, result: str, work: Path, folders: Sequence[Path], model: str) -> RunSetup:
+def _run_setup(result: Path, work: Path, folders: Sequence[Path], model: str, options: Mapping[str, str]) -> RunSetup:
     from .gpu.measurement import RunSetup, environment
 
-    hidden = ("out", "work", "carried")  # folders of the machine
-    return RunSetup(
-        result=arguments.out / result,
-        work=work,
-        environment=environment(work, folders),
-        model=model,
-        options={key: str(value) for key, value in vars(arguments).items() if key not in hidden},
-        source_sha256=source_hash(),
-    )
+    return RunSetup(result, work, environment(work, folders), model, options, source_hash())
 
 
 def _run(plan: Sequence[Phase], setup: RunSetup, clock: Clock) -> int:

@@ -32,6 +32,7 @@ MODES = {
         ("depths", "batches", "backends", "precision", "minutes", "generations", "only", "tiny", "work"),
     ),
 }
+FOLDERS = ("out", "work", "carried")
 DEFAULTS: dict[str, Any] = {
     "depths": MODELS,
     "batches": None,
@@ -64,6 +65,15 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[str, argparse.N
         if name not in given:
             raise UsageError(f"--{name} DIR is missing; it is needed {of_mode}.")
     return mode, argparse.Namespace(**{**DEFAULTS, **given})
+
+
+def recorded_options(mode: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """The options that a mode used, for its result, without folders of the machine."""
+    used = (mode, *MODES[mode].needed, *MODES[mode].others)
+    given = {name: getattr(arguments, name) for name in used if name not in FOLDERS and hasattr(arguments, name)}
+    if arguments.tiny:
+        given.pop("depths", None)
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

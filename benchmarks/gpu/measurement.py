@@ -1,4 +1,4 @@
-"""A plan carried out: its phases run, its result written after each change, and shown at the end."""
+"""Carries out a plan: runs its phases, writes the result after each change, and shows it at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from rich.console import Console
 from flexvar_runtime import __version__
 
 from .plan import Phase
-from .report import document, headline, show, write
+from .report import document, headline, show
+from .result_file import ResultFile
 from .runner import CHILD, Record, Runner
 
 CUDA_PROBE = """
@@ -36,14 +37,14 @@ RESERVE_SECONDS = 6.0  # for the last process to end and the table to be printed
 
 @dataclass(frozen=True)
 class Clock:
-    """When the command began, by `time.monotonic`, and how long it may take."""
+    """The time when the command began, by `time.monotonic`, and the seconds that it may take."""
 
     started: float
     seconds: float
 
     @property
     def deadline(self) -> float:
-        """Of the phases."""
+        """When the last phase is stopped."""
         return self.started + self.seconds - RESERVE_SECONDS
 
     @property
@@ -53,7 +54,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What phases run in. result: the file. model: the one that the goals are for. command: how a phase is started."""
+    """Files, environment and recorded facts of a run.
+
+    result: the result file. work: the folder for bundles. environment: variables of the phases. model: the model that
+    the goals are for. options: recorded in the result. source_sha256: hash of our source files. command: how a phase
+    is started.
+    """
 
     result: Path
     work: Path
@@ -67,8 +73,11 @@ class RunSetup:
 def measure(
     plan: Sequence[Phase], setup: RunSetup, clock: Clock, made: Mapping[str, dict[str, Any]] | None = None
 ) -> None:
-    """made: results of phases that need not run. The result file is whole whenever this process ends."""
-    missing = _warn_without_cuda()
+    """Run a plan and show its result. The result file is complete JSON whenever this process ends.
+
+    made: results of phases that need not run.
+    """
+    missing, file = _warn_without_cuda(), ResultFile(setup.result, setup.options)
     facts: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": dict(setup.options),
@@ -84,15 +93,14 @@ def measure(
         return document(facts | {"minutes_taken": round(clock.taken / 60, 2)}, as_json, setup.model)
 
     def report(records: dict[str, Record]) -> None:
-        write(setup.result, result(records))
+        file.write(result(records))
         for name, record in records.items():
             if record.seconds is not None and name not in seen:
                 seen.add(name)
                 print(f"{clock.taken:6.1f} s  {name}: {record.status}, {record.seconds:.1f} s", flush=True)
 
     runner = Runner(plan, setup.work, clock.deadline, setup.environment, report, setup.command, made)
-    final = result(runner.run())
-    write(setup.result, final)
+    final = file.write(result(runner.run()))
     show(final, Console(width=None if sys.stdout.isatty() else 140))
     print(json.dumps(headline(final)), flush=True)
 
@@ -110,8 +118,10 @@ def _warn_without_cuda() -> str | None:
 
 
 def without_cuda() -> str | None:
-    """Why our kernels cannot run for want of cuda.core or NVRTC; None where both are there. Loaded in a process of its
-    own: a broken library may end it."""
+    """The reason why our kernels cannot run without cuda.core and NVRTC, or None where both are there.
+
+    They are loaded in another process, because a broken library may end it.
+    """
     from flexvar_runtime.cuda.gpu import MINIMUM
 
     try:
@@ -127,8 +137,10 @@ def without_cuda() -> str | None:
 
 
 def environment(work: Path, folders: Sequence[Path]) -> dict[str, str]:
-    """Of the phases: `folders` first among those that Python imports from, and receipts and caches of their own, so
-    that nobody else's are touched."""
+    """The environment variables of the phases.
+
+    Python imports from `folders` first. Receipts and caches lie in `work`, so that nobody else's are touched.
+    """
     path = [*map(str, folders), *(part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part)]
     own = {
         "XDG_STATE_HOME": "state",
@@ -145,7 +157,7 @@ def environment(work: Path, folders: Sequence[Path]) -> dict[str, str]:
 
 @contextmanager
 def work_folder(folder: Path | None, precision: str) -> Iterator[Path]:
-    """A folder that is kept has one inside for each precision; without one it is temporary."""
+    """The folder for bundles of a precision: below `folder`, which is kept, or a temporary one without `folder`."""
     if folder is not None:
         (folder / precision).mkdir(parents=True, exist_ok=True)
         yield (folder / precision).resolve()

@@ -1,23 +1,19 @@
-"""What a run says: one row a measurement, the limit beside it, the goals held against it; and runs merged."""
+"""The content of a result: one row for each measurement with its limit, and the goals compared with the rows."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.atomic import atomic_write
-from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.manifest import PLAIN, ModelFacts
 
 from ..limits import generation_limit
-from .runner import DONE, NOT_MEASURED, RUNNING
+from .runner import DONE, NOT_MEASURED
 
 SCHEMA = 1
 REFERENCE, COMPILED, MODULES = PEERS = ("flexvar_ref", "torch.compile", "torch-modules")
@@ -33,7 +29,6 @@ GOALS = {
     "resident bytes grown in the second half": 4 * 2**20,
     "device bytes grown": 2 * 2**20,  # what the driver hands out at a time
 }
-_FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.@+-]+/)+")
 Records = Mapping[str, Mapping[str, Any]]
 
 
@@ -60,10 +55,19 @@ def published(model: str) -> ModelFacts | None:
 
 
 def results(records: Records, job: str) -> Iterator[Mapping[str, Any]]:
-    """What phases of a job found, whole or in part."""
+    """The results of the phases of a job, complete or partial."""
     for name, record in records.items():
         if name.split()[0] == job and record["result"]:
             yield record["result"]
+
+
+def measured_precision(result: Mapping[str, Any]) -> str:
+    """The precision of the graphs that were run. Where none was run: the precision that was asked for."""
+    for job in ("run", "proof", "tiny", "export"):
+        for found in results(result["phases"], job):
+            if "precision" in found:
+                return str(found["precision"])
+    return str(result["options"].get("precision", "fp16"))
 
 
 def rows(records: Records) -> list[dict[str, Any]]:
@@ -196,7 +200,7 @@ def _least(flat: Sequence[Mapping[str, Any]], model: str, batch: int, side: str)
 
 
 def document(facts: Mapping[str, Any], records: Records, model: str) -> dict[str, Any]:
-    """The whole result. facts: when, with which options and source."""
+    """The whole result. facts: when it was measured, with which options and from which sources."""
     flat = rows(records)
     return {
         "schema": SCHEMA,
@@ -266,51 +270,3 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         if record["status"] != DONE:
             state = "" if record["status"] == NOT_MEASURED else f"{record['status']}: "
             console.print(f"{name}: {state}{record['reason']:.300}", highlight=False, markup=False, soft_wrap=True)
-
-
-def merge(run: Path, folder: Path) -> Path:
-    """Put a run's file under the results as `gpu_<gpu>_<date>.json`, with `_<precision>` where that is not fp16; of a
-    phase that both know, the better state stays, the newer where they are equal. Last words and folders of the machine
-    are left out.
-
-    Raises ArtifactRefused for a file that is no run.
-    """
-    new = _read(run)
-    for record in new["phases"].values():
-        record["stderr"] = None
-        record["reason"] = record["reason"] and _FOLDERS.sub("", record["reason"])
-    name = re.sub(r"[^a-z0-9]+", "-", (new["gpu"] or "none").lower()).strip("-")
-    precision = new["options"].get("precision", "fp16")
-    other = "" if precision == "fp16" else f"_{precision}"
-    target = folder / f"gpu_{name}_{new['created'][:10]}{other}.json"
-    if target.exists():
-        old = _read(target)
-        phases = {**old["phases"], **{k: v for k, v in new["phases"].items() if _better(v, old["phases"].get(k))}}
-        facts = {key: new[key] for key in ("created", "minutes_taken", "options", "source_sha256", "version")}
-        earlier = [*old.get("earlier", []), {key: old[key] for key in facts}]
-        model = MAIN if MAIN in (old["model"], new["model"]) else old["model"]
-        new = document(facts | {"earlier": earlier, "model": model}, phases, model)
-    write(target, new)
-    return target
-
-
-def _better(new: Mapping[str, Any], old: Mapping[str, Any] | None) -> bool:
-    order = (NOT_MEASURED, "failed", RUNNING, "stopped", DONE)
-    return old is None or order.index(new["status"]) >= order.index(old["status"])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"schema {data['schema']}")
-        return data
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactRefused(
-            f"{path} ({error})", expected=f"the result of a run, schema {SCHEMA}", fix="name the folder given as --out"
-        ) from error
-
-
-def write(path: Path, result: Mapping[str, Any]) -> None:
-    with atomic_write(path, force=True) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

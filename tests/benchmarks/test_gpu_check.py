@@ -28,7 +28,8 @@ from flexvar_bench.gpu.models import (
     random_model,
     schedule_of,
 )
-from flexvar_bench.gpu.report import AS_PUBLISHED, merge, rows
+from flexvar_bench.gpu.report import AS_PUBLISHED, rows
+from flexvar_bench.gpu.result_file import ResultFile, merge, write
 from flexvar_bench.gpu.runs import decoders, growth
 from flexvar_bench.timing import Budget
 from flexvar_export.proof import make_proof
@@ -169,6 +170,8 @@ def test_a_bundle_of_other_sources_is_not_measured(
     assert f"{files.bundle}: made by other sources, so it is made anew" in capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "out" / gpu_check.RESULT).read_text())
     assert result["phases"]["export tiny"]["status"] == "not measured" and not files.bundle.exists()
+    used = {"backends": "('tensorrt', 'tensorrt-rtx', 'ort-cuda')", "precision": "fp16", "minutes": "0.1"}
+    assert result["options"] == used | {"tiny": "True"}
 
 
 def test_both_decoders_are_timed(
@@ -397,11 +400,12 @@ def test_what_is_left_out_is_shown(on_gpu: dict[str, Any]) -> None:
 
 def test_runs_of_a_day_are_merged(on_gpu: dict[str, Any], tmp_path: Path) -> None:
     facts = {"minutes_taken": 9, "options": {}, "source_sha256": "x", "version": "1", "model": "d16"}
+    facts |= {"missing": "no cuda.core"}
     names = "one", "two"
     for name, hour in zip(names, (8, 9), strict=True):
         (tmp_path / name).mkdir()
         day = {"created": f"2026-11-23T0{hour}:00:00+00:00"}
-        gpu_report.write(tmp_path / name / "gpu_check.json", gpu_report.document(facts | day, on_gpu, "d16"))
+        write(tmp_path / name / "gpu_check.json", gpu_report.document(facts | day, on_gpu, "d16"))
         on_gpu["run ort-cuda d20"] = record({"backend": "ort-cuda", "model": "d20", "rows": []})
         on_gpu["machine"] = record(on_gpu["machine"]["result"])
         on_gpu["reference d16"] = record(None, "not measured")
@@ -411,17 +415,80 @@ def test_runs_of_a_day_are_merged(on_gpu: dict[str, Any], tmp_path: Path) -> Non
     assert merged["phases"]["run ort-cuda d20"]["status"] == "done", "measured later"
     assert merged["phases"]["reference d16"]["status"] == "done", "not lost to a run that did not measure it"
     assert [run["created"] for run in merged["earlier"]] == ["2026-11-23T08:00:00+00:00"]
+    assert merged["missing"] == merged["earlier"][0]["missing"] == "no cuda.core"
     assert len(merged["rows"]) == 4
     assert merged["phases"]["compiled d16"]["reason"] == "got file.so, 3/4 of it"
     assert {phase["stderr"] for phase in merged["phases"].values()} == {None}
     other = gpu_report.document(facts | day | {"model": "d20", "options": {"precision": "fp16"}}, {}, "d20")
     later = tmp_path / "two" / "gpu_check.json"
-    gpu_report.write(later, other | {"gpu": "NVIDIA H200"})
+    write(later, other | {"gpu": "NVIDIA H200"})
     merged = json.loads(merge(later, tmp_path).read_text())
     assert merged["model"] == "d16", "the goals stay those of the model they are for"
     assert {goal["goal"]: goal["held"] for goal in merged["goals"]}["d16 B=1 wall ms"] is True
-    gpu_report.write(later, other | {"gpu": "NVIDIA H200", "options": {"precision": "bf16"}})
+    write(later, other | {"gpu": "NVIDIA H200", "options": {"precision": "bf16"}})
     assert merge(later, tmp_path).name == "gpu_nvidia-h200_2026-11-23_bf16.json", "not mixed with fp16"
+    on_gpu["run ort-cuda d16"]["result"]["precision"] = "fp32"
+    write(later, gpu_report.document(facts | day | {"options": {"precision": "fp16"}}, on_gpu, "d16"))
+    assert merge(later, tmp_path).name == "gpu_nvidia-h200_2026-11-23_fp32.json", "as measured, not as asked for"
     (tmp_path / "one" / "gpu_check.json").write_text("{}")
     with pytest.raises(ArtifactRefused, match="the result of a run, schema 1"):
         merge(tmp_path / "one" / "gpu_check.json", tmp_path)
+
+
+def test_a_later_run_keeps_the_phases_that_it_does_not_run(on_gpu: dict[str, Any], tmp_path: Path) -> None:
+    path, options = tmp_path / "gpu_check.json", {"precision": "fp16"}
+    facts = {"minutes_taken": 9, "options": options, "source_sha256": "x", "version": "1", "model": "d16"}
+    facts |= {"missing": None}
+    day = {"created": "2026-11-23T08:00:00+00:00"}
+    ResultFile(path, options).write(gpu_report.document(facts | day, on_gpu, "d16"))
+    later = {"created": "2026-11-23T09:00:00+00:00", "options": options | {"only": "['kernels']"}}
+    again = {"machine": on_gpu["machine"], "kernels": record({}), "reference d16": record(None, "failed")}
+    file = ResultFile(path, options)
+    for records in ({}, again, again):  # written again and again
+        file.write(gpu_report.document(facts | later, records, "d16"))
+    joined = json.loads(path.read_text())
+    assert set(joined["phases"]) == {*on_gpu, "kernels"} and joined["created"] == later["created"]
+    assert joined["phases"]["reference d16"]["status"] == "done", "the better state stays"
+    assert len(joined["rows"]) == 4 and [run["created"] for run in joined["earlier"]] == [day["created"]]
+    (tmp_path / "kept").mkdir()
+    for _ in range(2):
+        kept = json.loads(merge(path, tmp_path / "kept").read_text())
+        assert [run["created"] for run in kept["earlier"]] == [day["created"]], "told once"
+    path.write_text("{half")
+    ResultFile(path, options).write(gpu_report.document(facts | later, again, "d16"))
+    assert set(json.loads(path.read_text())["phases"]) == set(again)
+
+
+@pytest.mark.parametrize(("gpu", "precision"), [("NVIDIA H100", "fp16"), (None, "fp16"), ("NVIDIA H200", "bf16")])
+def test_results_of_two_gpus_or_precisions_do_not_mix(
+    gpu: str | None, precision: str, on_gpu: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, facts = tmp_path / "gpu_check.json", {"minutes_taken": 9, "source_sha256": "x", "version": "1"}
+    facts |= {"model": "d16", "created": "2026-11-23T08:00:00+00:00", "options": {"precision": "fp16"}}
+    write(path, gpu_report.document(facts, on_gpu, "d16"))
+    options = {"precision": precision}
+    file, machine = ResultFile(path, options), {"machine": record({"torch": {"gpu": gpu}})}
+    file.write(gpu_report.document(facts | {"options": options}, machine, "d16"))
+    assert set(json.loads(path.read_text())["phases"]) == {"machine"}
+    assert set(json.loads((tmp_path / "gpu_check_20261123T080000.json").read_text())["phases"]) == set(on_gpu)
+    assert "gpu_check_20261123T080000.json" in capsys.readouterr().out
+
+
+def test_a_stage_keeps_the_rest_of_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--stage measure --only machine` over an earlier result, and the options that are recorded."""
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "pack.json").write_text('{"model": "tiny"}')
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    facts = {"minutes_taken": 3, "source_sha256": "x", "version": "1", "model": "tiny"}
+    facts |= {"created": "2026-11-23T08:00:00+00:00", "options": {"precision": "fp32"}}
+    path = tmp_path / "out" / "gpu_check_measure.json"
+    path.parent.mkdir()
+    write(path, gpu_report.document(facts, {"compiled tiny batch 64 exact": record({})}, "tiny"))
+    monkeypatch.setattr("flexvar_bench.gpu.stages.SECONDS", {"measure": 1.0})  # nothing is started
+    options = ["--stage", "measure", "--only", "machine", "--tiny", "--carried", str(tmp_path / "pack")]
+    assert gpu_check.main([*options, "--out", str(path.parent), "--work", str(tmp_path / "work")]) == 0
+    result = json.loads(path.read_text())
+    states = {name: phase["status"] for name, phase in result["phases"].items()}
+    assert states == {"compiled tiny batch 64 exact": "done", "machine": "not measured"}
+    of_stage = {"stage": "measure", "only": "['machine']", "tiny": "True"}
+    assert result["options"] == of_stage | {"model": "tiny", "backend": "ort-cpu", "precision": "fp32"}
