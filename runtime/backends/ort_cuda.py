@@ -16,7 +16,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 NOT_CAPTURED = -1  # what ONNX Runtime takes for a run outside any CUDA graph
 UNUSED_KEPT = 256  # CUDA graphs of closed bindings, 10 to 15 of a shape, before their session is opened anew
+THREADS_KEPT = 4  # threads that a binding is captured in, before its session is opened anew
 SILENT = 4  # FATAL: ONNX Runtime logs nothing that it raises
 
 PRECISIONS = DeviceArrays.precisions
@@ -121,7 +122,7 @@ class OrtCuda(DeviceArrays):
         """Open a session that enqueues on the device's stream. `once` makes no difference: weights stay there."""
         path, spec = bundle.graph_file(graph), bundle.graph(graph)
         captured = graph in CAPTURED
-        return (CapturingGraph if captured else OrtGraph)(
+        opened = (CapturingGraph if captured else OrtGraph)(
             path.name,
             spec,
             open_session=lambda: self._open_session(path, graph, captured),
@@ -129,6 +130,9 @@ class OrtCuda(DeviceArrays):
             address=lambda array: int(array.address),
             run_options=run_options(NOT_CAPTURED),
         )
+        if isinstance(opened, CapturingGraph):
+            opened.wait = self.device.synchronize
+        return opened
 
     def _open_session(self, path: Path, graph: str, captured: bool) -> Any:
         ort = importlib.import_module("onnxruntime")
@@ -171,12 +175,15 @@ class CapturingGraph(OrtGraph):
 
     A CUDA graph reads and writes the addresses that it was captured with. So every binding has a number of its own, and
     no number is given twice. ONNX Runtime captures a number once in every thread that runs it, and frees CUDA graphs
-    only with their session. Once UNUSED_KEPT of them belong to closed bindings, the session is freed. The next run
-    opens another, and bindings that are still in use are captured again.
+    only with their session. Once UNUSED_KEPT of them belong to closed bindings, or a binding was captured in
+    THREADS_KEPT threads and another one comes, the session is freed. The next run opens another, and bindings that are
+    still in use are captured again.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.wait: Callable[[], None] = lambda: None
+        """Waits for the device, before a session is freed."""
         self._numbers = itertools.count(1)
         self._bounds: weakref.WeakSet[CapturedBound] = weakref.WeakSet()
         self._unused = 0
@@ -194,15 +201,19 @@ class CapturingGraph(OrtGraph):
         self._unused += cuda_graphs
 
     def forget(self, bound: CapturedBound) -> None:
-        """Take a closed binding off the list, and free the session where too much of it is unused. The device is
-        idle."""
+        """Take a closed binding off the list, and free the session where too much of it is unused."""
         self._bounds.discard(bound)
         if self._unused >= UNUSED_KEPT:
-            log.info("%s: its session is opened anew, to free %d unused CUDA graphs", self.name, self._unused)
-            for other in self._bounds:
-                other.detach()  # a binding keeps its session
-            self.renew()
-            self._unused = 0
+            self.start_anew()
+
+    def start_anew(self) -> None:
+        """Free the session with all its CUDA graphs."""
+        self.wait()
+        for bound in self._bounds:
+            bound.detach()  # a binding keeps its session
+        log.info("%s: its session is opened anew, to free %d unused CUDA graphs", self.name, self._unused)
+        self.renew()
+        self._unused = 0
 
 
 class CapturedBound:
@@ -214,7 +225,7 @@ class CapturedBound:
         self._arrays: tuple[Mapping[str, Array], Mapping[str, Array]] | None = (inputs, outputs)
         self._binding: Any = None
         self._options: Any = None
-        self._threads: set[int] = set()  # that have captured it
+        self._threads: set[threading.Thread] = set()  # that have captured it; their numbers are used again
         self._attach()
 
     def _attach(self) -> None:
@@ -232,9 +243,12 @@ class CapturedBound:
         self._threads.clear()
 
     def run(self) -> None:
+        thread = threading.current_thread()
+        if thread not in self._threads and len(self._threads) >= THREADS_KEPT:
+            self._graph.start_anew()
         if self._binding is None:
             self._attach()
-        self._threads.add(threading.get_ident())
+        self._threads.add(thread)
         try:
             self._graph.run_binding(self._binding, self._options)
         except FlexVARError:

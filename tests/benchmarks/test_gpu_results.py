@@ -18,7 +18,7 @@ SIDES = {
     "`torch-modules` (the export's modules in our runtime)": "torch-modules",
     "eager reference, as published": "flexvar_ref autocast-fp16",
     "eager reference, resident weights": "flexvar_ref resident-bf16",
-    "`ort-cuda` before": "ort-cuda",
+    "`ort-cuda`, first run": "ort-cuda",
 }
 FIRST_RUN = "¹"  # marks a cell whose figure is of the first run
 PRECISIONS = {"fp16 autocast": ("autocast-fp16",), "bf16": ("resident-bf16",), "fp16": ("fp16", "float16")}
@@ -64,7 +64,7 @@ def test_every_figure(table: dict[str, list[str]], runs: dict[str, dict[str, Any
             mark = FIRST_RUN if cell.endswith(FIRST_RUN) else ""
             key = mark, SIDES.get(label, ""), batch
             if cell == "not measured":
-                assert key not in rows or label.endswith("before"), f"{label}, batch {batch}"
+                assert key not in rows or label.endswith("first run"), f"{label}, batch {batch}"
                 continue
             row = rows[key]
             shown.add(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ class OnStream:
         assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
         assert options.get_session_config_entry(RECORD_ASSIGNMENT) == "1" and options.log_severity_level == 4
         self.name, self.captures = Path(path).stem, settings["enable_cuda_graph"] == "1"
-        self.captured: dict[int, Any] = {}
+        self.captured: dict[tuple[Any, int], Any] = {}  # by thread and number
         self.numbers: list[int] = []  # of every run
         self.device, self.scan = device, scan(Path(path))
         shapes = self.scan.shape_arithmetic()
@@ -70,8 +71,9 @@ class OnStream:
         if self.failing is not None:
             error, self.failing = self.failing, None
             if number != -1:  # as ONNX Runtime: what the failed run left is replayed from now on
-                self.captured.setdefault(number, self._session.io_binding())
+                self.captured.setdefault((threading.current_thread(), number), self._session.io_binding())
             raise error
         assert number == -1 or self.captures
-        recorded = binding.real if number == -1 else self.captured.setdefault(number, binding.real)
+        key = threading.current_thread(), number
+        recorded = binding.real if number == -1 else self.captured.setdefault(key, binding.real)
         self.device.enqueue(f"run {self.name}", lambda: self._session.run_with_iobinding(recorded))
