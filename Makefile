@@ -55,7 +55,7 @@ bench: venv ## the models of benchmarks/standard.toml measured and drawn, into B
 	@"$(BIN)/flexvar" bench run --suite benchmarks/standard.toml -o "$(BENCH_OUT)/results.jsonl" --force
 	@"$(BIN)/flexvar" bench report "$(BENCH_OUT)/results.jsonl" -o "$(BENCH_OUT)/page"
 
-gpu-rehearsal: venv ## both stages of benchmarks/gpu_check.py without a GPU, into REHEARSAL_OUT (build/gpu-rehearsal); minutes
+gpu-rehearsal: venv ## rehearse gpu_check.py on this CPU; results in REHEARSAL_OUT (build/gpu-rehearsal); takes about two minutes
 	@OMP_NUM_THREADS=1 "$(BIN)/python" benchmarks/gpu_check.py --rehearse --out "$(REHEARSAL_OUT)"
 
 clean: ## remove what was generated, except the virtual environment

@@ -1,12 +1,17 @@
-"""Everything a machine with a GPU can tell, in one command, under that machine's own Python.
+"""Measures FlexVAR on a machine with a GPU, in one command, with that machine's own Python.
 
     python3 benchmarks/gpu_check.py --out DIR
 
-It needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich, and for everything but the peers in torch
-cuda-core 1.0 or later with NVRTC. It needs no network, and nothing of ours installed. It says which of TensorRT,
-TensorRT-RTX and ONNX Runtime CUDA runs, and why the others do not. It holds every graph and its tokens against the
-reference. It times d16, d20 and d24 (random weights, 256 px, 10 guided steps, decoder included) against the eager
-reference and torch.compile. It takes at most nine minutes.
+It needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich. Everything but the peers in torch also
+needs cuda-core 1.0 or later with NVRTC. It needs no network, and none of our packages has to be installed.
+
+- It tries TensorRT, TensorRT-RTX and ONNX Runtime CUDA, and says why those that fail do not run.
+- It compares every graph and its tokens with the reference.
+- It times d16, d20 and d24 (random weights, 256 px, 10 guided steps, decoder included) against the eager reference and
+  torch.compile.
+
+It measures as much as fits in nine minutes, the most important rows first. The peer torch-modules is measured only by
+--stage first.
 
 Every phase is a process with a limit of its own. The result in DIR is a complete JSON file at any moment, whatever ends
 the run. The plan, in the order of importance, in seconds, for one backend that works:
@@ -25,20 +30,22 @@ the run. The plan, in the order of importance, in seconds, for one backend that 
     70  d24: the same
     532 of 540; TensorRT builds engines first, 70 for each model; torch.compile at batch 1 comes last, 130
 
-What does not fit says that no time was left: fewer --depths, or one of the --backends, leaves more of it. Limits grow
-with --minutes, and where less is asked for. What lies in --work from an earlier run is not made again.
+A phase that does not fit is recorded as not measured, because no time was left. Fewer --depths or --backends leave more
+time for the others. Limits grow with --minutes, and where a run has fewer phases. A bundle that the same sources made
+in --work is used again. Phases of an earlier result in --out stay, unless the run does better.
 
-A GPU machine that is lent for a quarter of an hour runs two stages instead, on d16 and ONNX Runtime CUDA. First, here:
+On a GPU machine that is lent for a quarter of an hour, run two stages instead. They measure d16 on ONNX Runtime CUDA.
+First, on your own machine:
 
-    python3 benchmarks/gpu_check.py --pack PACK          all that travels beside the tracked files, at most 38 MiB
-    python3 benchmarks/gpu_check.py --rehearse --out DIR     both stages without a GPU, from a copy of the checkout
+    python3 benchmarks/gpu_check.py --pack PACK          makes the folder that travels beside the tracked files
+    python3 benchmarks/gpu_check.py --rehearse --out DIR     runs both stages without a GPU, from a copy of the checkout
 
-Then there, from the root of the checkout, with the packed folder beside it:
+Then on the GPU machine, from the root of the checkout, with the packed folder beside it:
 
     python3 benchmarks/gpu_check.py --stage first --carried PACK --work /tmp/work --out DIR     does it work? 200 s
     python3 benchmarks/gpu_check.py --stage measure --carried PACK --work /tmp/work --out DIR   how fast is it? 330 s
 
-And here again, once the results are back:
+At last on your own machine again, with the results of the GPU machine in DIR:
 
     python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR
 """
@@ -78,21 +85,25 @@ NEEDED = {
     "PIL": "pillow",
     "typer": "typer",
     "rich": "rich",
-}  # as they are imported and as they are installed
+}  # import name: name on the package index
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None) -> int:
-    """package_path: folder that children find our packages in, where they are not installed."""
+    """Run the command. Returns its exit code.
+
+    package_path: the folder in which child processes find our packages, if they are not installed.
+    """
     started = time.monotonic()
     absent = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if absent:
         names = " ".join(absent)
-        print(f"gpu_check: no {names} here: nothing can be measured; fix: pip install {names}", file=sys.stderr)
+        print(f"gpu_check: Packages are missing. Install them: pip install {names}", file=sys.stderr)
         return 4
     from flexvar_runtime.errors import FlexVARError
 
-    from .gpu.command_line import UsageError, parse
+    from .gpu.command_line import parse
+    from .gpu.usage_error import UsageError
 
     try:
         mode, arguments = parse(argv, __doc__ or "")
@@ -198,7 +209,7 @@ def stage_result(stage: str) -> str:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    """Raises InvalidInput for a backend that nobody knows."""
+    """The request of the command line. Raises InvalidInput for an unknown backend."""
     from flexvar_runtime.backends import check_name
 
     from .gpu.plan import BATCHES, GENERATIONS, Request
@@ -227,13 +238,13 @@ def source_hash(root: Path = ROOT) -> str:
 
 
 def link_packages(root: Path, folder: Path) -> None:
-    """Our folders under the names they are imported by."""
+    """Link our folders into `folder`, under the names by which they are imported."""
     for name, source in PACKAGES.items():
         (folder / name).symlink_to(root / source, target_is_directory=True)
 
 
 def run_from_checkout() -> int:
-    """Run as a script, with nothing of ours installed, or another version of it."""
+    """Run this file as a script, where our packages are not installed or have another version."""
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"]
     with tempfile.TemporaryDirectory(prefix="gpu-check-packages-") as folder:
         link_packages(ROOT, Path(folder))

@@ -1,4 +1,4 @@
-"""The options of `gpu_check.py`, and which of them go together."""
+"""The options of `gpu_check.py`, and the combinations of them that are allowed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 from .plan import BATCHES, GENERATIONS, GPU_BACKENDS, MINUTES, MODELS
 from .stages import SECONDS
+from .usage_error import UsageError
 
-PLAN = "plan"  # what is done without one of the options that name something else
+PLAN = "plan"  # the mode without --merge, --pack, --stage and --rehearse
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Options that something needs, and those that it may have beside them."""
+    """The options that a mode needs, and the other options that it allows."""
 
     needed: tuple[str, ...]
     others: tuple[str, ...] = ()
@@ -31,6 +32,10 @@ MODES = {
         ("out",),
         ("depths", "batches", "backends", "precision", "minutes", "generations", "only", "tiny", "work"),
     ),
+}
+MISSING = {
+    "out": "--out is missing. Add --out DIR.",
+    "carried": "--stage needs --carried. Add --carried DIR, the folder that --pack made.",
 }
 FOLDERS = ("out", "work", "carried")
 DEFAULTS: dict[str, Any] = {
@@ -47,12 +52,8 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class UsageError(ValueError):
-    """Options that do not go together, in one sentence."""
-
-
 def parse(argv: Sequence[str] | None, description: str) -> tuple[str, argparse.Namespace]:
-    """The mode, and all its options. Raises UsageError."""
+    """Returns the mode and all options, with defaults. Raises UsageError for options that do not go together."""
     given = vars(_parser(description).parse_args(argv))
     chosen = [name for name in MODES if name in given]
     mode = chosen[0] if chosen else PLAN
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[str, argparse.N
             raise UsageError(f"--{name} cannot be used {of_mode}.")
     for name in MODES[mode].needed:
         if name not in given:
-            raise UsageError(f"--{name} DIR is missing; it is needed {of_mode}.")
+            raise UsageError(MISSING[name])
     return mode, argparse.Namespace(**{**DEFAULTS, **given})
 
 
@@ -84,24 +85,30 @@ def _parser(description: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="folder for the result, a JSON file")
-    stages = parser.add_argument_group("a GPU machine for a quarter of an hour")
-    stages.add_argument("--pack", type=Path, metavar="DIR", help="make the new folder DIR with all that travels there")
-    stages.add_argument("--cuobjdump", type=Path, metavar="FILE", help="for --pack: NVIDIA's tool, if not on PATH")
+    add("--out", type=Path, metavar="DIR", help="Folder for the result, a JSON file. Phases of an earlier result stay.")
+    stages = parser.add_argument_group("a GPU machine that is lent for a quarter of an hour")
+    stages.add_argument(
+        "--pack", type=Path, metavar="DIR", help="Make the new folder DIR, with all that travels there."
+    )
+    stages.add_argument("--cuobjdump", type=Path, metavar="FILE", help="NVIDIA's cuobjdump, for --pack.")
     limits = ", ".join(f"{name}: {seconds:.0f} s" for name, seconds in SECONDS.items())
-    stages.add_argument("--stage", choices=tuple(SECONDS), help=f"run a stage there ({limits})")
-    stages.add_argument("--carried", type=Path, metavar="DIR", help="for --stage: the folder that --pack made")
-    stages.add_argument("--rehearse", action="store_true", help="run both stages here, without a GPU, from a copy")
-    add("--depths", type=_numbers, help="comma-separated, the first is measured first; by default 16,20,24")
-    add("--batches", type=_numbers, help=f"comma-separated, by default {','.join(map(str, BATCHES))}")
-    add("--backends", type=lambda text: tuple(text.split(",")), help=f"by default {','.join(GPU_BACKENDS)}")
-    add("--precision", choices=("fp16", "bf16"), help="of the exported graphs, by default fp16")
-    add("--minutes", type=float, help=f"for everything, by default {MINUTES:g}")
-    add("--generations", type=int, help=f"watched for growth, by default {GENERATIONS}")
-    add("--only", nargs="+", metavar="PHASE", help="phases or kinds of phases, with all they need")
-    add("--tiny", action="store_true", help="the tiny model only; with --pack and --stage: what a rehearsal uses")
-    add("--work", type=Path, metavar="DIR", help="keep bundles and engines there, and use them again")
-    add("--merge", type=Path, metavar="DIR", help="measure nothing: put the results in --out among those in DIR")
+    stages.add_argument("--stage", choices=tuple(SECONDS), help=f"Run a stage. Time limits: {limits}.")
+    stages.add_argument("--carried", type=Path, metavar="DIR", help="The folder that --pack made, for --stage.")
+    stages.add_argument("--rehearse", action="store_true", help="Run both stages here without a GPU, from a copy.")
+    depths, batches = (",".join(map(str, numbers)) for numbers in (MODELS, BATCHES))
+    add("--depths", type=_numbers, help=f"Depths of the models, comma-separated, in order. Default: {depths}.")
+    add("--batches", type=_numbers, help=f"Batch sizes, comma-separated. Default: {batches}.")
+    backends = ",".join(GPU_BACKENDS)
+    add("--backends", type=lambda text: tuple(text.split(",")), help=f"Backends to measure. Default: {backends}.")
+    add("--precision", choices=("fp16", "bf16"), help="Precision of the exported graphs. Default: fp16.")
+    add("--minutes", type=float, help=f"Time limit for the whole run, in minutes. Default: {MINUTES:g}.")
+    growth = f"Number of generations in the memory-growth test. Default: {GENERATIONS}."
+    add("--generations", type=int, help=growth)
+    add("--only", nargs="+", metavar="PHASE", help="Run only these phases or jobs, and what they need.")
+    tiny = "Use only the tiny model. With --pack and --stage: in float32 on the CPU."
+    add("--tiny", action="store_true", help=tiny)
+    add("--work", type=Path, metavar="DIR", help="Keep bundles and engines in DIR, for later runs of the same sources.")
+    add("--merge", type=Path, metavar="DIR", help="Put the results in --out among those in DIR. Measure nothing.")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Kernels in a CUDA library: which cubins its fat binary holds, and the same library with only some of them.
+"""Lists the cubins in the fat binary of a CUDA library, and removes those that are not needed.
 
-A fat binary is a row of containers, one for each object file that was linked. A container holds entries: a cubin for
-one architecture, or PTX. The loader asks for a container by its address, so every container stays where it is; entries
-that are left out become zeros, which packs to nothing.
+A fat binary is a row of containers, one for each object file that was linked. A container holds entries. An entry is a
+cubin for one architecture, or PTX. The loader asks for a container by its address, so every container stays where it
+is. Entries that are removed become zeros, which compress to almost nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ STEP = 8  # containers are aligned to as many bytes
 
 @dataclass(frozen=True)
 class Entry:
-    """number: as cuobjdump counts, from 1; kind, architecture (90 is sm_90); data: with its header."""
+    """One entry of a container.
+
+    number: its place as cuobjdump counts, from 1. kind: CUBIN, or another for PTX. architecture: 90 is sm_90. data: the
+    entry with its header.
+    """
 
     number: int
     kind: int
@@ -35,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Container:
-    """Where one begins in the file, the size of its header, and where it ends."""
+    """The place of a container in the file: its start, the size of its header, and its end."""
 
     start: int
     header: int
@@ -44,10 +48,10 @@ class Container:
 
 
 def keep_kernels(library: Path, architecture: int, wanted: Callable[[bytes], bool], cuobjdump: Path) -> int:
-    """Leave in `library`, which is changed, only those cubins of `architecture` that are wanted. Returns their bytes.
+    """Remove all cubins from `library` but those of `architecture` that are wanted. Returns the bytes that stay.
 
-    wanted: told by the names of the kernels in a cubin, joined by spaces. Raises ArtifactRefused for a library without
-    kernels of that architecture.
+    wanted: called with the names of the kernels in a cubin, joined by spaces. Raises ArtifactRefused for a library
+    without kernels of that architecture.
     """
     source = library.read_bytes()
     offset, size = section(library)
@@ -56,11 +60,11 @@ def keep_kernels(library: Path, architecture: int, wanted: Callable[[bytes], boo
     ours = [e for c in found for e in c.entries if (e.kind, e.architecture) == (CUBIN, architecture)]
     if not ours or {entry.number for entry in ours} != set(names):
         raise ArtifactRefused(
-            f"{library.name} with {len(ours)} cubins for sm_{architecture}, of which cuobjdump finds {len(names)}",
-            expected="the CUDA provider of onnxruntime-gpu",
-            fix="take the version that the tool was written for",
+            f"{library.name} with {len(ours)} cubins for sm_{architecture}; cuobjdump lists {len(names)}",
+            expected=f"the same cubins for sm_{architecture} in the file and from cuobjdump, at least one",
+            fix="use the onnxruntime-gpu version of trim_onnxruntime.VERSION",
         )
-    smallest = min((entry.data for entry in ours), key=len)  # for a container that keeps nothing: it stays a valid one
+    smallest = min((entry.data for entry in ours), key=len)  # a container that keeps no other entry must stay valid
     target, kept = bytearray(source), 0
     for container in found:
         chosen = [e.data for e in container.entries if e.number in names and wanted(names[e.number])]
@@ -74,18 +78,22 @@ def keep_kernels(library: Path, architecture: int, wanted: Callable[[bytes], boo
 
 
 def section(library: Path, name: str = SECTION) -> tuple[int, int]:
-    """Offset and size of a section of an ELF file, by readelf. Raises ArtifactRefused where there is none."""
+    """The offset and the size of a section of an ELF file, by readelf. Raises ArtifactRefused if it has none."""
     command = ["readelf", "--sections", "--wide", str(library)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for line in printed.splitlines():
         match = re.search(r"\]\s+(\S+)\s+\S+\s+[0-9a-f]+\s+([0-9a-f]+)\s+([0-9a-f]+)", line)
         if match and match[1] == name:
             return int(match[2], 16), int(match[3], 16)
-    raise ArtifactRefused(f"{library.name} without {name}", expected="a CUDA library", fix="name another file")
+    raise ArtifactRefused(
+        f"{library.name} without the section {name}",
+        expected="a CUDA library",
+        fix="use the onnxruntime-gpu version of trim_onnxruntime.VERSION",
+    )
 
 
 def containers(source: bytes, start: int, end: int) -> Iterator[Container]:
-    """Those of a section, in order."""
+    """The containers in the bytes from `start` to `end`, in order."""
     position, number = start, 0
     while position + 16 <= end:
         magic, _, header, size = struct.unpack_from("<IHHQ", source, position)
@@ -104,7 +112,7 @@ def containers(source: bytes, start: int, end: int) -> Iterator[Container]:
 
 
 def _kernel_names(library: Path, architecture: int, cuobjdump: Path) -> dict[int, bytes]:
-    """Number of an entry to the names of its kernels. cuobjdump unpacks what the entries hold compressed."""
+    """The names of the kernels in each cubin, by the number of its entry. cuobjdump decompresses the entries."""
     names = {}
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         command = [str(cuobjdump), "-xelf", "all", str(library.resolve())]

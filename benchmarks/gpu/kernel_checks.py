@@ -1,4 +1,4 @@
-"""Every one of our kernels against the host, on small data: enough for compute-sanitizer, which is slow.
+"""Compares each of our kernels with the host, on small data, because compute-sanitizer is slow.
 
 python -m flexvar_bench.gpu.kernel_checks
 """
@@ -31,7 +31,7 @@ INPUT_TOLERANCE = 1e-4  # next inputs are sums of 16 float32 products of unit si
 
 
 class KernelHarness:
-    """The first GPU with our kernels, and arrays there."""
+    """Runs our kernels on the first GPU, with arrays of the host."""
 
     def __init__(self) -> None:
         self.device = first_gpu.start_gpu()
@@ -70,7 +70,7 @@ class KernelHarness:
 
 
 def kernel_checks() -> dict[str, bool]:
-    """Name of a check to whether it holds."""
+    """Whether each check holds, by its name."""
     harness, rng = KernelHarness(), np.random.default_rng(0)
     found: dict[str, bool] = {}
     checks: tuple[Callable[[KernelHarness, np.random.Generator], Iterator[tuple[str, bool]]], ...] = (

@@ -51,12 +51,12 @@ def load_proof(work: Path, model: str) -> Proof:
 
 
 def default_guidance() -> Guidance:
-    """Of the published evaluation."""
+    """The guidance of the published evaluation."""
     return Guidance(PUBLISHED_DEFAULTS.guidance_scale, PUBLISHED_DEFAULTS.guidance_rule, PUBLISHED_DEFAULTS.max_side)
 
 
 def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
-    """Of the name "tiny", or "d16" and the like: float32, on the CPU, frozen for evaluation, equal in every process."""
+    """The model "tiny", "d16" or the like: float32, on the CPU, frozen for evaluation, equal in every process."""
     tiny = name == TINY
     transformer = tiny_transformer() if tiny else TransformerConfig.published(int(name.removeprefix("d")))
     with torch.device("meta"):
@@ -69,7 +69,7 @@ def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
 
 
 def _fill(module: FlexVAR | Tokenizer) -> None:
-    """Every parameter from a stream of its own, several at a time: NumPy fills without holding the interpreter."""
+    """Fill every parameter from a random stream of its own, in threads: NumPy does not hold the interpreter lock."""
 
     def one(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
         published = published_name(item[0])
@@ -145,7 +145,7 @@ def _write_bundle(
     attention: dict[str, int],
     done: Callable[[str], None],
 ) -> None:
-    """As `flexvar export` writes it. attention: how many such nodes every graph has, filled in."""
+    """Write a bundle as `flexvar export` does. attention: receives the number of Attention nodes of each graph."""
     facts = model_facts(model, tokenizer)
     specs = graph_specs(facts, precision)
     with write_bundle(bundle) as directory:
@@ -173,7 +173,7 @@ def _write_bundle(
 
 
 def phases_model(name: str, work: Path, save: Save) -> None:
-    """The bundle of an exported model once more, its decoder upsampling in phases; all else is linked."""
+    """Write the bundle of an exported model again, with a decoder that upsamples in phases. Other files are linked."""
     files = ModelFiles.of(work, name)
     manifest = replace(Bundle.open(files.bundle).manifest, decoder=PHASES)
     with write_bundle(files.in_phases, force=True) as directory:

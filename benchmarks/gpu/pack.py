@@ -1,4 +1,4 @@
-"""All that travels to a GPU machine beside the tracked files, in one folder, and how it is unpacked there.
+"""Makes and unpacks the folder that travels to a GPU machine beside the tracked files. It holds:
 
 pack.json              every file with its size and sha256
 onnxruntime.tar.xz     onnxruntime-gpu, trimmed; not in a pack for a rehearsal
@@ -19,22 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed, InvalidInput
+from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
 
 from ..gpu_check import source_hash
 from .files import ModelFiles
 from .stages import StageSetup
+from .trim_onnxruntime import VERSION, find_cuobjdump, require_tools, trim_onnxruntime
+from .usage_error import UsageError
 
 CONTENTS, ONNXRUNTIME, SITE = "pack.json", "onnxruntime.tar.xz", "site"
 MIB = 2**20
-MOST_BYTES = 60 * MIB  # of the packed folder and the tracked files; a machine takes 64 MiB
+MOST_BYTES = 60 * MIB  # of the packed folder and the tracked files together; a machine takes 64 MiB
 MOST_PACKED_BYTES = 38 * MIB
-REMAKE = "make it anew with gpu_check.py --pack DIR"
+REMAKE = "make the folder anew with gpu_check.py --pack DIR"
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of what travels."""
+    """The bytes of the packed folder, and of the files that git tracks."""
 
     packed: int
     tracked: int
@@ -44,15 +46,22 @@ class Size:
 
 
 def make_pack(folder: Path, setup: StageSetup, work: Path, root: Path, cuobjdump: Path | None = None) -> Size:
-    """Write `folder`, which must not exist. root: of the checkout. What lies in `work` from an earlier time is used.
+    """Write the new folder `folder`, with files that the same sources have made in `work` before. Returns its size.
 
-    Raises ArtifactRefused where more than 60 MiB would travel; then no folder is written.
+    root: folder of the checkout. cuobjdump: NVIDIA's tool; it is looked for if None.
+
+    Raises UsageError if `folder` exists, and EnvironmentFailed for a tool that is missing, before anything is exported.
+    Raises ArtifactRefused if the folder is larger than 38 MiB, or if the folder and the tracked files are larger than
+    60 MiB together. Then no folder is written.
     """
     from .models import export_model, write_only_bundle
     from .skeleton import make_skeleton
 
     if folder.exists():
-        raise InvalidInput(f"--pack {folder}, which exists", expected="a new folder", fix="remove it, or name another")
+        raise UsageError(f"--pack {folder} exists already. Remove it, or name a new folder.")
+    if not setup.rehearsed and not _archive(work).is_file():
+        cuobjdump = find_cuobjdump(cuobjdump)
+        require_tools()
     tracked = tracked_bytes(root)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -80,49 +89,60 @@ def skeleton_of(pack: Path, model: str) -> Path:
 
 
 def require_fit(size: Size) -> None:
-    """Raises ArtifactRefused, naming the sizes."""
-    if size.packed > MOST_PACKED_BYTES or size.packed + size.tracked > MOST_BYTES:
-        raise ArtifactRefused(
-            str(size),
-            expected=f"at most {MOST_PACKED_BYTES / MIB:.0f} MiB packed and {MOST_BYTES / MIB:.0f} MiB together",
-            fix="track smaller files, or leave some out",
-        )
+    """Raises ArtifactRefused for more than 38 MiB packed, or more than 60 MiB together. It names the exceeded limit."""
+    packed, together = f"{MOST_PACKED_BYTES / MIB:.0f} MiB packed", f"{MOST_BYTES / MIB:.0f} MiB together"
+    if size.packed > MOST_PACKED_BYTES:
+        exceeded, fix = packed, "leave something out of the packed folder"
+    elif size.packed + size.tracked > MOST_BYTES:
+        exceeded, fix = together, "track smaller files, or leave something out of the packed folder"
+    else:
+        return
+    raise ArtifactRefused(
+        f"{size}, which exceeds the limit of {exceeded}", expected=f"at most {packed} and {together}", fix=fix
+    )
 
 
 def tracked_bytes(root: Path) -> int:
-    """Of the files that git tracks. Raises EnvironmentFailed outside a git checkout."""
+    """The bytes of all files that git tracks. Raises EnvironmentFailed outside a git checkout."""
     return sum((root / name).lstat().st_size for name in tracked_files(root))
 
 
 def tracked_files(root: Path) -> list[str]:
-    """Those that are there, relative to `root`."""
+    """The names of the tracked files that exist, relative to `root`. Raises EnvironmentFailed outside a checkout."""
     command = ["git", "-C", str(root), "ls-files", "-z"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise EnvironmentFailed(
-            f"no list of tracked files ({error})", expected="a git checkout", fix="run --pack in a clone, with git"
+            f"no list of tracked files ({error})", expected="a git checkout", fix="run --pack in a git clone"
         ) from error
     return [name for name in listed.split("\0") if name and (root / name).is_symlink() | (root / name).is_file()]
 
 
 def check_pack(pack: Path, setup: StageSetup) -> None:
-    """Raises InvalidInput for a folder that is no pack, or one that was made for something else."""
+    """Raises UsageError for a folder that --pack did not make, or that it made for another model."""
     try:
         made_for = json.loads((pack / CONTENTS).read_text())["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"--carried {pack} ({error})", expected="a packed folder", fix=REMAKE) from error
-    if made_for != setup.model:
-        tiny = "without --tiny" if setup.rehearsed else "with --tiny"
-        raise InvalidInput(
-            f"--carried {pack}, packed for {made_for}", expected=f"one for {setup.model}", fix=f"it was made {tiny}"
+        raise UsageError(f"--carried {pack} is not a packed folder ({error}). Make one with --pack DIR.") from error
+    if made_for == setup.model:
+        return
+    if setup.rehearsed:
+        raise UsageError(
+            f"--carried {pack} was packed for {made_for}, but --tiny needs a pack of the tiny model. "
+            "Leave out --tiny, or make another folder with --pack DIR --tiny."
         )
+    raise UsageError(
+        f"--carried {pack} was packed for the {made_for} model, but a stage without --tiny needs a pack of "
+        f"{setup.model}. Add --tiny, or make another folder with --pack DIR."
+    )
 
 
 def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[str, Any]], None]) -> None:
-    """Put ONNX Runtime into `work / SITE` and bundles with their proofs into `work`, what is there already left alone.
+    """Put ONNX Runtime into `work / SITE`, and bundles with their proofs into `work`.
 
-    Raises ArtifactRefused for a file that is not the packed one.
+    ONNX Runtime that is there stays, and so do bundles that these sources made. Raises ArtifactRefused for a file that
+    is not the packed one.
     """
     contents = json.loads((pack / CONTENTS).read_text())
     for name, record in contents["files"].items():
@@ -145,13 +165,15 @@ def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[
 
 
 def _onnxruntime(work: Path, cuobjdump: Path | None) -> Path:
-    """The archive of this version, made once for a folder."""
-    from .trim_onnxruntime import VERSION, trim_onnxruntime
-
-    archive = work / f"onnxruntime-{VERSION}.tar.xz"
+    """The archive of trimmed onnxruntime-gpu in `work`. It is made if it is not there."""
+    archive = _archive(work)
     if not archive.is_file():
         trim_onnxruntime(archive, cuobjdump=cuobjdump)
     return archive
+
+
+def _archive(work: Path) -> Path:
+    return work / f"onnxruntime-{VERSION}.tar.xz"
 
 
 def _write_contents(folder: Path, setup: StageSetup) -> None:

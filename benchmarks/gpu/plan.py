@@ -1,4 +1,4 @@
-"""What a run measures, in the order of importance, and what each part needs and may take."""
+"""The phases of a run, in the order of importance, with their needs, durations and limits."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from flexvar_runtime.backends import TENSORRT_BACKENDS
-from flexvar_runtime.errors import InvalidInput
 
 from .files import ModelFiles
+from .usage_error import UsageError
 
 TINY = "tiny"  # the name of the tiny model
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
 CPU_BACKEND = "ort-cpu"
 MODELS = (16, 20, 24)
 BATCHES = (1, 8, 64)
-GENERATIONS = 1000  # looked at for growth of memory
+GENERATIONS = 1000  # of the memory-growth test
 MINUTES = 9.0  # that the limits below are made for
 REUSED = "there from an earlier run"
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One process. name: its key in the result. job: what `child` runs, with `options`.
+    """One process of a run.
 
-    seconds: what it should take; limit: when it is stopped. alone: nothing may run beside it, since it takes times.
-    needs: names of phases that must have gone well before.
+    name: its key in the result. job: the function of `child` that it runs, with `options`. seconds: its expected
+    duration. limit: the seconds after which it is stopped. alone: nothing may run beside it, because it takes times.
+    needs: the names of phases that must be done before.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line."""
+    """The models, batches and backends that the command line asks for."""
 
     depths: tuple[int, ...] = MODELS
     batches: tuple[int, ...] = BATCHES
@@ -56,17 +57,17 @@ class Request:
 
     @property
     def max_batch(self) -> int:
-        """Of engines: the proof takes two."""
+        """The largest batch of engines. It is at least two, because the proof needs two."""
         return max(*self.batches, 2)
 
     @property
     def budget(self) -> dict[str, float]:
-        """Of one row of times."""
+        """The time budget of one row of times, as keywords of `timing.Budget`."""
         return {"warmup": 1, "least": 2, "most": 3, "seconds": 0.2} if self.tiny else {"seconds": 2.5}
 
 
 def phases(request: Request) -> list[Phase]:
-    """In the order of importance; names are unique."""
+    """The plan of a run, in the order of importance. Names are unique."""
     main, others = request.models[0], request.models[1:]
     small = () if request.tiny else (TINY,)
     found = [Phase("machine", "machine", {"tiny": request.tiny}, 20, 60)]
@@ -92,7 +93,7 @@ def phases(request: Request) -> list[Phase]:
 
 
 def planned_seconds(plan: Sequence[Phase]) -> float:
-    """What all should take, started in the order that the runner starts them."""
+    """The expected duration of a plan, whose phases start in the runner's order."""
     names, waiting = {phase.name for phase in plan}, list(plan)
     running, done, now = list[tuple[float, Phase]](), set[str](), 0.0
     while waiting or running:
@@ -131,14 +132,13 @@ def finished_before(plan: Sequence[Phase], work: Path, sources: str) -> dict[str
 
 
 def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:
-    """Phases of these names or jobs, and all that they need. Raises InvalidInput for a name that is neither."""
+    """The phases of these names or jobs, and the phases that they need. Raises UsageError for an unknown name."""
     if not only:
         return list(plan)
     known = {phase.name for phase in plan} | {phase.job for phase in plan}
     strange = sorted(set(only) - known)
     if strange:
-        names = ", ".join(sorted(known))
-        raise InvalidInput(f"phase {strange[0]!r}", expected=f"one of {names}", fix="name one of them after --only")
+        raise UsageError(f"--only {strange[0]!r} is neither a phase nor a job. Use one of: {', '.join(sorted(known))}.")
     wanted = {phase.name for phase in plan if {phase.name, phase.job} & {*only, "machine"}}
     for phase in reversed(plan):  # what is needed comes before
         if phase.name in wanted:
@@ -147,7 +147,7 @@ def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:
 
 
 def with_limits(plan: Sequence[Phase], minutes: float) -> list[Phase]:
-    """The same with longer limits where there is more time than usual, or than the phases should take."""
+    """The same plan, with longer limits where there is more time than usual, or than the phases should take."""
     factor = max(1.0, minutes / MINUTES, 60 * minutes / max(planned_seconds(plan), 1))
     return [replace(phase, limit=factor * phase.limit) for phase in plan]
 
@@ -164,7 +164,7 @@ def _tiny(backend: str) -> Phase:
 
 
 def _measure(model: str, backend: str, request: Request) -> list[Phase]:
-    """Engines where the backend runs engines; parity and times; kernels."""
+    """The phases of a model on a backend: engines if the backend needs them, parity and times, then a profile."""
     options, found = {"model": model, "backend": backend}, list[Phase]()
     ready: tuple[str, ...] = (f"export {model}", f"tiny {backend}")
     if backend in TENSORRT_BACKENDS:
@@ -192,15 +192,19 @@ def _reference(model: str, request: Request) -> Phase:
 
 
 def compiled_rows(batches: Sequence[int]) -> list[tuple[int, bool]]:
-    """Batch, and whether for all shapes at once, of the rows of torch.compile: the first batch, whose times are known
-    best, comes last, with dynamic and with exact shapes."""
+    """The rows of torch.compile, each a batch and whether it has dynamic shapes.
+
+    The first batch, whose times are known best, comes last, with dynamic and with exact shapes.
+    """
     first, *others = batches
     return [*((batch, True) for batch in others), (first, True), (first, False)]
 
 
 def compiled(model: str, batch: int, dynamic: bool, budget: dict[str, float], needs: str = "export") -> Phase:
-    """One row, in a process of its own: one that is stopped while it compiles costs no other. needs: what makes the
-    proof."""
+    """The phase of one row of torch.compile. It is a process of its own, so that one that is stopped costs no other.
+
+    needs: the job that makes the proof.
+    """
     options = {"model": model, "batch": batch, "dynamic": dynamic, "budget": budget}
     name = f"compiled {model} batch {batch} {'dynamic' if dynamic else 'exact'}"
     return Phase(name, "compiled", options, 70 if dynamic else 60, 100, needs=(f"{needs} {model}",))

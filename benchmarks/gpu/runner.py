@@ -1,4 +1,4 @@
-"""Phases as processes: started in order, stopped at their limit, and what they found kept whatever becomes of them."""
+"""Runs phases as processes: starts them in order, stops them at their limits, and keeps the results of every one."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Runner:
             self._finish(running, record)
 
     def _report_progress(self, running: _Running) -> None:
-        """Report what a phase has found so far, where that is new."""
+        """Report the result of a phase so far, if it has changed."""
         with suppress(OSError):
             written = (running.folder / "result.json").stat().st_mtime_ns
             if written != running.written:

@@ -1,7 +1,7 @@
-"""The two stages for a GPU machine that is lent by the quarter of an hour, with a limit for each step.
+"""The two stages for a GPU machine that is lent for a quarter of an hour, with a limit for each step.
 
-`first` asks whether everything works, `measure` how fast it is. What a stage needs lies in a packed folder; what the
-first has made, the second uses again where the machine is still the same.
+The stage `first` shows whether everything works. The stage `measure` shows how fast it is. A packed folder holds what
+the stages need. The second stage uses again what the first has made, if the machine is still the same.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from pathlib import Path
 from .plan import TINY, Phase, compiled
 
 FIRST, MEASURE = "first", "measure"
-SECONDS = {FIRST: 200.0, MEASURE: 330.0}  # for everything, the end included
+SECONDS = {FIRST: 200.0, MEASURE: 330.0}  # limit of a whole stage
 MAIN, BACKEND, PRECISION = "d16", "ort-cuda", "fp16"
 BATCHES = (1, 8, 64)
 COMPILED_ROWS = ((8, False), (64, False))  # with dynamic shapes batches 8 and 64 are measured; two rows fit
-GENERATIONS = 300  # watched for growth
+GENERATIONS = 300  # of the memory-growth test
 
 
 @dataclass(frozen=True)
 class StageSetup:
-    """What a stage runs: a model on a backend, from a packed folder. A rehearsal has the tiny model in place of d16,
-    and a backend that works without a GPU."""
+    """The model, the backend and the packed folder of a stage.
+
+    A rehearsal uses the tiny model in place of d16, and a backend that works without a GPU.
+    """
 
     carried: Path
     model: str = MAIN
@@ -39,32 +41,32 @@ class StageSetup:
 
     @property
     def budget(self) -> dict[str, float]:
-        """Of one row of times."""
+        """The time budget of one row of times, as keywords of `timing.Budget`."""
         return {"warmup": 1, "least": 2, "most": 3, "seconds": 0.2} if self.rehearsed else {"seconds": 2.5}
 
     @property
     def carried_bundles(self) -> tuple[str, ...]:
-        """Models whose bundle and proof travel whole. In a rehearsal the tiny one is regenerated."""
+        """The models whose bundle and proof travel whole. In a rehearsal the tiny model is regenerated."""
         return () if self.rehearsed else (TINY,)
 
 
 def rehearsal(carried: Path) -> StageSetup:
-    """On CPUs in float32, as `pack` packs it for a rehearsal."""
+    """The setup of a rehearsal: the tiny model in float32 on the CPU."""
     return StageSetup(carried, TINY, "ort-cpu", "fp32")
 
 
 def stage_plan(stage: str, setup: StageSetup) -> list[Phase]:
-    """In the order in which they are wanted."""
+    """The phases of a stage, in the order of importance."""
     return _first(setup) if stage == FIRST else _measure(setup)
 
 
 def _first(setup: StageSetup) -> list[Phase]:
-    """Steps that only compare run beside one another and beside the weights of d16, which processors make."""
+    """The phases of `first`. Those that only compare run side by side, while the CPU makes the weights of d16."""
     small = f"regenerate {TINY}" if setup.rehearsed else "unpack"
     found = _made(setup)
     found.append(Phase("sanitize", "sanitize", {}, 20, 45, alone=False))
     found.append(_tiny(setup.backend, small))
-    if setup.rehearsed:  # it is refused here, with the reason
+    if setup.rehearsed:  # it must fail, because there is no GPU
         found.append(_tiny(BACKEND, small))
     else:
         found.append(_proof(TINY, (1, 2), setup, 20, 50, alone=False, needs=small))
@@ -94,7 +96,7 @@ def _measure(setup: StageSetup) -> list[Phase]:
 
 
 def _made(setup: StageSetup) -> list[Phase]:
-    """The machine's facts, then what is made of the packed folder."""
+    """The phases that record facts of the machine, unpack the folder and make the model."""
     carried = str(setup.carried)
     regenerate = {"model": setup.model, "carried": carried}
     unpack = {"carried": carried, "bundles": setup.carried_bundles}
@@ -112,7 +114,7 @@ def _tiny(backend: str, needs: str) -> Phase:
 def _proof(
     model: str, batches: tuple[int, ...], setup: StageSetup, seconds: float, limit: float, *, alone: bool, needs: str
 ) -> Phase:
-    """The export's torch modules behind the runtime's device path, captured as one CUDA graph."""
+    """The phase that runs the export's torch modules on the runtime's device path, captured as one CUDA graph."""
     generations = 20 if setup.rehearsed else 200
     options = {"model": model, "batches": batches, "generations": generations, "budget": setup.budget}
     return Phase(f"proof {model}", "proof", options, seconds, limit, alone=alone, needs=(needs,))

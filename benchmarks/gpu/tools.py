@@ -1,4 +1,4 @@
-"""Programs of CUDA and of the system that a machine may have, on PATH or not."""
+"""Finds programs of CUDA and of the system, on PATH or in the folders of CUDA's packages."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def find_tool(name: str, root: Path = Path("/")) -> Path | None:
 
 
 def found_tools() -> dict[str, str | None]:
-    """Where each of them is; None for one that is missing."""
+    """The path of each program, or None for one that is missing."""
     return {name: None if (path := find_tool(name)) is None else str(path) for name in NAMES}

@@ -22,6 +22,7 @@ from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.errors import EnvironmentFailed
 
 from .fat_binary import keep_kernels
+from .tools import find_tool
 
 VERSION = "1.31.1"
 PYTHON = "3.12"  # of the machine that it is for
@@ -44,8 +45,8 @@ HEAD_SIZE = b"64"
 def trim_onnxruntime(archive: Path, *, cuobjdump: Path | None = None, wheel: Path | None = None) -> None:
     """Write `archive`, a .tar.xz. It takes minutes.
 
-    cuobjdump: by default the one on PATH, or of an installed Triton. wheel: by default pip downloads it. Raises
-    EnvironmentFailed for a tool that is missing, ArtifactRefused for a wheel of another make.
+    cuobjdump: see `find_cuobjdump`. wheel: the wheel of onnxruntime-gpu, which pip downloads if None. Raises
+    EnvironmentFailed for a tool that is missing, and ArtifactRefused for another wheel.
     """
     tool = find_cuobjdump(cuobjdump)
     require_tools()
@@ -71,13 +72,16 @@ def is_used(names: bytes) -> bool:
 
 
 def find_cuobjdump(given: Path | None) -> Path:
-    """NVIDIA's tool, which Triton's wheel carries. Raises EnvironmentFailed where it is missing."""
+    """NVIDIA's cuobjdump: `given`, or the one on PATH, in a CUDA folder or in an installed Triton.
+
+    Raises EnvironmentFailed where there is none.
+    """
     triton = importlib.util.find_spec("triton")
     carried = triton and triton.origin and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
-    found = given or shutil.which("cuobjdump") or carried
+    found = given or find_tool("cuobjdump") or carried
     if not found or not os.access(found, os.X_OK):
         raise EnvironmentFailed(
-            f"no cuobjdump that can be run ({found or 'neither on PATH nor in an installed Triton'})",
+            f"no cuobjdump that can be run ({found or 'neither on PATH, nor in /usr/local/cuda*/bin, nor in Triton'})",
             expected="NVIDIA's cuobjdump",
             fix="pip install triton, whose wheel carries it, or pass --cuobjdump FILE",
         )

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from flexvar_bench import gpu_check
-from flexvar_bench.gpu import measurement
+from flexvar_bench.gpu import command_line, measurement
 from flexvar_bench.gpu import models as gpu_models
 from flexvar_bench.gpu import report as gpu_report
 from flexvar_bench.gpu.files import ModelFiles
@@ -244,15 +244,27 @@ def test_refusals(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_option_is_named_with_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main([]) == gpu_check.main(["--stage", "first", "--out", "x"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "gpu_check: --out is missing. Add --out DIR.",
+        "gpu_check: --stage needs --carried. Add --carried DIR, the folder that --pack made.",
+    ]
+
+
+def test_help_texts_are_sentences() -> None:
+    texts = [action.help or "" for action in command_line._parser("")._actions[1:]]  # after argparse's own --help
+    assert len(texts) == 16
+    assert [text for text in texts if not text[:1].isupper() or text[-1:] != "."] == []
+
+
 def test_what_is_missing_is_said_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(gpu_check, "NEEDED", gpu_check.NEEDED | {"safetensors_gone": "safetensors"})
         assert gpu_check.main(["--out", str(tmp_path / "out")]) == 4
-    assert capsys.readouterr().err == (
-        "gpu_check: no safetensors here: nothing can be measured; fix: pip install safetensors\n"
-    )
+    assert capsys.readouterr().err == ("gpu_check: Packages are missing. Install them: pip install safetensors\n")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(measurement, "CUDA_PROBE", "import sys; sys.exit('no libnvrtc')")
     assert measurement.without_cuda() == "no cuda.core with NVRTC (no libnvrtc)"

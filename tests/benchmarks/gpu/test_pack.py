@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from flexvar_bench import gpu_check
-from flexvar_bench.gpu import models, pack, skeleton
+from flexvar_bench.gpu import models, pack, skeleton, trim_onnxruntime
 from flexvar_bench.gpu.files import ModelFiles
 from flexvar_bench.gpu.models import random_model, regenerate_model
 from flexvar_bench.gpu.pack import MIB, Size, check_pack, make_pack, require_fit, skeleton_of, tracked_bytes, unpack
 from flexvar_bench.gpu.plan import finished_before
 from flexvar_bench.gpu.skeleton import make_skeleton, regenerate
 from flexvar_bench.gpu.stages import StageSetup, rehearsal, stage_plan
-from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
+from flexvar_bench.gpu.usage_error import UsageError
+from flexvar_runtime import ArtifactRefused, Bundle
 from flexvar_runtime.errors import EnvironmentFailed
 
 
@@ -141,8 +142,13 @@ def test_a_pack_for_a_rehearsal(packed: Path, clone: Path) -> None:
     assert skeleton_of(packed, "tiny").is_dir() and pack.ONNXRUNTIME not in files
     assert tracked_bytes(clone) == 1000, "of tracked files only"
     check_pack(packed, rehearsal(packed))
-    with pytest.raises(InvalidInput, match="--carried"):
+    with pytest.raises(UsageError, match=r"packed for the tiny model.*Add --tiny, or .* --pack DIR\.$"):
         check_pack(packed, StageSetup(packed))
+    (packed / pack.CONTENTS).write_text('{"model": "d16"}')
+    with pytest.raises(
+        UsageError, match=r"packed for d16, but --tiny needs .*Leave out --tiny, or .*--pack DIR --tiny"
+    ):
+        check_pack(packed, rehearsal(packed))
 
 
 def test_too_much_is_refused(work: Path, clone: Path, tmp_path: Path) -> None:
@@ -152,9 +158,28 @@ def test_too_much_is_refused(work: Path, clone: Path, tmp_path: Path) -> None:
         make_pack(folder, rehearsal(folder), work, clone)
     assert not folder.exists()
     require_fit(Size(38 * MIB, 22 * MIB))
-    for size in (Size(38 * MIB + 1, 0), Size(30 * MIB, 30 * MIB + 1)):
-        with pytest.raises(ArtifactRefused):
-            require_fit(size)
+    both = "expected at most 38 MiB packed and 60 MiB together"
+    with pytest.raises(ArtifactRefused, match=f"exceeds the limit of 38 MiB packed; {both}"):
+        require_fit(Size(38 * MIB + 1, 0))
+    with pytest.raises(ArtifactRefused, match=f"exceeds the limit of 60 MiB together; {both}"):
+        require_fit(Size(30 * MIB, 30 * MIB + 1))
+
+
+@pytest.mark.parametrize("missing", ["cuobjdump", "readelf", "xz"])
+def test_a_missing_tool_is_named_before_anything_is_exported(
+    missing: str, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for tool in {"cuobjdump", "readelf", "xz", "git"} - {missing}:
+        (tmp_path / "bin" / tool).symlink_to(shutil.which("git") or "/usr/bin/git")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(trim_onnxruntime, "find_tool", shutil.which)
+    monkeypatch.setattr(trim_onnxruntime.importlib.util, "find_spec", lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(models, "export_model", lambda *_: pytest.fail("exported"))
+    monkeypatch.setattr(models, "write_only_bundle", lambda *_: pytest.fail("exported"))
+    (tmp_path / "work").mkdir()
+    with pytest.raises(EnvironmentFailed, match=f"no {missing}"):
+        make_pack(tmp_path / "packed", StageSetup(tmp_path / "packed"), tmp_path / "work", clone)
 
 
 def test_outside_a_clone(tmp_path: Path) -> None:
@@ -170,7 +195,7 @@ def test_a_whole_pack_is_unpacked(work: Path, clone: Path, tmp_path: Path, monke
     archive = tmp_path / "library.tar.xz"
     with tarfile.open(archive, "w:xz") as tar:
         tar.add(library, "onnxruntime")
-    monkeypatch.setattr(pack, "_onnxruntime", lambda *_: archive)
+    monkeypatch.setattr(pack, "_archive", lambda _: archive)
     monkeypatch.setattr(models, "write_only_bundle", lambda *_: None)
     monkeypatch.setattr(skeleton, "make_skeleton", lambda _, __, folder: folder.mkdir(parents=True))
     folder, there, saved = tmp_path / "packed", tmp_path / "there", list[dict[str, Any]]()

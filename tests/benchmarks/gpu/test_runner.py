@@ -16,6 +16,7 @@ from flexvar_bench.gpu.files import ModelFiles
 from flexvar_bench.gpu.measurement import RESERVE_SECONDS
 from flexvar_bench.gpu.plan import REUSED, Phase, Request, finished_before, phases, planned_seconds, select, with_limits
 from flexvar_bench.gpu.runner import Record, Runner
+from flexvar_bench.gpu.usage_error import UsageError
 
 CHILD = """
 import argparse, json, os, signal, subprocess, sys, time
@@ -211,5 +212,5 @@ def test_parts_are_chosen_with_what_they_need() -> None:
     assert chosen == [*needed, "profile tensorrt d20"]
     assert {phase.job for phase in select(plan, ["reference"])} == {"machine", "reference"}
     assert select(plan, None) == plan
-    with pytest.raises(ValueError, match="got phase 'profil'; expected one of build, build tensorrt d16"):
+    with pytest.raises(UsageError, match=r"--only 'profil' is .* Use one of: build, build tensorrt d16"):
         select(plan, ["profil"])

@@ -13,6 +13,7 @@ import pytest
 
 from flexvar_bench.gpu import trim_onnxruntime as trim
 from flexvar_bench.gpu.fat_binary import CUBIN, MAGIC, containers, keep_kernels, section
+from flexvar_bench.gpu.tools import find_tool
 from flexvar_runtime import ArtifactRefused
 from flexvar_runtime.errors import EnvironmentFailed
 
@@ -96,6 +97,7 @@ def test_families_of_kernels(names: bytes, used: bool) -> None:
 def test_a_tool_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(trim.importlib.util, "find_spec", lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(trim, "find_tool", lambda _: None)
     with pytest.raises(EnvironmentFailed, match=r"cuobjdump.*triton.*--cuobjdump") as refusal:
         trim.find_cuobjdump(None)
     assert refusal.value.exit_code == 4
@@ -106,6 +108,15 @@ def test_a_tool_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "readelf").symlink_to("/bin/true")
     with pytest.raises(EnvironmentFailed, match="no xz"):
         trim.require_tools()
+
+
+def test_cuobjdump_in_a_folder_of_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "usr" / "local" / "cuda-13" / "bin" / "cuobjdump"
+    tool.parent.mkdir(parents=True)
+    tool.symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(trim, "find_tool", lambda name: find_tool(name, tmp_path))
+    assert trim.find_cuobjdump(None) == tool
 
 
 def test_the_archive_is_the_same_again(tmp_path: Path) -> None:
