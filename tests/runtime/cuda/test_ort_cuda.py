@@ -23,6 +23,7 @@ from flexvar_runtime.backends import create, ort_cuda, probe
 from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.ort_cuda import PROVIDER, OrtCuda
 from flexvar_runtime.backends.ort_placement import without_cuda_kernel
+from flexvar_runtime.cuda.libraries import CudaLibrary
 from flexvar_runtime.onnx_scan import scan
 
 SCHEDULE = "1_2_3_4"
@@ -358,6 +359,15 @@ def test_a_library_that_does_not_tell_is_refused(
     monkeypatch.delattr(OnStream, "get_provider_graph_assignment_info")
     with pytest.raises(BackendUnavailable, match=r"expected onnxruntime-gpu 1\.31\.1 or later; fix: pip install"):
         OrtCuda(device).open(Bundle.open(tiny_bundle), "step")
+
+
+def test_doctor_names_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDER])
+    monkeypatch.setattr(ort_cuda, "probe_gpu", lambda: Availability(True, "H200"))
+    libraries = (CudaLibrary("cublas", "/lib/libcublas.so"), CudaLibrary("cudnn", None, "not found"))
+    monkeypatch.setattr(ort_cuda, "load_cuda_libraries", lambda: libraries)
+    state = probe("ort-cuda")
+    assert state.available and state.detail.endswith("H200, refuses graphs with nodes on the CPU (cudnn not found)")
 
 
 def test_an_older_library_is_told_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
