@@ -268,8 +268,8 @@ class _OpenVino(_Ort):
 class _OpenVinoBf16(_OpenVino):
     """The same of bfloat16 where the processor computes in it: nothing is widened."""
 
-    RUNTIME = 115 * _MIB
-    ARENA = 1.3
+    RUNTIME = 112 * _MIB
+    ARENA = 1.2
     TRANSPOSED_MAPS = (9.0, 3.0)  # for any size; less for the usual one, compiled for its shape
     HALF = 1.0
     HALF_PRODUCTS = 2.3
