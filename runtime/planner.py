@@ -272,7 +272,7 @@ class _OpenVinoBf16(_OpenVino):
     ARENA = 1.2
     TRANSPOSED_MAPS = (9.0, 3.0)  # for any size; less for the usual one, compiled for its shape
     HALF = 1.0
-    HALF_PRODUCTS = 2.3
+    HALF_PRODUCTS = 2.4
     HALF_CONVOLUTIONS = 2.5
     HALF_DECODER = 0.5  # maps of two bytes
 
