@@ -138,7 +138,7 @@ def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], s
             raise InvalidInput(
                 f"--target {asked[0]} with {library.flavour}",
                 expected="none: TensorRT builds for the GPU it runs on",
-                fix="leave it out and build on the target machine; or see whether --backend tensorrt-rtx runs there",
+                fix="leave out --target and run flexvar build on that machine; tensorrt-rtx builds for other GPUs",
             )
         gpu = current()
         if gpu is None:

@@ -119,11 +119,11 @@ def runs_on(library: TrtLibrary, capability: str) -> Availability:
     targets = [name for name in known_targets(library) if name not in _BUILD_ONLY]
     if not library.rtx or capability in targets or _number(capability) > _RUNS_ABOVE:
         return Availability(True, f"{library.flavour} {library.version} runs on compute capability {capability}")
-    builds = ", for which it only builds engines" if capability in known_targets(library) else ""
+    builds = ", although it builds engines for it" if capability in known_targets(library) else ""
     return Availability(
         False,
         f"{library.flavour} {library.version} does not run on compute capability {capability}{builds}: "
-        f"it runs on {', '.join(targets)} and above",
+        f"it runs on {', '.join(targets)} and on capabilities above the last",
         "use --backend tensorrt, or --backend ort-cuda, which needs no engines",
     )
 

@@ -176,7 +176,7 @@ def test_gpus_that_tensorrt_rtx_runs_on(rtx: TrtLibrary, capability: str) -> Non
 def test_gpus_that_it_does_not_run_on(rtx: TrtLibrary, capability: str) -> None:
     state = runs_on(rtx, capability)
     assert not state.available and f"does not run on compute capability {capability}" in state.detail
-    assert "8.0, 8.6, 8.9, 12.0, 12.1 and above" in state.detail
+    assert "8.0, 8.6, 8.9, 12.0, 12.1 and on capabilities above" in state.detail
     assert "--backend tensorrt," in (state.fix or "") and "--backend ort-cuda" in (state.fix or "")
     with pytest.raises(BackendUnavailable) as refused:
         require_runs_on(rtx, capability, given="--target 90: ")
@@ -184,7 +184,7 @@ def test_gpus_that_it_does_not_run_on(rtx: TrtLibrary, capability: str) -> None:
 
 
 def test_turing_is_a_target_to_build_for_only(rtx: TrtLibrary) -> None:
-    assert "7.5" in known_targets(rtx) and "for which it only builds engines" in runs_on(rtx, "7.5").detail
+    assert "7.5" in known_targets(rtx) and "although it builds engines for it" in runs_on(rtx, "7.5").detail
     assert "only builds" not in runs_on(rtx, "9.0").detail
 
 
