@@ -41,6 +41,12 @@ def choose_decoder(decoder: str, precision: str, target: str) -> str:
         if target == GPU:
             return PLAIN
         return TRANSPOSED if precision == "int8-bf16" else PHASES  # TensorRT-RTX builds no transposed layer in bf16
+    if decoder == TRANSPOSED and precision == "bf16" and target == GPU:
+        raise InvalidInput(
+            "--decoder transposed with --precision bf16 for a GPU",
+            expected="a decoder that GPU backends have kernels for in bf16",
+            fix="leave --decoder out, or pass --target cpu",
+        )
     if decoder not in DECODERS:
         raise InvalidInput(
             f"--decoder {decoder!r:.100}",

@@ -18,7 +18,7 @@ from ..bundle import Bundle
 from ..deadline import quality_order
 from ..errors import ArtifactRefused
 from ..guidance import Guidance
-from ..manifest import Manifest
+from ..manifest import SCHEMA_VERSION, Manifest
 from ..memory import available_bytes
 from ..onnx_scan import scan
 from ..planner import MemoryPlan, largest_batch, plan, size_text
@@ -62,6 +62,7 @@ def inspect(
         facts = Table(Column(), Column(overflow="fold"), show_header=False)
         for name, value in (
             ("bundle", opened.sha256),
+            ("schema version", _schema(manifest.schema_version)),
             ("precision", ", ".join([manifest.precision, *(f"float32 in {part}" for part in manifest.float32_parts)])),
             ("size", f"{size / 1e6:.1f} MB in {len(manifest.files)} files"),
             ("transformer", f"depth {model.depth}, width {model.width}, {model.heads} heads"),
@@ -136,14 +137,21 @@ class _OnCuda:
         return {"runs": runs, "without_kernel": self.missing, "detail": self.text}
 
 
+def _schema(version: int) -> str:
+    return (
+        f"{version}" if version == SCHEMA_VERSION else f"{version}; this version exports {SCHEMA_VERSION}: export again"
+    )
+
+
 def _listed(names: tuple[str, ...]) -> str:
     more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(f"{i} {name}" for i, name in enumerate(names[:NAMES_SHOWN])) + more
 
 
 def _shown(tensors: tuple[Any, ...]) -> list[Any]:
-    """Of the cache tensors, one a block, the first of keys and of values."""
-    return [tensor for tensor in tensors if not tensor.name.startswith(("past_", "new_")) or tensor.name.endswith("_0")]
+    """Of tensors that every block has one of (past_k_0, past_k_1, …), the first."""
+    numbers = {tensor.name: tensor.name.rpartition("_")[2] for tensor in tensors}
+    return [tensor for tensor in tensors if not numbers[tensor.name].isdigit() or numbers[tensor.name] == "0"]
 
 
 def _backend(precision: str) -> tuple[str, bool]:

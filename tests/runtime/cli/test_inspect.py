@@ -32,6 +32,7 @@ def test_a_bundle_that_ort_cuda_refuses(flexvar: Any, schema1_bundle: Path) -> N
     assert set(found["without_kernel"]["decode"]) == {"InstanceNormalization"}
     text = " ".join(flexvar("inspect", schema1_bundle).out.replace("│", "").split())
     assert "InstanceNormalization nodes of decode" in text
+    assert "schema version 1; this version exports 2: export again" in text
 
 
 def test_a_precision_that_ort_cuda_does_not_run(flexvar: Any, tiny_bundles: Callable[[str], Path]) -> None:
@@ -55,7 +56,8 @@ def test_text(flexvar: Any, tiny_bundle: Path) -> None:
         assert fact in ended.out
     squeezed = "".join(ended.out.split()).replace("│", "")
     assert Bundle.open(tiny_bundle).sha256 in squeezed  # folded, not cut
-    assert "past_k_0" in ended.out and "past_k_1" not in ended.out
+    for first in ("past_k_0", "gamma1_0", "shift2_0"):
+        assert first in ended.out and first.replace("_0", "_1") not in ended.out
 
 
 def test_names_are_not_markup(flexvar: Any, bundle_copy: Path) -> None:
