@@ -62,7 +62,8 @@ def export(
     target: Annotated[
         str,
         typer.Option(
-            help="Device to export for: cpu, gpu or auto (gpu for fp16, else cpu). gpu needs a CUDA kernel a node."
+            help="Device to export for: cpu, gpu or auto (gpu for fp16, else cpu). With gpu, an export fails if a node "
+            "has no CUDA kernel."
         ),
     ] = "auto",
     decoder: Annotated[

@@ -93,7 +93,10 @@ _FORMS = {PHASES: PhaseUpsample, TRANSPOSED: TransposedUpsample}
 
 
 def replace_upsampling(decoder: Decoder, form: str, dtype: torch.dtype) -> None:
-    """Give every upsampling of `decoder`, whose weights are the reference's, another form, in place; PLAIN: its own."""
+    """Give every upsampling of `decoder`, whose weights are the reference's, another form, in place.
+
+    PLAIN keeps the reference's layer, except in bfloat16, where `RepeatUpsample` takes its place.
+    """
     make: type[nn.Module] | None = _FORMS.get(form, RepeatUpsample if dtype == torch.bfloat16 else None)
     if make is None:
         return

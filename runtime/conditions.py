@@ -27,10 +27,6 @@ class RowGroup:
     names: tuple[str, ...]
     row: tuple[int, ...]
 
-    def views(self, buffer: Array) -> dict[str, Array]:
-        """Every tensor of a buffer (len(names), M, *row), by name: (M, *row)."""
-        return {name: buffer[i] for i, name in enumerate(self.names)}
-
 
 def row_groups(condition: GraphSpec) -> tuple[RowGroup, ...]:
     """The outputs of a condition graph, grouped by the shape of a row, in the declared order.
@@ -50,6 +46,20 @@ def row_groups(condition: GraphSpec) -> tuple[RowGroup, ...]:
     return tuple(RowGroup(tuple(found), row) for row, found in names.items())
 
 
+def empty_buffers(
+    groups: Sequence[RowGroup], rows: int, empty: Callable[[tuple[int, ...], str], Array]
+) -> tuple[Array, ...]:
+    """A buffer (len(names), rows, *row) float32 for each group, allocated with `empty`."""
+    return tuple(empty((len(group.names), rows, *group.row), "float32") for group in groups)
+
+
+def tensors(groups: Sequence[RowGroup], buffers: Sequence[Array]) -> dict[str, Array]:
+    """Every output of the condition graph by name, (rows, *row): views of the groups' buffers."""
+    return {
+        name: buffer[i] for group, buffer in zip(groups, buffers, strict=True) for i, name in enumerate(group.names)
+    }
+
+
 @dataclass(frozen=True)
 class Condition:
     """The condition of some sequences on the host: a buffer (len(names), N, *row) float32 for each group."""
@@ -66,10 +76,9 @@ class Condition:
         run: Callable[[Mapping[str, Array]], None],
         download: Callable[[Array], NDArray[Any]],
     ) -> Condition:
-        """Of `rows` labels: allocate the outputs with `empty`, let `run` fill them, download them."""
-        buffers = [empty((len(group.names), rows, *group.row), "float32") for group in groups]
-        views = (group.views(buffer) for group, buffer in zip(groups, buffers, strict=True))
-        run({name: view for named in views for name, view in named.items()})
+        """The condition of `rows` labels: outputs allocated with `empty`, filled by `run`, then downloaded."""
+        buffers = empty_buffers(groups, rows, empty)
+        run(tensors(groups, buffers))
         return cls(groups, tuple(download(buffer) for buffer in buffers))
 
     def row(self, index: int) -> Condition:
@@ -78,11 +87,10 @@ class Condition:
 
     @classmethod
     def stack(cls, conditions: Sequence[Condition]) -> Condition:
-        """One condition after another, at least one."""
+        """The condition of all sequences of `conditions`, in their order. There must be at least one."""
         joined = zip(*(condition.buffers for condition in conditions), strict=True)
         return cls(conditions[0].groups, tuple(np.concatenate(buffers, axis=1) for buffers in joined))
 
     def tensors(self) -> dict[str, Float32]:
         """Every output of the condition graph by name, (N, *row): views."""
-        views = (group.views(buffer) for group, buffer in zip(self.groups, self.buffers, strict=True))
-        return {name: view for named in views for name, view in named.items()}
+        return tensors(self.groups, self.buffers)

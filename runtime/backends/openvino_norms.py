@@ -1,8 +1,9 @@
 """Group normalisations of a read OpenVINO model, written so that they leave the layout of the convolutions alone.
 
-A bundle has them as normalisations of instances over the channels of a group, joined by a reshape. Around such a
-reshape OpenVINO takes every map out of the blocks that its convolutions work on, and back. Sums of whole channels stay
-in blocks: of a channel of p pixels with norm n the mean square is n²/p, and a group has the means of its channels.
+Bundles of schema version 1 have them as normalisations of instances over the channels of a group, joined by a reshape.
+Around such a reshape OpenVINO takes every map out of the blocks that its convolutions work on, and back. Sums of whole
+channels stay in blocks: of a channel of p pixels with norm n the mean square is n²/p, and a group has the means of its
+channels. Later bundles already sum whole channels: nothing of them is rewritten.
 """
 
 from __future__ import annotations

@@ -101,18 +101,18 @@ class OrtGraph:
         name: str,
         spec: GraphSpec,
         *,
-        open_session: Callable[[], Any],
+        opener: Callable[[], Any],
         place: tuple[str, int],
         address: Callable[[Array], int],
         run_options: Any = None,
     ) -> None:
-        """name: for messages; place: device type and number as ONNX Runtime names them; address: where an array lies
-        there; run_options: of ONNX Runtime."""
+        """name: for messages; opener: opens a session; place: device type and number as ONNX Runtime names them;
+        address: where an array lies there; run_options: of ONNX Runtime."""
         self.spec, self.name = spec, name
         self._place, self._address, self._run_options = place, address, run_options
-        self._open_session = open_session
+        self._opener = opener
         self._closed = False
-        self._session: Any = open_session()
+        self._session: Any = opener()
         self._reused: _Reused | None = None
         self._check = BindingCheck(spec)
         self._types = {
@@ -126,7 +126,7 @@ class OrtGraph:
         if self._closed:
             raise InvalidInput(f"{self.name}, closed", expected="an open graph", fix="open the bundle again")
         if self._session is None:
-            self._session = self._open_session()
+            self._session = self._opener()
         return self._session
 
     def renew(self) -> None:

@@ -71,7 +71,7 @@ class OrtCpu(HostBackend):
         return OrtGraph(
             path.name,
             bundle.graph(graph),
-            open_session=lambda: open_session(path, options, ("CPUExecutionProvider", {})),
+            opener=lambda: open_session(path, options, ("CPUExecutionProvider", {})),
             place=("cpu", 0),
             address=_address,
         )

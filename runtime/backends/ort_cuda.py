@@ -125,7 +125,7 @@ class OrtCuda(DeviceArrays):
         opened = (CapturingGraph if captured else OrtGraph)(
             path.name,
             spec,
-            open_session=lambda: self._open_session(path, graph, captured),
+            opener=lambda: self._open_session(path, graph, captured),
             place=("cuda", self.device.ordinal),
             address=lambda array: int(array.address),
             run_options=run_options(NOT_CAPTURED),

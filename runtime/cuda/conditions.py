@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..backends.base import Backend, Graph
-from ..conditions import RowGroup
+from ..conditions import RowGroup, empty_buffers, tensors
 from ..graphs import CONDITION
 from ..manifest import ModelFacts
 from . import kernels
@@ -35,7 +35,7 @@ class ConditionStore:
         self._backend, self._device, self._model, self._open = backend, device, model, open_graph
         self._groups = groups
         self._slots: OrderedDict[int, int] = OrderedDict()
-        self._buffers: list[DeviceArray] = []
+        self._buffers: tuple[DeviceArray, ...] = ()
         self._capacity = 0
 
     def gather(self, slots: DeviceArray, targets: Sequence[DeviceArray]) -> None:
@@ -59,13 +59,12 @@ class ConditionStore:
 
     def clear(self) -> None:
         self._slots.clear()
-        self._buffers.clear()
+        self._buffers = ()
         self._capacity = 0
 
     def _grow(self, capacity: int) -> None:
         self.clear()
-        for group in self._groups:
-            self._buffers.append(self._backend.empty((len(group.names), capacity, *group.row), "float32"))
+        self._buffers = empty_buffers(self._groups, capacity, self._backend.empty)
         self._capacity = capacity
 
     def _compute(self, labels: list[int]) -> None:
@@ -73,11 +72,8 @@ class ConditionStore:
         graph, per_run = self._open(CONDITION), self._backend.labels_per_run
         padded = np.full(per_run, self._model.null_class, np.int32)
         padded[: len(labels)] = labels
-        computed = [self._backend.empty((len(group.names), per_run, *group.row), "float32") for group in self._groups]
-        views = (group.views(buffer) for group, buffer in zip(self._groups, computed, strict=True))
-        graph.run(
-            {"labels": self._backend.upload(padded)}, {name: view for named in views for name, view in named.items()}
-        )
+        computed = empty_buffers(self._groups, per_run, self._backend.empty)
+        graph.run({"labels": self._backend.upload(padded)}, tensors(self._groups, computed))
         free = iter(set(range(self._capacity)) - set(self._slots.values()))
         taken: dict[int, int] = {}
         for label in labels:

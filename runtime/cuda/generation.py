@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, Bound, Graph
-from ..conditions import RowGroup
+from ..conditions import RowGroup, tensors
 from ..errors import FlexVARError, OutOfMemory
 from ..graphs import DECODE, STEP, new_names, past_names
 from ..images import refuse_pixels
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int32]
-WARM_UPS = 2  # before a capture: one lets engines settle on their shapes
+WARM_UPS = 2  # before a capture: in the first, engines settle on their shapes; the second runs as the captured one
 REPLAYS_KEPT = 4  # captured graphs of one shape: as many options as are in use at a time
 
 
@@ -77,11 +77,9 @@ class DeviceGeneration:
         self._request = Arena(device, request_fields(shape), pinned=True)
         self._result = Arena(device, result_fields(model, shape), pinned=True)
         self._work = Arena(device, work_fields(model, shape, kv_dtype, groups, self._parts))
-        self._conditions = [self._work[condition_name(g)] for g in range(len(groups))]
-        self._conditioned: dict[str, DeviceArray] = {}
-        for group, buffer in zip(groups, self._conditions, strict=True):
-            self._conditioned |= group.views(buffer)
-        self._first_input = self._conditioned.pop("first_input")
+        self._condition_buffers = [self._work[condition_name(g)] for g in range(len(groups))]
+        self._modulation: dict[str, DeviceArray] = tensors(groups, self._condition_buffers)
+        self._first_input = self._modulation.pop("first_input")
         self._write_constants(tables)
         self._steps = [self._bind_step(i) for i in range(len(shape.schedule))]
         self._decodes: list[Bound] = []
@@ -111,7 +109,7 @@ class DeviceGeneration:
         for i, t in enumerate(weights):
             host[f"t_{i}"][:] = t
         self._device.write(self._request.whole, self._request.host_whole)
-        conditions.gather(self._request["slots"], self._conditions)
+        conditions.gather(self._request["slots"], self._condition_buffers)
         self._device.zero(self._result["status"])
 
     def seed(self, draws: Draws) -> None:
@@ -185,7 +183,7 @@ class DeviceGeneration:
         inputs = {
             "codes": self._backend.upload(joined),
             "offset": self._backend.upload(np.concatenate(offsets, axis=1)),
-            **{t.name: self._conditioned[t.name] for t in graph.spec.inputs if t.name in self._conditioned},
+            **{t.name: self._modulation[t.name] for t in graph.spec.inputs if t.name in self._modulation},
             "scale": self._backend.upload(scale_of_tokens(sizes)),
         }
         graph.run(inputs, {name: cache[block][:L] for block, name in enumerate(new_names(self._model.depth))})
@@ -306,7 +304,7 @@ class DeviceGeneration:
         inputs = {
             "codes": codes,
             "offset": offset,
-            **self._conditioned,
+            **self._modulation,
             "cond_rows": work["cond_rows"],
             "uncond_rows": work["uncond_rows"],
             "t": self._request[f"t_{i}"],

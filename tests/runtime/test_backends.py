@@ -308,6 +308,29 @@ def test_a_closed_graph(backend: Any, tmp_path: Path) -> None:
         graph.run({"x": x}, {"y": x})
 
 
+def test_a_run_meets_other_sizes_and_other_outputs_than_the_one_before(backend: Any, tmp_path: Path) -> None:
+    """Runs share what is bound already: an address met again with another shape is bound anew, and so are outputs."""
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xyz"]
+    nodes = [helper.make_node("Add", ["x", "x"], ["y"]), helper.make_node("Mul", ["x", "x"], ["z"])]
+    graph_proto = helper.make_graph(nodes, "two", infos[:1], infos[1:])
+    path = tmp_path / "two.onnx"
+    model = helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    tensors = {name: TensorSpec(name=name, dtype="float32", axes=("n",)) for name in "xyz"}
+    declared = GraphSpec(file="two.onnx", inputs=(tensors["x"],), outputs=(tensors["y"], tensors["z"]))
+    graph = backend.open(bundle_of(path, declared), "two")
+    x, y, z = (backend.empty((4,), "float32") for _ in range(3))
+    x[:] = [1, 2, 3, 4]
+    graph.run({"x": x}, {"y": y, "z": z})
+    np.testing.assert_array_equal((y, z), [[2, 4, 6, 8], [1, 4, 9, 16]])
+    y[:] = z[:] = 0
+    graph.run({"x": x[:2]}, {"y": y[:2], "z": z[:2]})
+    np.testing.assert_array_equal((y, z), [[2, 4, 0, 0], [1, 4, 0, 0]])
+    y[:] = z[:] = 0
+    graph.run({"x": x[:2]}, {"z": z[:2]})
+    np.testing.assert_array_equal((y, z), [[0, 0, 0, 0], [1, 4, 0, 0]])
+
+
 F4, I4 = np.zeros(4, np.float32), np.zeros(4, np.int32)
 
 
