@@ -1,19 +1,20 @@
-"""Typed errors: every refusal says what was got, what was expected and how to fix it."""
+"""The errors that the runtime raises on purpose. Each says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
 
 class FlexVARError(Exception):
-    """Base of every error the runtime raises on purpose.
+    """Base class of all errors of this package and of the packages that build on it.
 
-    got, expected, fix: short phrases, joined into the message. `exit_code` is the code with which the
-    command line ends.
+    got: a sentence that says what is wrong and names the option, argument or file at fault. expected: a short phrase,
+    for programs. fix: a sentence that says what to do. The text of the error is `got` followed by `fix`. exit_code: the
+    exit code of the command line.
     """
 
     exit_code = 1
 
     def __init__(self, got: str, *, expected: str, fix: str) -> None:
-        super().__init__(f"got {got}; expected {expected}; fix: {fix}")
+        super().__init__(f"{got} {fix}")
         self.got, self.expected, self.fix = got, expected, fix
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments survive pickling between processes

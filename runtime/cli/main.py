@@ -89,9 +89,8 @@ def _print_json(kind: str, got: str, expected: str, fix: str) -> None:
 
 
 def _report(error: FlexVARError, arguments: Sequence[str]) -> NoReturn:
-    """Print a refusal for people on standard error, and as JSON on standard output where JSON was asked for."""
+    """Print an error on standard error, and with --json also as JSON on standard output."""
     if "--json" in arguments:
         _print_json(type(error).__name__, error.got, error.expected, error.fix)
-    for label, text in (("error: got", error.got), ("  expected", error.expected), ("  fix", error.fix)):
-        err.print(f"{label}: {text}", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
     sys.exit(error.exit_code)
