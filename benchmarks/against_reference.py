@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flexvar_runtime import Bundle, ScaleSchedule
-from flexvar_runtime.atomic import atomic_write
-from flexvar_runtime.manifest import PLAIN, Manifest
+from flexvar_runtime.bundle.manifest import PLAIN, Manifest
+from flexvar_runtime.files.atomic import atomic_write
 
 from .limits import PHASE_SAVING, decoder_flops, measured_flops_per_second, transformer_flops
 

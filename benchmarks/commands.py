@@ -65,7 +65,7 @@ def run(
 ) -> None:
     """Measure bundles: the machine's limit first, then model after model every variant in turns, each in a process of
     its own."""
-    from flexvar_runtime.atomic import existing, require_parent
+    from flexvar_runtime.files.atomic import existing, require_parent
 
     from .plans import Extent
     from .session import run_session

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flexvar_runtime import CostRow, FlexVARPipeline, ScaleSchedule
-from flexvar_runtime.atomic import atomic_write, require_parent
-from flexvar_runtime.deadline import quality_order
+from flexvar_runtime.deadlines.choice import quality_order
+from flexvar_runtime.files.atomic import atomic_write, require_parent
 
 TIGHTEST, WIDEST = 1.02, 1.5  # of the fastest's cost, and of the slowest's
 console = Console()

@@ -27,12 +27,12 @@ from rich.table import Table
 import flexvar_export
 import flexvar_ref
 from flexvar_export.bundle import export_bundle
+from flexvar_export.bundle_writer import write_bundle
 from flexvar_export.emulate import emulate_bf16
 from flexvar_ref.training import scenes
 from flexvar_runtime import Bundle, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
-from flexvar_runtime.atomic import atomic_write, require_parent
-from flexvar_runtime.bundle_writer import write_bundle
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.files.atomic import atomic_write, require_parent
+from flexvar_runtime.model.schedule import PUBLISHED
 
 from .scene_classifier import FLOOR_SEED, HELD_OUT_SEED, REFERENCE_SEED, Judged, SceneClassifier, frechet, real, trained
 

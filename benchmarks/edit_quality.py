@@ -22,7 +22,7 @@ from rich.console import Console
 
 from flexvar_ref.training import scenes
 from flexvar_runtime import FlexVARPipeline, GenerationOutput, ScaleSchedule
-from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.files.atomic import atomic_write
 
 from .demo_quality import (
     BATCH,

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flexvar_runtime import FlexVARPipeline, Guidance
-from flexvar_runtime.atomic import atomic_write, require_parent
+from flexvar_runtime.files.atomic import atomic_write, require_parent
+from flexvar_runtime.request import Request
 
 from .variants import default_guidance
 
@@ -64,14 +65,14 @@ def force(pipe: FlexVARPipeline, count: int, guidance: Guidance, prefills: bool)
     rng = np.random.default_rng(count)
     sizes = pipe.schedule.scales[:count]
     tokens = [rng.integers(pipe.model.vocabulary, size=(1, *size)).astype(np.int32) for size in sizes]
-    pipe.engine.prefills = prefills
+    pipe.generator.prefills = prefills
     try:
-        with pipe.engine.loop([0], pipe.schedule, guidance) as loop:
+        with pipe.generator.loop(Request.of([0], pipe.schedule, guidance)) as loop:
             start = time.perf_counter()
             loop.force(tokens)
             return time.perf_counter() - start
     finally:
-        pipe.engine.prefills = True
+        pipe.generator.prefills = True
 
 
 def show(rows: Sequence[Row], title: str) -> None:
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"got scales {options.scales} and {options.turns} turns; expected 2 to {most} scales, 1 turn and more; "
                 "fix: name others"
             )
-        if not pipe.engine.prefills:
+        if not pipe.generator.prefills:
             parser.error(f"got no graph prefill for {pipe.backend.name}; expected one; fix: export or build it")
         rows = measure(pipe, counts, options.turns)
         found = {"bundle": pipe.bundle.sha256, "backend": pipe.backend.name, "threads": pipe.backend.threads}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.manifest import ModelFacts
+from flexvar_runtime.model.facts import ModelFacts
 
 PUBLISHED_DECODER_FLOPS = 252.7e9  # the published tokenizer's decoder at 16 x 16 tokens
 PUBLISHED_DECODER_TOKENS = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 from flexvar_export.quality import read_quality as rated_schedules
 from flexvar_runtime import Bundle, ScaleSchedule
 from flexvar_runtime.errors import InvalidInput
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.model.schedule import PUBLISHED
 
 from .records import Quality
 from .variants import TORCH_PEERS, VARIANTS, CostWork, Work

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.strict_json import decode, encode, loads
+from flexvar_runtime.files.atomic import atomic_write
+from flexvar_runtime.files.strict_json import decode, encode, loads
 
+_FIX = "Run the benchmark again."
 SCHEMA = 1
 T = TypeVar("T")
 
@@ -153,19 +154,17 @@ def read(path: Path) -> Results:
         raise ArtifactRefused(
             f"{path.name} with {len(environments)} environments and {len(ceilings)} ceilings",
             expected="one of each, as flexvar bench run writes them",
-            fix="run the benchmark again",
+            fix=_FIX,
         )
     return Results(environments[0], ceilings[0], _of(Measured, records), _of(Served, records), _of(Quality, records))
 
 
 def _record(text: str, where: str) -> Record:
-    document = loads(text, where=where)
+    document = loads(text, where=where, fix=_FIX)
     known = isinstance(document, dict) and document.get("schema") == SCHEMA and document.get("kind") in KINDS
     if not isinstance(document, dict) or not known:
-        raise ArtifactRefused(
-            f"{where}: {text[:60]!r}", expected=f"a result of schema {SCHEMA}", fix="run the benchmark again"
-        )
-    record: Record = decode(KINDS[document["kind"]], document.get("value"), where=where)
+        raise ArtifactRefused(f"{where}: {text[:60]!r}", expected=f"a result of schema {SCHEMA}", fix=_FIX)
+    record: Record = decode(KINDS[document["kind"]], document.get("value"), where=where, fix=_FIX)
     return record
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.files.atomic import atomic_write
 
 from .charts import colour, from_extra, three_digits
 from .records import Ceiling, Measured, Quality, Results, Scenario, Served

@@ -12,7 +12,7 @@ import numpy as np
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.backends import BACKENDS
-from flexvar_runtime.manifest import ModelFacts
+from flexvar_runtime.model.facts import ModelFacts
 
 from .limits import PHASE_SAVING, decoder_flops, transformer_flops
 from .plans import LEAST, Case, Load, Plan, calls_of

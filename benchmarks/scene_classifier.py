@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexvar_ref.training import scenes
-from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.files.atomic import atomic_write
 
 SIDE = 64  # pixels of the shorter side the classifier looks at
 WIDTHS = (32, 64, 128, 128)

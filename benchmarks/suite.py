@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.manifest import PRECISIONS
-from flexvar_runtime.strict_json import decode
+from flexvar_runtime.files.strict_json import decode
+from flexvar_runtime.model.precision import Precision
 
 from .plans import Extent, names_of
 
@@ -51,9 +51,9 @@ class Entry:
                 expected="a name, and a bundle, or a checkpoint with its vae, or random weights",
                 fix="give the checkpoint and its vae together, or random alone",
             )
-        if self.precision not in (None, *PRECISIONS):
+        if self.precision not in (None, *Precision):
             raise InvalidInput(
-                f"precision {self.precision!r:.100}", expected=" or ".join(PRECISIONS), fix="name one of them"
+                f"precision {self.precision!r:.100}", expected=" or ".join(Precision), fix="name one of them"
             )
         if self.precision is not None and self.bundle is not None:
             raise InvalidInput(
@@ -79,7 +79,9 @@ def read_suite(path: Path) -> tuple[Entry, ...]:
     """The models of a suite; files are relative to it. Raises ArtifactRefused, InvalidInput."""
     fix = "see benchmarks/standard.toml, which is one"
     try:
-        entries = decode(Suite, tomllib.loads(path.read_text(encoding="utf-8")), where=path.name).model
+        entries = decode(
+            Suite, tomllib.loads(path.read_text(encoding="utf-8")), where=path.name, fix=f"Correct {path.name}."
+        ).model
     except ArtifactRefused as error:
         raise ArtifactRefused(error.got, expected=error.expected, fix=fix) from None
     except ValueError as error:

@@ -21,24 +21,15 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle, CostRow, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
-from flexvar_runtime.backends.base import host_dtype
-from flexvar_runtime.backends.byte_products import make_exact
-from flexvar_runtime.backends.openvino import shared_core
+from flexvar_runtime.backends.openvino.backend import shared_core
+from flexvar_runtime.backends.ort.byte_products import make_exact
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
-from flexvar_runtime.graphs import (
-    CONDITION,
-    DECODE,
-    DTYPE_OF_PRECISION,
-    STEP,
-    TABLES_FILE,
-    graph_precision,
-    new_names,
-    past_names,
-)
-from flexvar_runtime.images import to_uint8
-from flexvar_runtime.noise import draws
-from flexvar_runtime.sampling import sample
-from flexvar_runtime.tables import Tables
+from flexvar_runtime.model.noise import draws
+from flexvar_runtime.model.sampling import sample
+from flexvar_runtime.model.signatures import CONDITION, DECODE, STEP, TABLES_FILE, new_names, past_names
+from flexvar_runtime.model.tables import Tables
+from flexvar_runtime.model.tensors import host_dtype
+from flexvar_runtime.pictures.pixels import to_uint8
 
 from .energy import gpu_counter, joules_of_call
 
@@ -224,7 +215,7 @@ def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    if graph_precision(bundle.manifest.precision, STEP) == "int8":
+    if bundle.manifest.precision.of(STEP) == "int8":
         make_exact(onnxruntime, options)  # no setting of speed: what saturates is another model
     sessions = {
         graph: onnxruntime.InferenceSession(str(bundle.graph_file(graph)), options, providers=["CPUExecutionProvider"])
@@ -273,7 +264,7 @@ def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> 
     modulation = {name: array for name, array in condition.items() if name != "first_input"}
     conditioned = time.perf_counter()
     rows = np.arange(B, dtype=np.int32)
-    kept = host_dtype(DTYPE_OF_PRECISION[bundle.manifest.precision])
+    kept = host_dtype(bundle.manifest.precision.dtype)
     past = {name: np.empty((0, branches * B, model.heads, model.head_size), kept) for name in past_names(model.depth)}
     weights = default_guidance(bundle, work.guided).weights(work.schedule)
     steps, drawing, tokens = [], 0.0, np.empty((B, 1, 1), np.int32)

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_runtime.bundle.manifest import Range
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP
-from flexvar_runtime.manifest import Range
+from flexvar_runtime.model.signatures import CONDITION, DECODE, ENCODE, STEP
 
 from .modules import Step, graph_module
 from .proof import Proof

@@ -15,11 +15,11 @@ from flexvar_runtime.cli.console import JsonOption, emit, err, out, steps
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 
 if TYPE_CHECKING:
-    from flexvar_runtime.backends.trt_library import TrtLibrary
-    from flexvar_runtime.bundle import Bundle
+    from flexvar_runtime.backends.tensorrt.engine_files import EngineId, Found
+    from flexvar_runtime.backends.tensorrt.library import TrtLibrary
+    from flexvar_runtime.bundle.opening import Bundle
     from flexvar_runtime.cuda.gpu import GpuFacts
-    from flexvar_runtime.engines import EngineId, Found
-    from flexvar_runtime.schedule import ScaleSchedule
+    from flexvar_runtime.model.schedule import ScaleSchedule
 
 DEFAULT_MAX_BATCH = 8
 MAX_BATCH = 1024
@@ -51,13 +51,14 @@ def build(
     TensorRT-RTX does not run on compute capability 9.0 (H100, H200): build with TensorRT there.
     """
     from flexvar_runtime.backends import precisions
-    from flexvar_runtime.backends.trt_library import FLAVOURS, load
-    from flexvar_runtime.bundle import Bundle
-    from flexvar_runtime.cuda.buffers import Shape
-    from flexvar_runtime.cuda.device_plan import require_on_device
-    from flexvar_runtime.engines import receipts_folder
-    from flexvar_runtime.manifest import TRANSPOSED
-    from flexvar_runtime.user_folders import user_folder
+    from flexvar_runtime.backends.tensorrt.engine_files import receipts_folder
+    from flexvar_runtime.backends.tensorrt.library import FLAVOURS, load
+    from flexvar_runtime.bundle.manifest import TRANSPOSED
+    from flexvar_runtime.bundle.opening import Bundle
+    from flexvar_runtime.files.private import user_folder
+    from flexvar_runtime.generation.device_memory import require_on_device
+    from flexvar_runtime.model.precision import Precision
+    from flexvar_runtime.request import Shape
 
     if backend not in FLAVOURS:
         raise InvalidInput(f"backend {backend!r:.100}", expected=" or ".join(FLAVOURS), fix="name one of them")
@@ -70,7 +71,7 @@ def build(
             expected=f"one in {' or '.join(known)}",
             fix="export it with one of these",
         )
-    if library.rtx and (opened.manifest.precision, opened.manifest.decoder) == ("bf16", TRANSPOSED):
+    if library.rtx and (opened.manifest.precision, opened.manifest.decoder) == (Precision.BF16, TRANSPOSED):
         raise InvalidInput(
             f"a decoder in bf16 that upsamples transposed for {backend}, which has no such layer (1.7)",
             expected="one in phases or plain",
@@ -128,8 +129,8 @@ def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], s
 
     Raises InvalidInput; BackendUnavailable where TensorRT finds no GPU, or TensorRT-RTX does not run on the one meant.
     """
-    from flexvar_runtime.backends.trt_library import require_runs_on
-    from flexvar_runtime.engines import PORTABLE
+    from flexvar_runtime.backends.tensorrt.engine_files import PORTABLE
+    from flexvar_runtime.backends.tensorrt.library import require_runs_on
 
     from .engine_builder import supported_targets
 
@@ -159,7 +160,7 @@ def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], s
 
 def _named_targets(library: TrtLibrary, asked: list[str]) -> str:
     """The targets that were asked for ("86" or "8.6"), in the library's order, joined by commas."""
-    from flexvar_runtime.backends.trt_library import known_targets, require_runs_on
+    from flexvar_runtime.backends.tensorrt.library import known_targets, require_runs_on
 
     from .engine_builder import supported_targets
 
@@ -182,7 +183,7 @@ def _named_targets(library: TrtLibrary, asked: list[str]) -> str:
 
 def read_schedules(bundle: Bundle, texts: list[str]) -> list[ScaleSchedule]:
     """The schedules asked for, by default that of the bundle. Raises InvalidInput."""
-    from flexvar_runtime.schedule import ScaleSchedule
+    from flexvar_runtime.model.schedule import ScaleSchedule
 
     return [ScaleSchedule.parse(text) for text in texts or [bundle.manifest.defaults.schedule]]
 
@@ -196,8 +197,8 @@ def wanted_engines(
     prefill: bool = False,
 ) -> list[EngineId]:
     """One for each graph, the large one last. Raises ArtifactRefused where the bundle has none to prefill with."""
-    from flexvar_runtime.engines import RECIPE, EngineId, graph_sha256
-    from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, PREFILL, STEP
+    from flexvar_runtime.backends.tensorrt.engine_files import RECIPE, EngineId, graph_sha256
+    from flexvar_runtime.model.signatures import CONDITION, DECODE, ENCODE, PREFILL, STEP
 
     from .engine_profiles import profiles
 
@@ -219,10 +220,10 @@ def build_graph(
     library: TrtLibrary, wanted: EngineId, places: Places, *, force: bool, advance: Callable[[str], None]
 ) -> Result:
     """Build one engine, or find it built; one builder at a time. `advance` is called once a profile."""
-    from flexvar_runtime.engine_writer import built, lock_engine, write_engine
-    from flexvar_runtime.engines import engines_folder
+    from flexvar_runtime.backends.tensorrt.engine_files import engines_folder
 
     from .engine_builder import build_engine
+    from .engine_writer import built, lock_engine, write_engine
 
     folder, names = engines_folder(places.bundle, places.engines), iter(wanted.profiles)
 
@@ -245,7 +246,7 @@ def build_graph(
 
 
 def _report(bundle: Bundle, library: TrtLibrary, target: str, results: list[Result], as_json: bool) -> None:
-    from flexvar_runtime.strict_json import encode
+    from flexvar_runtime.files.strict_json import encode
 
     data = {
         "bundle": str(bundle.path),

@@ -18,24 +18,18 @@ from torch import nn
 import flexvar_ref
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
-from flexvar_runtime.backends.byte_products import make_exact
-from flexvar_runtime.backends.host import MAX_THREADS
-from flexvar_runtime.bundle_writer import seal, write_bundle
+from flexvar_runtime.backends.host_arrays import MAX_THREADS
+from flexvar_runtime.backends.ort.byte_products import make_exact
+from flexvar_runtime.bundle.manifest import Defaults, Manifest, ParityRecord, Provenance
+from flexvar_runtime.checks import check_choice, check_whole
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.graphs import PREFILL, STEP, TABLES_FILE, WEIGHTS_OF, graph_precision, graph_specs
-from flexvar_runtime.manifest import (
-    PRECISIONS,
-    SCHEMA_VERSION,
-    Defaults,
-    GraphSpec,
-    Manifest,
-    ModelFacts,
-    ParityRecord,
-    Provenance,
-)
-from flexvar_runtime.noise import check_whole
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import PREFILL, SCHEMA_VERSION, STEP, TABLES_FILE, WEIGHTS_OF, graph_specs
+from flexvar_runtime.model.tensors import GraphSpec
 
 from .activations import largest_activations, refuse_overflow
+from .bundle_writer import seal, write_bundle
 from .facts import PUBLISHED_DEFAULTS, model_facts, ordered_defaults, tables
 from .modules import block_parts, graph_module
 from .onnx_graphs import export_graph
@@ -81,16 +75,15 @@ def export_bundle(
     Raises ArtifactRefused (checkpoint, fp16 range or a missing CUDA kernel), ParityFailed, InvalidInput,
     BackendUnavailable. Whatever happens, nothing unproven is left under the name `out`.
     """
-    if precision not in PRECISIONS:
-        raise InvalidInput(f"precision {precision!r}", expected=" or ".join(PRECISIONS), fix="name one of them")
-    if float32_parts and precision == "fp32":
+    precision = Precision(check_choice("precision", precision, tuple(Precision)))
+    if float32_parts and precision is Precision.FP32:
         raise InvalidInput(
             f"{float32_parts[0]!r:.100} kept in float32", expected="another precision", fix="leave it out"
         )
     target = choose_target(target, precision)
     decoder = choose_decoder(decoder, precision, target)
     create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
-    if graph_precision(precision, STEP) == "int8":
+    if precision.of(STEP) is Precision.INT8:
         library = importlib.import_module("onnxruntime")
         make_exact(library, library.SessionOptions())
     with torch_threads(threads), write_bundle(out, force=force) as directory:
@@ -103,7 +96,7 @@ def export_bundle(
         proof.thinned().save(directory / PROOF_FILE)
         progress("measuring activations")
         largest = largest_activations(model, vae, proof)
-        if precision == "fp16":
+        if precision is Precision.FP16:
             refuse_overflow(largest)
         specs, kept = graph_specs(facts, precision), _known_parts(float32_parts or (), facts)
         for name in specs:
@@ -131,7 +124,7 @@ def export_bundle(
         del model, vae
         progress("proving parity")
         record = prove(seal(directory, manifest), proof, threads=threads)
-        if precision != "fp32" and float32_parts is None and (excess := step_excess(record)):
+        if precision is not Precision.FP32 and float32_parts is None and (excess := step_excess(record)):
             progress("finding what must stay float32")
             model, vae = load_reference(transformer, tokenizer)
             rounded = torch.int8 if _dtype(precision, STEP) == torch.int8 else torch.bfloat16
@@ -148,8 +141,8 @@ def export_bundle(
     return Bundle.open(out)
 
 
-def _dtype(precision: str, graph: str) -> torch.dtype:
-    return TORCH_PRECISIONS[graph_precision(precision, graph)]
+def _dtype(precision: Precision, graph: str) -> torch.dtype:
+    return TORCH_PRECISIONS[precision.of(graph)]
 
 
 @contextmanager

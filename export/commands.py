@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexvar_runtime.atomic import existing
 from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
-from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.files.atomic import existing
+from flexvar_runtime.model.signatures import GRAPHS
 
 from .build_command import build
 
 if TYPE_CHECKING:
-    from flexvar_runtime.bundle import Bundle
-    from flexvar_runtime.manifest import ModelFacts, ParityRecord
+    from flexvar_runtime.bundle.manifest import ParityRecord
+    from flexvar_runtime.bundle.opening import Bundle
+    from flexvar_runtime.model.facts import ModelFacts
 
 EXPORT_STEPS = 4 + len(GRAPHS)  # checkpoint, reference, activations and proof; each graph
 
@@ -205,7 +206,7 @@ def verify(
 
 def _inspected(bundle: Bundle, backend: str, device: str | None, engines: Path | None) -> dict[str, object]:
     """Types the kernels of every engine compute in, as the engines themselves say."""
-    from flexvar_runtime.strict_json import encode
+    from flexvar_runtime.files.strict_json import encode
 
     from .engine_inspection import inspect_engines
 
@@ -252,7 +253,7 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def _summary(record: ParityRecord) -> dict[str, object]:
-    from flexvar_runtime.strict_json import encode
+    from flexvar_runtime.files.strict_json import encode
 
     return encode(record)  # type: ignore[return-value]
 

@@ -14,12 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle
-from flexvar_runtime.backends.base import Backend, Graph, host_dtype
-from flexvar_runtime.engine import Engine, require_precision
+from flexvar_runtime.backends.base import Backend, Graph
+from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, STEP, is_half
-from flexvar_runtime.loop import ScaleLoop
-from flexvar_runtime.manifest import ParityRecord, ParityRow, TensorSpec
+from flexvar_runtime.generation.generator import Generator, require_precision
+from flexvar_runtime.generation.host import HostLoop
+from flexvar_runtime.generation.opening import open_generator
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import CONDITION, DECODE, ENCODE, STEP
+from flexvar_runtime.model.tensors import TensorSpec, host_dtype
+from flexvar_runtime.request import Request
 
 from .parity import GATES, holds, joined_modulation, psnr, relative_error
 from .proof import Case, Proof
@@ -42,27 +46,27 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
             expected="ort-cpu, whose arrays lie on the host",
             fix="--against ort-cpu",
         )
-    if bundle.manifest.precision == "bf16":
+    if bundle.manifest.precision is Precision.BF16:
         raise InvalidInput(
             "a bf16 bundle to compare between backends",
             expected="another precision, which arrays on the host can hold",
             fix="flexvar verify without --against compares with the reference",
         )
     require_precision(bundle, second)
-    engine = Engine(bundle, first)
+    generator = open_generator(bundle, first)
     others: dict[str, Graph] = {}
     try:
         rows: list[ParityRow] = []
         gate = GATES[bundle.manifest.precision]
-        for graph, scale, feed in _feeds(engine, proof, second.labels_per_run):
+        for graph, scale, feed in _feeds(generator, proof, second.labels_per_run):
             if graph not in others:
                 others[graph] = second.open(bundle, graph)
-            got = _run_both([(first, engine.graph(graph)), (second, others[graph])], feed)
+            got = _run_both([(first, generator.graph(graph)), (second, others[graph])], feed)
             if graph == CONDITION:
-                got = [joined_modulation(outputs, engine.model.depth) for outputs in got]
+                got = [joined_modulation(outputs, generator.model.depth) for outputs in got]
             for name, exact in got[0].items():
                 pair = got[1][name].astype(np.float32), exact.astype(np.float32)
-                if graph == DECODE and is_half(bundle.manifest.precision, graph):
+                if graph == DECODE and bundle.manifest.precision.of(graph).half:
                     metric, value, bound = "psnr_db", psnr(*pair), gate.psnr - TWICE
                 else:
                     metric, value, bound = "relative_error", relative_error(*pair), 2 * gate.error(graph)
@@ -71,7 +75,7 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
     finally:
         for opened in others.values():
             opened.close()
-        engine.close()
+        generator.close()
         second.close()
     return ParityRecord(
         backend=f"{second.name} against {first.name}",
@@ -82,12 +86,12 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
     )
 
 
-def _feeds(engine: Engine, proof: Proof, labels: int) -> Iterator[tuple[str, str | None, Arrays]]:
+def _feeds(generator: Generator, proof: Proof, labels: int) -> Iterator[tuple[str, str | None, Arrays]]:
     """Inputs of every graph in the order of a generation, as the first backend's own run makes them."""
     case: Case = proof.cases[0]
     yield CONDITION, None, {"labels": np.resize(np.array(proof.labels, np.int32), labels)}
-    with engine.loop(case.labels, case.schedule, case.guidance) as loop:
-        assert isinstance(loop, ScaleLoop)  # the first backend's arrays lie on the host
+    with generator.loop(Request.of(case.labels, case.schedule, case.guidance)) as loop:
+        assert isinstance(loop, HostLoop)  # the first backend's arrays lie on the host
         previous = None
         for i, (h, w) in enumerate(case.schedule):
             inputs = loop.inputs(i, previous)

@@ -14,9 +14,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from flexvar_runtime import Bundle
-from flexvar_runtime.bundle_writer import seal
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import TABLES_FILE, graph_precision, graph_specs
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import TABLES_FILE, graph_specs
+
+from .bundle_writer import seal
 
 _BF16, _F32 = TensorProto.BFLOAT16, TensorProto.FLOAT
 _ROUNDED = "_rounded"
@@ -26,10 +28,11 @@ def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
     """Write a bundle into the empty `directory` that computes without bfloat16 what `bundle` does with it: a float32
     one of a bf16 one, int8 of int8-bf16."""
     manifest = bundle.manifest
-    precision, kept = ("int8", manifest.float32_parts) if manifest.precision == "int8-bf16" else ("fp32", ())
+    mixed = manifest.precision is Precision.INT8_BF16
+    precision, kept = (Precision.INT8, manifest.float32_parts) if mixed else (Precision.FP32, ())
     for name, spec in manifest.graphs.items():
         model = onnx.load(str(bundle.file(spec.file)))
-        if graph_precision(manifest.precision, name) == "bf16":
+        if manifest.precision.of(name) is Precision.BF16:
             widen(model)
         onnx.save_model(model, str(directory / spec.file), save_as_external_data=True, location=f"{spec.file}.data")
     (directory / TABLES_FILE).write_bytes(bundle.file(TABLES_FILE).read_bytes())

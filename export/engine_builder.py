@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexvar_runtime.atomic import atomic_write
-from flexvar_runtime.backends.trt_library import TrtLibrary, known_targets
-from flexvar_runtime.bundle import Bundle
-from flexvar_runtime.engine_writer import private_folder
-from flexvar_runtime.engines import PORTABLE, EngineId, PrecisionReport, graph_files
+from flexvar_runtime.backends.tensorrt.engine_files import PORTABLE, EngineId, PrecisionReport
+from flexvar_runtime.backends.tensorrt.library import TrtLibrary, known_targets
+from flexvar_runtime.bundle.onnx_scan import Scan, scan
+from flexvar_runtime.bundle.opening import Bundle
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
-from flexvar_runtime.manifest import GraphSpec
-from flexvar_runtime.onnx_scan import Scan, scan
+from flexvar_runtime.files.atomic import atomic_write
+from flexvar_runtime.files.private import make_private
+from flexvar_runtime.model.tensors import GraphSpec
 
 from .engine_precision import arithmetic, decompose_attention, dtype_name, prove_precision
 
@@ -69,7 +69,7 @@ def build_engine(
 def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timing: Path | None, tick: Tick) -> Plan:
     spec, path = bundle.graph(wanted.graph), bundle.graph_file(wanted.graph)
     content = scan(path)
-    _check_content(path.name, content, graph_files(bundle, wanted.graph))
+    _check_content(path.name, content, bundle.graph_files(wanted.graph))
     builder = library.module.Builder(library.logger)
     network = builder.create_network()
     parser = _parse(library, network, path)  # owns the weights that the network refers to
@@ -270,7 +270,7 @@ def _too_large(name: str, text: str) -> OutOfMemory:
 
 def _load_timing(config: Any, path: Path) -> None:
     """Timings of earlier builds. A file that TensorRT does not take is as good as none."""
-    private_folder(path.parent)
+    make_private(path.parent)
     data = b""
     with suppress(OSError):
         data = path.read_bytes()

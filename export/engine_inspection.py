@@ -6,10 +6,10 @@ from contextlib import closing
 from pathlib import Path
 
 from flexvar_runtime import Bundle
-from flexvar_runtime.backends.tensorrt import create
-from flexvar_runtime.engines import PrecisionReport
+from flexvar_runtime.backends.tensorrt.backend import create
+from flexvar_runtime.backends.tensorrt.engine_files import PrecisionReport
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import DTYPE_OF_PRECISION, PREFILL, REQUIRED
+from flexvar_runtime.model.signatures import PREFILL, REQUIRED
 
 from .engine_precision import FLOAT32_ISLANDS, inspect_precision, kept_matmuls
 
@@ -20,7 +20,7 @@ def inspect_engines(
     bundle: Bundle, name: str, *, device: str | None = None, engines: Path | None = None
 ) -> dict[str, PrecisionReport]:
     """Of a TensorRT backend's engines, by graph. Raises ArtifactRefused where one computes in another precision."""
-    claimed, reports = DTYPE_OF_PRECISION[bundle.manifest.precision], {}
+    claimed, reports = bundle.manifest.precision.dtype, {}
     with closing(create(name, device=device, threads=None, engines=engines)) as backend:
         for graph in [*REQUIRED, *([PREFILL] if backend.prepared(bundle, PREFILL) else [])]:
             with closing(backend.open(bundle, graph)) as opened:

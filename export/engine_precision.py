@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flexvar_runtime.backends.trt_library import TrtLibrary
-from flexvar_runtime.engines import PrecisionReport
+from flexvar_runtime.backends.tensorrt.engine_files import PrecisionReport
+from flexvar_runtime.backends.tensorrt.library import TrtLibrary
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import DTYPE_OF_PRECISION, ENCODE, PREFILL, STEP
-from flexvar_runtime.strict_json import loads
+from flexvar_runtime.files.strict_json import loads
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import ENCODE, PREFILL, STEP
 
 MATMUL, CONVOLUTION, ATTENTION = KINDS = ("matmul", "convolution", "attention")
 FLOAT32_ISLANDS = {
@@ -101,7 +102,7 @@ def prove_precision(
     attention_layers: how many the ONNX graph has. In half precision those of `step` must all be fused: decomposed, they
     would write every score to memory. kept: the manifest's `float32_parts`. Raises ArtifactRefused.
     """
-    layers, claimed = list(layers), DTYPE_OF_PRECISION[precision]
+    layers, claimed = list(layers), Precision(precision).dtype
     islands = FLOAT32_ISLANDS.get(graph, set()) if precision != "fp32" else set()
     declared = kept_matmuls(graph, kept)
     wrong = [layer for layer in layers if layer.dtype != (_island_dtype(layer, islands) or claimed)]
@@ -174,7 +175,7 @@ def inspect_precision(engine_information_json: str, claimed: str) -> PrecisionRe
     The engine was built with detailed verbosity; `claimed` is a dtype of the manifest. What the compiler generated
     (type "kgen") counts only where it is attention. Raises ArtifactRefused where the text tells of no such kernels.
     """
-    document = loads(engine_information_json, where="engine information")
+    document = loads(engine_information_json, where="engine information", fix="Build the engine again.")
     rows = document.get("Layers") if isinstance(document, dict) else None
     kernels = [_kernel(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     counts = Counter(kernel for kernel in kernels if kernel is not None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexvar_runtime.engines import CONDITION_LABELS, WIDE, Profile
-from flexvar_runtime.graphs import CONDITION, PREFILL, STEP
-from flexvar_runtime.manifest import ModelFacts
-from flexvar_runtime.planner import IMAGES_PER_RUN
-from flexvar_runtime.schedule import ScaleSchedule
+from flexvar_runtime.backends.tensorrt.engine_files import DEVICE_LABELS, WIDE, Profile
+from flexvar_runtime.memory.plan import IMAGES_PER_RUN
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.schedule import ScaleSchedule
+from flexvar_runtime.model.signatures import CONDITION, PREFILL, STEP
 
 FEW_HEADS = 4  # with fewer, TensorRT-RTX 1.7 has no attention kernel for exactly one query; for one or two it has
 
@@ -30,7 +30,7 @@ def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int, mod
     The wide one serves every schedule whose largest scale and whose tokens are no more than the largest asked for.
     """
     if graph == CONDITION:
-        return (Profile(name=f"{CONDITION_LABELS} labels", axes={"labels": (CONDITION_LABELS,) * 3}),)
+        return (Profile(name=f"{DEVICE_LABELS} labels", axes={"labels": (DEVICE_LABELS,) * 3}),)
     if graph == STEP:
         return _step(schedules, max_batch, model.heads)
     if graph == PREFILL:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_runtime.bundle.manifest import Defaults
+from flexvar_runtime.checks import short
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.manifest import Defaults, ModelFacts
-from flexvar_runtime.sampling import Sampling
-from flexvar_runtime.schedule import PUBLISHED, ScaleSchedule
-from flexvar_runtime.strict_json import decode, encode, loads, short
-from flexvar_runtime.tables import Tables
+from flexvar_runtime.files.strict_json import decode, encode, loads
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.sampling import Sampling
+from flexvar_runtime.model.schedule import PUBLISHED, ScaleSchedule
+from flexvar_runtime.model.tables import Tables
 
 # The published evaluation at 256 px.
 PUBLISHED_DEFAULTS = Defaults(
@@ -41,7 +43,7 @@ def read_defaults(path: Path) -> Defaults:
     """The published defaults, but for what a JSON object names. Raises InvalidInput."""
     names = [field.name for field in fields(Defaults) if field.name != "quality_order"]
     try:
-        given = loads(path.read_bytes(), where=path.name)
+        given = loads(path.read_bytes(), where=path.name, fix=f"Correct {path.name}.")
         if not isinstance(given, dict) or not set(given) <= set(names):
             raise InvalidInput(
                 f"{path.name}: {short(given)}",
@@ -49,7 +51,7 @@ def read_defaults(path: Path) -> Defaults:
                 fix="name what differs from the published evaluation",
             )
         published = cast(dict[str, object], encode(PUBLISHED_DEFAULTS))
-        found = decode(Defaults, {**published, **given}, where=path.name)
+        found = decode(Defaults, {**published, **given}, where=path.name, fix=f"Correct {path.name}.")
         ScaleSchedule.parse(found.schedule)
         Sampling(found.top_k, found.top_p, found.greedy_scales, found.max_side)
     except (OSError, ArtifactRefused) as error:

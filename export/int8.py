@@ -6,7 +6,7 @@ what else is in its batch.
 
 Unsigned by signed, because that is what processors have dot products of bytes for: ONNX Runtime is two and a half times
 as fast at them as at unsigned by unsigned. On a processor without, it adds pairs of them in sixteen bits that saturate,
-unless it is told to be exact (`flexvar_runtime.backends.byte_products`).
+unless it is told to be exact (`flexvar_runtime.backends.ort.byte_products`).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, NORM_EPS, Block
-from flexvar_runtime.graphs import CONDITION, ENCODE, HEAD_MODULATION, MODULATION, PREFILL, STEP
-from flexvar_runtime.manifest import PLAIN
+from flexvar_runtime.bundle.manifest import PLAIN
+from flexvar_runtime.model.signatures import CONDITION, ENCODE, HEAD_MODULATION, MODULATION, PREFILL, STEP
 
 from .int8 import LOW, MIDDLE, Int8Dense
 from .upsampling import replace_upsampling
@@ -202,7 +202,7 @@ class Step(nn.Module):
     """One scale: embed, run the blocks, combine the guidance branches, head.
 
     The past of a block is its own tensor, token-major: it is bound as the prefix of one buffer whose tail receives the
-    new keys, so nothing is gathered or stacked. Signature: `flexvar_runtime.graphs`.
+    new keys, so nothing is gathered or stacked. Signature: `flexvar_runtime.model.signatures`.
     """
 
     embed: Tensor

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.graphs import OPSET
-from flexvar_runtime.manifest import GraphSpec, TensorSpec
+from flexvar_runtime.model.signatures import OPSET
+from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 from .int8 import TRANSLATIONS
 

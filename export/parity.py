@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle, FlexVARPipeline, ParityFailed, Sampling
 from flexvar_runtime.backends import create
-from flexvar_runtime.engine import Engine
-from flexvar_runtime.graphs import (
+from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
+from flexvar_runtime.generation.generator import Generator
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import (
     CONDITION,
     DECODE,
     ENCODE,
@@ -22,9 +24,8 @@ from flexvar_runtime.graphs import (
     MODULATION,
     PREFILL,
     STEP,
-    graph_precision,
 )
-from flexvar_runtime.manifest import ParityRecord, ParityRow
+from flexvar_runtime.request import Request
 
 from .emulate import emulate_bf16
 from .proof import SEED, Case, Float32, Proof
@@ -51,12 +52,14 @@ class Gate:
         return self.relative if own is None else own
 
 
-GATES = {
-    "fp32": Gate(1e-5, 80.0),
-    "fp16": Gate(2e-3, 50.0),
-    "bf16": Gate(1.5e-2, 40.0),
-    "int8": Gate(1e-5, 80.0, logits=6e-2),  # ours: a fifth above what the demo model needs (`benchmarks/LOG.md`)
-    "int8-bf16": Gate(1e-5, 40.0, logits=6e-2, latent=1.5e-2),  # each graph as in its own precision
+GATES: dict[str, Gate] = {
+    Precision.FP32: Gate(1e-5, 80.0),
+    Precision.FP16: Gate(2e-3, 50.0),
+    Precision.BF16: Gate(1.5e-2, 40.0),
+    Precision.INT8: Gate(
+        1e-5, 80.0, logits=6e-2
+    ),  # a fifth above what the demo model needs (LOG.md)
+    Precision.INT8_BF16: Gate(1e-5, 40.0, logits=6e-2, latent=1.5e-2),  # each graph as in its own precision
 }
 
 
@@ -76,14 +79,14 @@ def psnr(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
     return float(min(10 * np.log10(4 / error), PSNR_CAP)) if error > 0 else PSNR_CAP
 
 
-def compare(engine: Engine, proof: Proof, gate: Gate) -> Iterator[ParityRow]:
+def compare(generator: Generator, proof: Proof, gate: Gate) -> Iterator[ParityRow]:
     """One row per graph, scale and output, in the order in which a generation computes them."""
-    condition = joined_modulation(engine.condition(proof.labels).tensors(), engine.model.depth)
+    condition = joined_modulation(generator.condition(proof.labels), generator.model.depth)
     for name in ("modulation", "head_modulation", "first_input"):
         yield _relative(CONDITION, None, name, condition[name], getattr(proof, name), gate)
     for case in proof.cases:
-        yield from _compare_case(engine, case, gate)
-    latent, reference = (np.moveaxis(x, 1, -1) for x in (engine.encode(proof.image), proof.latent))
+        yield from _compare_case(generator, case, gate)
+    latent, reference = (np.moveaxis(x, 1, -1) for x in (generator.encode(proof.image), proof.latent))
     yield _relative(ENCODE, None, "latent", latent, reference, gate)
 
 
@@ -100,15 +103,15 @@ def joined_modulation(condition: Mapping[str, Float32], depth: int) -> dict[str,
     }
 
 
-def _compare_case(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]:
-    with engine.loop(case.labels, case.schedule, case.guidance) as loop:
+def _compare_case(generator: Generator, case: Case, gate: Gate) -> Iterator[ParityRow]:
+    with generator.loop(Request.of(case.labels, case.schedule, case.guidance)) as loop:
         previous = None
         for i, (h, w) in enumerate(case.schedule):
             logits = loop.logits(i, previous)[:, case.rows[i]]
             yield _relative(STEP, f"{i + 1}/{len(case.schedule)} ({h}x{w})", "logits", logits, case.logits[i], gate)
             previous = case.tokens[i]
-    yield from _compare_prefill(engine, case, gate)
-    decoded = np.concatenate([part.copy() for part in engine.decode(case.tokens[-1])])
+    yield from _compare_prefill(generator, case, gate)
+    decoded = np.concatenate([part.copy() for part in generator.decode(case.tokens[-1])])
     h, w = case.schedule[-1]
     yield ParityRow(
         graph=DECODE,
@@ -120,13 +123,13 @@ def _compare_case(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]
     )
 
 
-def _compare_prefill(engine: Engine, case: Case, gate: Gate) -> Iterator[ParityRow]:
+def _compare_prefill(generator: Generator, case: Case, gate: Gate) -> Iterator[ParityRow]:
     """The last scale after all others were given in one pass; nothing where the backend runs them one by one."""
     last = len(case.schedule) - 1
-    if last < 2 or not engine.prefills:
+    if last < 2 or not generator.prefills:
         return
-    engine.graph(PREFILL)  # held, it is used however little memory is left
-    with engine.loop(case.labels, case.schedule, case.guidance) as loop:
+    generator.graph(PREFILL)  # held, it is used however little memory is left
+    with generator.loop(Request.of(case.labels, case.schedule, case.guidance)) as loop:
         loop.force(case.tokens[:last])
         logits = loop.logits(last, case.tokens[last - 1])[:, case.rows[last]]
         h, w = case.schedule[last]
@@ -165,11 +168,11 @@ def prove(
     proof.require_fit(bundle.manifest.model)
     started = create(backend, bundle, device=device, threads=threads, engines=engines)
     precision = bundle.manifest.precision
-    emulated = started.name == "ort-cpu" and any(graph_precision(precision, graph) == "bf16" for graph in GRAPHS)
+    emulated = started.name == "ort-cpu" and any(precision.of(graph) is Precision.BF16 for graph in GRAPHS)
     with tempfile.TemporaryDirectory() as scratch:
         runnable = emulate_bf16(bundle, Path(scratch)) if emulated else bundle
         with FlexVARPipeline(runnable, started) as pipeline:
-            rows = tuple(compare(pipeline.engine, proof, GATES[precision]))
+            rows = tuple(compare(pipeline.generator, proof, GATES[precision]))
             agreement = _free_running(pipeline, proof.cases[0])
     return ParityRecord(
         backend=started.name,
@@ -194,7 +197,7 @@ def require_parity(record: ParityRecord) -> None:
     if failed:
         first = failed[0]
         place = first.graph + (f", scale {first.scale}" if first.scale else "") + f", output {first.output}"
-        rounded = first.graph in (STEP, PREFILL) and first.bound > GATES["fp32"].relative
+        rounded = first.graph in (STEP, PREFILL) and first.bound > GATES[Precision.FP32].relative
         more = ", or keep more of it in float32: flexvar export --float32" if rounded else ""
         relation = "at least" if first.metric == "psnr_db" else "at most"
         raise ParityFailed(

@@ -20,8 +20,8 @@ from flexvar_ref import FlexVAR, Options, Tokenizer, iter_scales
 from flexvar_ref.generation import Uniforms
 from flexvar_runtime import Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.manifest import ModelFacts
-from flexvar_runtime.noise import uniforms
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.noise import uniforms
 
 PROOF_FILE = "proof.npz"
 ROWS_KEPT = 12  # positions of each scale whose logits travel in the bundle

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from flexvar_ref import FlexVAR
-from flexvar_runtime.graphs import PREFILL, STEP
-from flexvar_runtime.manifest import ParityRecord
+from flexvar_runtime.bundle.manifest import ParityRecord
+from flexvar_runtime.model.signatures import PREFILL, STEP
 
 from .activations import SummedInFloat32
 from .modules import Step, block_parts

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from flexvar_runtime.backends.ort_cuda import PRECISIONS as CUDA_PRECISIONS
-from flexvar_runtime.backends.ort_placement import count_operators, without_cuda_kernel
+from flexvar_runtime.backends.ort.cuda import PRECISIONS as CUDA_PRECISIONS
+from flexvar_runtime.backends.ort.placement import count_operators, without_cuda_kernel
+from flexvar_runtime.bundle.manifest import DECODERS, PHASES, PLAIN, TRANSPOSED
+from flexvar_runtime.bundle.onnx_scan import scan
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.manifest import DECODERS, PHASES, PLAIN, TRANSPOSED, GraphSpec
-from flexvar_runtime.onnx_scan import scan
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.tensors import GraphSpec
 
 AUTO = "auto"
 CPU, GPU = TARGETS = ("cpu", "gpu")
@@ -18,7 +20,7 @@ CPU, GPU = TARGETS = ("cpu", "gpu")
 def choose_target(target: str, precision: str) -> str:
     """CPU or GPU; "auto" is GPU for fp16, which no CPU backend computes in. Raises InvalidInput."""
     if target == AUTO:
-        return GPU if precision == "fp16" else CPU
+        return GPU if precision == Precision.FP16 else CPU
     if target not in TARGETS:
         raise InvalidInput(
             f"--target {target!r:.100}", expected=", ".join((AUTO, *TARGETS)), fix="name one of them, or leave it out"
@@ -41,7 +43,7 @@ def choose_decoder(decoder: str, precision: str, target: str) -> str:
         if target == GPU:
             return PLAIN
         return TRANSPOSED if precision == "int8-bf16" else PHASES  # TensorRT-RTX builds no transposed layer in bf16
-    if decoder == TRANSPOSED and precision == "bf16" and target == GPU:
+    if decoder == TRANSPOSED and precision == Precision.BF16 and target == GPU:
         raise InvalidInput(
             "--decoder transposed with --precision bf16 for a GPU",
             expected="a decoder that GPU backends have kernels for in bf16",

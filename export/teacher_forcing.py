@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ref import FlexVAR
-from flexvar_runtime.graphs import HEAD_MODULATION, MODULATION, new_names
+from flexvar_runtime.model.signatures import HEAD_MODULATION, MODULATION, new_names
 
 from .modules import Step
 from .proof import Case

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar_ref.tokenizer import Decoder, Upsample
-from flexvar_runtime.manifest import PHASES, TRANSPOSED
+from flexvar_runtime.bundle.manifest import PHASES, TRANSPOSED
 
 # (phase, place in the window, tap): even rows meet one pixel with the first tap and the next with the other two.
 _FOLD = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))

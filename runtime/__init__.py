@@ -1,9 +1,9 @@
 """FlexVAR without torch: a bundle goes in, images come out."""
 
 from ._version import __version__
-from .bundle import Bundle
-from .costs import CostRow, CostTable
-from .deadline import Choice
+from .bundle.opening import Bundle
+from .deadlines.choice import Choice
+from .deadlines.costs import CostRow, CostTable
 from .errors import (
     ArtifactRefused,
     BackendUnavailable,
@@ -13,11 +13,11 @@ from .errors import (
     OutOfMemory,
     ParityFailed,
 )
-from .guidance import Guidance
-from .output import GenerationOutput
-from .pipeline import FlexVARPipeline, ScaleStep
-from .sampling import Sampling
-from .schedule import ScaleSchedule
+from .model.guidance import Guidance
+from .model.sampling import Sampling
+from .model.schedule import ScaleSchedule
+from .output import GenerationOutput, ScaleStep
+from .pipeline import FlexVARPipeline
 
 __all__ = [
     "ArtifactRefused",

@@ -1,7 +1,8 @@
-"""What a generation returns, and the settings that make it again."""
+"""The output of a generation, and the settings that make each image again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,20 +11,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ._version import __version__
-from .deadline import Choice
-from .edit import Edit
+from .checks import check_index, check_seed, check_whole
+from .deadlines.choice import Choice
+from .editing.options import EditRecord
 from .errors import ArtifactRefused, FlexVARError
-from .guidance import Guidance
-from .noise import check_index, check_seed, check_whole
-from .sampling import Sampling
-from .schedule import ScaleSchedule
+from .model.guidance import Guidance
+from .model.sampling import Sampling
+from .model.schedule import ScaleSchedule
+from .request import Request
 
 SETTINGS_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ScaleTime:
-    """Seconds of one scale: the transformer's step (inputs included), and sampling where the host does it."""
+    """Seconds of one scale (h, w): the transformer's step with its inputs, and sampling if the host does it."""
 
     size: tuple[int, int]
     step: float
@@ -34,11 +36,11 @@ class ScaleTime:
 class Timings:
     """Seconds of one generation, all images together.
 
-    `condition`: all before the first scale (checks, condition, and what is opened or allocated the first time);
-    `scales` in order; `total` is wall time, decoder included. `mode`: "steps" where the host drives the scales one by
-    one; "cuda-graph" where the generation ran as one captured graph, or "stream" as one sequence that could not be
-    captured: then `scales` is empty, `decode` is in `device`, the seconds of the whole on the device.
-    """
+    condition: everything before the first scale: checks, condition, and what is opened or allocated the first time.
+    scales: in order. total: wall time with the decoder. mode: "steps" if the host ran the scales one by one,
+    "cuda-graph" if the generation ran as one captured graph, "stream" if it was enqueued as a whole without a capture.
+    In the last two, `scales` is empty, `decode` is 0, and `device` has the seconds of the whole generation on the
+    device."""
 
     condition: float
     scales: tuple[ScaleTime, ...]
@@ -56,27 +58,8 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class EditRecord:
-    """What was edited: the options, and sha256 of the pixels of picture and mask."""
-
-    edit: Edit
-    picture_sha256: str
-    mask_sha256: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.edit.to_json(), "picture_sha256": self.picture_sha256, "mask_sha256": self.mask_sha256}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> EditRecord:
-        """Raises InvalidInput, KeyError, TypeError."""
-        options = dict(data)
-        picture, mask = options.pop("picture_sha256"), options.pop("mask_sha256")
-        return cls(Edit.from_json(options), str(picture), None if mask is None else str(mask))
-
-
-@dataclass(frozen=True)
 class Settings:
-    """All that decides the tokens of one image, given its bundle and, for an edit, its picture."""
+    """Everything that determines the tokens of one image, besides its bundle and, for an edit, its picture."""
 
     bundle: str
     label: int
@@ -106,7 +89,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> Settings:
-        """Read back what `to_json` wrote. Raises ArtifactRefused."""
+        """The settings that `to_json` wrote. where: name of the file, for errors. Raises ArtifactRefused."""
         try:
             if data["version"] != SETTINGS_VERSION:
                 raise ValueError(f"version {data['version']!r}")
@@ -122,33 +105,64 @@ class Settings:
                 edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
             )
         except (KeyError, TypeError, ValueError, FlexVARError) as error:
-            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            reason = f"there is no key {error}" if isinstance(error, KeyError) else str(error)
             raise ArtifactRefused(
-                f"{where} with settings that cannot be used ({reason})",
+                f"{where} has settings that cannot be used ({reason}).",
                 expected=f"settings of version {SETTINGS_VERSION}",
-                fix="make the image again, or pass the options yourself",
+                fix="Make the image again, or pass the options yourself.",
             ) from error
 
 
 def _whole(text: object) -> int:
-    """Digits to a whole number, and nothing else that `int` would take."""
+    """A text of at most 20 digits as a whole number. Raises ValueError."""
     if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 20):
-        raise ValueError(f"{text!r:.100} where digits should be")
+        raise ValueError(f"{text!r:.100} is no text of digits")
     return int(text)
+
+
+def settings_of(
+    request: Request, bundle: str, backend: str, edits: Sequence[EditRecord | None] | None = None
+) -> tuple[Settings, ...]:
+    """The settings of every image of a request. edits: one record for each image."""
+    records = [None] * request.images if edits is None else edits
+    images = zip(request.labels, request.seeds, request.indices, request.guidance, records, strict=True)
+    return tuple(
+        Settings(bundle, label, seed, index, request.schedule, guidance, request.sampling, backend, edit)
+        for label, seed, index, guidance, edit in images
+    )
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """One generated scale: number `index` of `count`, its size (h, w), its tokens (B, h, w) and its time.
+
+    `preview()` decodes it to (B, H, W, 3) uint8, because every scale is a whole image.
+    """
+
+    index: int
+    count: int
+    size: tuple[int, int]
+    tokens: NDArray[np.int32]
+    time: ScaleTime
+    preview: Callable[[], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """images (B, H, W, 3) uint8; tokens: one (B, h, w) int32 per scale; decoded (B, 3, H, W) float32 as the decoder
-    gave it, where it was asked for; one Settings an image; choice: of the schedule, where a deadline was given."""
+    """The images of one call.
+
+    images: (B, H, W, 3) uint8. tokens: one (B, h, w) int32 for each scale. seed: the seed that was used, or a tuple if
+    a list was given. settings: one for each image. decoded: (B, 3, H, W) float32 from the decoder, if it was asked for.
+    choice: of the schedule, if a deadline was given."""
 
     images: NDArray[np.uint8]
     tokens: tuple[NDArray[np.int32], ...]
-    seed: int
+    seed: int | tuple[int, ...]
     timings: Timings
     settings: tuple[Settings, ...]
     decoded: NDArray[np.float32] | None = None
     choice: Choice | None = None
 
     def to_pil(self) -> list[Image.Image]:
+        """The images as PIL images."""
         return [Image.fromarray(image) for image in self.images]

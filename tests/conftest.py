@@ -126,7 +126,7 @@ def tiny_bundle(tiny_bundles: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def ordered_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sequence[str]], Path]:
     """(default schedule, quality order) -> a bundle of the tiny model that has them."""
-    from flexvar_runtime.manifest import MANIFEST, Manifest
+    from flexvar_runtime.bundle.manifest import MANIFEST, Manifest
 
     def bundle(schedule: str, order: Sequence[str]) -> Path:
         folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("ordered") / "bundle"))

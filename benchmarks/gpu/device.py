@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexvar_runtime import Sampling, ScaleSchedule
-from flexvar_runtime.backends.base import Backend
+from flexvar_runtime.backends.device_arrays import DeviceArrays
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.backend import DeviceArrays
 from flexvar_runtime.cuda.kernels import KernelConfig
-from flexvar_runtime.loop import Draws
-from flexvar_runtime.sampling import sample
+from flexvar_runtime.model.noise import draws_of_images
+from flexvar_runtime.model.sampling import sample
 
 from ..timing import quantiles
 from . import first_gpu
@@ -31,7 +30,7 @@ WARM_UPS, REPEATS = 2, 10
 def device_kernels(vocabulary: int, schedule: ScaleSchedule, batches: Sequence[int], save: Save) -> None:
     """Compile and run them on the first GPU."""
     device = first_gpu.start_gpu()
-    arrays = DeviceArrays("kernels", device)
+    arrays = DeviceArrays(device)
     device.load(KernelConfig(vocabulary, 32, 64))
     result: dict[str, Any] = {"device": device.name, "capability": device.capability, "vocabulary": vocabulary}
     result["draws_equal_host"] = draws_equal(arrays, schedule)
@@ -50,12 +49,12 @@ def draws_equal(arrays: Any, schedule: ScaleSchedule) -> dict[str, Any]:
     """24-bit draws of every scale, for seeds and image indices up to the largest, against `noise.draws`."""
     checked = different = 0
     for seed in SEEDS:
-        draws = Draws(Sampling(), seed, INDICES)
-        streams = arrays.upload(kernels.stream_block(seed, INDICES))
+        seeds = (seed,) * len(INDICES)
+        streams = arrays.upload(kernels.stream_block(seeds, INDICES))
         for i, (h, w) in enumerate(schedule):
             out = arrays.empty((len(INDICES), h * w), "uint32")
             arrays.device.launch(kernels.draws(streams, out, scale=i))
-            host = draws.noise(i, h * w)
+            host = draws_of_images(seeds, INDICES, i, h * w)
             checked += host.size
             different += int((arrays.download(out).reshape(-1) != host).sum())
     return {"holds": different == 0, "draws": checked, "different": different}
@@ -66,40 +65,49 @@ def tokens_equal(arrays: Any, vocabulary: int) -> list[dict[str, Any]]:
     logits = (4 * np.random.default_rng(0).standard_normal((1, ROWS, vocabulary))).astype(np.float32)
     rows = []
     for top_k, top_p in ((900, 0.95), (0, 0.0), (1, 0.95), (50, 0.0), (0, 0.9)):
-        draws = Draws(Sampling(top_k, top_p), 7, (3,))
-        got = sample_on_device(arrays, logits, draws, 2, top_k)
-        host = sample(logits[0], draws.noise(2, ROWS), top_k=top_k, top_p=top_p)
+        got = sample_on_device(arrays, logits, ((7,), (3,)), 2, top_k, top_p)
+        host = sample(logits[0], draws_of_images((7,), (3,), 2, ROWS), top_k=top_k, top_p=top_p)
         different = int((got != host).sum())
         rows.append({"top_k": top_k, "top_p": top_p, "rows": ROWS, "different": different, "holds": different == 0})
     return rows
 
 
 def sample_on_device(
-    backend: Backend | DeviceArrays, logits_BLV: NDArray[np.float32], draws: Draws, scale: int, top_k: int
+    arrays: DeviceArrays,
+    logits_BLV: NDArray[np.float32],
+    streams: tuple[Sequence[int], Sequence[int]],
+    scale: int,
+    top_k: int,
+    top_p: float,
 ) -> NDArray[np.int32]:
-    """Tokens (B · L,) that our kernel draws from host logits."""
-    device = backend.device
-    assert device is not None
-    B, L, _ = logits_BLV.shape
-    tokens, status = backend.empty((B, L, 1), "int32"), backend.empty((kernels.STATUS_WORDS,), "uint32")
-    logits = backend.upload(np.ascontiguousarray(logits_BLV))
-    streams = backend.upload(kernels.stream_block(draws.seed, draws.indices))
-    device.zero(status)
-    device.launch(
-        kernels.sample_rows(logits, streams, tokens, status, scale=scale, top_k=top_k, top_p=draws.sampling.top_p)
-    )
-    found: NDArray[np.int32] = backend.download(tokens).reshape(-1)
-    refused = kernels.read_status(backend.download(status))
+    """Tokens (B · L,) that our kernel draws from host logits. streams: the seeds and the indices of the images."""
+    B, L, V = logits_BLV.shape
+    tokens, status = arrays.empty((B, L, 1), "int32"), arrays.empty((kernels.STATUS_WORDS,), "uint32")
+    logits = arrays.upload(np.ascontiguousarray(logits_BLV))
+    block = arrays.upload(kernels.stream_block(*streams))
+    options = upload_options(arrays, top_k, top_p, V)
+    arrays.device.zero(status)
+    arrays.device.launch(kernels.sample_rows(logits, block, tokens, status, *options, scale=scale))
+    found: NDArray[np.int32] = arrays.download(tokens).reshape(-1)
+    refused = kernels.read_status(arrays.download(status))
     if refused is not None:
         raise ValueError(f"the kernel refused row {refused.row} of the logits")
     return found
 
 
+def upload_options(arrays: DeviceArrays, top_k: int, top_p: float, vocabulary: int) -> tuple[DeviceArray, DeviceArray]:
+    """top_k and top_p as the sampling kernel reads them."""
+    return (
+        arrays.upload(np.array([kernels.top_k_option(top_k, vocabulary)], np.int32)),
+        arrays.upload(np.array([kernels.drop_option(top_p)], np.float64)),
+    )
+
+
 def sampling_seconds(arrays: Any, vocabulary: int, schedule: ScaleSchedule, batch: int) -> list[dict[str, float]]:
     """Of the sampling kernel alone, by scale, published options, logits as peaked as a model's."""
     device = arrays.device
-    draws = Draws(Sampling(), 0, tuple(range(batch)))
-    streams = arrays.upload(kernels.stream_block(0, draws.indices))
+    sampling = Sampling()
+    streams = arrays.upload(kernels.stream_block((0,) * batch, range(batch)))
     rng = np.random.default_rng(1)
     one = (4 * rng.standard_normal((schedule.largest, vocabulary))).astype(np.float32)
     whole = arrays.empty((batch, schedule.largest, vocabulary), "float32")
@@ -113,14 +121,14 @@ def sampling_seconds(arrays: Any, vocabulary: int, schedule: ScaleSchedule, batc
         L = h * w
         logits = whole.reshape(batch * schedule.largest * vocabulary)[: batch * L * vocabulary]
         tokens = arrays.empty((batch, h, w), "int32")
+        options = upload_options(arrays, sampling.top_k_at(h, w), sampling.top_p, vocabulary)
         launch = kernels.sample_rows(
             logits.reshape(batch, L, vocabulary),
             streams,
             tokens,
             status,
+            *options,
             scale=i,
-            top_k=draws.sampling.top_k_at(h, w),
-            top_p=draws.sampling.top_p,
         )
         many = device.capture(lambda launch=launch: [device.launch(launch) for _ in range(LAUNCHES)])
         samples = []

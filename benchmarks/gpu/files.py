@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexvar_runtime.atomic import atomic_write
+from flexvar_runtime.files.atomic import atomic_write
 
 Save = Callable[[dict[str, Any]], None]
 """What a phase calls with all that it has found so far."""

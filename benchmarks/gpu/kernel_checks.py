@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexvar_runtime import Sampling
+from flexvar_runtime.backends.device_arrays import DeviceArrays
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.backend import DeviceArrays
 from flexvar_runtime.cuda.kernels import KernelConfig, Launch
-from flexvar_runtime.images import to_uint8
-from flexvar_runtime.loop import Draws
-from flexvar_runtime.resize import bicubic_matrix
-from flexvar_runtime.sampling import sample
+from flexvar_runtime.model.noise import draws_of_images
+from flexvar_runtime.model.resize import bicubic_matrix
+from flexvar_runtime.model.sampling import sample
+from flexvar_runtime.pictures.pixels import to_uint8
 
 from . import first_gpu
+from .device import upload_options
 
 CONFIG = KernelConfig(512, 8, 128)  # of the tiny model
-SEED, INDICES = 2**63, (0, 5, 2**32)
+SEEDS, INDICES = (2**63, 7, 2**63), (0, 5, 2**32)
 OPTIONS = ((900, 0.95), (0, 0.0), (1, 0.95), (50, 0.9))  # top_k, top_p
 INPUT_TOLERANCE = 1e-4  # next inputs are sums of 16 float32 products of unit size
 
@@ -36,7 +36,7 @@ class KernelHarness:
     def __init__(self) -> None:
         self.device = first_gpu.start_gpu()
         self.device.load(CONFIG)
-        self.arrays = DeviceArrays("kernels", self.device)
+        self.arrays = DeviceArrays(self.device)
         self._held: list[DeviceArray] = []  # a launch holds addresses only
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
@@ -87,23 +87,22 @@ def kernel_checks() -> dict[str, bool]:
 
 
 def _draws(harness: KernelHarness, _: np.random.Generator) -> Iterator[tuple[str, bool]]:
-    streams, host = harness.upload(kernels.stream_block(SEED, INDICES)), Draws(Sampling(), SEED, INDICES)
+    streams = harness.upload(kernels.stream_block(SEEDS, INDICES))
     for i, length in enumerate((1, 9, 257)):
         out = harness.empty((len(INDICES), length), "uint32")
         got = harness.run(kernels.draws(streams, out, scale=i), out)
-        yield f"draws {length}", np.array_equal(got.reshape(-1), host.noise(i, length))
+        yield f"draws {length}", np.array_equal(got.reshape(-1), draws_of_images(SEEDS, INDICES, i, length))
 
 
 def _tokens(harness: KernelHarness, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
-    streams, status = harness.upload(kernels.stream_block(SEED, INDICES)), harness.status()
+    streams, status = harness.upload(kernels.stream_block(SEEDS, INDICES)), harness.status()
     for h, w in ((1, 1), (3, 5)):
         for top_k, top_p in OPTIONS:
-            noise = Draws(Sampling(top_k, top_p), SEED, INDICES).noise(2, h * w)
+            noise = draws_of_images(SEEDS, INDICES, 2, h * w)
             logits = (4 * rng.standard_normal((len(INDICES), h * w, CONFIG.vocabulary))).astype(np.float32)
             out = harness.empty((len(INDICES), h, w), "int32")
-            launch = kernels.sample_rows(
-                harness.upload(logits), streams, out, status, scale=2, top_k=top_k, top_p=top_p
-            )
+            options = upload_options(harness.arrays, top_k, top_p, CONFIG.vocabulary)
+            launch = kernels.sample_rows(harness.upload(logits), streams, out, status, *options, scale=2)
             got = harness.run(launch, out)
             host = sample(logits.reshape(-1, CONFIG.vocabulary), noise, top_k=top_k, top_p=top_p)
             yield f"sample_rows {h}x{w} top_k {top_k} top_p {top_p}", np.array_equal(got.reshape(-1), host)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flexvar_export.bundle import TORCH_PRECISIONS, UNPROVEN
+from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts, tables
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
@@ -28,11 +29,11 @@ from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_ref.checkpoint import published_name
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
-from flexvar_runtime.atomic import atomic_write
-from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.graphs import DECODE, TABLES_FILE, WEIGHTS_OF, graph_specs
-from flexvar_runtime.manifest import ENGINES, MANIFEST, PHASES, PLAIN, SCHEMA_VERSION, Manifest, Provenance
-from flexvar_runtime.onnx_scan import scan
+from flexvar_runtime.bundle.manifest import ENGINES, MANIFEST, PHASES, PLAIN, Manifest, Provenance
+from flexvar_runtime.bundle.onnx_scan import scan
+from flexvar_runtime.files.atomic import atomic_write
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import DECODE, SCHEMA_VERSION, TABLES_FILE, WEIGHTS_OF, graph_specs
 
 from ..gpu_check import source_hash
 from .files import ModelFiles, Save
@@ -158,7 +159,7 @@ def _write_bundle(
         recipe = hashlib.sha256(f"flexvar_ref.synthetic, seed {SEED}".encode()).hexdigest()
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            precision=precision,
+            precision=Precision(precision),
             model=facts,
             graphs=specs,
             defaults=PUBLISHED_DEFAULTS,

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from flexvar_export.parity import GATES, compare, holds
 from flexvar_export.proof import SEED, Case, Proof
 from flexvar_runtime import FlexVARPipeline, Sampling
-from flexvar_runtime.loop import Draws
-from flexvar_runtime.sampling import sample
+from flexvar_runtime.backends.device_arrays import DeviceArrays
+from flexvar_runtime.model.sampling import sample
+from flexvar_runtime.request import Request
 
 from . import device
 from .token_agreement import Agreement, agreement, compare_tokens
@@ -23,7 +24,7 @@ def parity(pipeline: FlexVARPipeline, proof: Proof) -> dict[str, Any]:
     """Every graph against the reference, then tokens under teacher forcing, then tokens running free."""
     proof.require_fit(pipeline.model)
     gate = GATES[pipeline.bundle.manifest.precision]
-    rows = list(compare(pipeline.engine, proof, gate))
+    rows = list(compare(pipeline.generator, proof, gate))
     worst = {
         name: max((row for row in rows if row.graph == name), key=lambda row: row.value / row.bound * _sign(row.metric))
         for name in dict.fromkeys(row.graph for row in rows)
@@ -52,18 +53,18 @@ def _sign(metric: str) -> int:
 def forced_tokens(pipeline: FlexVARPipeline, case: Case) -> Agreement:
     """Tokens drawn where the backend draws, from its own logits, the reference's tokens fed at every scale."""
     sampling = Sampling(max_side=case.guidance.max_side)
-    draws = Draws(sampling, SEED, tuple(range(len(case.labels))))
+    request = Request.of(case.labels, case.schedule, case.guidance, sampling, SEED)
     parts = []
-    with pipeline.engine.loop(case.labels, case.schedule, case.guidance) as loop:
+    with pipeline.generator.loop(request) as loop:
         previous = None
-        for i, (h, w) in enumerate(case.schedule):
+        for i in range(len(case.schedule)):
             got = np.array(loop.logits(i, previous))
             reference, previous = case.logits[i], case.tokens[i]
             if reference.shape != got.shape:
                 raise ValueError(f"logits of {reference.shape} in the proof; all rows, {got.shape}, are needed")
             flat = got.reshape(-1, got.shape[-1])
-            top_k, noise = sampling.top_k_at(h, w), draws.noise(i, h * w)
-            tokens = _draw(pipeline, got, draws, i, top_k)
+            top_k, noise = request.top_k(i), request.noise(i)
+            tokens = _draw(pipeline, got, request, i)
             parts.append(
                 compare_tokens(
                     reference.reshape(flat.shape),
@@ -79,12 +80,12 @@ def forced_tokens(pipeline: FlexVARPipeline, case: Case) -> Agreement:
 
 
 def _draw(
-    pipeline: FlexVARPipeline, logits_BLV: NDArray[np.float32], draws: Draws, scale: int, top_k: int
+    pipeline: FlexVARPipeline, logits_BLV: NDArray[np.float32], request: Request, scale: int
 ) -> NDArray[np.int32]:
-    if pipeline.backend.device is not None:
-        return device.sample_on_device(pipeline.backend, logits_BLV, draws, scale, top_k)
-    B, L, V = logits_BLV.shape
-    return sample(logits_BLV.reshape(B * L, V), draws.noise(scale, L), top_k=top_k, top_p=draws.sampling.top_p)
+    top_k, top_p, backend = request.top_k(scale), request.sampling.top_p, pipeline.backend
+    if isinstance(backend, DeviceArrays):
+        return device.sample_on_device(backend, logits_BLV, (request.seeds, request.indices), scale, top_k, top_p)
+    return sample(logits_BLV.reshape(-1, logits_BLV.shape[-1]), request.noise(scale), top_k=top_k, top_p=top_p)
 
 
 def equal_share(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.manifest import PLAIN, ModelFacts
+from flexvar_runtime.bundle.manifest import PLAIN
+from flexvar_runtime.model.facts import ModelFacts
 
 from ..limits import generation_limit
 from .runner import DONE, NOT_MEASURED

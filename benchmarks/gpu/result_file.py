@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.files.atomic import atomic_write
 
 from .report import MAIN, SCHEMA, document, measured_precision, results
 from .runner import DONE, NOT_MEASURED, RUNNING

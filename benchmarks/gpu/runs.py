@@ -17,11 +17,11 @@ from flexvar_export import build_command
 from flexvar_export.parity import psnr
 from flexvar_runtime import FlexVARPipeline, Sampling
 from flexvar_runtime.backends import TENSORRT_BACKENDS
-from flexvar_runtime.engine import Engine
+from flexvar_runtime.bundle.manifest import ENGINES
 from flexvar_runtime.errors import BackendUnavailable, FlexVARError
-from flexvar_runtime.graphs import DECODE
-from flexvar_runtime.manifest import ENGINES
-from flexvar_runtime.planner import IMAGES_PER_RUN
+from flexvar_runtime.generation.generator import Generator
+from flexvar_runtime.memory.plan import IMAGES_PER_RUN
+from flexvar_runtime.model.signatures import DECODE
 
 from ..energy import gpu_counter
 from ..timing import Budget, memory_watch, quantiles, repeat, resident_bytes, timed_row
@@ -250,21 +250,21 @@ def decoders(
         if in_phases and backend in TENSORRT_BACKENDS:  # of the other graphs, engines are there
             build(work, model, backend, max_batch, lambda _: None, in_phases=True)
         with opened(work, model, backend, in_phases=in_phases) as run:
-            engine = run.pipeline.engine
+            generator = run.pipeline.generator
             result = run.facts | {"rows": result.get("rows", [])}
-            images = np.concatenate([part.copy() for part in engine.decode(case.tokens[-1])])
+            images = np.concatenate([part.copy() for part in generator.decode(case.tokens[-1])])
             facts = {"decoder": result.pop("decoder"), "psnr_db": psnr(images, case.decoded)}
             for batch in sorted({min(batch, IMAGES_PER_RUN) for batch in batches}):
-                result["rows"].append(facts | decoder_times(engine, schedule_of(model)[-1], batch, budget))
+                result["rows"].append(facts | decoder_times(generator, schedule_of(model)[-1], batch, budget))
                 save(result)
 
 
-def decoder_times(engine: Engine, size: tuple[int, int], batch: int, budget: Budget) -> dict[str, Any]:
+def decoder_times(generator: Generator, size: tuple[int, int], batch: int, budget: Budget) -> dict[str, Any]:
     """Of one run of the graph, from tokens on the device to images there."""
-    (h, w), factor, device = size, engine.model.downsampling, engine.backend.device
-    tokens = engine.backend.upload(np.zeros((batch, h, w), np.int32))
-    image = engine.backend.empty((batch, 3, h * factor, w * factor), "float32")
-    bound = engine.graph(DECODE).bind({"tokens": tokens}, {"image": image})
+    (h, w), factor, device = size, generator.model.downsampling, generator.backend.device
+    tokens = generator.backend.upload(np.zeros((batch, h, w), np.int32))
+    image = generator.backend.empty((batch, 3, h * factor, w * factor), "float32")
+    bound = generator.graph(DECODE).bind({"tokens": tokens}, {"image": image})
 
     def once() -> float | None:
         if device is None:

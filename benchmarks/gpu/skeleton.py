@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexvar_export.bundle import TORCH_PRECISIONS
+from flexvar_export.bundle_writer import write_bundle
 from flexvar_export.modules import graph_module
 from flexvar_ref import FlexVAR, Tokenizer
-from flexvar_runtime.bundle_writer import write_bundle
+from flexvar_runtime.bundle.manifest import MANIFEST, Manifest
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.manifest import MANIFEST, Manifest
 
 SMALL_BYTES = 64 * 1024
 COMPUTED = frozenset({"offset", "mean", "start", "temperature"})  # last part of the name

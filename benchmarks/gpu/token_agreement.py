@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexvar_runtime.noise import to_uniform
-from flexvar_runtime.sampling import probabilities
+from flexvar_runtime.model.noise import to_uniform
+from flexvar_runtime.model.sampling import probabilities
 
 _ROWS = 256  # at a time
 _ROUNDING = 1e-9  # of weights to integers and of float64 sums, far below any difference of logits

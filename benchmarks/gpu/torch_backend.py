@@ -20,12 +20,12 @@ from flexvar_export.onnx_graphs import TORCH_DTYPES, call_arguments
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle
 from flexvar_runtime.backends.base import Array, check_bindings
+from flexvar_runtime.backends.device_arrays import DeviceBackend
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.backend import DeviceArrays
 from flexvar_runtime.cuda.device import Device
 from flexvar_runtime.cuda.gpu import CudaDevice
 from flexvar_runtime.errors import DeviceFailed, InvalidInput
-from flexvar_runtime.manifest import GraphSpec, TensorSpec
+from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 # Types of `__cuda_array_interface__`, which has no bfloat16: its bits travel as int16.
 TYPE_STRINGS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2", "int32": "<i4"}
@@ -38,7 +38,7 @@ class EmulatedDevice(Device, Protocol):
         """Call `work` after everything that was enqueued before. event: what it is, for the device's record."""
 
 
-class TorchBackend(DeviceArrays):
+class TorchBackend(DeviceBackend):
     """Opens a graph as the torch module it was exported from.
 
     device: a GPU, or an emulated one. model and tokenizer: the float32 models, on the CPU, that the bundle was exported
@@ -49,7 +49,7 @@ class TorchBackend(DeviceArrays):
         self, device: CudaDevice | EmulatedDevice, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype
     ) -> None:
         super().__init__("torch-modules", device)
-        self.precisions = frozenset(name for name in DeviceArrays.precisions if TORCH_PRECISIONS[name] == dtype)
+        self.precisions = frozenset(name for name in DeviceBackend.precisions if TORCH_PRECISIONS[name] == dtype)
         self._model, self._tokenizer, self._dtype = model, tokenizer, dtype
         self._executor: Executor = GpuExecutor(device) if isinstance(device, CudaDevice) else HostExecutor(device)
 

@@ -25,7 +25,7 @@ WARM_UPS = 3
 
 
 def to_pixels(image_BCHW: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8, as `flexvar_runtime.images.to_uint8`."""
+    """(B, H, W, 3) uint8, as `flexvar_runtime.pictures.pixels.to_uint8`."""
     return (image_BCHW.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

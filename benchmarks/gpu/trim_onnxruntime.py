@@ -18,8 +18,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.errors import EnvironmentFailed
+from flexvar_runtime.files.atomic import atomic_write
 
 from .fat_binary import keep_kernels
 from .tools import find_tool

@@ -1,30 +1,35 @@
-"""Backends by name. A backend that was asked for by name is used or refused, never replaced."""
+"""Backends by name. A backend that is asked for by name is used or refused, never replaced."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from ..bundle import Bundle
-from ..errors import BackendUnavailable, InvalidInput
+from ..bundle.opening import Bundle
+from ..checks import check_choice
+from ..errors import BackendUnavailable
+from ..memory.library import LibraryMemory
+from ..model.precision import Precision
 from .base import Availability, Backend, BackendModule
 
 log = logging.getLogger(__name__)
 
-BACKENDS = {  # name to file, in the order in which "auto" prefers them
-    # (measured: openvino is no faster than ort-cpu in what both compute, and slower to open; either at what it alone
-    # computes is faster than both are in float32)
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt",
-    "ort-cuda": "ort_cuda",
-    "ort-cpu": "ort_cpu",
-    "openvino": "openvino",
+BACKENDS = {  # name to module, in the order in which "auto" prefers them
+    # (measured: openvino is no faster than ort-cpu in float32, and slower to open)
+    "tensorrt": "tensorrt.backend",
+    "tensorrt-rtx": "tensorrt.backend",
+    "ort-cuda": "ort.cuda",
+    "ort-cpu": "ort.cpu",
+    "openvino": "openvino.backend",
     "ort-openvino": "ort_openvino",
 }
-TENSORRT_BACKENDS = frozenset({"tensorrt", "tensorrt-rtx"})  # run engines that flexvar build made
+TENSORRT_BACKENDS = frozenset({"tensorrt", "tensorrt-rtx"})  # run engines of flexvar build
 CPU_BACKENDS = frozenset({"ort-cpu", "openvino", "ort-openvino"})
+REFERENCE = "ort-cpu"  # works everywhere; proofs at export run on it
+KERNELS_CHECKED = "ort-cuda"  # refuses bundles with nodes that have no CUDA kernel
 
 
 def probe(name: str) -> Availability:
@@ -32,16 +37,26 @@ def probe(name: str) -> Availability:
     return _module(name).probe(name)
 
 
-def precisions(name: str) -> frozenset[str]:
-    """What a backend runs, of `manifest.PRECISIONS`."""
+def precisions(name: str) -> frozenset[Precision]:
+    """The precisions of the bundles that a backend runs."""
     return _module(name).PRECISIONS
 
 
-def way_out(precision: str) -> str:
-    """What to do with a bundle of a precision that the backend at hand does not run: the one on the CPU that does."""
+def suggest_backend(precision: Precision) -> str:
+    """Advice for a bundle whose precision the backend at hand does not run: the CPU backend that runs it."""
     name = next(name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name))
     state = probe(name)
-    return f"use {name}, which runs it" if state.available else f"{state.fix}, for {name}, which runs it"
+    return f"Use backend {name}." if state.available else f"Use backend {name}. To install it: {state.fix}"
+
+
+def planned_backend(precision: Precision) -> tuple[str, Mapping[str, LibraryMemory]]:
+    """The CPU backend that "auto" takes for a precision here, and the memory of its library for each graph.
+
+    If none works here, the first that runs the precision is planned for.
+    """
+    names = [name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name)]
+    works = next((name for name in names if probe(name).available), names[0])
+    return works, _module(works).libraries(precision)
 
 
 def create(
@@ -52,30 +67,30 @@ def create(
     threads: int | None = None,
     engines: Path | None = None,
 ) -> Backend:
-    """Start a backend; "auto" takes the first that works here and runs `bundle`, and logs what it passes over.
+    """Start a backend. "auto" takes the first that works here and runs `bundle`, and logs why it passes over others.
 
-    A backend that was asked for by name is started or refused. Raises BackendUnavailable, InvalidInput.
+    Raises BackendUnavailable, InvalidInput.
     """
     if name == "auto":
         name = _choose(bundle, device, engines)
         if engines is not None and name not in TENSORRT_BACKENDS:
-            log.warning("engines in %s are not used: %s runs none", engines, name)
+            log.warning("engines in %s are not used: backend %s runs none", engines, name)
             engines = None
         if threads is not None and name not in CPU_BACKENDS:
-            log.warning("%d threads are not used: %s runs on a GPU", threads, name)
+            log.warning("%d threads are not used: backend %s runs on a GPU", threads, name)
             threads = None
     state = probe(name)
     if not state.available:
         raise BackendUnavailable(
-            f"backend {name}: {state.detail}",
+            f"Backend {name} does not work here: {state.detail}.",
             expected="a backend that works here",
-            fix=state.fix or "run flexvar doctor",
+            fix=state.fix or "Run: flexvar doctor",
         )
     return _module(name).create(name, device=device, threads=threads, engines=engines)
 
 
 def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> str:
-    """The first backend that works and is ready for the bundle; one that works but is not is worth a warning."""
+    """The first backend that works and is ready for the bundle. One that works but is not ready is logged."""
     kind = (device or "").partition(":")[0]
     for name in BACKENDS:
         state = probe(name)
@@ -88,14 +103,14 @@ def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> 
             log.info("backend %s chosen", name)
             return name
         level = logging.DEBUG if name in CPU_BACKENDS else logging.WARNING  # on the CPU nothing is lost
-        log.log(level, "backend %s works here but is passed over: %s; fix: %s", name, ready.detail, ready.fix)
+        log.log(level, "backend %s works here but is passed over: %s. %s", name, ready.detail, ready.fix)
     if kind == "cuda":
         raise BackendUnavailable(
-            f"no backend for device {device}",
-            expected="one that works there and runs this bundle",
-            fix="flexvar doctor says what is missing; name a backend to see why it is refused",
+            f"No backend for device {device} works here and runs this bundle.",
+            expected="a backend that works there and runs this bundle",
+            fix="flexvar doctor says what is missing. Name a backend to see why it is refused.",
         )
-    return "ort-cpu"
+    return REFERENCE
 
 
 def check_name(name: str) -> None:
@@ -106,9 +121,5 @@ def check_name(name: str) -> None:
 
 def _module(name: str) -> BackendModule:
     if name not in BACKENDS:
-        raise InvalidInput(
-            f"backend {name!r}",
-            expected=f"auto, {', '.join(BACKENDS)}",
-            fix="name one of them; flexvar doctor lists what works",
-        )
+        check_choice("backend", name, ("auto", *BACKENDS))
     return cast(BackendModule, importlib.import_module(f".{BACKENDS[name]}", __package__))

@@ -1,4 +1,4 @@
-"""What a backend is: it knows graphs and arrays, never classes, schedules or sampling."""
+"""What a backend is. It knows graphs and arrays, and nothing of classes, schedules or sampling."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle
+from ..bundle.opening import Bundle
 from ..errors import InvalidInput
-from ..manifest import GraphSpec
+from ..memory.library import LibraryMemory
+from ..model.precision import Precision
+from ..model.tensors import GraphSpec, host_dtype
 
 if TYPE_CHECKING:
     from ..cuda.device import Device
@@ -23,7 +25,7 @@ Array: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend works here; if not, why, and the one line that fixes it."""
+    """Whether a backend works here. detail: what was found, or why it does not work. fix: what to do about it."""
 
     available: bool
     detail: str
@@ -31,13 +33,13 @@ class Availability:
 
 
 class Bound(Protocol):
-    """A graph together with the arrays it reads and writes: it can be run again and again, and captured."""
+    """A graph together with the arrays that it reads and writes. It can run many times, and be captured."""
 
     def run(self) -> None:
-        """Run, or on a device enqueue. Raises FlexVARError."""
+        """Run the graph. On a GPU this only enqueues it. Raises FlexVARError."""
 
     def close(self) -> None:
-        """Free what binding took; on a device, not while it runs."""
+        """Free the resources of the binding. On a GPU it must not be running."""
 
 
 class Graph(Protocol):
@@ -47,44 +49,44 @@ class Graph(Protocol):
 
     @property
     def most_images(self) -> int | None:
-        """Images it takes at once; None for any number."""
+        """The largest number of images in one run; None means any number."""
 
     def holds(self, size: tuple[int, int]) -> bool:
-        """Whether its weights are in memory for images of (h, w) tokens: a plan does not count them again."""
+        """Whether its weights are in memory for images of (h, w) tokens. A memory plan does not count them again."""
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
-        """Every input, and the outputs that are wanted, bound in place. Raises FlexVARError."""
+        """Bind every input, and the outputs that are wanted, without a copy. Raises FlexVARError."""
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """`bind`, `run` and `close` in one."""
+        """Bind, run and close in one call."""
 
     def close(self) -> None:
         """Free the weights and everything else."""
 
 
 class Backend(Protocol):
-    """Opens graphs and moves arrays. Files of this package implement it; one backend a file."""
+    """Opens graphs and moves arrays.
+
+    `host_arrays.HostBackend` and `device_arrays.DeviceBackend` are the bases of all backends.
+    """
 
     name: str
-    precisions: frozenset[str]
+    precisions: frozenset[Precision]
     threads: int
     labels_per_run: int
-    """Rows of the condition graph, always: a label's row must not depend on how many are asked for."""
-    maps_weights: bool
-    """Whether a graph opened `once` leaves its weights in the file: it is opened at once and takes no memory of its own
-    (of half precision, which is widened, it does)."""
-    captures: bool
-    """Whether its graphs can be part of a captured CUDA graph."""
-    bf16_arithmetic: bool
-    """Whether it computes bfloat16 as such on this processor; where it does not, or on a device, False."""
-    device: Device | None
-    """Where arrays live in device memory; None where they are NumPy arrays and every call is done when it returns."""
+    """Labels in every run of the condition graph. It is constant, so that the row of a label does not depend on how
+    many labels are asked for."""
+
+    @property
+    def device(self) -> Device | None:
+        """The device that holds the arrays. None means that arrays are NumPy arrays and every call returns when it is
+        done."""
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        """Open a graph of a checked bundle. `once`: it will run a few times only, so no preparation pays."""
+        """Open a graph of a checked bundle. once: it will run only a few times, so preparing it does not pay."""
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
-        """Whether an optional graph of the bundle can be opened: an engine has to have been built for it."""
+        """Whether an optional graph of the bundle can be opened. TensorRT needs an engine for it."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An uninitialised array of a manifest dtype."""
@@ -96,42 +98,45 @@ class Backend(Protocol):
         """An array of the backend as a host array (a view where memory is shared)."""
 
     def available_bytes(self) -> int | None:
-        """Memory left for buffers, None where it cannot be known."""
+        """Bytes that are left for buffers; None if unknown."""
 
     def close(self) -> None:
-        """Free what the backend itself holds, after its graphs are closed."""
+        """Free the resources of the backend, after its graphs are closed."""
 
 
 class BackendModule(Protocol):
-    """A file of this package."""
+    """The module of a backend. One module may serve several names, each with another library."""
 
-    PRECISIONS: frozenset[str]
+    PRECISIONS: frozenset[Precision]
+
+    def libraries(self, precision: Precision) -> Mapping[str, LibraryMemory]:
+        """The memory of the library that runs each graph of a bundle of this precision. Only CPU backends have it."""
 
     def probe(self, name: str) -> Availability:
-        """Whether the backend of that name works here: one file may serve several, with another library each."""
+        """Whether the backend of that name works here."""
 
     def ready(self, name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-        """Whether it could run this bundle now, given that it works here."""
+        """Whether the backend can run this bundle now, given that it works here."""
 
     def create(self, name: str, *, device: str | None, threads: int | None, engines: Path | None) -> Backend:
-        """Start it. `engines`: the folder of built engines where it is not the bundle's own."""
+        """Start the backend. engines: folder of the engines; None means the bundle's own. Raises FlexVARError."""
 
 
-def runs_precision(name: str, precision: str, precisions: frozenset[str]) -> Availability:
-    """Whether a bundle's precision is among those of a backend."""
+def runs_precision(name: str, precision: Precision, precisions: frozenset[Precision]) -> Availability:
+    """Whether the precision of a bundle is among those of a backend."""
     if precision in precisions:
         return Availability(True, f"runs {precision}")
     return Availability(
         False,
-        f"{name} runs {' and '.join(sorted(precisions))}, the bundle is {precision}",
-        "export with --precision fp32, or name a backend that runs it (flexvar doctor)",
+        f"{name} runs {' and '.join(sorted(precisions))} bundles, and this bundle is {precision}.",
+        "Export with --precision fp32, or name a backend that runs it (see flexvar doctor).",
     )
 
 
 class BindingCheck:
-    """Holds arrays against what a graph declares: names, ranks, types, sizes, and axes of one name of one size.
+    """Checks arrays against the declaration of a graph: names, ranks, dtypes, and one size for each named axis.
 
-    Made once a graph, since it runs before every step.
+    It is made once for each graph, because it runs before every step.
     """
 
     def __init__(self, spec: GraphSpec) -> None:
@@ -143,13 +148,15 @@ class BindingCheck:
     def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
         """The size of every named axis. Outputs may be left out.
 
-        Raises InvalidInput: bound by address, a wrong array would be read or written beside.
+        Raises InvalidInput. Arrays are bound by address, so a wrong one would corrupt memory.
         """
         sizes: dict[str, int] = {}
         for declared, bound, complete in ((self._inputs, inputs, True), (self._outputs, outputs, False)):
             if not bound.keys() <= declared.keys() or (complete and len(bound) != len(declared)):
                 raise InvalidInput(
-                    f"bindings {sorted(bound)}", expected=f"{sorted(declared)}", fix="bind what the manifest declares"
+                    f"The bound tensors are {sorted(bound)}, but the graph declares {sorted(declared)}.",
+                    expected=f"{sorted(declared)}",
+                    fix="Bind the tensors that the manifest declares.",
                 )
             for name, array in bound.items():
                 axes, dtype = declared[name]
@@ -166,19 +173,16 @@ class BindingCheck:
             fits &= size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
         if not fits:
             raise InvalidInput(
-                f"{name} of shape {tuple(shape)}",
+                f"{name} has shape {tuple(shape)}, but its axes are {axes} with {sizes}.",
                 expected=f"axes {axes} with {sizes}",
-                fix="bind an array of that shape",
+                fix="Bind an array of that shape.",
             )
         if array.dtype is not dtype and host_dtype(array.dtype) != dtype:
-            raise InvalidInput(f"{name} of {array.dtype}", expected=str(dtype), fix="convert it first")
+            raise InvalidInput(
+                f"{name} has dtype {array.dtype}, but it must be {dtype}.", expected=str(dtype), fix="Convert it first."
+            )
 
 
 def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
-    """`BindingCheck` of a graph that is bound once. Raises InvalidInput."""
+    """Run a `BindingCheck` once. Raises InvalidInput."""
     return BindingCheck(spec)(inputs, outputs)
-
-
-def host_dtype(dtype: str | np.dtype[Any]) -> np.dtype[Any]:
-    """NumPy type that stores a manifest dtype (bfloat16 as its bits)."""
-    return np.dtype(np.uint16) if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)

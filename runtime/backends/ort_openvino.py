@@ -1,20 +1,22 @@
-"""ONNX Runtime for the transformer and OpenVINO for the tokenizer: each for what it is the faster at, on the CPU.
+"""ONNX Runtime for the transformer and OpenVINO for the tokenizer, on the CPU.
 
-For bundles whose transformer has products of bytes, which ONNX Runtime multiplies as such, and whose tokenizer computes
-in bfloat16, which it has no kernels for.
+For int8-bf16 bundles. ONNX Runtime multiplies 8-bit integers as such, and OpenVINO computes in bfloat16, for which ONNX
+Runtime has no kernels.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..bundle import Bundle
-from ..graphs import DECODE, ENCODE
-from . import openvino, ort_cpu
+from ..bundle.opening import Bundle
+from ..memory.library import LibraryMemory
+from ..model.precision import TOKENIZER_GRAPHS, Precision
 from .base import Availability, Graph, runs_precision
-from .host import HostBackend, check_options
+from .host_arrays import HostBackend, check_options
+from .openvino import backend as openvino
+from .ort import cpu as ort_cpu
 
-PRECISIONS = frozenset({"int8-bf16"})
+PRECISIONS = frozenset({Precision.INT8_BF16})
 
 
 def probe(name: str) -> Availability:
@@ -28,25 +30,29 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
     return ort_cpu.exact_products(state, bundle.manifest.precision)
 
 
+def libraries(precision: Precision) -> dict[str, LibraryMemory]:
+    tokenizer = openvino.libraries(precision)
+    return {**ort_cpu.libraries(precision), **{graph: tokenizer[graph] for graph in TOKENIZER_GRAPHS}}
+
+
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None = None) -> OrtOpenVino:
     return OrtOpenVino(check_options(name, device, threads, engines))
 
 
 class OrtOpenVino(HostBackend):
-    """Backend on `threads` threads, of one library at a time."""
+    """Backend on a number of threads. One library runs at a time."""
 
     name = "ort-openvino"
     precisions = PRECISIONS
-    maps_weights = True  # of the condition, which is ONNX Runtime's
+    maps_weights = True  # of the condition graph, which ONNX Runtime runs
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         self._transformer, self._tokenizer = ort_cpu.OrtCpu(threads), openvino.OpenVino(threads)
-        self.bf16_arithmetic = self._tokenizer.bf16_arithmetic
 
-    def prepared(self, bundle: Bundle, graph: str) -> bool:
-        return True
+    def libraries(self, precision: Precision) -> dict[str, LibraryMemory]:
+        return libraries(precision)
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        library = self._tokenizer if graph in (DECODE, ENCODE) else self._transformer
+        library = self._tokenizer if graph in TOKENIZER_GRAPHS else self._transformer
         return library.open(bundle, graph, once=once)

@@ -9,10 +9,10 @@ import typer
 
 from .._version import __version__
 from ..backends import BACKENDS, precisions, probe
-from ..backends.host import default_threads
+from ..backends.host_arrays import default_threads
 from ..errors import BackendUnavailable
-from ..manifest import PRECISIONS
-from ..memory import available_bytes
+from ..memory.available import available_bytes
+from ..model.precision import Precision
 from .console import JsonOption, emit, out
 
 
@@ -26,7 +26,7 @@ def doctor(as_json: JsonOption = False) -> None:
     working = [name for name, state in states.items() if state.available]
     auto = next(iter(working), None)
     by_precision = {
-        precision: next((name for name in working if precision in precisions(name)), None) for precision in PRECISIONS
+        precision: next((name for name in working if precision in precisions(name)), None) for precision in Precision
     }
     data: dict[str, Any] = {
         "version": __version__,

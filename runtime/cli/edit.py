@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..edit import Edit
-from ..edit_plan import plan_edit
+from ..editing.options import Edit
 from ..errors import ArtifactRefused, InvalidInput
-from ..guidance import Guidance
-from ..images import save_png
-from ..output import GenerationOutput, Settings
-from ..pipeline import FlexVARPipeline, ScaleStep
+from ..model.guidance import Guidance
+from ..output import GenerationOutput, ScaleStep, Settings
+from ..pictures.png import save_png
+from ..pipeline import FlexVARPipeline
 from .console import JsonOption, emit, err, out, steps
 from .options import (
     BackendOption,
@@ -108,7 +107,9 @@ def edit(
             **vars(wanted),
             "mask": mask,
             "labels": labels,
-            **_scales(pipeline, earlier, wanted, image, mask, schedule, scales),
+            "schedule": schedule,
+            "steps": scales,
+            "earlier": earlier.schedule if earlier else None,
             "guidance": _guidance(earlier, pipeline, labels, said, max_side),
             "sampling": replaced(earlier.sampling if earlier else pipeline.sampling, **changes),
             "seed": earlier.seed if earlier and seed is None else seed,
@@ -168,23 +169,6 @@ def _labels(earlier: Settings | None, text: str | None, pipeline: FlexVARPipelin
     if len(labels) != 1:
         raise InvalidInput(f"{len(labels)} classes", expected="one", fix="run the command once a class")
     return labels
-
-
-def _scales(
-    pipeline: FlexVARPipeline,
-    earlier: Settings | None,
-    edit: Edit,
-    image: Path,
-    mask: Path | None,
-    schedule: str | None,
-    steps: int | None,
-) -> dict[str, Any]:
-    """schedule and steps of the request: what was said, else the earlier schedule, or where the canvas is another now
-    as many scales as it has."""
-    if earlier is None or schedule is not None or steps is not None:
-        return {"schedule": schedule, "steps": steps}
-    derived = plan_edit(edit, [image], [mask], pipeline.model, pipeline.schedule, None, len(earlier.schedule))
-    return {"schedule": earlier.schedule if earlier.schedule[-1] == derived.schedule[-1] else derived.schedule}
 
 
 def _guidance(

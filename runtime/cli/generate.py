@@ -9,18 +9,19 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from ..atomic import atomic_write
-from ..canvas import check_sides
-from ..deadline import Choice, seconds_of
-from ..edit_plan import warn_if_large
+from ..deadlines.choice import Choice, seconds_of
+from ..editing.canvas import check_sides
+from ..editing.plan import warn_if_large
 from ..errors import ArtifactRefused, CostUnknown, InvalidInput
-from ..guidance import Guidance
-from ..images import save_png
-from ..noise import fresh_seed
-from ..output import GenerationOutput
-from ..pipeline import FlexVARPipeline, ScaleStep
-from ..sampling import Sampling
-from ..schedule import ScaleSchedule
+from ..files.atomic import atomic_write
+from ..model.guidance import Guidance
+from ..model.noise import fresh_seed
+from ..model.sampling import Sampling
+from ..model.schedule import ScaleSchedule
+from ..output import GenerationOutput, ScaleStep
+from ..pictures.png import save_png
+from ..pipeline import FlexVARPipeline
+from ..request import parse_request
 from .console import JsonOption, emit, err, out, steps
 from .options import (
     BackendOption,
@@ -99,7 +100,7 @@ def generate(
             first_index=start.first_index if first_index is None else first_index,
         )
         warn_if_large(plan.schedule, pipeline.schedule)
-        pipeline.check(plan.labels, plan.seed, plan.first_index)
+        parse_request(pipeline.model, pipeline.defaults, plan.labels, seed=plan.seed, first_index=plan.first_index)
         files = [output / plan.name(i) for i in range(len(plan.labels))]
         previews = [preview / name for name in plan.preview_names()] if preview else []
         check_targets([*files, *previews, *([save_arrays] if save_arrays else [])], force)
@@ -222,7 +223,7 @@ def _run(
                         path = preview / plan.preview_name(start + i, step.index)
                         save_png(path, pixels, {"preview_of": name, "scale": step.index + 1}, force=force)
 
-            whole = preview is None and not show and pipeline.backend.device is not None
+            whole = preview is None and not show and pipeline.generator.runs_whole
             result = pipeline(
                 labels,
                 plan.schedule,

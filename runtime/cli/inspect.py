@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -12,18 +11,19 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ..backends import BACKENDS, CPU_BACKENDS, create, precisions, probe
-from ..backends.ort_placement import without_cuda_kernel
-from ..bundle import Bundle
-from ..deadline import quality_order
+from ..backends import KERNELS_CHECKED, planned_backend, precisions
+from ..backends.ort.placement import without_cuda_kernel
+from ..bundle.manifest import Manifest
+from ..bundle.onnx_scan import scan
+from ..bundle.opening import Bundle
+from ..deadlines.choice import quality_order
 from ..errors import ArtifactRefused
-from ..guidance import Guidance
-from ..manifest import SCHEMA_VERSION, Manifest
-from ..memory import available_bytes
-from ..onnx_scan import scan
-from ..planner import MemoryPlan, largest_batch, plan, size_text
-from ..schedule import ScaleSchedule
-from ..strict_json import encode
+from ..files.strict_json import encode
+from ..memory.available import available_bytes
+from ..memory.plan import MemoryPlan, largest_batch, plan, size_text
+from ..model.guidance import Guidance
+from ..model.schedule import ScaleSchedule
+from ..model.signatures import SCHEMA_VERSION
 from .console import JsonOption, emit, out
 
 NAMES_SHOWN = 20
@@ -70,7 +70,7 @@ def inspect(
             *((("class names", _listed(model.class_names)),) if model.class_names else ()),
             ("tokens", f"{model.vocabulary} codes of dimension {model.code_dim}, {model.downsampling} pixels a side"),
             ("decoder", manifest.decoder),
-            ("ort-cuda", on_cuda.text),
+            (KERNELS_CHECKED, on_cuda.text),
             ("schedule", defaults.schedule),
             ("deadlines take", ", ".join(map(str, quality_order(manifest)))),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
@@ -113,7 +113,7 @@ class _OnCuda:
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
         precision = bundle.manifest.precision
-        if precision not in precisions("ort-cuda"):
+        if precision not in precisions(KERNELS_CHECKED):
             return cls(precision, False, {})
         try:
             found = {name: without_cuda_kernel(scan(bundle.graph_file(name))) for name in bundle.manifest.graphs}
@@ -154,16 +154,6 @@ def _shown(tensors: tuple[Any, ...]) -> list[Any]:
     return [tensor for tensor in tensors if not numbers[tensor.name].isdigit() or numbers[tensor.name] == "0"]
 
 
-def _backend(precision: str) -> tuple[str, bool]:
-    """The CPU backend that `auto` takes for a precision, and whether it computes bfloat16 as such here.
-
-    Where none that runs it works here the first is planned for, as on a processor without bfloat16.
-    """
-    names = [name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name)]
-    works = next((name for name in names if probe(name).available), None)
-    return (names[0], False) if works is None else (works, create(works).bf16_arithmetic)
-
-
 @dataclass(frozen=True)
 class _Memory:
     """The plan of a generation on the CPU backend of the bundle's precision, beside what this machine has left."""
@@ -178,18 +168,15 @@ class _Memory:
         defaults = manifest.defaults
         scales = ScaleSchedule.parse(defaults.schedule if schedule is None else schedule)
         scale = defaults.guidance_scale if cfg is None else cfg
-        guidance = Guidance(scale, defaults.guidance_rule, defaults.max_side)
-        guided = any(t != 0 for t in guidance.weights(scales))
-
-        backend, bf16_arithmetic = _backend(manifest.precision)
-        planned = partial(plan, manifest, scales, backend=backend, bf16_arithmetic=bf16_arithmetic)
+        guided = Guidance(scale, defaults.guidance_rule, defaults.max_side).acts(scales)
+        backend, libraries = planned_backend(manifest.precision)
 
         def total(batch: int) -> int:
-            return planned(batch, guided, decoded_at_once=1).total
+            return plan(manifest, scales, batch, guided, libraries, decoded_at_once=1).total
 
         available = available_bytes()
         fits = None if available is None else largest_batch(total, available)
-        return cls(backend, planned(images, guided), available, fits)
+        return cls(backend, plan(manifest, scales, images, guided, libraries), available, fits)
 
     def to_json(self) -> dict[str, Any]:
         return {

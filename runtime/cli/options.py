@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..atomic import existing
+from ..bundle.manifest import MANIFEST
 from ..errors import ArtifactRefused, InvalidInput
-from ..graphs import TABLES_FILE
-from ..images import read_metadata
-from ..manifest import MANIFEST
+from ..files.atomic import existing
+from ..model.signatures import TABLES_FILE
 from ..output import Settings
+from ..pictures.png import read_metadata
 
 ScheduleOption = Annotated[str | None, typer.Option(help="Scales: 1_2_4_8_16, 1_2_3x5_12x20, or 512px.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Number of scales, derived for the size.")]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..backends.base import host_dtype
+from ..model.tensors import host_dtype
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address
 

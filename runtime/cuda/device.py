@@ -1,6 +1,6 @@
-"""What the device side asks of a GPU: one device, one stream, everything in the order of the stream.
+"""The interface of a GPU: one device and one stream, on which everything runs in order.
 
-`gpu.CudaDevice` is the real one. Nothing here waits for the device except `synchronize`.
+`gpu.CudaDevice` implements it. Only `synchronize` waits for the device.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def going_on(what: str) -> Iterator[None]:
-    """For closing: after a device has failed every call on it fails, and what is left must be freed all the same."""
+def ignore_errors(what: str) -> Iterator[None]:
+    """Log errors as warnings. For closing: after a device has failed, every call on it fails, and the rest must still
+    be freed."""
     try:
         yield
     except Exception as error:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Availability
 from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 from .array import DeviceArray
 from .kernels import KERNEL_NAMES, KernelConfig, Launch, compile_kernels
@@ -34,15 +33,6 @@ class GpuFacts:
 
     def __str__(self) -> str:
         return f"{self.name}, compute capability {self.capability}, {self.total_bytes / 2**30:.0f} GiB"
-
-
-def probe_gpu(device: str | None = None) -> Availability:
-    """Whether a GPU can be used from here: library, driver, device. Starts no work."""
-    try:
-        facts = find_gpu(device)
-    except BackendUnavailable as error:
-        return Availability(False, error.got, error.fix)
-    return Availability(True, str(facts))
 
 
 def find_gpus() -> tuple[GpuFacts, ...]:

@@ -37,10 +37,10 @@ DEVICE void refuse(u64 *status, u64 kind, u64 scale, u64 row) { atomicMax(status
 
 // --- noise
 
-// 24-bit draw of one position: Philox4x32-10. streams: seed low, seed high, then (low, high) of every image index.
+// 24-bit draw of one position: Philox4x32-10. streams: seed low, seed high, index low, index high of every image.
 DEVICE u32 draw_of(const u32 *streams, u32 image, u32 position, u32 scale) {
-  u32 c0 = position, c1 = scale, c2 = streams[2 + 2 * image], c3 = streams[3 + 2 * image];
-  u32 k0 = streams[0], k1 = streams[1];
+  u32 c0 = position, c1 = scale, c2 = streams[4 * image + 2], c3 = streams[4 * image + 3];
+  u32 k0 = streams[4 * image], k1 = streams[4 * image + 1];
   UNROLL
   for (int round = 0; round < 10; round++) {
     const u64 product0 = (u64)c0 * 0xD2511F53u, product1 = (u64)c2 * 0xCD9E8D57u;
@@ -269,15 +269,19 @@ DEVICE u64 boundary_of(Scratch *s, const u64 *ranks, int items, int weighted, fl
 
 // --- sampling
 
-// tokens (rows,) of logits (rows, V): one block a row; images have `positions` rows each. top_k 0 and drop 0 are off;
-// drop is 1 - top_p. A row without a finite maximum gets token 0 and is refused.
+// tokens (rows,) of logits (rows, V): one block for each row; images have `positions` rows each. A row without a finite
+// maximum gets token 0 and is refused. The options are read from device memory, so that one captured graph serves all
+// values: *top_k_option, where 0 is off, and *drop_option = 1 - top_p, where 0 is off.
 KERNEL(BLOCK)
 sample_rows(const float *__restrict__ logits, const u32 *__restrict__ streams, int *__restrict__ tokens,
-            u64 *__restrict__ status, u32 positions, u32 scale, int top_k, double drop) {
+            u64 *__restrict__ status, const int *__restrict__ top_k_option, const double *__restrict__ drop_option,
+            u32 positions, u32 scale) {
   SHARED Scratch scratch;
   Scratch *const s = &scratch;
   const u32 row = blockIdx.x, thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const float lowest = __int_as_float((int)0xff800000u);
+  const int top_k = *top_k_option;
+  const double drop = *drop_option;
   int items = ITEMS;
   u64 ranks[ITEMS];  // keys of logits, then weights
 

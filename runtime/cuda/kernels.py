@@ -1,6 +1,6 @@
-"""The kernels of `kernels.cu` as plain data: what they are compiled with, and every launch with its arguments.
+"""The kernels of `kernels.cu`: their configuration, and every launch with its arguments as plain data.
 
-Nothing of CUDA is imported before `compile_kernels` is called.
+CUDA is imported only by `compile_kernels`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import check_index, check_seed
 from ..errors import BackendUnavailable
-from ..noise import check_index, check_seed
 from .array import DeviceArray
 
 KERNEL_NAMES = ("sample_rows", "next_inputs", "gather_rows", "scatter_rows", "to_uint8", "draws")
-TAPS = 4  # inputs that an output of a bicubic resize takes from, at most
+TAPS = 4  # the largest number of inputs to one output of a bicubic resize
 STATUS_WORDS = 2  # uint32
 
 MOST_THREADS = 1024  # of a block of `sample_rows`
@@ -31,7 +31,7 @@ _STATUS_KINDS = {1: "logits", 2: "pixels"}
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What the kernels are compiled for: V, D and C of the model."""
+    """The sizes that the kernels are compiled for: V, D and C of the model. Raises BackendUnavailable."""
 
     vocabulary: int
     code_dim: int
@@ -40,18 +40,19 @@ class KernelConfig:
     def __post_init__(self) -> None:
         if not 0 < self.vocabulary <= LARGEST_VOCABULARY or self.code_dim < 1 or self.width < 1:
             raise BackendUnavailable(
-                f"vocabulary {self.vocabulary}, codes of {self.code_dim}, width {self.width}",
-                expected=f"positive sizes and a vocabulary of at most {LARGEST_VOCABULARY}, what the kernels hold",
-                fix="use --backend ort-cpu for this model",
+                f"The GPU kernels do not take a vocabulary of {self.vocabulary}, codes of {self.code_dim} and width "
+                f"{self.width}.",
+                expected=f"positive sizes and a vocabulary of at most {LARGEST_VOCABULARY}",
+                fix="Use a CPU backend for this model (see flexvar doctor).",
             )
 
     @property
     def block(self) -> int:
-        """Threads of a block of `sample_rows`: one for each code up to 1024, in whole warps."""
+        """Threads in a block of `sample_rows`: one for each code, in whole warps, at most 1024."""
         return _threads(self.vocabulary)
 
     def defines(self, block: int | None = None) -> dict[str, int]:
-        """The macros that `kernels.cu` asks for."""
+        """The macros of `kernels.cu`."""
         return {
             "VOCABULARY": self.vocabulary,
             "CODE_DIM": self.code_dim,
@@ -76,8 +77,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What the status words say: kind "logits" with the scale's index and the row (image · positions + position), or
-    kind "pixels" with the image as row."""
+    """The content of the status words: kind "logits" with the index of the scale and the row (image · positions +
+    position), or kind "pixels" with the image as row."""
 
     kind: str
     scale: int
@@ -85,21 +86,31 @@ class Refusal:
 
 
 def stream_words(images: int) -> int:
-    """uint32 words of the streams of so many images."""
-    return 2 + 2 * images
+    """Number of uint32 words in the random streams of so many images."""
+    return 4 * images
 
 
-def stream_block(seed: int, indices: Sequence[int]) -> NDArray[np.uint32]:
-    """The random streams as the kernels read them: seed low, seed high, then low and high word of every image index.
+def stream_block(seeds: Sequence[int], indices: Sequence[int]) -> NDArray[np.uint32]:
+    """The random streams as the kernels read them: low and high word of the seed and of the index of every image.
 
     Raises InvalidInput for a seed or an index that is no 64-bit number.
     """
-    numbers = np.array([check_seed(seed), *map(check_index, indices)], dtype="<u8")
-    return numbers.view("<u4").astype(np.uint32)
+    pairs = [(check_seed(seed), check_index(index)) for seed, index in zip(seeds, indices, strict=True)]
+    return np.array(pairs, dtype="<u8").reshape(-1).view("<u4").astype(np.uint32)
+
+
+def top_k_option(top_k: int, vocabulary: int) -> int:
+    """top_k as `sample_rows` reads it: 0 where it keeps every token."""
+    return top_k if top_k < vocabulary else 0
+
+
+def drop_option(top_p: float) -> float:
+    """top_p as `sample_rows` reads it: the probability mass to drop, 0 where it keeps every token."""
+    return 0.0 if top_p in (0.0, 1.0) else 1.0 - top_p
 
 
 def read_status(words: NDArray[np.uint32]) -> Refusal | None:
-    """What the kernels refused first, in the order of kind, scale and row; None when nothing.
+    """The first refusal in the order of kind, scale and row; None if there is none.
 
     words: (STATUS_WORDS,) uint32, zeroed before the first kernel and downloaded after the last.
     """
@@ -111,17 +122,16 @@ def read_status(words: NDArray[np.uint32]) -> Refusal | None:
 
 
 def taps(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """A resize matrix (outputs, inputs) as what `next_inputs` reads: which inputs each output takes, and how much.
+    """A resize matrix (outputs, inputs) as `next_inputs` reads it: the inputs of each output and their weights.
 
-    Returns index (outputs, 4) int32 and weight (outputs, 4) float32, inputs ascending; unused taps take 0 of input 0.
-    Raises ValueError for a row with more than 4 numbers other than 0.
-    """
+    Returns index (outputs, 4) int32 and weight (outputs, 4) float32, inputs ascending. Unused taps have input 0 and
+    weight 0. Raises ValueError for a row with more than 4 numbers other than 0."""
     outputs = len(matrix)
     index, weight = np.zeros((outputs, TAPS), np.int32), np.zeros((outputs, TAPS), np.float32)
     for i, row in enumerate(matrix):
         used = np.flatnonzero(row)
         if len(used) > TAPS:
-            raise ValueError(f"row {i} takes from {len(used)} inputs; at most {TAPS} are possible")
+            raise ValueError(f"row {i} has {len(used)} inputs, and at most {TAPS} are possible")
         index[i, : len(used)], weight[i, : len(used)] = used, row[used]
     return index, weight
 
@@ -131,22 +141,23 @@ def sample_rows(
     streams: DeviceArray,
     tokens: DeviceArray,
     status: DeviceArray,
+    top_k: DeviceArray,
+    drop: DeviceArray,
     *,
     scale: int,
-    top_k: int,
-    top_p: float,
 ) -> Launch:
-    """Tokens (B, h, w) int32 of one scale from its logits (B, h·w, V): `sampling.sample` of `noise.draws`.
+    """Tokens (B, h, w) int32 of one scale from its logits (B, h·w, V), as `sampling.sample` draws them.
 
-    streams: `stream_block` on the device; status: STATUS_WORDS uint32. A row without a finite maximum gets token 0 and
-    is told in the status.
+    streams: `stream_block` on the device. top_k, drop: one number each, `top_k_option` int32 and `drop_option` float64,
+    which are read when the kernel runs. status: STATUS_WORDS uint32. A row without a finite maximum gets token 0 and
+    sets the status.
     """
     B, L, V = logits_BLV.shape
-    _require(streams.shape == (stream_words(B),) and tokens.size == B * L, "streams or tokens", streams, tokens)
-    drop = 0.0 if top_p in (0.0, 1.0) else 1.0 - top_p
-    options = ctypes.c_uint32(scale), ctypes.c_int32(top_k if top_k < V else 0), ctypes.c_double(drop)
-    pointers = logits_BLV.address, streams.address, tokens.address, status.address
-    return Launch("sample_rows", (B * L, 1, 1), (_threads(V), 1, 1), 0, (*pointers, ctypes.c_uint32(L), *options))
+    fits = streams.shape == (stream_words(B),) and tokens.size == B * L and top_k.size == drop.size == 1
+    _require(fits, "streams, tokens or options", streams, tokens, top_k, drop)
+    pointers = (array.address for array in (logits_BLV, streams, tokens, status, top_k, drop))
+    numbers = ctypes.c_uint32(L), ctypes.c_uint32(scale)
+    return Launch("sample_rows", (B * L, 1, 1), (_threads(V), 1, 1), 0, (*pointers, *numbers))
 
 
 def next_inputs(
@@ -160,8 +171,8 @@ def next_inputs(
 ) -> Launch:
     """codes (N, L, D) and offset (N, L, C) of a scale (h', w'), L = h'·w', from the tokens (B, h, w) before it.
 
-    N is B, or 2·B, the second half repeating the first. y_taps, x_taps: `taps` of the matrices (h', h) and (w', w);
-    positions: what every sequence adds, `Tables.offset`.
+    N is B, or 2·B with the first half repeated. y_taps, x_taps: `taps` of the matrices (h', h) and (w', w). positions:
+    `Tables.offset`.
     """
     (B, h, w), (N, L, D), C = tokens_Bhw.shape, codes_NLD.shape, positions_LC.shape[1]
     new_h, new_w = len(y_taps[0]), len(x_taps[0])
@@ -201,7 +212,7 @@ def to_uint8(
 ) -> Launch:
     """Decoder output (B, 3, H, W) float32 to pixels (B, H, W, 3) uint8, as `images.to_uint8`.
 
-    NaN and infinities become 0 and are told in the status.
+    NaN and infinities become 0 and set the status.
     """
     B, channels, H, W = image_BCHW.shape
     _require(channels == 3 and pixels_BHWC.shape == (B, H, W, 3), "pixels", image_BCHW, pixels_BHWC)
@@ -213,7 +224,7 @@ def to_uint8(
 
 
 def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
-    """The 24-bit draws (B, L) uint32 of one scale, `noise.draws` of every image: the proof that noise is equal."""
+    """The 24-bit draws (B, L) uint32 of one scale, as `noise.draws` computes them. Only tests run it."""
     B, L = out_BL.shape
     _require(streams.shape == (stream_words(B),), "streams", streams, out_BL)
     args = streams.address, out_BL.address, ctypes.c_uint32(B * L), ctypes.c_uint32(L), ctypes.c_uint32(scale)
@@ -230,8 +241,8 @@ def _threads(vocabulary: int) -> int:
 
 
 def _require(fits: bool, what: str, *arrays: DeviceArray) -> None:
-    if not fits:  # a kernel would read or write beside the array
-        raise ValueError(f"{what} do not fit: shapes {', '.join(str(array.shape) for array in arrays)}")
+    if not fits:  # the kernel would read or write outside the array
+        raise ValueError(f"{what} do not fit together: shapes {', '.join(str(array.shape) for array in arrays)}")
 
 
 def kernel_source() -> str:
@@ -242,13 +253,13 @@ def kernel_source() -> str:
 def compile_kernels(target: str, config: KernelConfig) -> bytes:
     """A cubin with every kernel, for a GPU of compute capability `target` ("sm_90"). Needs no GPU.
 
-    Raises BackendUnavailable where cuda.core or NVRTC is missing, or NVRTC refuses; its log is in the message.
+    Raises BackendUnavailable if cuda.core or NVRTC is missing or the compilation fails; the message has the log.
     """
     return compile_source(kernel_source(), target, config)[0]
 
 
 def compile_source(source: str, target: str, config: KernelConfig) -> tuple[bytes, str]:
-    """The cubin of a source, and the compiler's log: registers and spills of every kernel."""
+    """The cubin of a source, and the log of the compiler with registers and spills of every kernel."""
     log = io.StringIO()
     try:
         core = importlib.import_module("cuda.core")
@@ -261,11 +272,11 @@ def compile_source(source: str, target: str, config: KernelConfig) -> tuple[byte
             ptxas_options=["-v"],
         )
         code = core.Program(source, "c++", options).compile("cubin", logs=log).code
-    except Exception as error:  # of Python, the loader or NVRTC: nothing in common
+    except Exception as error:  # errors of Python, the loader and NVRTC have no common base class
         message = str(error).replace("\0", "").strip()
         raise BackendUnavailable(
-            f"no kernels for {target} ({type(error).__name__}: {message})",
+            f"The GPU kernels cannot be compiled for {target} ({type(error).__name__}: {message}).",
             expected="cuda.core and an NVRTC that knows this GPU",
-            fix="pip install --upgrade 'flexvar-deploy[gpu]'",
+            fix="Run: pip install --upgrade 'flexvar-deploy[gpu]'",
         ) from error
     return bytes(code), log.getvalue().strip("\0\n")

@@ -10,7 +10,7 @@ import pytest
 from flexvar_bench import given_scales
 from flexvar_bench.given_scales import Row, main, measure
 from flexvar_runtime import FlexVARPipeline, Guidance
-from flexvar_runtime.loop import ScaleLoop
+from flexvar_runtime.generation.host import ScaleLoop
 
 
 def test_both_ways_take_turns(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

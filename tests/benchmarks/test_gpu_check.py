@@ -20,14 +20,7 @@ from flexvar_bench.gpu import command_line, measurement
 from flexvar_bench.gpu import models as gpu_models
 from flexvar_bench.gpu import report as gpu_report
 from flexvar_bench.gpu.files import ModelFiles
-from flexvar_bench.gpu.models import (
-    default_guidance,
-    export_model,
-    load_proof,
-    phases_model,
-    random_model,
-    schedule_of,
-)
+from flexvar_bench.gpu.models import default_guidance, export_model, load_proof, phases_model, random_model, schedule_of
 from flexvar_bench.gpu.report import AS_PUBLISHED, rows
 from flexvar_bench.gpu.result_file import ResultFile, merge, write
 from flexvar_bench.gpu.runs import decoders, growth

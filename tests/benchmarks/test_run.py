@@ -28,7 +28,7 @@ from flexvar_bench.variants import CostWork, PlainMake, RuntimeMake, Sample, Sub
 from flexvar_bench.workers import started
 from flexvar_runtime import ArtifactRefused, Bundle, FlexVARPipeline, InvalidInput
 from flexvar_runtime.cli.main import main
-from flexvar_runtime.deadline import quality_order
+from flexvar_runtime.deadlines.choice import quality_order
 
 WORK = Work(schedule(4), 2, True)
 SCENARIO = Scenario(

@@ -14,10 +14,10 @@ import flexvar_ref
 from flexvar_export.proof import reference_options, shared_noise
 from flexvar_ref.generation import Given
 from flexvar_runtime import FlexVARPipeline, Guidance, Sampling
-from flexvar_runtime.canvas import make_canvas
-from flexvar_runtime.edit import Edit
-from flexvar_runtime.images import from_uint8
-from flexvar_runtime.photo import read_photo
+from flexvar_runtime.editing.canvas import make_canvas
+from flexvar_runtime.editing.options import Edit
+from flexvar_runtime.pictures.photo import read_photo
+from flexvar_runtime.pictures.pixels import from_uint8
 
 SAMPLING = Sampling(top_k=50, top_p=0.9, greedy_scales="none")
 GUIDANCE = Guidance(3.0)

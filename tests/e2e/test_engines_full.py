@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 
 from flexvar_export.bundle import TORCH_PRECISIONS, UNPROVEN
+from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_runtime import Bundle
-from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.engines import graph_files
-from flexvar_runtime.graphs import WEIGHTS_OF, graph_specs
-from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, Provenance
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.backends.tensorrt.engine_files import graph_files
+from flexvar_runtime.bundle.manifest import Manifest, Provenance
+from flexvar_runtime.model.schedule import PUBLISHED
+from flexvar_runtime.model.signatures import SCHEMA_VERSION, WEIGHTS_OF, graph_specs
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(3600)]
 

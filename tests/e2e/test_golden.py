@@ -19,16 +19,16 @@ from PIL import Image
 
 import flexvar_ref
 from flexvar_export.bundle import UNPROVEN
+from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts, tables
 from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_ref import TokenizerConfig, TransformerConfig
 from flexvar_ref.synthetic import write_checkpoints
 from flexvar_runtime import FlexVARPipeline, Guidance, ScaleSchedule
-from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.graphs import REQUIRED, TABLES_FILE, graph_specs
-from flexvar_runtime.images import to_uint8
-from flexvar_runtime.manifest import PHASES, SCHEMA_VERSION, Manifest, Provenance
+from flexvar_runtime.bundle.manifest import PHASES, Manifest, Provenance
+from flexvar_runtime.model.signatures import REQUIRED, SCHEMA_VERSION, TABLES_FILE, graph_specs
+from flexvar_runtime.pictures.pixels import to_uint8
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 RULES = {"var": "ramp", "llamagen": "constant"}

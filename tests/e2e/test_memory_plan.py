@@ -15,7 +15,7 @@ import pytest
 
 from flexvar_runtime import Bundle, ScaleSchedule
 from flexvar_runtime.backends import create
-from flexvar_runtime.planner import PUBLISHED_DECODER, MemoryPlan, plan
+from flexvar_runtime.memory.plan import PUBLISHED_DECODER, MemoryPlan, plan
 
 SIX = "1_2_4_6_10_16"
 TEN = "1_2_3_4_5_6_8_10_13_16"

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexvar_runtime.bundle_writer import seal
+from flexvar_export.bundle_writer import seal
+from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.cli.main import main
-from flexvar_runtime.manifest import Manifest
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 Change = Callable[[Path], object]

@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from flexvar_runtime import FlexVARPipeline, GenerationOutput, Guidance, Sampling, ScaleSchedule
-from flexvar_runtime.noise import draws
-from flexvar_runtime.sampling import sample
+from flexvar_runtime.model.noise import draws
+from flexvar_runtime.model.sampling import sample
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 SCHEDULE = "1_2_3_4_5_6_8_10_13_16"

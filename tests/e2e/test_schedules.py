@@ -16,9 +16,9 @@ import flexvar_ref
 from flexvar_export.proof import reference_options, shared_noise
 from flexvar_ref import FlexVAR
 from flexvar_runtime import FlexVARPipeline, Guidance, Sampling, ScaleSchedule
-from flexvar_runtime.noise import draws
-from flexvar_runtime.sampling import sample
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.model.noise import draws
+from flexvar_runtime.model.sampling import sample
+from flexvar_runtime.model.schedule import PUBLISHED
 
 SEED = 2**63 + 5
 NON_SQUARE = "1_2_3x5_6x10_9x15_12x20"

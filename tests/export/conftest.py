@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 import flexvar_ref
 from flexvar_export import bundle as exporter
+from flexvar_export.bundle_writer import seal
 from flexvar_export.proof import PROOF_FILE, Proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle
-from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.graphs import WEIGHTS_OF
-from flexvar_runtime.manifest import TensorSpec
+from flexvar_runtime.model.signatures import WEIGHTS_OF
+from flexvar_runtime.model.tensors import TensorSpec
 
 Pair = tuple[FlexVAR, Tokenizer]
 Edit = Callable[[onnx.ModelProto], None]

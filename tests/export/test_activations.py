@@ -18,8 +18,9 @@ from flexvar_export.bundle import export_bundle
 from flexvar_export.proof import Proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import ArtifactRefused, Bundle
-from flexvar_runtime.graphs import GRAPHS, REQUIRED
-from flexvar_runtime.manifest import PRECISIONS, Range
+from flexvar_runtime.bundle.manifest import Range
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import GRAPHS, REQUIRED
 
 Pair = tuple[FlexVAR, Tokenizer]
 LIMIT = 8188.0  # 65504 / 8
@@ -173,7 +174,7 @@ def test_scores_of_the_decoders_attention_are_found(pair: Pair, tiny_proof: Proo
 def test_it_is_recorded_for_every_graph_and_does_not_depend_on_the_precision(
     tiny_bundles: Callable[[str], Path], tiny_pair: Pair, tiny_proof: Proof
 ) -> None:
-    records = [Bundle.open(tiny_bundles(precision)).manifest.largest_activation for precision in PRECISIONS]
+    records = [Bundle.open(tiny_bundles(precision)).manifest.largest_activation for precision in Precision]
     assert records[0].keys() == set(REQUIRED)  # prefill computes what step does
     for record in (*records[1:], largest_activations(*tiny_pair, tiny_proof)):
         for graph, found in record.items():

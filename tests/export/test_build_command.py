@@ -19,12 +19,18 @@ import pytest
 
 from flexvar_export import build_command, engine_builder
 from flexvar_export.build_command import choose_target
+from flexvar_export.bundle_writer import seal
 from flexvar_export.engine_builder import Plan
 from flexvar_runtime import BackendUnavailable, Bundle, InvalidInput
-from flexvar_runtime.backends import trt_library
-from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.engines import EngineId, PrecisionReport, find_engine, read_engine, receipts_folder
-from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.backends.tensorrt import library as trt_library
+from flexvar_runtime.backends.tensorrt.engine_files import (
+    EngineId,
+    PrecisionReport,
+    find_engine,
+    read_engine,
+    receipts_folder,
+)
+from flexvar_runtime.model.signatures import GRAPHS
 
 RTX = ("--backend", "tensorrt-rtx")
 SMALL = (*RTX, "--schedule", "1_2x3", "--max-batch", "2", "--prefill")
@@ -399,9 +405,9 @@ def test_a_batch_that_will_not_fit_on_the_gpu_is_refused_before_the_build(
     half_bundle: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flexvar_runtime import Bundle, ScaleSchedule
-    from flexvar_runtime.cuda.buffers import Shape
-    from flexvar_runtime.cuda.device_plan import device_plan
     from flexvar_runtime.cuda.gpu import GpuFacts
+    from flexvar_runtime.generation.device_buffers import Shape
+    from flexvar_runtime.generation.device_memory import device_plan
 
     schedule = ScaleSchedule.parse("1_2x3")
     needed = device_plan(Bundle.open(half_bundle), Shape(schedule, 5, True)).total

@@ -19,12 +19,12 @@ from torch import Tensor
 import flexvar_ref
 from flexvar_export import bundle as bundle_module
 from flexvar_export import proof
+from flexvar_export.bundle_writer import seal
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 from flexvar_runtime import Bundle
-from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.manifest import PRECISIONS
-from flexvar_runtime.schedule import ScaleSchedule
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.schedule import ScaleSchedule
 
 Checkpoint = tuple[Path, Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -230,7 +230,7 @@ def test_without_the_export_extra_commands_say_what_to_install(
 # flexvar verify
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", Precision)
 def test_verify_proves_a_bundle_again(tiny_bundles: Callable[[str], Path], run_cli: Run, precision: str) -> None:
     path = tiny_bundles(precision)
     code, out, _ = run_cli("verify", path, "--json")

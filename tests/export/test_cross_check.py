@@ -13,8 +13,8 @@ from flexvar_export.cross_check import cross_check
 from flexvar_export.parity import GATES, PSNR_CAP, holds
 from flexvar_export.proof import PROOF_FILE, Proof
 from flexvar_runtime import BackendUnavailable, Bundle, InvalidInput, backends
-from flexvar_runtime.backends.ort import OrtGraph
-from flexvar_runtime.backends.ort_cpu import OrtCpu
+from flexvar_runtime.backends.ort.cpu import OrtCpu
+from flexvar_runtime.backends.ort.session import OrtGraph
 
 
 class Other(OrtCpu):

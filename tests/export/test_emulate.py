@@ -21,8 +21,8 @@ from flexvar_export.onnx_graphs import call_arguments
 from flexvar_export.parity import joined_modulation
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import ArtifactRefused, Bundle
-from flexvar_runtime.graphs import GRAPHS, graph_specs
-from flexvar_runtime.manifest import GraphSpec, TensorSpec
+from flexvar_runtime.model.signatures import GRAPHS, graph_specs
+from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 F32, BF16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 SIZES = {"labels": 3, "images": 2, "sequences": 4, "new": 9, "past": 5, "height": 6, "width": 7}

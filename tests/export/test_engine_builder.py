@@ -26,27 +26,37 @@ from onnx import TensorProto, helper
 
 from flexvar_export import engine_builder
 from flexvar_export.bundle import TORCH_PRECISIONS, UNPROVEN
+from flexvar_export.bundle_writer import seal
 from flexvar_export.engine_builder import build_engine, supported_targets
 from flexvar_export.engine_precision import Layer, inspect_precision, prove_precision
 from flexvar_export.engine_profiles import profiles, step_pairs
 from flexvar_export.facts import PUBLISHED_DEFAULTS, model_facts
 from flexvar_export.modules import graph_module
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
-from flexvar_runtime import (
-    ArtifactRefused,
-    BackendUnavailable,
-    Bundle,
-    InvalidInput,
-    OutOfMemory,
-    ScaleSchedule,
+from flexvar_runtime import ArtifactRefused, BackendUnavailable, Bundle, InvalidInput, OutOfMemory, ScaleSchedule
+from flexvar_runtime.backends.tensorrt.engine_files import (
+    PORTABLE,
+    RECIPE,
+    EngineId,
+    PrecisionReport,
+    graph_files,
+    graph_sha256,
 )
-from flexvar_runtime.backends.trt_library import TrtLibrary, load
-from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.engines import PORTABLE, RECIPE, EngineId, PrecisionReport, graph_files, graph_sha256
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, GRAPHS, PREFILL, STEP, graph_specs
-from flexvar_runtime.manifest import SCHEMA_VERSION, Manifest, ModelFacts, Provenance
-from flexvar_runtime.onnx_scan import Node, scan
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.backends.tensorrt.library import TrtLibrary, load
+from flexvar_runtime.bundle.manifest import Manifest, Provenance
+from flexvar_runtime.bundle.onnx_scan import Node, scan
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.schedule import PUBLISHED
+from flexvar_runtime.model.signatures import (
+    CONDITION,
+    DECODE,
+    ENCODE,
+    GRAPHS,
+    PREFILL,
+    SCHEMA_VERSION,
+    STEP,
+    graph_specs,
+)
 
 Spoil = Callable[..., Bundle]
 TEN_STEPS = [ScaleSchedule.parse(PUBLISHED["10"])]

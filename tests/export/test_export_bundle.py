@@ -33,9 +33,9 @@ from flexvar_runtime import (
     InvalidInput,
     ParityFailed,
 )
-from flexvar_runtime.graphs import graph_specs
-from flexvar_runtime.manifest import PRECISIONS
-from flexvar_runtime.tables import Tables
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import graph_specs
+from flexvar_runtime.model.tables import Tables
 
 Checkpoint = tuple[Path, Path]
 NAMES = ("goldfish", "crème brûlée", "volcano", "d", "e", "f", "g", "h", "i", "j")
@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
 # What is in it
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", Precision)
 def test_contents(tiny_bundles: Callable[[str], Path], precision: str) -> None:
     path = tiny_bundles(precision)
     large = {"fp32": ["decode", "encode", "step"], "int8": ["decode", "encode"]}  # over 1 MiB
@@ -62,7 +62,7 @@ def test_contents(tiny_bundles: Callable[[str], Path], precision: str) -> None:
     assert listing(path.parent) and not list(path.parent.glob(".*"))  # and nothing beside it
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", Precision)
 def test_manifest(
     tiny_bundles: Callable[[str], Path],
     tiny_checkpoint: Checkpoint,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flexvar_export.bundle_writer import seal
 from flexvar_export.cross_check import cross_check
 from flexvar_export.int8 import LARGEST, LEVELS, LOW, MIDDLE, TRANSLATIONS, Int8Dense
 from flexvar_export.modules import Step, block_parts
@@ -28,8 +29,7 @@ from flexvar_export.proof import Proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle, FlexVARPipeline
 from flexvar_runtime.backends import BACKENDS, create
-from flexvar_runtime.backends.byte_products import make_exact
-from flexvar_runtime.bundle_writer import seal
+from flexvar_runtime.backends.ort.byte_products import make_exact
 from flexvar_runtime.errors import BackendUnavailable
 
 Pair = tuple[FlexVAR, Tokenizer]

@@ -12,12 +12,14 @@ from flexvar_export.bundle import export_bundle
 from flexvar_export.parity import GATES, holds, prove
 from flexvar_export.proof import Proof
 from flexvar_runtime import Bundle, FlexVARPipeline
-from flexvar_runtime.backends import BACKENDS, create, openvino, ort_cpu, ort_openvino, probe
+from flexvar_runtime.backends import BACKENDS, create, ort_openvino, probe
 from flexvar_runtime.backends.base import Availability
+from flexvar_runtime.backends.openvino import backend as openvino
+from flexvar_runtime.backends.ort import cpu as ort_cpu
 from flexvar_runtime.errors import BackendUnavailable
-from flexvar_runtime.graphs import CONDITION, DECODE, ENCODE, GRAPHS, STEP, graph_precision
-from flexvar_runtime.planner import PYTHON, MemoryPlan, plan
-from flexvar_runtime.schedule import ScaleSchedule
+from flexvar_runtime.memory.plan import PYTHON, MemoryPlan, plan
+from flexvar_runtime.model.schedule import ScaleSchedule
+from flexvar_runtime.model.signatures import CONDITION, DECODE, ENCODE, GRAPHS, STEP
 
 pytest.importorskip("openvino")
 MIXED = "int8-bf16"
@@ -38,7 +40,7 @@ def test_every_graph_is_that_of_a_bundle_in_its_precision(
     tmp_path: Path,
     graph: str,
 ) -> None:
-    precision = graph_precision(MIXED, graph)
+    precision = MIXED.of(graph)
     assert precision == ("bf16" if graph in (DECODE, ENCODE) else "int8")
     other = Bundle.open(tiny_bundles(precision))
     if graph == DECODE:  # of which a bf16 bundle has another form where it is not asked for this one

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flexvar_export.modules import Condition, Float32GroupNorm, Prefill, Step, graph_module
 from flexvar_ref import FlexVAR, Options, Tokenizer, as_scales, iter_scales
 from flexvar_ref.sampling import guidance_weight
-from flexvar_runtime.graphs import MODULATION
+from flexvar_runtime.model.signatures import MODULATION
 
 Pair = tuple[FlexVAR, Tokenizer]
 SCALES = as_scales("1_2x3_4_3x6")

@@ -20,8 +20,9 @@ from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import INLINE_BYTES, call_arguments, export_graph
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import ArtifactRefused, Bundle
-from flexvar_runtime.graphs import GRAPHS, WEIGHTS_OF, graph_precision, graph_specs
-from flexvar_runtime.manifest import PRECISIONS, GraphSpec, TensorSpec
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import GRAPHS, WEIGHTS_OF, graph_specs
+from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 ELEMENT_TYPES = {"float32": FLOAT, "float16": FLOAT16, "bfloat16": BFLOAT16, "int32": TensorProto.INT32}
@@ -42,7 +43,7 @@ NORMS = {
     "ReduceSumSquare",
 }
 HALVES = pytest.mark.parametrize("precision", ["fp16", "bf16"])
-EVERY = [(precision, graph) for precision in PRECISIONS for graph in GRAPHS]
+EVERY = [(precision, graph) for precision in Precision for graph in GRAPHS]
 Load = Callable[[str, str], onnx.ModelProto]
 
 
@@ -241,7 +242,7 @@ def weight_elements(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> int:
 @pytest.mark.parametrize(("precision", "graph"), EVERY)
 def test_weights_are_of_the_precision(load: Load, precision: str, graph: str) -> None:
     weights = [constant for constant in load(precision, graph).graph.initializer if constant.data_type not in VALUES]
-    if (own := graph_precision(precision, graph)) == "int8":
+    if (own := precision.of(graph)) == "int8":
         # Every matrix of the blocks; of the last one a prefill has the keys and values alone.
         eight = {tensor.name for tensor in weights if tensor.data_type == TensorProto.INT8}
         assert {tensor.data_type for tensor in weights if tensor.dims} == {FLOAT, *[TensorProto.INT8] * bool(eight)}

@@ -15,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from flexvar_export.bundle_writer import seal
 from flexvar_export.emulate import emulate_bf16
 from flexvar_export.parity import GATES, compare, holds, prove, psnr, relative_error, require_parity
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle, Guidance, ParityFailed, ScaleSchedule
 from flexvar_runtime.backends import create
-from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.engine import Engine
-from flexvar_runtime.graphs import TABLES_FILE
-from flexvar_runtime.manifest import PRECISIONS, ParityRecord, ParityRow
+from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
+from flexvar_runtime.generation.graphs import Engine
+from flexvar_runtime.model.precision import Precision
+from flexvar_runtime.model.signatures import TABLES_FILE
 
 Spoil = Callable[..., Bundle]
 Run = Callable[..., tuple[int, str, str]]
@@ -105,7 +106,7 @@ def test_errors_stay_below_and_psnr_above(metric: str, value: float, ok: bool) -
 # Right bundles
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", Precision)
 def test_every_precision_holds_every_gate(tiny_bundles: Callable[[str], Path], precision: str) -> None:
     recorded = Bundle.open(tiny_bundles(precision)).manifest.parity
     scales = ["1x1", "2x2", "3x3", "4x4", "5x5", "6x6", "8x8", "10x10", "13x13", "16x16"]
@@ -131,7 +132,7 @@ def test_every_precision_holds_every_gate(tiny_bundles: Callable[[str], Path], p
     assert recorded.free_running_agreement is not None and recorded.free_running_agreement > 0.3
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", Precision)
 def test_a_bundle_proves_itself_again(tiny_bundles: Callable[[str], Path], tiny_proof: Proof, precision: str) -> None:
     bundle = Bundle.open(tiny_bundles(precision))
     again = prove(bundle, tiny_proof)

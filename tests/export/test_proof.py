@@ -15,7 +15,7 @@ import torch
 from flexvar_export.proof import PROOF_FILE, ROWS_KEPT, SEED, Proof, make_proof, reference_options, shared_noise
 from flexvar_ref import FlexVAR, Tokenizer, generate
 from flexvar_runtime import ArtifactRefused, Bundle, Guidance, Sampling, ScaleSchedule
-from flexvar_runtime.noise import uniforms
+from flexvar_runtime.model.noise import uniforms
 
 Pair = tuple[FlexVAR, Tokenizer]
 SCHEDULE = ScaleSchedule.parse("1_2_5")

@@ -24,7 +24,7 @@ from flexvar_export.sensitivity import HEADROOM, MOST_KEPT, parts_to_keep, round
 from flexvar_export.teacher_forcing import teacher_forced
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle, Guidance, InvalidInput, ParityFailed, ScaleSchedule
-from flexvar_runtime.manifest import ParityRecord, ParityRow
+from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
 
 Pair = tuple[FlexVAR, Tokenizer]
 SENSITIVE = "blocks.0.mlp"

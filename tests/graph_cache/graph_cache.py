@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from flexvar_export import onnx_graphs
-from flexvar_runtime.manifest import GraphSpec
+from flexvar_runtime.model.tensors import GraphSpec
 
 FOLDER = "FLEXVAR_TEST_GRAPHS"  # the variable that names the folder to processes that tests start
 SMALL = 64  # bytes: shapes, axes and factors of the exporter's own

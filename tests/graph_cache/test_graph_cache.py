@@ -19,8 +19,8 @@ from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
-from flexvar_runtime.graphs import CONDITION, STEP, graph_specs
-from flexvar_runtime.manifest import GraphSpec, TensorSpec
+from flexvar_runtime.model.signatures import CONDITION, STEP, graph_specs
+from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 Pair = tuple[FlexVAR, Tokenizer]
 WHOSE = """

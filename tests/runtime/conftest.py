@@ -12,19 +12,11 @@ from typing import Any
 
 import pytest
 
-from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.manifest import (
-    SCHEMA_VERSION,
-    Defaults,
-    GraphSpec,
-    Manifest,
-    ModelFacts,
-    ParityRecord,
-    ParityRow,
-    Provenance,
-    Range,
-    TensorSpec,
-)
+from flexvar_export.bundle_writer import seal, write_bundle
+from flexvar_runtime.bundle.manifest import Defaults, Manifest, ParityRecord, ParityRow, Provenance, Range
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.signatures import SCHEMA_VERSION
+from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 FILES = {
     "step.onnx": b"step" * 1000,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flexvar_runtime.atomic import atomic_write
 from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.files.atomic import atomic_write
 
 
 def _no_links(*_: object, **__: object) -> None:

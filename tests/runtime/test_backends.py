@@ -19,11 +19,11 @@ from onnx import TensorProto, helper
 from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory, backends
 from flexvar_runtime.backends import BACKENDS, create, probe
 from flexvar_runtime.backends.base import Availability
-from flexvar_runtime.backends.host import default_threads
-from flexvar_runtime.backends.openvino import OpenVino
-from flexvar_runtime.backends.ort import OrtGraph
-from flexvar_runtime.backends.ort_cpu import OrtCpu
-from flexvar_runtime.manifest import GraphSpec, TensorSpec
+from flexvar_runtime.backends.host_arrays import default_threads
+from flexvar_runtime.backends.openvino.backend import OpenVino
+from flexvar_runtime.backends.ort.cpu import OrtCpu
+from flexvar_runtime.backends.ort.session import OrtGraph
+from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 BUNDLE: Any = object()  # what only the fakes of this file look at
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from flexvar_runtime.bundle import Bundle, hash_files, inventory
-from flexvar_runtime.bundle_writer import seal, write_bundle
+from flexvar_export.bundle_writer import seal, write_bundle
+from flexvar_runtime.bundle.manifest import FileRecord, Manifest
+from flexvar_runtime.bundle.opening import Bundle, hash_files, inventory
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
-from flexvar_runtime.manifest import FileRecord, Manifest
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], None]
 

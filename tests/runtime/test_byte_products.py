@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from flexvar_runtime.backends.base import Availability
-from flexvar_runtime.backends.byte_products import PRODUCT, make_exact
-from flexvar_runtime.backends.ort_cpu import exact_products
+from flexvar_runtime.backends.ort.byte_products import PRODUCT, make_exact
+from flexvar_runtime.backends.ort.cpu import exact_products
 from flexvar_runtime.errors import BackendUnavailable
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flexvar_runtime import InvalidInput
-from flexvar_runtime.canvas import Canvas, _grown, _whitest, check_sides, make_canvas, natural_size
-from flexvar_runtime.edit import Edit
-from flexvar_runtime.photo import Photo
+from flexvar_runtime.editing.canvas import Canvas, _grown, _whitest, check_sides, make_canvas, natural_size
+from flexvar_runtime.editing.options import Edit
+from flexvar_runtime.pictures.photo import Photo
 
 FACTOR, AREA = 4, 256
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexvar_runtime import CostUnknown, InvalidInput, ScaleSchedule
-from flexvar_runtime.deadline import choose, quality_order, seconds_of
-from flexvar_runtime.manifest import Manifest
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime.deadlines.choice import choose, quality_order, seconds_of
+from flexvar_runtime.model.schedule import PUBLISHED
 
 SCHEDULES = tuple(ScaleSchedule.parse(text) for name, text in PUBLISHED.items() if name != "512px")
 A, B, C = SCHEDULES[:3]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flexvar_runtime import InvalidInput
-from flexvar_runtime.edit import Edit
+from flexvar_runtime.editing.options import Edit
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.output import EditRecord, Settings
 

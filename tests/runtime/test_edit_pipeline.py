@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, ScaleStep
-from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.loop import ScaleLoop
-from flexvar_runtime.manifest import Manifest
+from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime.generation.host import ScaleLoop
 
 NULL = 10
 SCHEDULE = "1_2_3x4_6x8"

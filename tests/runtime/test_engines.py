@@ -22,11 +22,10 @@ from typing import Any
 
 import pytest
 
-from flexvar_runtime import engine_writer
-from flexvar_runtime.bundle import Bundle
-from flexvar_runtime.bundle_writer import seal
-from flexvar_runtime.engine_writer import built, lock_engine, private_folder, write_engine
-from flexvar_runtime.engines import (
+from flexvar_export import engine_writer
+from flexvar_export.bundle_writer import seal
+from flexvar_export.engine_writer import built, lock_engine, write_engine
+from flexvar_runtime.backends.tensorrt.engine_files import (
     PORTABLE,
     RECIPE,
     EngineId,
@@ -41,9 +40,11 @@ from flexvar_runtime.engines import (
     read_receipts,
     receipts_folder,
 )
+from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime.bundle.opening import Bundle
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
-from flexvar_runtime.manifest import Manifest, TensorSpec
-from flexvar_runtime.user_folders import user_folder
+from flexvar_runtime.files.private import private_folder, user_folder
+from flexvar_runtime.model.tensors import TensorSpec
 
 PLAN = b"engine" * 1000
 REPORT = PrecisionReport(claimed="float16", layers={"matmul": {"float16": 7}}, fused_attention=2, share=1.0)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import flexvar_ref
 from flexvar_ref import editing
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.bundle import Bundle
-from flexvar_runtime.given import Given, keep_maps, masked, refined
-from flexvar_runtime.graphs import TABLES_FILE
-from flexvar_runtime.tables import Tables
+from flexvar_runtime.bundle.opening import Bundle
+from flexvar_runtime.editing.given import keep_maps, masked, refined
+from flexvar_runtime.model.signatures import TABLES_FILE
+from flexvar_runtime.model.tables import Tables
+from flexvar_runtime.request import Given
 
 sides = st.integers(1, 9)
 

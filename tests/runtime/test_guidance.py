@@ -9,8 +9,8 @@ import pytest
 
 from flexvar_ref.sampling import guidance_weight
 from flexvar_runtime import Guidance, InvalidInput, ScaleSchedule
-from flexvar_runtime.guidance import MAX_SCALE
-from flexvar_runtime.schedule import PUBLISHED
+from flexvar_runtime.model.guidance import MAX_SCALE
+from flexvar_runtime.model.schedule import PUBLISHED
 
 
 def weights(schedule: str, *options: Any) -> list[float]:

@@ -15,7 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flexvar_runtime import ArtifactRefused, InvalidInput
-from flexvar_runtime.images import METADATA_KEY, from_uint8, read_metadata, save_png, to_uint8
+from flexvar_runtime.pictures.pixels import from_uint8, to_uint8
+from flexvar_runtime.pictures.png import METADATA_KEY, read_metadata, save_png
 
 
 def pixel(value: float) -> int:

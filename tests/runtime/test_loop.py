@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_runtime import (
     ArtifactRefused,
     BackendUnavailable,
@@ -22,13 +23,14 @@ from flexvar_runtime import (
     OutOfMemory,
     ScaleSchedule,
 )
-from flexvar_runtime.backends.base import Backend, Bound, host_dtype
-from flexvar_runtime.bundle_writer import seal, write_bundle
-from flexvar_runtime.engine import CONDITIONS_KEPT
-from flexvar_runtime.graphs import TABLES_FILE, graph_specs, modulation_names, new_names, past_names
-from flexvar_runtime.manifest import GraphSpec, Manifest, ModelFacts
-from flexvar_runtime.planner import IMAGES_PER_RUN, MemoryPlan, image_bytes, plan
-from flexvar_runtime.tables import Tables
+from flexvar_runtime.backends.base import Backend, Bound
+from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime.generation.graphs import CONDITIONS_KEPT
+from flexvar_runtime.memory.plan import IMAGES_PER_RUN, MemoryPlan, image_bytes, plan
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.signatures import TABLES_FILE, graph_specs, modulation_names, new_names, past_names
+from flexvar_runtime.model.tables import Tables
+from flexvar_runtime.model.tensors import GraphSpec, host_dtype
 
 Array = NDArray[Any]
 DEPTH, VOCABULARY, CLASSES, NULL = 3, 16, 100, 100

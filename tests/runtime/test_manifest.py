@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from flexvar_runtime.bundle.manifest import FileRecord, Manifest, ParityRow, Range
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.manifest import FileRecord, Manifest, ParityRow, Range
 
 RECORD = FileRecord(size=1, sha256="a" * 64)
 

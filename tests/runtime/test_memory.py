@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexvar_runtime.memory import available_bytes
+from flexvar_runtime.memory.available import available_bytes
 
 MIB = 2**20
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexvar_runtime.checks import check_index, check_seed
 from flexvar_runtime.errors import InvalidInput
-from flexvar_runtime.noise import check_index, check_seed, draws, fresh_seed, philox4x32, to_uniform, uniforms
+from flexvar_runtime.model.noise import draws, fresh_seed, philox4x32, to_uniform, uniforms
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "philox.json").read_text())
 

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, Guidance, InvalidInput, ScaleSchedule
 from flexvar_runtime.backends import create, probe
-from flexvar_runtime.backends import openvino as backend_module
 from flexvar_runtime.backends.base import Graph
-from flexvar_runtime.backends.host import default_threads
-from flexvar_runtime.backends.openvino import OpenVino, OpenVinoGraph, UsualSizeGraph, shared_core
-from flexvar_runtime.backends.openvino_norms import keep_layout
-from flexvar_runtime.backends.ort_cpu import OrtCpu
-from flexvar_runtime.graphs import DECODE, STEP
-from flexvar_runtime.planner import plan
+from flexvar_runtime.backends.host_arrays import default_threads
+from flexvar_runtime.backends.openvino import backend as backend_module
+from flexvar_runtime.backends.openvino.backend import OpenVino, OpenVinoGraph, UsualSizeGraph, shared_core
+from flexvar_runtime.backends.openvino.norms import keep_layout
+from flexvar_runtime.backends.ort.cpu import OrtCpu
+from flexvar_runtime.memory.plan import plan
+from flexvar_runtime.model.signatures import DECODE, STEP
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 

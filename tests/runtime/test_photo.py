@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flexvar_runtime import InvalidInput
-from flexvar_runtime.photo import MOST_PIXELS, read_mask, read_photo
+from flexvar_runtime.pictures.photo import MOST_PIXELS, read_mask, read_photo
 
 RAMP = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
 

@@ -24,10 +24,10 @@ from flexvar_runtime import (
     Sampling,
     ScaleStep,
 )
-from flexvar_runtime.backends.ort_cpu import OrtCpu
-from flexvar_runtime.images import from_uint8, to_uint8
-from flexvar_runtime.loop import ScaleLoop
-from flexvar_runtime.planner import image_bytes
+from flexvar_runtime.backends.ort.cpu import OrtCpu
+from flexvar_runtime.generation.host import ScaleLoop
+from flexvar_runtime.memory.plan import image_bytes
+from flexvar_runtime.pictures.pixels import from_uint8, to_uint8
 
 SCHEDULE = "1_2_3x4_6_8x10"
 NULL = 10

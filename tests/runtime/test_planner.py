@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from flexvar_runtime import FlexVARPipeline, Guidance, OutOfMemory, ScaleSchedule
-from flexvar_runtime.graphs import STEP, graph_specs
-from flexvar_runtime.loop import LoopBuffers, ScaleLoop
-from flexvar_runtime.manifest import FileRecord, Manifest, ModelFacts
-from flexvar_runtime.planner import (
+from flexvar_runtime.bundle.manifest import FileRecord, Manifest
+from flexvar_runtime.generation.host import LoopBuffers, ScaleLoop
+from flexvar_runtime.memory.plan import (
     IMAGES_PER_RUN,
     MAX_BATCH,
     batch_that_fits,
@@ -25,6 +24,8 @@ from flexvar_runtime.planner import (
     size_text,
     tensor_bytes,
 )
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.signatures import STEP, graph_specs
 
 MIB, GIB = 2**20, 2**30
 TEN = ScaleSchedule.parse("1_2_3_4_5_6_8_10_13_16")

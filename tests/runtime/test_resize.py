@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from flexvar_runtime.resize import area_matrix, bicubic_matrix, resize
+from flexvar_runtime.model.resize import area_matrix, bicubic_matrix, resize
 
 SIDES = (1, 2, 3, 5, 7, 8, 13, 16, 23, 32, 33, 48, 64)
 ROUNDING = 1e-7  # half a unit of float32 at weights up to 1.1

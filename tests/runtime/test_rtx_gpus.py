@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 
+from flexvar_export.engine_writer import lock_engine, write_engine
 from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, backends
-from flexvar_runtime.backends import create, ort_cuda, probe, tensorrt
+from flexvar_runtime.backends import create, probe
 from flexvar_runtime.backends.base import Availability
-from flexvar_runtime.backends.trt_library import load
+from flexvar_runtime.backends.ort import cuda as ort_cuda
+from flexvar_runtime.backends.tensorrt import backend as tensorrt
+from flexvar_runtime.backends.tensorrt.engine_files import (
+    PORTABLE,
+    RECIPE,
+    EngineId,
+    PrecisionReport,
+    graph_sha256,
+    receipts_folder,
+)
+from flexvar_runtime.backends.tensorrt.library import load
 from flexvar_runtime.cuda.gpu import GpuFacts
-from flexvar_runtime.engine_writer import lock_engine, write_engine
-from flexvar_runtime.engines import PORTABLE, RECIPE, EngineId, PrecisionReport, graph_sha256, receipts_folder
-from flexvar_runtime.graphs import REQUIRED
+from flexvar_runtime.model.signatures import REQUIRED
 
 RTX = "tensorrt-rtx"
 UNFIT = ["7.5", "9.0", "10.0", "10.3"]

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from flexvar_runtime import noise, sampling
 from flexvar_runtime.errors import InvalidInput
-from flexvar_runtime.sampling import Sampling, probabilities, sample
+from flexvar_runtime.model import noise, sampling
+from flexvar_runtime.model.sampling import Sampling, probabilities, sample
 
 VECTORS = Path(__file__).parent / "vectors" / "sampling.json"
 GOLDEN = Path(__file__).parents[1] / "golden" / "sampler.npz"
@@ -396,7 +396,7 @@ def test_bad_greedy_scales_are_refused(bad: Any) -> None:
         Sampling(greedy_scales=bad)
 
 
-def test_other_bad_options_are_refused_with_the_way_out() -> None:
+def test_other_bad_options_are_refused_with_the_suggest_backend() -> None:
     with pytest.raises(InvalidInput, match=r'got greedy_scales \[7\]; expected "upstream", "none" or scales such as'):
         Sampling(greedy_scales=[7])  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="got max_side 0; expected a whole number, 1 or more"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import flexvar_runtime
 from flexvar_runtime import InvalidInput, ScaleSchedule
-from flexvar_runtime.schedule import MAX_SCALES, MAX_SIDE, PUBLISHED
+from flexvar_runtime.model.schedule import MAX_SCALES, MAX_SIDE, PUBLISHED
 
 
 @pytest.mark.parametrize(

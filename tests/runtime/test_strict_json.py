@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.strict_json import decode, encode, loads, short
+from flexvar_runtime.files.strict_json import decode, encode, loads, short
 
 
 @dataclass(frozen=True, kw_only=True)

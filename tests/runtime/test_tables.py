@@ -12,8 +12,9 @@ import torch
 
 import flexvar_ref
 from flexvar_runtime import ArtifactRefused
-from flexvar_runtime.manifest import Manifest, ModelFacts
-from flexvar_runtime.tables import Tables
+from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.tables import Tables
 
 Pair = tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer]
 SIZES = [(1, 1), (3, 5), (8, 8), (13, 13), (12, 20), (32, 32), (33, 40), (64, 23)]

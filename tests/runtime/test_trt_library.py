@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flexvar_runtime.backends.trt_library import (
+from flexvar_runtime.backends.tensorrt.library import (
     FLAVOURS,
     Messages,
     TrtLibrary,
@@ -134,7 +134,7 @@ def test_messages(caplog: pytest.LogCaptureFixture) -> None:
     """Errors are kept for whoever reads them, and shouted only where nobody does."""
     library = TrtLibrary("tensorrt", module(), "11.4.0")
     severity = FakeLogger.Severity
-    with caplog.at_level(logging.DEBUG, "flexvar_runtime.backends.trt_library"):
+    with caplog.at_level(logging.DEBUG, "flexvar_runtime.backends.tensorrt.backend.library"):
         library.logger.log(severity["ERROR"], "before")
         with library.messages.reading() as errors:
             assert errors() == "no reason given"

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from flexvar_bench.gpu.token_agreement import Agreement, agreement, compare_tokens
-from flexvar_runtime.noise import draws
-from flexvar_runtime.sampling import sample
+from flexvar_runtime.model.noise import draws
+from flexvar_runtime.model.sampling import sample
 
 ROWS, VOCABULARY, TOP_K, TOP_P = 400, 64, 50, 0.95
 

@@ -24,7 +24,7 @@ from flexvar_export.proof import Proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle, FlexVARPipeline, Guidance, InvalidInput, Sampling
 from flexvar_runtime.errors import BackendUnavailable
-from flexvar_runtime.graphs import CONDITION, DECODE, PREFILL, STEP
+from flexvar_runtime.model.signatures import CONDITION, DECODE, PREFILL, STEP
 
 Model = tuple[FlexVAR, Tokenizer]
 SCHEDULE, OTHER = "1_2_3_4", "1_2x3_4x3_3x5"

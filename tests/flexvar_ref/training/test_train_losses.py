@@ -14,12 +14,7 @@ from safetensors.torch import save_file
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig, as_scales
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, transformer_state
 from flexvar_ref.training import codebook
-from flexvar_ref.training.adversarial import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    generator_loss,
-)
+from flexvar_ref.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from flexvar_ref.training.config import VQLoss
 from flexvar_ref.training.errors import RunRefused
 from flexvar_ref.training.perceptual import CHANNELS, Perceptual, _shapes, load_perceptual

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from flexvar_runtime import __version__
-from flexvar_runtime.backends import BACKENDS, tensorrt
-from flexvar_runtime.backends.host import default_threads
+from flexvar_runtime.backends import BACKENDS
+from flexvar_runtime.backends.host_arrays import default_threads
+from flexvar_runtime.backends.tensorrt import backend as tensorrt
 from flexvar_runtime.cuda.gpu import GpuFacts
 
 

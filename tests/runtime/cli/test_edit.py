@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flexvar_runtime import FlexVARPipeline, ScaleSchedule
-from flexvar_runtime.images import read_metadata
+from flexvar_runtime.pictures.png import read_metadata
 
 SMALL = ("--size", "24x32", "--schedule", "1_2_3x4_6x8")
 

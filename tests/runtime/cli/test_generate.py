@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, Sampling, ScaleSchedule
-from flexvar_runtime.backends.ort_cpu import OrtCpu
+from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.cli.options import check_targets, parse_labels
-from flexvar_runtime.images import read_metadata, save_png, to_uint8
-from flexvar_runtime.planner import plan
+from flexvar_runtime.memory.plan import plan
+from flexvar_runtime.pictures.pixels import to_uint8
+from flexvar_runtime.pictures.png import read_metadata, save_png
 
 SCHEDULE = "1_2_3x4_6_7_8x10"
 BIG_SEED = 2**63 + 12345

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flexvar_runtime.images import read_metadata
+from flexvar_runtime.pictures.png import read_metadata
 
 BEST, FAST = ORDER = ("1_2_3_4", "1_4")
 

@@ -12,7 +12,7 @@ import pytest
 
 from flexvar_runtime import Bundle, ScaleSchedule
 from flexvar_runtime.backends.base import Availability
-from flexvar_runtime.planner import plan, size_text
+from flexvar_runtime.memory.plan import plan, size_text
 
 
 def test_json_is_the_manifest(flexvar: Any, tiny_bundle: Path) -> None:
@@ -103,7 +103,7 @@ def test_memory_of_what_ort_cpu_does_not_run(
     here = flexvar("inspect", bundle, "--schedule", "1_2_4", "--json").json["memory"]
     assert here["backend"] == backend
     absent = Availability(False, "not installed", "install it")
-    monkeypatch.setattr("flexvar_runtime.backends.openvino.probe", lambda name: absent)
+    monkeypatch.setattr("flexvar_runtime.backends.openvino.backend.probe", lambda name: absent)
     ended = flexvar("inspect", bundle, "--schedule", "1_2_4")
     planned = plan(manifest, scales, 1, True, backend=backend)
     assert f"memory on {backend}" in ended.out and size_text(planned.total) in ended.out

@@ -12,12 +12,12 @@ from fakes import FakeDevice, fake_trt
 from host_kernels import HostKernels
 
 from flexvar_export.engine_profiles import profiles
+from flexvar_export.engine_writer import lock_engine, write_engine
 from flexvar_runtime import Bundle, FlexVARPipeline, ScaleSchedule
-from flexvar_runtime.backends.tensorrt import TensorRT
-from flexvar_runtime.backends.trt_library import TrtLibrary
-from flexvar_runtime.engine_writer import lock_engine, write_engine
-from flexvar_runtime.engines import RECIPE, EngineId, PrecisionReport, graph_sha256
-from flexvar_runtime.graphs import GRAPHS
+from flexvar_runtime.backends.tensorrt.backend import TensorRT
+from flexvar_runtime.backends.tensorrt.engine_files import RECIPE, EngineId, PrecisionReport, graph_sha256
+from flexvar_runtime.backends.tensorrt.library import TrtLibrary
+from flexvar_runtime.model.signatures import GRAPHS
 
 SCHEDULE = "1_2_3_4"
 OTHER = "1_2x3_4x3_3x5"

@@ -11,9 +11,9 @@ from typing import Any
 import onnxruntime
 from fakes import FakeDevice
 
-from flexvar_runtime.backends.ort_cuda import PROVIDER
-from flexvar_runtime.backends.ort_placement import RECORD_ASSIGNMENT
-from flexvar_runtime.onnx_scan import scan
+from flexvar_runtime.backends.ort.cuda import PROVIDER
+from flexvar_runtime.backends.ort.placement import RECORD_ASSIGNMENT
+from flexvar_runtime.bundle.onnx_scan import scan
 
 real_session = onnxruntime.InferenceSession
 

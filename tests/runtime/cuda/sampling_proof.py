@@ -20,9 +20,9 @@ import numpy as np
 from host_kernels import HostKernels, KernelFailed, device_array
 from numpy.typing import NDArray
 
-from flexvar_runtime import noise, sampling
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.kernels import STATUS_WORDS, KernelConfig, Refusal, kernel_source, read_status, stream_block
+from flexvar_runtime.model import noise, sampling
 
 Float32 = NDArray[np.float32]
 SEED, SCALE = 0x9E3779B97F4A7C15, 3

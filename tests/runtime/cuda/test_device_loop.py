@@ -22,12 +22,12 @@ from flexvar_runtime import (
     Sampling,
     ScaleSchedule,
 )
-from flexvar_runtime.backends.tensorrt import TrtGraph
-from flexvar_runtime.cuda.buffers import Shape
-from flexvar_runtime.cuda.device_plan import device_plan
-from flexvar_runtime.cuda.generation import REPLAYS_KEPT, WARM_UPS
-from flexvar_runtime.cuda.generator import SHAPES_KEPT
+from flexvar_runtime.backends.tensorrt.backend import TrtGraph
 from flexvar_runtime.errors import DeviceFailed
+from flexvar_runtime.generation.captured import REPLAYS_KEPT, WARM_UPS
+from flexvar_runtime.generation.device import SHAPES_KEPT
+from flexvar_runtime.generation.device_buffers import Shape
+from flexvar_runtime.generation.device_memory import device_plan
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_memory_does_not_grow(machine: Machine) -> None:
 
 
 def test_more_classes_than_slots(machine: Machine, reference: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexvar_runtime.cuda.conditions.SLOTS", 3)
+    monkeypatch.setattr("flexvar_runtime.generation.device_conditions.SLOTS", 3)
     with machine.open() as pipeline:
         for labels in ([0], [1], [2], [0], [4, 3], [1, 2], [0, 1, 2, 3, 4]):
             got, expected = (p(labels, SCHEDULE, seed=9) for p in (pipeline, reference))

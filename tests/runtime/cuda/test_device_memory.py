@@ -14,9 +14,9 @@ from fake_machine import SCHEDULE, Machine
 from fakes import FakeDevice
 
 from flexvar_runtime import FlexVARPipeline, OutOfMemory, ScaleSchedule
-from flexvar_runtime.cuda.buffers import Shape
 from flexvar_runtime.cuda.device import allocate
-from flexvar_runtime.cuda.generator import SHAPES_KEPT
+from flexvar_runtime.generation.device import SHAPES_KEPT
+from flexvar_runtime.generation.device_buffers import Shape
 
 BATCHES = range(1, SHAPES_KEPT + 5)
 

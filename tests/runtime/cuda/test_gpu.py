@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from flexvar_runtime import BackendUnavailable, InvalidInput, OutOfMemory
+from flexvar_runtime.backends.device_arrays import probe_gpu
 from flexvar_runtime.cuda import gpu, kernels
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.gpu import CudaDevice, GpuFacts, find_gpu, find_gpus, probe_gpu
+from flexvar_runtime.cuda.gpu import CudaDevice, GpuFacts, find_gpu, find_gpus
 from flexvar_runtime.errors import DeviceFailed
 
 core = pytest.importorskip("cuda.core", reason="cuda-python is not installed")

@@ -13,12 +13,13 @@ import pytest
 from host_kernels import HostKernels, device_array, parameters
 from numpy.typing import NDArray
 
-from flexvar_runtime import images, noise
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.kernels import STATUS_WORDS, KernelConfig, Refusal, kernel_source, read_status, stream_block
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
-from flexvar_runtime.resize import bicubic_matrix
-from flexvar_runtime.tables import Tables
+from flexvar_runtime.model import noise
+from flexvar_runtime.model.resize import bicubic_matrix
+from flexvar_runtime.model.tables import Tables
+from flexvar_runtime.pictures import pixels as images
 
 Build = Callable[..., HostKernels]
 TINY = KernelConfig(vocabulary=64, code_dim=8, width=64)
@@ -274,7 +275,7 @@ def test_a_source_that_does_not_compile_is_told_with_the_log() -> None:
         kernels.compile_kernels("sm_10", TINY)
 
 
-def test_without_cuda_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_the_suggest_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str, package: str | None = None) -> Any:
         if name == "cuda.core":
             raise ModuleNotFoundError(f"No module named {name!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexvar_runtime.backends import ort_cuda
+from flexvar_runtime.backends.ort import cuda as ort_cuda
 from flexvar_runtime.cuda.libraries import NAMES, CudaLibrary, describe_missing, load_cuda_libraries
 
 

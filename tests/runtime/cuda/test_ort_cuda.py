@@ -19,12 +19,13 @@ from fakes import FakeDevice
 from host_kernels import HostKernels
 
 from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, InvalidInput, OutOfMemory
-from flexvar_runtime.backends import create, ort_cuda, probe
+from flexvar_runtime.backends import create, probe
 from flexvar_runtime.backends.base import Availability
-from flexvar_runtime.backends.ort_cuda import PROVIDER, OrtCuda
-from flexvar_runtime.backends.ort_placement import without_cuda_kernel
+from flexvar_runtime.backends.ort import cuda as ort_cuda
+from flexvar_runtime.backends.ort.cuda import PROVIDER, OrtCuda
+from flexvar_runtime.backends.ort.placement import without_cuda_kernel
+from flexvar_runtime.bundle.onnx_scan import scan
 from flexvar_runtime.cuda.libraries import CudaLibrary
-from flexvar_runtime.onnx_scan import scan
 
 SCHEDULE = "1_2_3_4"
 

@@ -28,9 +28,9 @@ from sampling_proof import (
     row_on_a_boundary,
 )
 
-from flexvar_runtime import noise, sampling
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.kernels import STATUS_WORDS, Refusal, kernel_source, read_status, stream_block
+from flexvar_runtime.model import noise, sampling
 
 Build = Callable[..., HostKernels]
 TOP_P = [0.0, 0.37, 0.95, 1.0]

@@ -16,9 +16,9 @@ from host_kernels import HostKernels
 from flexvar_export.parity import holds, prove
 from flexvar_export.proof import PROOF_FILE, Proof
 from flexvar_runtime import Bundle, FlexVARPipeline
-from flexvar_runtime.backends.ort_placement import without_cuda_kernel
-from flexvar_runtime.graphs import CONDITION, DECODE, STEP, graph_specs
-from flexvar_runtime.onnx_scan import scan
+from flexvar_runtime.backends.ort.placement import without_cuda_kernel
+from flexvar_runtime.bundle.onnx_scan import scan
+from flexvar_runtime.model.signatures import CONDITION, DECODE, STEP, graph_specs
 
 SCHEDULE = "1_2_3_5x4"
 

@@ -1,0 +1,114 @@
+"""The base of all CPU backends: arrays are NumPy arrays, bound by address."""
+
+from __future__ import annotations
+
+import os
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.opening import Bundle
+from ..checks import check_whole
+from ..errors import InvalidInput, OutOfMemory
+from ..memory.available import available_bytes
+from ..memory.library import LibraryMemory
+from ..model.precision import Precision
+from ..model.tensors import host_dtype
+from .base import Graph
+
+MAX_THREADS = 1024
+
+
+def default_threads() -> int:
+    """The number of processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model name of the processor, as far as the system knows it."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "unknown"
+
+
+def check_options(name: str, device: str | None, threads: int | None, engines: Path | None) -> int:
+    """The number of threads to use. Raises InvalidInput for options that a CPU backend does not take."""
+    if engines is not None:
+        raise InvalidInput(
+            f"engines cannot be used with backend {name}, which runs none.",
+            expected="none",
+            fix="Leave out engines, or name a TensorRT backend.",
+        )
+    if device not in (None, "cpu"):
+        raise InvalidInput(
+            f"device is {device!r}, but backend {name} runs on the CPU.",
+            expected="cpu or none",
+            fix="Leave out device, or name another backend.",
+        )
+    return default_threads() if threads is None else check_whole("threads", threads, 1, MAX_THREADS)
+
+
+class HostBackend(ABC):
+    """A backend whose arrays are in the memory of the process.
+
+    maps_weights: whether a graph that is opened `once` leaves its weights in the file. Then it opens at once and takes
+    no memory for weights, unless they are in half precision, which is widened."""
+
+    name: str
+    precisions: frozenset[Precision]
+    labels_per_run = 2
+    maps_weights = False
+    device = None
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    @abstractmethod
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
+        """Open a graph of a checked bundle. once: it will run only a few times, so preparing it does not pay."""
+
+    @abstractmethod
+    def libraries(self, precision: Precision) -> Mapping[str, LibraryMemory]:
+        """The memory of the library that runs each graph of a bundle of this precision."""
+
+    def prepared(self, bundle: Bundle, graph: str) -> bool:
+        return True
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        try:
+            return np.empty(shape, host_dtype(dtype))
+        except MemoryError as error:
+            raise OutOfMemory(
+                f"A buffer of shape {shape} and dtype {dtype} does not fit in memory.",
+                expected="a buffer that fits",
+                fix="Use a smaller batch.",
+            ) from error
+
+    def upload(self, host: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(host)
+
+    def download(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def available_bytes(self) -> int | None:
+        return available_bytes()
+
+    def close(self) -> None:  # noqa: B027  # a hook: most libraries hold nothing of their own
+        """Free the resources of the backend, after its graphs are closed."""
+
+
+def require_contiguous(array: NDArray[Any]) -> NDArray[Any]:
+    """The array itself. Raises InvalidInput unless it is C-contiguous, because it is bound by address."""
+    if not array.flags.c_contiguous:
+        raise InvalidInput(
+            "An array to be bound is not contiguous.", expected="a C-contiguous array", fix="Copy it first."
+        )
+    return array

@@ -1,0 +1,89 @@
+"""ONNX Runtime on the CPU: the default that works anywhere.
+
+Inputs are read and outputs written in place, nothing is copied. ONNX Runtime maps weight files into memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ...bundle.opening import Bundle
+from ...memory.library import LibraryMemory
+from ...model.precision import Precision
+from ...model.signatures import GRAPHS, STEP
+from ..base import Availability, runs_precision
+from ..host_arrays import HostBackend, check_options, default_threads, require_contiguous
+from .byte_products import exact_here, make_exact
+from .memory import ORT
+from .session import OrtGraph, open_session, probe_onnxruntime
+
+PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.INT8})
+
+
+def probe(name: str) -> Availability:
+    state = probe_onnxruntime("cpu")
+    return replace(state, detail=f"{state.detail}, {default_threads()} threads") if state.available else state
+
+
+def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
+    state = runs_precision(name, bundle.manifest.precision, PRECISIONS)
+    return exact_products(state, bundle.manifest.precision)
+
+
+def libraries(precision: Precision) -> dict[str, LibraryMemory]:
+    return dict.fromkeys(GRAPHS, ORT)
+
+
+def exact_products(state: Availability, precision: Precision) -> Availability:
+    """`state`, unless the step of such bundles has products of bytes that cannot be exact here."""
+    if not state.available or precision.of(STEP) is not Precision.INT8:
+        return state
+    exact = exact_here(importlib.import_module("onnxruntime"))
+    return state if exact.available else exact
+
+
+def create(name: str, *, device: str | None, threads: int | None, engines: Path | None = None) -> OrtCpu:
+    return OrtCpu(check_options(name, device, threads, engines))
+
+
+class OrtCpu(HostBackend):
+    """Backend on `threads` threads."""
+
+    name = "ort-cpu"
+    precisions = PRECISIONS
+    maps_weights = True
+
+    def libraries(self, precision: Precision) -> dict[str, LibraryMemory]:
+        return libraries(precision)
+
+    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
+        """`once` skips the repacking of weights: they stay mapped from the file and are dropped by `close`."""
+        ort = importlib.import_module("onnxruntime")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.log_severity_level = 4  # nothing but crashes: errors are raised
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")  # of weights: opens in half the time
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it went on for 45 ms after each run
+        if bundle.manifest.precision.of(graph) is Precision.INT8:
+            make_exact(ort, options)
+        if once:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+        path = bundle.graph_file(graph)
+        return OrtGraph(
+            path.name,
+            bundle.graph(graph),
+            opener=lambda: open_session(path, options, ("CPUExecutionProvider", {})),
+            place=("cpu", 0),
+            address=_address,
+        )
+
+
+def _address(array: NDArray[Any]) -> int:
+    address: int = require_contiguous(array).__array_interface__["data"][0]
+    return address

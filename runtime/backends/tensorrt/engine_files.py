@@ -1,0 +1,305 @@
+"""Engines of a bundle's graphs: which are fit to be used here, and that a file is the one this user built.
+
+An engine is native code. It is read only where its sha256 stands in a build receipt of this user. Receipts lie in the
+user's own state folder, never beside the engines, and both are named `<graph>-<key>-<engine sha256>`, shortened: a
+receipt can belong to no other engine. `engine_writer` makes both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...bundle.manifest import ENGINES
+from ...bundle.opening import Bundle
+from ...checks import require
+from ...errors import ArtifactRefused, FlexVARError
+from ...files.private import check_private, open_unlinked, read_private
+from ...files.private import user_folder as user_folder
+from ...files.strict_json import decode, encode, loads
+from ...model.tensors import GraphSpec, TensorSpec
+
+log = logging.getLogger(__name__)
+
+DEVICE_LABELS = 16  # of the condition graph a run, always: a label's row must not depend on its neighbours
+RECIPE = "1"  # counts changes to how engines are built that show nowhere else in their key
+WIDE = "wide"  # the profile for sizes that have none of their own
+PORTABLE = "portable"  # the target of an engine for whatever GPUs its builder chose
+RECEIPT_SCHEMA = 1
+MAX_RECEIPT_BYTES = 2**20
+
+_BUILD_AGAIN = "Build the engine again with flexvar build."
+_SHORT = 12
+_STEM = re.compile(r"(?P<graph>[A-Za-z0-9_.-]{1,100})-(?P<key>[0-9a-f]{12})-(?P<sha256>[0-9a-f]{12})")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Sizes = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Sizes an engine was prepared for: smallest, best and largest of every named axis of the graph's inputs.
+
+    Derived axes (`height_x16`) are not listed: they follow from their base.
+    """
+
+    name: str
+    axes: dict[str, Sizes]
+
+    def __post_init__(self) -> None:
+        require(0 < len(self.name) <= 100, "name", self.name, "a name of at most 100 characters")
+        for axis, (low, best, high) in self.axes.items():
+            require(0 <= low <= best <= high < 2**31, axis, (low, best, high), "smallest ≤ best ≤ largest")
+
+    def covers(self, sizes: Mapping[str, int]) -> bool:
+        """Whether it serves these sizes, one for every axis; others are not looked at."""
+        return all(low <= sizes[axis] <= high for axis, (low, _, high) in self.axes.items())
+
+    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Smallest, best and largest shape of an input."""
+        sizes = [(axis,) * 3 if isinstance(axis, int) else self._sizes(axis) for axis in tensor.axes]
+        low, best, high = zip(*sizes, strict=True) if sizes else ((), (), ())
+        return low, best, high
+
+    def _sizes(self, axis: str) -> Sizes:
+        base, _, factor = axis.partition("_x")
+        low, best, high = (size * int(factor or 1) for size in self.axes[base])
+        return low, best, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionReport:
+    """In which types the network computes: layers by kind ("matmul", "convolution", "attention") and dtype.
+
+    fused_attention: attention layers that stay one kernel; share: layers in the claimed dtype over all of these.
+    """
+
+    claimed: str
+    layers: dict[str, dict[str, int]]
+    fused_attention: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineId:
+    """What an engine is built from and for. Equal ids, equal keys, and one of such engines does for the others.
+
+    target: "portable", or compute capabilities joined by commas ("8.6,8.9"); version: that of the tool.
+    """
+
+    graph: str
+    graph_sha256: str
+    recipe: str
+    flavour: str
+    version: str
+    target: str
+    profiles: tuple[Profile, ...]
+
+    @property
+    def key(self) -> str:
+        """sha256 over everything that decides what the engine is."""
+        parts = [self.graph_sha256, self.recipe, self.flavour, self.version, self.target]
+        shapes = [sorted(profile.axes.items()) for profile in self.profiles]
+        return hashlib.sha256(json.dumps([*parts, shapes], separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def prefix(self) -> str:
+        """How the names of its engines begin."""
+        return f"{self.graph}-{self.key[:_SHORT]}-"
+
+    def profile_for(self, sizes: Mapping[str, int]) -> int | None:
+        """Index of the first profile that serves these sizes: exact ones come before the wide one."""
+        return next((i for i, profile in enumerate(self.profiles) if profile.covers(sizes)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt(EngineId):
+    """Proof that this user built an engine. created: UTC, ISO 8601; size in bytes."""
+
+    schema_version: int
+    engine_sha256: str
+    size: int
+    created: str
+    precision: PrecisionReport
+
+    def __post_init__(self) -> None:
+        require(self.schema_version == RECEIPT_SCHEMA, "schema_version", self.schema_version, str(RECEIPT_SCHEMA))
+        for name in ("graph_sha256", "engine_sha256"):
+            require(_SHA256.fullmatch(getattr(self, name)) is not None, name, getattr(self, name), "a sha256")
+        require(_STEM.fullmatch(self.stem) is not None, "graph", self.graph, "letters, digits, _ - .")
+        require(0 < self.size < 2**50, "size", self.size, "the size of an engine")
+
+    @property
+    def stem(self) -> str:
+        return f"{self.prefix}{self.engine_sha256[:_SHORT]}"
+
+    @property
+    def engine(self) -> str:
+        """File name of the engine."""
+        return f"{self.stem}.engine"
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(encode(self), sort_keys=True, indent=1) + "\n").encode("ascii")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An engine file and the receipt that vouches for it; `read_engine` holds one against the other."""
+
+    path: Path
+    receipt: Receipt
+
+
+def find_engine(
+    bundle: Bundle,
+    graph: str,
+    *,
+    flavour: str,
+    version: str,
+    target: str | None,
+    engines_dir: Path | None = None,
+    receipts: Path | None = None,
+) -> Found:
+    """The newest engine of a graph that this user built and that fits the tool and this machine's GPU (`target`).
+
+    receipts: the folder of this user's receipts, by default `receipts_folder()`. Nothing is written and no engine is
+    read. Raises ArtifactRefused that says why none fits, with the line that builds one.
+    """
+    folder = engines_folder(bundle, engines_dir)
+    wanted = {
+        "graph_sha256": graph_sha256(bundle, graph),
+        "flavour": flavour,
+        "version": version,
+        "recipe": RECIPE,
+        "target": target,
+    }
+    present = _engine_files(folder, graph)
+    known = [r for r in read_receipts(receipts or receipts_folder(), graph) if r.engine in present]
+    ranked = sorted(known, key=lambda receipt: (_agreement(receipt, wanted), receipt.created))
+    if ranked and _agreement(ranked[-1], wanted) == len(wanted):
+        return Found(folder / ranked[-1].engine, ranked[-1])
+    raise ArtifactRefused(
+        f"{graph}: {_why_not(graph, folder, present, ranked, wanted)}",
+        expected=f"an engine of {graph} that this user built with {flavour} {version} for GPU {target or 'unknown'}",
+        fix=build_line(bundle.path, flavour, engines_dir),
+    )
+
+
+def read_engine(found: Found) -> bytes:
+    """The bytes of an engine, read once and checked as they are returned. Raises ArtifactRefused."""
+    receipt, name = found.receipt, found.path.name
+    fix = "remove the file and run flexvar build again"
+    if not os.path.lexists(found.path):
+        raise ArtifactRefused(f"{name}: no such file", expected="the engine of its receipt", fix=fix)
+    try:
+        with open_unlinked(found.path) as (file, info):
+            if not stat.S_ISREG(info.st_mode):
+                raise ArtifactRefused(f"{name}: no regular file", expected="a regular file", fix=fix)
+            data = file.read(receipt.size + 1)
+    except OSError as error:
+        what = "a link" if found.path.is_symlink() else f"a file that cannot be read ({error.strerror})"
+        raise ArtifactRefused(f"{name}: {what}", expected="a regular, readable file", fix=fix) from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if len(data) != receipt.size or sha256 != receipt.engine_sha256:
+        got = f"sha256 {sha256}" if len(data) == receipt.size else f"another size than {receipt.size} bytes"
+        raise ArtifactRefused(f"{name}: {got}", expected=f"sha256 {receipt.engine_sha256}, as it was built", fix=fix)
+    return data
+
+
+def build_line(bundle: Path, flavour: str, engines_dir: Path | None = None) -> str:
+    """The command that builds what is missing."""
+    words = ["flexvar", "build", str(bundle), "--backend", flavour]
+    return shlex.join([*words, "--engines", str(engines_dir)] if engines_dir else words)
+
+
+def engines_folder(bundle: Bundle, engines_dir: Path | None = None) -> Path:
+    """Where the engines of a bundle lie; the folder need not exist."""
+    return engines_dir if engines_dir is not None else bundle.path / ENGINES
+
+
+def graph_sha256(bundle: Bundle, graph: str) -> str:
+    """One hash for a graph with its weights and its declaration, from what the manifest records."""
+    spec: GraphSpec = bundle.graph(graph)
+    records = [[name, bundle.manifest.files[name].sha256] for name in bundle.graph_files(graph)]
+    content = json.dumps([bundle.manifest.precision, encode(spec), records], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def receipts_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """This user's receipts: `$XDG_STATE_HOME/flexvar/receipts`, by default in `~/.local/state`."""
+    return user_folder("XDG_STATE_HOME", ".local/state", environ) / "receipts"
+
+
+def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
+    """This user's receipts for engines of a graph of that name; what is no receipt of this version is passed over.
+
+    Raises ArtifactRefused where somebody else could have written them.
+    """
+    try:
+        check_private(folder)
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    for name in names:
+        stem = name.removesuffix(".json")
+        match = _STEM.fullmatch(stem)
+        if stem == name or match is None or match["graph"] != graph:
+            continue
+        try:
+            data = read_private(folder / name, MAX_RECEIPT_BYTES)
+            receipt = decode(Receipt, loads(data, where=name, fix=_BUILD_AGAIN), where=name, fix=_BUILD_AGAIN)
+        except (OSError, FlexVARError) as error:
+            log.debug("receipt passed over: %s", error)
+            continue
+        if receipt.stem == stem:
+            yield receipt
+
+
+def _engine_files(folder: Path, graph: str) -> set[str]:
+    """Engines of a graph in a folder. Links are left out, as everything else that is no regular file."""
+    try:
+        with os.scandir(folder) as entries:
+            names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        fix = "check its permissions"
+        raise ArtifactRefused(f"{folder} ({error.strerror})", expected="a readable folder", fix=fix) from error
+    matches = ((name, _STEM.fullmatch(name.removesuffix(".engine"))) for name in names if name.endswith(".engine"))
+    return {name for name, match in matches if match is not None and match["graph"] == graph}
+
+
+def _agreement(receipt: Receipt, wanted: Mapping[str, str | None]) -> int:
+    """How many of the wanted properties hold, counted up to the first that does not."""
+    for count, (name, value) in enumerate(wanted.items()):
+        got = getattr(receipt, name)
+        if got != value and not (name == "target" and (got == PORTABLE or value in got.split(","))):
+            return count
+    return len(wanted)
+
+
+def _why_not(
+    graph: str, folder: Path, present: set[str], ranked: list[Receipt], wanted: Mapping[str, str | None]
+) -> str:
+    if not present:
+        links = [path.name for path in folder.glob(f"{graph}-*.engine") if path.is_symlink()]
+        return f"{links[0]} is a link" if links else f"no engine in {folder}"
+    if not ranked:
+        return f"{min(present)} without a build receipt of this user"
+    nearest = ranked[-1]
+    name = list(wanted)[_agreement(nearest, wanted)]
+    return {
+        "graph_sha256": "an engine of another export of the graph",
+        "flavour": f"an engine built with {nearest.flavour}",
+        "version": f"an engine built with {nearest.flavour} {nearest.version}",
+        "recipe": f"an engine built by another flexvar-deploy (recipe {nearest.recipe}, this is {RECIPE})",
+        "target": f"an engine for GPU {nearest.target.replace(',', ' and ')}",
+    }[name]

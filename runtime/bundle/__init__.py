@@ -1,0 +1,5 @@
+"""Bundles: the manifest, its checks, and opening."""
+
+from .opening import Bundle
+
+__all__ = ["Bundle"]

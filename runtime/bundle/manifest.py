@@ -1,0 +1,221 @@
+"""The manifest of a bundle: what the model is, what its graphs take and give, and what every file must be.
+
+Every class checks itself on construction, so an exporter cannot write what a reader would refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from ..checks import require, require_file_name, require_match, require_range, short
+from ..errors import ArtifactRefused, InvalidInput
+from ..files.strict_json import decode, encode, loads
+from ..model.facts import ModelFacts
+from ..model.guidance import RULES
+from ..model.precision import Precision
+from ..model.schedule import ScaleSchedule
+from ..model.tensors import NAME, GraphSpec
+
+READABLE_VERSIONS = (1, 2)
+MANIFEST = "manifest.json"
+ENGINES = "engines"  # at the top of a bundle, outside the manifest
+MAX_MANIFEST_BYTES = 16 * 2**20
+PLAIN, PHASES, TRANSPOSED = DECODERS = ("plain", "phases", "transposed")
+
+_EXPORT_AGAIN = "Export the bundle again, or copy the whole bundle again."
+_BLOCK_PART = re.compile(r"blocks\.([0-9]{1,3})\.(attention|mlp)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SCHEDULE = re.compile(r"[0-9]{1,4}(x[0-9]{1,4})?(_[0-9]{1,4}(x[0-9]{1,4})?)*")
+_GREEDY = re.compile(r"upstream|none|[0-9]{1,4}(x[0-9]{1,4})?(,[0-9]{1,4}(x[0-9]{1,4})?)*")
+
+
+def _parsed(field: str, text: str) -> ScaleSchedule:
+    require_match(_SCHEDULE, field, text, "scales such as 1_2_3x5_12x20")
+    try:
+        return ScaleSchedule.parse(text)
+    except InvalidInput as error:
+        raise ArtifactRefused(f"{field}: {error.got}", expected=error.expected, fix=_EXPORT_AGAIN) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What `None` means in a request. `max_side`: largest side, in tokens, at which the published rules still hold.
+
+    quality_order: schedules to the size of the default one, best first, among which a deadline chooses; where there are
+    none, and in manifests without the key, `deadlines.choice.quality_order` has a rule.
+    """
+
+    schedule: str
+    guidance_scale: float
+    guidance_rule: str
+    top_k: int
+    top_p: float
+    greedy_scales: str
+    max_side: int
+    quality_order: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_match(_SCHEDULE, "schedule", self.schedule, "scales as in 1_2_3x5_12x20")
+        require_range("guidance_scale", self.guidance_scale, 0, 1000)
+        require(self.guidance_rule in RULES, "guidance_rule", self.guidance_rule, " or ".join(RULES))
+        require_range("top_k", self.top_k, 0, 2**20)
+        require_range("top_p", self.top_p, 0, 1)
+        require_match(_GREEDY, "greedy_scales", self.greedy_scales, "upstream, none or sides as in 7,9")
+        require_range("max_side", self.max_side, 1, 1024)
+        if self.quality_order:
+            last = _parsed("schedule", self.schedule)[-1]
+            order = [_parsed("quality_order", text) for text in self.quality_order]
+            for schedule in order:
+                require(
+                    schedule[-1] == last, "quality_order", str(schedule), f"schedules that end like {self.schedule}"
+                )
+            require(len(set(order)) == len(order), "quality_order", self.quality_order, "every schedule once")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) tokens of the images that the default schedule makes."""
+        return _parsed("schedule", self.schedule)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """The checkpoints the bundle was made from, and the versions of the tools that made it."""
+
+    transformer_sha256: str
+    tokenizer_sha256: str
+    tools: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for field in ("transformer_sha256", "tokenizer_sha256"):
+            require_match(_SHA256, field, getattr(self, field), "64 hexadecimal digits, lower case")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """One comparison with the reference. A metric that can be infinite (PSNR of equal images) is recorded capped."""
+
+    graph: str
+    scale: str | None
+    output: str
+    metric: str
+    value: float
+    bound: float
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.value), "value", self.value, "a finite number: cap the metric before recording it")
+        require(math.isfinite(self.bound), "bound", self.bound, "a finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRecord:
+    """Agreement with the reference on one backend; `emulated` where that backend widened the precision."""
+
+    backend: str
+    emulated: bool
+    passed: bool
+    rows: tuple[ParityRow, ...]
+    free_running_agreement: float | None
+
+    def __post_init__(self) -> None:
+        if self.free_running_agreement is not None:
+            require_range("free_running_agreement", self.free_running_agreement, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The largest absolute activation seen in a graph, and the tensor it was seen in."""
+
+    value: float
+    where: str
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.value) and self.value >= 0, "value", self.value, "a finite number, not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size in bytes and sha256 (hexadecimal) of one file."""
+
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        require_range("size", self.size, 0, 2**50)
+        require_match(_SHA256, "sha256", self.sha256, "64 hexadecimal digits, lower case")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything `manifest.json` says. `files` is empty until the bundle is sealed.
+
+    float32_parts: parts of the step that a bundle in another precision computes in float32 (`blocks.I.attention`,
+    `blocks.I.mlp`), because the gate asked for it; manifests without the key have none.
+    decoder: how the decoder doubles a map and convolves it, as the reference does, in four phases or in one transposed
+    convolution; without the key plain.
+    """
+
+    schema_version: int
+    precision: Precision
+    model: ModelFacts
+    graphs: dict[str, GraphSpec]
+    defaults: Defaults
+    provenance: Provenance
+    parity: ParityRecord
+    largest_activation: dict[str, Range]
+    files: dict[str, FileRecord]
+    float32_parts: tuple[str, ...] = ()
+    decoder: str = PLAIN
+
+    def __post_init__(self) -> None:
+        readable = " or ".join(map(str, READABLE_VERSIONS))
+        require(self.schema_version in READABLE_VERSIONS, "schema_version", self.schema_version, readable)
+        require(self.precision in set(Precision), "precision", self.precision, f"one of {', '.join(Precision)}")
+        object.__setattr__(self, "precision", Precision(self.precision))  # a plain string is taken too
+        for name in self.graphs:
+            require_match(NAME, "graphs: name", name, "letters, digits, _ - .")
+        for name in self.float32_parts:
+            part = _BLOCK_PART.fullmatch(name)
+            known = part is not None and int(part[1]) < self.model.depth
+            require(known, "float32_parts", name, f"blocks.I.attention or blocks.I.mlp, I < {self.model.depth}")
+        parts = self.float32_parts
+        require(self.precision is not Precision.FP32 or not parts, "float32_parts", parts, "none in fp32")
+        require(len(set(parts)) == len(parts), "float32_parts", parts, "every part once")
+        require(self.decoder in DECODERS, "decoder", self.decoder, ", ".join(DECODERS))
+        for name in self.largest_activation:
+            require(name in self.graphs, "largest_activation: graph", name, f"one of {', '.join(self.graphs)}")
+        for name in self.files:
+            require_file_name("files: name", name)
+            reserved = name == MANIFEST or name.split("/")[0] == ENGINES
+            require(not reserved, "files: name", name, f"neither {MANIFEST} nor {ENGINES}/")
+        folded = {name.casefold() for name in self.files}
+        require(len(folded) == len(self.files), "files", sorted(self.files), "names that differ in more than case")
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Parse `manifest.json`; the schema version is looked at first. Raises ArtifactRefused."""
+        require(len(data) <= MAX_MANIFEST_BYTES, f"{MANIFEST}: bytes", len(data), f"at most {MAX_MANIFEST_BYTES}")
+        document = loads(data, where=MANIFEST, fix=_EXPORT_AGAIN)
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if type(version) is not int or version not in READABLE_VERSIONS:
+            shown = "no schema version" if version is None else f"schema version {short(version)}"
+            readable = " or ".join(map(str, READABLE_VERSIONS))
+            raise ArtifactRefused(
+                f"{MANIFEST} has {shown}, but this version reads schema version {readable}.",
+                expected=readable,
+                fix="Upgrade flexvar-deploy, or export the bundle again.",
+            )
+        manifest = decode(cls, document, where=MANIFEST, fix=_EXPORT_AGAIN)
+        for name, graph in manifest.graphs.items():
+            require(graph.file in manifest.files, f"{MANIFEST}: graphs[{name!r}].file", graph.file, "a name in files")
+        return manifest
+
+    def to_bytes(self) -> bytes:
+        """Stable: equal manifests give equal bytes."""
+        return (json.dumps(encode(self), sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+    def file_bytes(self, file: str) -> int:
+        """Bytes of a file of the bundle together with the weights beside it."""
+        return sum(record.size for path, record in self.files.items() if path == file or path.startswith(f"{file}."))

@@ -1,0 +1,198 @@
+"""What an ONNX file asks for, read off its protobuf: operators, their inputs, outputs and types, and weight files.
+
+It is read where onnx is not installed: by the builder, because TensorRT's parser drops some inputs without a word, and
+by backends that must know what a node is for. Field numbers are those of onnx.proto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ArtifactRefused
+
+_MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTION = 7, 8, 25
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
+_GRAPH_VALUES = (11, 12, 13)  # inputs, outputs and what lies between
+_VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_KIND = 1, 2, 1, 1
+_FUNCTION_NODE = 7
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_BYTES = 2  # wire type of texts, bytes and messages
+_MAX_DEPTH = 8
+_SHAPES = frozenset({"Shape", "Size"})
+_FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: float32, float16, float64, bfloat16
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator. inputs: names, "" for one left out. domain: "" for ONNX's own."""
+
+    name: str
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All nodes, those of subgraphs and functions included, and the files that weights are taken from.
+
+    constants: names of the tensors that the file holds. kinds: element types (numbers of the ONNX format) of the
+    tensors that it states them for. opset: version of ONNX's own operators, 0 where none is stated.
+    """
+
+    nodes: tuple[Node, ...]
+    weight_files: frozenset[str]
+    constants: frozenset[str] = frozenset()
+    kinds: dict[str, int] = field(default_factory=dict)
+    opset: int = 0
+
+    def shape_arithmetic(self) -> frozenset[str]:
+        """Names of the tensors that hold sizes and are computed from nothing but shapes and constants.
+
+        A tensor in floating point is none of them, whatever it is computed from.
+        """
+        shapes, constants = set[str](), {"", *self.constants}
+        for node in self.nodes:
+            given = set(node.inputs) - constants
+            if node.operator == "Constant":
+                constants |= set(node.outputs)
+            elif node.operator in _SHAPES or (given and given <= shapes):
+                shapes |= {name for name in node.outputs if self.kinds.get(name) not in _FLOATING}
+        return frozenset(shapes)
+
+
+class _Reading:
+    """What was found so far."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.files, self.constants = set[str](), set[str]()
+        self.kinds: dict[str, int] = {}
+        self.opset = 0
+
+
+def scan(path: Path) -> Scan:
+    """Read an ONNX file without its weights. Raises ArtifactRefused where it is none."""
+    read = _Reading()
+    try:
+        for number, value in _fields(memoryview(path.read_bytes())):
+            if number == _MODEL_GRAPH:
+                _graph(value, read, 0)
+            elif number == _MODEL_OPSET and not any(field == _OPSET_DOMAIN and text for field, text in _fields(value)):
+                read.opset = _numbers(value).get(_OPSET_VERSION, 0)
+            elif number == _MODEL_FUNCTION:
+                read.nodes += [_node(node, read, 0) for field, node in _fields(value) if field == _FUNCTION_NODE]
+    except (IndexError, ValueError, RecursionError) as error:
+        raise ArtifactRefused(
+            f"{path.name} ({error})", expected="a graph in ONNX form", fix="export the bundle again"
+        ) from error
+    return Scan(tuple(read.nodes), frozenset(read.files), frozenset(read.constants), read.kinds, read.opset)
+
+
+def _graph(data: memoryview, read: _Reading, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError("graphs in graphs in graphs")
+    for number, value in _fields(data):
+        if number == _GRAPH_NODE:
+            read.nodes.append(_node(value, read, depth))
+        elif number == _GRAPH_INITIALIZER:
+            read.files |= _weight_files(value)
+            read.constants |= {_text(part) for field, part in _fields(value) if field == _TENSOR_NAME}
+        elif number in _GRAPH_VALUES:
+            _value(value, read)
+        elif number == _GRAPH_SPARSE:
+            raise ValueError("sparse weights")
+
+
+def _value(data: memoryview, read: _Reading) -> None:
+    """The element type of a tensor, where it is stated."""
+    parts = dict(_fields(data))
+    tensor = dict(_fields(parts.get(_VALUE_TYPE, memoryview(b"")))).get(_TYPE_TENSOR)
+    if tensor is not None and _VALUE_NAME in parts:
+        read.kinds[_text(parts[_VALUE_NAME])] = _numbers(tensor).get(_TENSOR_KIND, 0)
+
+
+def _node(data: memoryview, read: _Reading, depth: int) -> Node:
+    name = operator = domain = ""
+    inputs: list[str] = []
+    outputs: list[str] = []
+    for number, value in _fields(data):
+        if number == _NODE_INPUT:
+            inputs.append(_text(value))
+        elif number == _NODE_OUTPUT:
+            outputs.append(_text(value))
+        elif number == _NODE_NAME:
+            name = _text(value)
+        elif number == _NODE_OPERATOR:
+            operator = _text(value)
+        elif number == _NODE_DOMAIN:
+            domain = _text(value)
+        elif number == _NODE_ATTRIBUTE:
+            for field, part in _fields(value):
+                if field in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+                    read.files |= _weight_files(part)
+                elif field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+                    _graph(part, read, depth + 1)
+    return Node(name, operator, tuple(inputs), tuple(outputs), domain)
+
+
+def _weight_files(tensor: memoryview) -> set[str]:
+    entries = [dict(_fields(value)) for number, value in _fields(tensor) if number == _TENSOR_EXTERNAL]
+    empty = memoryview(b"")
+    pairs = [(_text(entry.get(_ENTRY_KEY, empty)), _text(entry.get(_ENTRY_VALUE, empty))) for entry in entries]
+    return {value for key, value in pairs if key == "location"}
+
+
+def _text(value: memoryview) -> str:
+    return str(value, "utf-8")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of the texts, bytes and messages in a message."""
+    return ((number, value) for number, value in _all_fields(data) if isinstance(value, memoryview))
+
+
+def _numbers(data: memoryview) -> dict[int, int]:
+    """The whole numbers in a message, by field; of a repeated one the last."""
+    return {number: value for number, value in _all_fields(data) if isinstance(value, int)}
+
+
+def _all_fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Field number and content of everything in a message; numbers of a fixed size are passed over."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == _BYTES:
+            size, at = _varint(data, at)
+            if size > len(data) - at:
+                raise ValueError("cut")
+            yield number, data[at : at + size]
+            at += size
+        elif wire == 0:
+            value, at = _varint(data, at)
+            yield number, value
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+    if at != len(data):
+        raise ValueError("cut")
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    result = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, at
+    raise ValueError("a number without an end")

@@ -1,0 +1,95 @@
+"""Checks of values that come from outside: arguments of the caller, and fields of files."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from .errors import ArtifactRefused, InvalidInput
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+_REMAKE = "Make the file again with the command that wrote it."
+
+
+def short(value: object) -> str:
+    """A value as messages show it: printable, and cut after 80 characters."""
+    text = reprlib.repr(value) if isinstance(value, (dict, list, tuple)) else ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as an int, if it is a Python or NumPy integer (not a bool) from `low` to `high`, both included.
+
+    high None means that there is no upper limit. Raises InvalidInput.
+    """
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if whole and low <= int(value) and (high is None or int(value) <= high):
+        return int(value)
+    expected = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
+    raise InvalidInput(
+        f"{name} is {value!r:.100}{'' if whole else f' ({type(value).__name__})'}, but it must be {expected}.",
+        expected=expected,
+        fix=f"Pass {name} as an integer in that range.",
+    )
+
+
+def check_number(name: str, value: Any, low: float, high: float, fix: str) -> float:
+    """The value as a float, if it is a number (not a bool, not NaN) from `low` to `high`, both included.
+
+    Raises InvalidInput with `fix`.
+    """
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if number and low <= value <= high:  # NaN compares false
+        return float(value)
+    expected = f"a number from {low:g} to {high:g}"
+    raise InvalidInput(
+        f"{name} is {value!r:.100}{'' if number else f' ({type(value).__name__})'}, but it must be {expected}.",
+        expected=expected,
+        fix=fix,
+    )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """The value, if it is one of `choices`. Raises InvalidInput."""
+    if isinstance(value, str) and value in choices:
+        return value
+    expected = f"one of {', '.join(choices)}"
+    raise InvalidInput(
+        f"{name} is {value!r:.100}, but it must be {expected}.", expected=expected, fix="Name one of them."
+    )
+
+
+def check_seed(seed: Any) -> int:
+    """A seed as an int from 0 to 2**64 - 1. Raises InvalidInput."""
+    return check_whole("seed", seed, 0, 2**64 - 1)
+
+
+def check_index(image_index: Any) -> int:
+    """The place of an image in the stream of its seed, as an int from 0 to 2**64 - 1. Raises InvalidInput."""
+    return check_whole("image index", image_index, 0, 2**64 - 1)
+
+
+def require(ok: bool, field: str, value: object, expected: str) -> None:
+    """Raise ArtifactRefused unless `ok`. For fields of files; `strict_json.decode` adds the place and the advice."""
+    if not ok:
+        got = f"{field} is {short(value)}, but it must be {expected}."
+        raise ArtifactRefused(got, expected=expected, fix=_REMAKE)
+
+
+def require_range(field: str, value: float, low: float, high: float) -> None:
+    """Raise ArtifactRefused unless a field is from `low` to `high`, both included."""
+    require(low <= value <= high, field, value, f"from {low} to {high}")
+
+
+def require_match(pattern: re.Pattern[str], field: str, value: str, expected: str) -> None:
+    """Raise ArtifactRefused unless a field of at most 1000 characters matches a pattern as a whole."""
+    require(len(value) <= 1000 and pattern.fullmatch(value) is not None, field, value, expected)
+
+
+def require_file_name(field: str, name: str) -> None:
+    """Raise ArtifactRefused unless a field is a plain relative name of at most 200 characters, without `..`."""
+    require_match(_FILE_NAME, field, name, "a relative name: parts of letters, digits, _ - . joined by /")
+    require(len(name) <= 200, field, name, "a name of at most 200 characters")

@@ -1,0 +1,1 @@
+"""Deadlines: measured costs, and the choice of a schedule."""

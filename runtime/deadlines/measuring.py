@@ -1,0 +1,133 @@
+"""The costs of a pipeline: measured, kept, and used to choose a schedule for a deadline."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+
+from ..bundle.opening import Bundle
+from ..checks import check_whole
+from ..errors import CostUnknown
+from ..model.guidance import Guidance
+from ..model.sampling import Sampling
+from ..model.schedule import ScaleSchedule, ScheduleLike
+from ..output import GenerationOutput
+from ..request import GuidanceLike, Request, RequestDefaults
+from .choice import Choice, choose, quality_order, seconds_of
+from .costs import CostRow, CostTable, KeptCosts
+
+
+class WithDeadlines(ABC):
+    """The part of a pipeline that measures costs and chooses schedules by them."""
+
+    bundle: Bundle
+    defaults: RequestDefaults
+
+    @abstractmethod
+    def _setup(self) -> CostTable:
+        """A table without rows, of the bundle, backend, threads and device."""
+
+    @abstractmethod
+    def _request(
+        self,
+        labels: Sequence[int],
+        schedule: ScheduleLike | None,
+        guidance: GuidanceLike | None,
+        sampling: Sampling | None,
+        /,
+    ) -> Request:
+        """The checked request of a call."""
+
+    @abstractmethod
+    def _generate(self, request: Request, keep_decoded: bool, on_scale: None, start: float, /) -> GenerationOutput:
+        """Run a request."""
+
+    @cached_property
+    def _costs(self) -> KeptCosts:
+        return KeptCosts(self._setup())
+
+    def choose_schedule(
+        self, images: int, deadline_ms: float, guidance: GuidanceLike | None = None, sampling: Sampling | None = None
+    ) -> Choice:
+        """The best schedule of the bundle's quality order in which `images` at once are done in time, as measured here.
+
+        Costs are those of a warm pipeline that 9 of 10 generations keep to: a forecast, not a guarantee. Raises
+        InvalidInput if no schedule is fast enough, CostUnknown if `measure_costs` has to run first, ArtifactRefused for
+        kept costs that cannot be used.
+        """
+        deadline, labels = seconds_of(deadline_ms), [0] * check_whole("images", images, 1)
+        return self._choose(self._request(labels, None, guidance, sampling), deadline)
+
+    def _choose(self, request: Request, deadline: float) -> Choice:
+        """`choose_schedule` for a request, whose own schedule does not matter. deadline: in seconds."""
+        images, sampling = request.images, request.sampling
+        guidance = request.guidance[0] if len(set(request.guidance)) == 1 else list(request.guidance)
+        more = "" if guidance == self.defaults.guidance else f", guidance={guidance}"
+        more += "" if sampling.filters == self.defaults.sampling.filters else f", sampling={sampling}"
+
+        def chosen(table: CostTable) -> Choice:
+            return choose(
+                quality_order(self.bundle.manifest),
+                lambda schedule: table.cost(schedule, images, _guided(request.guidance, schedule), sampling.filters),
+                deadline,
+                measure=f"pipe.measure_costs(batch_sizes=({images},){more})",
+            )
+
+        try:
+            return chosen(self._costs.table)
+        except CostUnknown:  # another process may have measured it meanwhile
+            return chosen(self._costs.read_again())
+
+    def measure_costs(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        schedules: Sequence[ScheduleLike] | None = None,
+        repeats: int = 10,
+        guidance: GuidanceLike | None = None,
+        sampling: Sampling | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        on_row: Callable[[CostRow], None] | None = None,
+    ) -> CostTable:
+        """Time whole generations here, and keep their costs for deadlines. schedules None: the bundle's quality order.
+
+        Each runs once to be warm, then `repeats` times for other classes as far as there are enough, so that their
+        conditions are in the times. on_row is called after every schedule and batch size. Nothing else should run on
+        the machine meanwhile. Costs are kept even if a later schedule fails. If the cache folder cannot be written,
+        they are kept in this process alone, with a warning. Raises InvalidInput, OutOfMemory, ArtifactRefused for
+        earlier costs."""
+        repeats = check_whole("repeats", repeats, 1)
+        sizes = [check_whole("batch size", batch, 1) for batch in batch_sizes]
+        order = quality_order(self.bundle.manifest)
+        wanted = order if schedules is None else tuple(map(ScaleSchedule.parse, schedules))
+        self._costs.read_again()  # costs that cannot be used are refused before anything is measured
+        rows: list[CostRow] = []
+        labels = itertools.cycle(range(self.bundle.manifest.model.classes))
+        try:
+            for batch, schedule in itertools.product(sizes, wanted):
+                some = partial(itertools.islice, labels, batch)
+                request = self._request([*some()], schedule, guidance, sampling)
+                self._generate(request, False, None, 0.0)
+                seconds: list[float] = []
+                scales: list[list[float]] = []
+                for _ in range(repeats):
+                    own = [*some()]
+                    start = clock()
+                    output = self._generate(self._request(own, schedule, guidance, sampling), False, None, start)
+                    seconds.append(clock() - start)
+                    scales.append([scale.step + scale.sample for scale in output.timings.scales])
+                guided = _guided(request.guidance, schedule)
+                rows.append(CostRow.of(schedule, batch, guided, request.sampling.filters, seconds, scales))
+                if on_row is not None:
+                    on_row(rows[-1])
+        finally:
+            if rows:
+                self._costs.keep(rows)
+        return self._costs.table
+
+
+def _guided(guidance: Iterable[Guidance], schedule: ScaleSchedule) -> bool:
+    return any(each.acts(schedule) for each in guidance)

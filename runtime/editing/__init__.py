@@ -1,0 +1,1 @@
+"""Editing: pictures and masks go in, given tokens for every scale come out."""

@@ -1,0 +1,148 @@
+"""The task and the options of an edit, and the record that makes it again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypedDict
+
+from ..checks import check_choice, check_number, check_whole
+from ..errors import InvalidInput
+
+TASKS = ("refine", "inpaint", "outpaint", "expand")
+FITS = ("resize", "crop", "pad")
+ANCHORS = {
+    "centre": (0.5, 0.5),
+    "top": (0.0, 0.5),
+    "bottom": (1.0, 0.5),
+    "left": (0.5, 0.0),
+    "right": (0.5, 1.0),
+}
+"""Shares of the free height above a picture and of the free width left of it, by anchor."""
+MAX_FEATHER = 1024
+_OWN = {
+    "strength": ("refine",),
+    "sides": ("outpaint",),
+    "anchor": ("expand",),
+    "fit": ("refine", "inpaint", "outpaint"),
+    "paste": TASKS[1:],
+    "feather": TASKS[1:],
+}
+
+
+class EditOptions(TypedDict, total=False):
+    """The options of `Edit` besides the task."""
+
+    size: tuple[int, int] | None
+    fit: str
+    strength: float | None
+    sides: tuple[int, int, int, int]
+    anchor: str
+    paste: bool
+    feather: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """The task of an edit and its options. Raises InvalidInput, also for an option that the task does not have.
+
+    task: "refine" generates the larger scales of a picture again. "inpaint" generates what is white in a mask.
+    "outpaint" generates the pixels that `sides` add around it. "expand" generates the part of a canvas of `size` that
+    the picture does not cover.
+
+    size: (height, width) in pixels to which the picture is brought; for expand the size of the canvas. None means the
+    area of the bundle's default in the proportions of the picture. fit (not expand): what to do about other
+    proportions. "resize" stretches the picture, "crop" cuts from its middle, "pad" continues its edges and cuts the
+    result again. strength (refine): share of the scales that are generated, from 0 to 1, at least one scale. None keeps
+    the scales up to halfway, in octaves, between the size of the picture and that of the result. sides (outpaint):
+    pixels to add above, right, below and left. anchor (expand): where the picture lies on the canvas. paste (not
+    refine): put the kept pixels themselves in the result, blended over `feather` pixels around the generated part."""
+
+    task: str
+    size: tuple[int, int] | None = None
+    fit: str = "resize"
+    strength: float | None = None
+    sides: tuple[int, int, int, int] = (0, 0, 0, 0)
+    anchor: str = "centre"
+    paste: bool = False
+    feather: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("task", TASKS), ("fit", FITS), ("anchor", tuple(ANCHORS))):
+            check_choice(name, getattr(self, name), choices)
+        for field in fields(self):
+            owners = _OWN.get(field.name, TASKS)
+            if getattr(self, field.name) != field.default and self.task not in owners:
+                raise InvalidInput(
+                    f"{field.name} cannot be used with {self.task}. It belongs to {' and '.join(owners)}.",
+                    expected=f"{field.name} with {' or '.join(owners)} only",
+                    fix=f"Leave out {field.name}.",
+                )
+        if self.size is not None:
+            object.__setattr__(self, "size", _whole_numbers("size", self.size, 2, 1))
+        object.__setattr__(self, "sides", _whole_numbers("sides", self.sides, 4, 0))
+        object.__setattr__(self, "feather", check_whole("feather", self.feather, 0, MAX_FEATHER))
+        if self.strength is not None:
+            strength = check_number("strength", self.strength, 0, 1, "Pass 0.5 to generate half of the scales.")
+            object.__setattr__(self, "strength", strength)
+        if self.task == "outpaint" and not any(self.sides):
+            raise InvalidInput(
+                "Outpainting needs sides.",
+                expected="pixels to add",
+                fix="Pass sides (--top, --right, --bottom, --left): the number of pixels to add.",
+            )
+        if self.task == "expand" and self.size is None:
+            raise InvalidInput(
+                "Expanding needs a size.", expected="the size of the canvas", fix="Pass size (--size 256x512)."
+            )
+        if self.feather and not self.paste:
+            raise InvalidInput(
+                "feather cannot be used without paste.", expected="paste as well", fix="Pass paste (--paste) too."
+            )
+
+    def changed(self, **given: Any) -> Edit:
+        """This edit with other options. Options that the new task does not have are dropped. Raises InvalidInput."""
+        task, paste = given.get("task", self.task), given.get("paste", self.paste)
+        kept = {name: value for name, value in vars(self).items() if task in _OWN.get(name, TASKS)}
+        if not paste:
+            kept.pop("feather", None)
+        return Edit(**{**kept, **given})
+
+    def to_json(self) -> dict[str, Any]:
+        """The options of this task."""
+        values = {name: value for name, value in asdict(self).items() if self.task in _OWN.get(name, TASKS)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Edit:
+        """The edit that `to_json` wrote. Raises InvalidInput, TypeError."""
+        lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+        return cls(**{**data, **lists})
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """The options of an edit, and the sha256 of the pixels of its picture and mask."""
+
+    edit: Edit
+    picture_sha256: str
+    mask_sha256: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.edit.to_json(), "picture_sha256": self.picture_sha256, "mask_sha256": self.mask_sha256}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> EditRecord:
+        """The record that `to_json` wrote. Raises InvalidInput, KeyError, TypeError."""
+        options = dict(data)
+        picture, mask = options.pop("picture_sha256"), options.pop("mask_sha256")
+        return cls(Edit.from_json(options), str(picture), None if mask is None else str(mask))
+
+
+def _whole_numbers(name: str, values: object, count: int, least: int) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or len(values) != count:
+        raise InvalidInput(
+            f"{name} is {values!r:.100}, but it must be {count} whole numbers.",
+            expected=f"{count} whole numbers",
+            fix=f"Pass {count} numbers.",
+        )
+    return tuple(check_whole(name, value, least, 2**20) for value in values)

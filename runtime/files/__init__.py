@@ -1,0 +1,1 @@
+"""Files: written as a whole, kept private, and JSON read strictly."""

@@ -1,0 +1,96 @@
+"""Single files that appear whole under their final name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import InvalidInput
+
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+
+
+def sibling(final: Path, kind: str, suffix: str = "") -> Path:
+    """A hidden name beside `final` that nobody else uses: `.<name>.<kind>-<pid>-<random><suffix>`."""
+    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(6)}{suffix}")
+
+
+def existing(final: Path) -> InvalidInput:
+    """The refusal to replace what the user did not ask to replace."""
+    return InvalidInput(f"{final}, which exists", expected="a new name", fix="choose another name, or pass --force")
+
+
+def require_parent(final: Path) -> None:
+    """Raises InvalidInput unless `final` names something in a directory that exists."""
+    if not final.name or not final.parent.is_dir():
+        raise InvalidInput(f"{final}", expected="a name in a directory that exists", fix=f"mkdir -p '{final.parent}'")
+
+
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or a directory's entries, survive a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows keeps no handle on directories
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, with its suffix; what the body wrote there becomes `path` at the end.
+
+    The file is fsynced first. After an exception in the body neither name exists. Without `force` an existing
+    `path` is refused, without a race; a link at `path` is replaced, never followed. Raises InvalidInput.
+    """
+    final = Path(os.path.abspath(path))
+    require_parent(final)
+    if final.is_dir() and not final.is_symlink():
+        raise InvalidInput(f"{final}, a directory", expected="the name of a file", fix="name a file in it")
+    if not force and os.path.lexists(final):
+        raise existing(final)
+    temporary = sibling(final, "partial", final.suffix)
+    try:
+        yield temporary
+        fsync(temporary)
+        if force:
+            os.replace(temporary, final)
+        else:
+            _rename_new(temporary, final)
+        fsync(final.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _rename_new(temporary: Path, final: Path) -> None:
+    """Rename unless `final` exists. rename(2) would replace it; link(2) fails, but not every file system has links."""
+    try:
+        if os.name == "nt":
+            os.rename(temporary, final)
+        else:
+            os.link(temporary, final)
+    except FileExistsError:
+        raise existing(final) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _claim(final)
+        try:
+            os.replace(temporary, final)
+        except OSError:
+            final.unlink()
+            raise
+
+
+def _claim(final: Path) -> None:
+    """Take the name with an empty file: a kill before the replacement leaves that, and only on such file systems."""
+    try:
+        os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        raise existing(final) from None

@@ -1,0 +1,1 @@
+"""Generators: they run the scale loop of a request, on the host or on a device."""

@@ -1,0 +1,34 @@
+"""The choice between the two generators."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ..backends.base import Backend
+from ..backends.device_arrays import DeviceBackend
+from ..backends.host_arrays import HostBackend
+from ..bundle.opening import Bundle
+from ..checks import check_whole
+from ..errors import InvalidInput
+from .generator import Generator
+from .host import HostGenerator
+
+
+def open_generator(bundle: Bundle, backend: Backend, shapes_kept: int | None = None) -> Generator:
+    """The generator for a bundle on a backend: on the host, or on the device that the backend has.
+
+    shapes_kept: see `device.DeviceGenerator`. Raises InvalidInput for it on a CPU backend.
+    """
+    if shapes_kept is not None:
+        check_whole("shapes_kept", shapes_kept, 1)
+    if backend.device is None:
+        if shapes_kept is not None:
+            raise InvalidInput(
+                f"shapes_kept cannot be used with backend {backend.name}, which captures no graphs.",
+                expected="none",
+                fix="Leave out shapes_kept, or name a GPU backend.",
+            )
+        return HostGenerator(bundle, cast(HostBackend, backend))
+    from .device import SHAPES_KEPT, DeviceGenerator  # only where there is a device
+
+    return DeviceGenerator(bundle, cast(DeviceBackend, backend), SHAPES_KEPT if shapes_kept is None else shapes_kept)

@@ -1,0 +1,1 @@
+"""Memory: what a generation needs, and what the machine has left."""

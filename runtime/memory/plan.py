@@ -1,0 +1,242 @@
+"""How much memory a generation needs on a CPU, known before any graph is opened.
+
+Keys, values and everything else that is bound to a graph follow exactly from the declared tensors. What a library takes
+beside them on a CPU comes from `library.LibraryMemory`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..bundle.manifest import Manifest
+from ..errors import OutOfMemory
+from ..model.schedule import ScaleSchedule
+from ..model.signatures import CONDITION, DECODE, STEP, TABLES_FILE, graph_specs, new_names, past_names
+from ..model.tensors import GraphSpec
+from .library import LibraryMemory
+
+IMAGES_PER_RUN = 8  # of decoder and encoder, at the most
+PYTHON = 30 * 2**20  # the interpreter and NumPy
+PUBLISHED_DECODER = (128, 128)  # channels at the image's size, and of the level below
+MAX_BATCH = 2**20
+
+_MIB = 2**20
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes that generating `images` at once takes, part by part; mappings are by graph.
+
+    runtime: the process with its libraries. weights: as the runtime holds them. kv: keys and values of all scales.
+    bindings: inputs and logits of the largest scale. tables: offsets of every scale, and the classes' conditions.
+    pixels: decoded images, as floats and as bytes. scratch: working memory inside a graph. again: what a second run
+    of the decoder takes more. kept: graphs that stay open although they have done their part.
+    """
+
+    schedule: ScaleSchedule
+    images: int
+    guided: bool
+    decoded_at_once: int
+    runtime: int
+    weights: Mapping[str, int]
+    kv: int
+    bindings: int
+    tables: int
+    pixels: int
+    scratch: Mapping[str, int]
+    again: int = 0
+    kept: frozenset[str] = frozenset()
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes held at the height of each phase. The condition is gone before the loop if it is not kept; the loop
+        stays for the decoder.
+
+        "next": of a pipeline that goes on to other classes, with everything else still there.
+        """
+        return self._phases(())
+
+    @property
+    def total(self) -> int:
+        """Peak of one generation in a fresh process."""
+        return _peak(self.phases)
+
+    def needed(self, opened: Collection[str] = ()) -> int:
+        """Bytes that a process which runs already, with these graphs open, has still to take."""
+        return _peak(self._phases(opened)) - self.runtime
+
+    def parts(self, opened: Collection[str] = ()) -> dict[str, int]:
+        """What the decoder's phase takes in few words, `runtime` left out: the highest of nearly every generation."""
+        held = {STEP, DECODE, *self.kept} - {*opened}
+        weights = sum(size for graph, size in self.weights.items() if graph in held)
+        return {
+            "weights": weights,
+            "keys and values": self.kv,
+            "inputs and outputs": self.bindings + self.tables + self.pixels,
+            "working memory": self.scratch[STEP] + self.scratch[DECODE] + self._rerun,
+        }
+
+    @property
+    def _rerun(self) -> int:
+        return self.again if self.images >= 2 * self.decoded_at_once else 0
+
+    def _phases(self, opened: Collection[str]) -> dict[str, int]:
+        weights = {graph: 0 if graph in opened else size for graph, size in self.weights.items()}
+        kept = weights[CONDITION] if CONDITION in self.kept else 0
+        loop = self.runtime + kept + self.tables + weights[STEP] + self.kv + self.bindings + self.scratch[STEP]
+        decode = loop + weights[DECODE] + self.pixels + self.scratch[DECODE]
+        condition = weights[CONDITION] - kept + self.scratch[CONDITION]
+        return {
+            CONDITION: self.runtime + kept + condition,
+            "loop": loop,
+            DECODE: decode + self._rerun,
+            "next": decode + self.again + condition,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes in bytes."""
+        return {
+            "schedule": str(self.schedule),
+            "images": self.images,
+            "guided": self.guided,
+            "decoded_at_once": self.decoded_at_once,
+            "bytes": {
+                "runtime": self.runtime,
+                "weights": dict(self.weights),
+                "kv": self.kv,
+                "bindings": self.bindings,
+                "tables": self.tables,
+                "pixels": self.pixels,
+                "scratch": dict(self.scratch),
+                "again": self.again,
+            },
+            "phases": self.phases,
+            "total": self.total,
+        }
+
+
+def plan(
+    manifest: Manifest,
+    schedule: ScaleSchedule,
+    images: int,
+    guided: bool,
+    libraries: Mapping[str, LibraryMemory],
+    *,
+    decoded_at_once: int = IMAGES_PER_RUN,
+    decoder_channels: tuple[int, int] = PUBLISHED_DECODER,
+) -> MemoryPlan:
+    """The memory of generating `images` at once on a CPU. A guided image takes two sequences.
+
+    libraries: the memory of the library that runs each graph, as `HostBackend.libraries` returns it.
+    """
+    model = manifest.model
+    graphs = graph_specs(model, manifest.precision, manifest.schema_version)
+    transformer, tokenizer = libraries[STEP], libraries[DECODE]
+    decoded = min(images, decoded_at_once)
+    h, w = schedule[-1]
+    N, L, T = images * (2 if guided else 1), schedule.largest, schedule.tokens
+    sizes = {"sequences": N, "images": images, "new": L, "past": 0}
+    cache = {*past_names(model.depth), *new_names(model.depth)}
+    step = tensor_bytes(graphs[STEP], sizes)
+    all_scales = tensor_bytes(graphs[STEP], sizes | {"new": T})
+    condition = sum(tensor_bytes(graphs[CONDITION], {"labels": 1}).values())
+    image = sum(tensor_bytes(graphs[DECODE], {"images": 1, "height": h, "width": w}).values())
+    offsets = (T - 1) * model.width * 4
+    decoding = tokenizer.image(manifest, (h, w), decoder_channels)
+    if not tokenizer.decodes_one_by_one(manifest, (h, w)):
+        decoding *= decoded
+    return MemoryPlan(
+        schedule=schedule,
+        images=images,
+        guided=guided,
+        decoded_at_once=decoded,
+        runtime=PYTHON + sum(library.runtime for library in {transformer, tokenizer}),
+        weights={graph: libraries[graph].weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
+        kv=sum(all_scales[name] for name in cache),
+        bindings=sum(size for name, size in step.items() if name not in cache),
+        tables=manifest.file_bytes(TABLES_FILE) + offsets + (N + images + 1) * condition,
+        pixels=(3 * decoded + images) * image,
+        scratch={
+            CONDITION: 2 * condition,
+            STEP: transformer.step(manifest, N, L, T),
+            DECODE: decoding,
+        },
+        again=decoding,
+        kept=frozenset({CONDITION} if transformer.keeps_condition else ()),
+    )
+
+
+def tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of every input and output of a graph, given the sizes of its named axes."""
+    tensors = (*spec.inputs, *spec.outputs)
+    return {tensor.name: math.prod(tensor.shape(sizes)) * _ITEMSIZE[tensor.dtype] for tensor in tensors}
+
+
+def largest_batch(needed: Callable[[int], int], available: int) -> int:
+    """The most images whose `needed` bytes, which grow with their number, are available; 0 where one does not fit."""
+    fits, refused = 0, MAX_BATCH
+    while refused - fits > 1:
+        middle = min(max(2 * fits, 1), (fits + refused) // 2)
+        fits, refused = (middle, refused) if needed(middle) <= available else (fits, middle)
+    return fits
+
+
+def require_fits(
+    plans: Callable[[int], MemoryPlan], images: int, available: int | None, opened: Collection[str] = ()
+) -> None:
+    """Raise OutOfMemory where the plan of `images` does not fit in what is left: its parts, and the batch that fits.
+
+    plans: images to plan; opened: graphs whose weights are held already.
+    """
+    wanted = plans(images)
+    if available is None or wanted.needed(opened) <= available:
+        return
+    fits = largest_batch(lambda batch: plans(batch).needed(opened), available)
+    parts = ", ".join(f"{part} {size_text(size)}" for part, size in wanted.parts(opened).items())
+    raise OutOfMemory(
+        f"A batch of {images} at schedule {wanted.schedule} needs {size_text(wanted.needed(opened))} ({parts}), but "
+        f"{size_text(available)} are available.",
+        expected=f"at most {size_text(available)}",
+        fix=f"Use a batch of at most {fits}." if fits else "Use a smaller schedule, or a machine with more memory.",
+    )
+
+
+def batch_that_fits(
+    manifest: Manifest,
+    graph: str,
+    size: tuple[int, int],
+    available: int | None,
+    opened: Collection[str],
+    library: LibraryMemory,
+) -> int:
+    """Images to decode or encode in one run. They take half of what is left beside the weights, because a second run
+    takes as much again.
+
+    Raises OutOfMemory where not even one fits.
+    """
+    if available is None:
+        return IMAGES_PER_RUN
+    one = library.image(manifest, size, PUBLISHED_DECODER)
+    weights = 0 if graph in opened else library.weights(manifest, graph)
+    if weights + one > available:
+        verb = "Decoding" if graph == DECODE else "Encoding"
+        raise OutOfMemory(
+            f"{verb} an image of {size[0]}x{size[1]} tokens needs {size_text(weights + one)}, but "
+            f"{size_text(available)} are available.",
+            expected=f"at most {size_text(available)}",
+            fix="Use a smaller size.",
+        )
+    return max(1, min(IMAGES_PER_RUN, (available - weights) // (2 * one)))
+
+
+def _peak(phases: Mapping[str, int]) -> int:
+    """Of one generation."""
+    return max(phases[phase] for phase in (CONDITION, "loop", DECODE))
+
+
+def size_text(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / _MIB:.1f} MiB"

@@ -1,0 +1,53 @@
+"""Classifier-free guidance: the weight with which each scale moves away from the unconditional prediction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ..checks import check_choice, check_number, check_whole
+from .schedule import ScaleSchedule
+
+RULES = ("ramp", "constant")
+MAX_SCALE = 1000.0
+RAMP_STEPS = 9  # the published ramp reaches the guidance scale at the tenth step and grows beyond it afterwards
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """logits = cond + t · (cond − uncond), with t per scale.
+
+    rule "ramp" (published evaluation): t = scale · i / min(n − 1, 9) at scale i of n, and t = scale where a side is
+    above `max_side`; one scale alone has t = 0. rule "constant" (published demo): t = scale − 1 everywhere.
+    Where t is 0 at every scale (ramp 0, constant 1) guidance is off and a single batch is run. Raises InvalidInput.
+    """
+
+    scale: float = 2.5
+    rule: str = "ramp"
+    max_side: int = 16
+
+    def __post_init__(self) -> None:
+        check_choice("The guidance rule", self.rule, RULES)
+        scale = check_number("The guidance scale", self.scale, 0, MAX_SCALE, "The published scale is 2.5.")
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "max_side", check_whole("max_side", self.max_side, 1))
+
+    def weights(self, schedule: ScaleSchedule) -> tuple[float, ...]:
+        """The weight t of every scale."""
+        if self.rule == "constant":
+            return (self.scale - 1,) * len(schedule)
+        if len(schedule) == 1:
+            return (0.0,)
+        span = min(len(schedule) - 1, RAMP_STEPS)
+        return tuple(
+            self.scale if max(size) > self.max_side else self.scale * i / span for i, size in enumerate(schedule)
+        )
+
+    def acts(self, schedule: ScaleSchedule) -> bool:
+        """Whether the weight of any scale differs from 0. Then an image takes two sequences."""
+        return any(t != 0 for t in self.weights(schedule))
+
+    def to_json(self) -> dict[str, float | str | int]:
+        return asdict(self)
+
+
+UNGUIDED = Guidance(scale=0.0, rule="ramp")

@@ -1,0 +1,296 @@
+"""From logits to tokens: top-k, top-p and an inverse-CDF draw, all in integers.
+
+The rules, per row of V float32 logits:
+
+1. weight = floor(2**40 * exp(float64(l - max))), with l - max subtracted in float32 and exp as `_scaled_exp` has it.
+2. top-k keeps every logit >= the k-th largest, so ties at the threshold are kept and more than k may remain.
+3. top-p acts on what top-k left. S = the sum of its weights; in ascending order of (weight, index), so that the lower
+   index goes first among equal weights, tokens are dropped while their cumulative weight <= floor((1 - p) * S). The
+   last of that order, the top token, always stays.
+4. draw: r = floor(u * S') with S' the sum of what is left; the token is the first index whose cumulative weight,
+   in vocabulary order, exceeds r.
+
+Top-k 0 or >= V, top-p 0 and top-p 1 mean off. Why integers: their sum is the same in every order of summation, so
+equal logits give equal tokens on every backend, whether it adds up one by one, in SIMD lanes or in blocks. Libraries
+and processors disagree on the last bit of exp, so it is spelled out in additions and multiplications of IEEE doubles:
+these give the same bits everywhere, as long as no compiler fuses them.
+
+Why no row is left without a token: the maximum has weight 2**40, hence S' >= 2**40; u <= 1 - 2**-25, so u * S' lies
+at least 2**15 below S', more than two float64 roundings of a number < 2**62 can move it; hence r < S'. The token
+drawn has a weight > 0, so -inf is never drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..checks import check_whole
+from ..errors import InvalidInput
+from .noise import DRAW_BITS, to_uniform
+
+# Square sides that the published implementation does not sample greedily (its condition, made visible)
+UPSTREAM_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
+
+WEIGHT_BITS = 40
+_INDEX_BITS = 22  # (weight, index) packs into one int64: 2**40 << 22 | index < 2**63
+_ROWS_PER_BLOCK = 16  # keeps the working set in cache; results do not depend on it
+
+# The constants of exp. They stand in cuda/kernels.cu too, and both must have the same bits.
+_LOWEST = -28.0  # 2**40 * exp(-28) < 1: below it every weight is 0
+_LOG2_E = 1.4426950408889634
+_ROUND = 1.5 * 2.0**52  # added and subtracted: rounds to a whole number, ties to even
+_LN2_HIGH = float.fromhex("0x1.62e42feep-1")  # 21 zero bits at its end: its multiples up to 41 are exact
+_LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")  # ln 2 - _LN2_HIGH
+_COEFFICIENTS = tuple(1.0 / math.factorial(n) for n in range(13, 1, -1))  # Taylor: error < 2**-57 for |r| <= ln(2) / 2
+_EXP_BLOCK = 16384  # elements
+
+_SIDE = r"([1-9][0-9]{0,3})"
+_SCALE = re.compile(rf"{_SIDE}(?:x{_SIDE})?")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from logits; defaults are those of the published evaluation.
+
+    top_k: how many tokens to keep, 0 for all. top_p: probability mass to keep, 0 or 1 for all.
+    greedy_scales: scales sampled with top_k = 1: "upstream" (the published rule), "none", or scales as text ("7,12x20")
+    or as a tuple of sides and (h, w) pairs; held as a sorted tuple of (h, w).
+    max_side: the published rule is greedy at square scales above this side.
+    Raises InvalidInput.
+    """
+
+    top_k: int = 900
+    top_p: float = 0.95
+    greedy_scales: str | tuple[int | tuple[int, int], ...] = "upstream"
+    max_side: int = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", _check_top_k(self.top_k))
+        object.__setattr__(self, "top_p", _check_top_p(self.top_p))
+        object.__setattr__(self, "greedy_scales", _parse_greedy(self.greedy_scales))
+        object.__setattr__(self, "max_side", check_whole("max_side", self.max_side, 1))
+
+    def greedy(self, h: int, w: int) -> bool:
+        """Whether a scale of h x w tokens is sampled with top_k = 1. The published rule never holds for non-squares."""
+        if self.greedy_scales == "upstream":
+            return h == w and (h not in UPSTREAM_SAMPLED_SIDES or h > self.max_side)
+        return self.greedy_scales != "none" and (h, w) in self.greedy_scales
+
+    def top_k_at(self, h: int, w: int) -> int:
+        """The top_k in force at a scale of h x w tokens."""
+        return 1 if self.greedy(h, w) else self.top_k
+
+    @property
+    def filters(self) -> str:
+        """What limits the tokens kept, and so how long drawing takes: "top-k", "top-p", "top-k, top-p" or "none"."""
+        on = [name for name, acts in (("top-k", self.top_k > 0), ("top-p", 0 < self.top_p < 1)) if acts]
+        return ", ".join(on) or "none"
+
+    def to_json(self) -> dict[str, int | float | str]:
+        """The options as JSON values, greedy scales as text."""
+        scales = self.greedy_scales
+        text = scales if isinstance(scales, str) else ",".join(_scale_text(*s) for s in scales if isinstance(s, tuple))
+        return asdict(self) | {"greedy_scales": text}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Sampling:
+        """The options that `to_json` wrote. A missing key means its default; an unknown one raises InvalidInput."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or not set(values) <= set(known):
+            expected = f"an object with no other keys than {', '.join(known)}"
+            raise InvalidInput(f"sampling options {values!r}", expected=expected, fix="remove what is not listed")
+        return cls(**values)
+
+
+def _scale_text(h: int, w: int) -> str:
+    return str(h) if h == w else f"{h}x{w}"
+
+
+def _parse_greedy(value: Any) -> str | tuple[tuple[int, int], ...]:
+    """Text or tuple of scales -> sorted (h, w) pairs; "upstream" and "none" as they are; no scale at all is "none"."""
+    if isinstance(value, str) and value in ("upstream", "none"):
+        return value
+    matches = [_SCALE.fullmatch(part.strip()) for part in value.split(",")] if isinstance(value, str) else []
+    if isinstance(value, tuple):
+        pairs = [side if isinstance(side, tuple) else (side, side) for side in value]
+    elif matches and all(matches):
+        pairs = [(int(m[1]), int(m[2] or m[1])) for m in matches if m]
+    else:
+        pairs = [()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise InvalidInput(
+            f"greedy_scales {value!r}",
+            expected='"upstream", "none" or scales such as "7,9" or "7,12x20"',
+            fix="separate scales with commas; one number is a square, HxW is height and width",
+        )
+    return tuple(sorted({(_check_side(h), _check_side(w)) for h, w in pairs})) or "none"
+
+
+def _check_side(side: Any) -> int:
+    return check_whole("side in greedy_scales", side, 1, 9999)
+
+
+def _check_top_k(value: Any) -> int:
+    """A whole number; a float that is one (a row of a table of options) is taken too."""
+    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+    return check_whole("top_k", int(value) if whole else value, 0)
+
+
+def _check_top_p(value: Any) -> float:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if number and 0 <= value <= 1:  # NaN compares false
+        return float(value)
+    raise InvalidInput(
+        f"top_p {value!r}" + ("" if number else f" ({type(value).__name__})"),
+        expected="a number from 0 to 1",
+        fix="pass the probability mass to keep, such as 0.95; 0 or 1 keeps all",
+    )
+
+
+def probabilities(logits: ArrayLike, top_k: int, top_p: float) -> NDArray[np.float64]:
+    """The distribution sampled from: integer weight over their sum for what top-k and top-p keep, 0 for the rest.
+
+    logits: (..., V) float32; other number types are rounded to float32 first. Returns (..., V) float64, > 0 exactly for
+    the tokens that can be drawn. Raises InvalidInput for options out of range and rows with NaN, +inf or only -inf.
+    """
+    logits_RV, shape = _as_rows(logits)
+    out_RV = np.empty(logits_RV.shape, dtype=np.float64)
+    for block, columns, weights in _kept(logits_RV, _check_top_k(top_k), _check_top_p(top_p)):
+        dense = np.zeros((len(columns), shape[-1] + 1))  # the last column takes the padding
+        np.put_along_axis(dense, columns, weights / weights.sum(axis=1, keepdims=True), axis=1)
+        out_RV[block] = dense[:, :-1]
+    return out_RV.reshape(shape)
+
+
+def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> NDArray[np.int32]:
+    """One token per row.
+
+    logits: (rows, V) float32; draws: (rows,) 24-bit integers, as `noise.draws` gives. Returns (rows,) int32. The token
+    of a row depends on that row and its draw only. Raises InvalidInput as `probabilities` does, and for bad draws.
+    """
+    logits_RV, shape = _as_rows(logits)
+    draws_R = np.asarray(draws)
+    fits = len(shape) == 2 and draws_R.shape == shape[:1] and draws_R.dtype.kind in "iu"
+    low, high = (draws_R.min(), draws_R.max()) if fits and draws_R.size else (0, 0)
+    if not fits or low < 0 or high >= 2**DRAW_BITS:
+        span = f" from {low} to {high}" if fits else ""
+        raise InvalidInput(
+            f"logits of shape {shape} and {draws_R.dtype} draws of shape {draws_R.shape}{span}",
+            expected=f"logits (rows, V) and as many integer draws, each from 0 to 2**{DRAW_BITS} - 1",
+            fix="pass one draw of flexvar_runtime.noise.draws for each row",
+        )
+    tokens_R = np.empty(shape[0], dtype=np.int32)
+    for block, columns, weights in _kept(logits_RV, _check_top_k(top_k), _check_top_p(top_p)):
+        cumulative = np.cumsum(weights, axis=1)
+        r = (to_uniform(draws_R[block]) * cumulative[:, -1].astype(np.float64)).astype(np.int64)
+        first = np.count_nonzero(cumulative <= r[:, None], axis=1)
+        tokens_R[block] = np.take_along_axis(columns, first[:, None], axis=1)[:, 0]
+    return tokens_R
+
+
+def _as_rows(logits: ArrayLike) -> tuple[NDArray[np.float32], tuple[int, ...]]:
+    array = np.asarray(logits)
+    if array.ndim == 0 or array.dtype.kind not in "fiu" or not 0 < array.shape[-1] < 2**_INDEX_BITS:
+        raise InvalidInput(
+            f"logits of shape {array.shape}, {array.dtype}",
+            expected=f"real numbers of shape (..., V), V from 1 to 2**{_INDEX_BITS} - 1",
+            fix="pass float32 logits with the vocabulary as last axis",
+        )
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which `_kept` judges
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1]), array.shape
+
+
+_Kept = tuple[slice, NDArray[np.int64], NDArray[np.int64]]
+
+
+def _kept(logits_RV: NDArray[np.float32], top_k: int, top_p: float) -> Iterator[_Kept]:
+    """For each block of rows: (its slice, vocabulary indices (rows, N) ascending, weights (rows, N) after top-p).
+
+    N is the largest count top-k left in the block; shorter rows are padded with index V and weight 0.
+    """
+    for start in range(0, len(logits_RV), _ROWS_PER_BLOCK):
+        block = slice(start, start + _ROWS_PER_BLOCK)
+        top_R1 = logits_RV[block].max(axis=1, keepdims=True)
+        bad = np.flatnonzero(~np.isfinite(top_R1))  # the maximum is NaN, +inf or -inf exactly for the rows refused
+        if bad.size:
+            raise InvalidInput(
+                f"a maximum of {top_R1[bad[0], 0]} in row {start + bad[0]} of the logits",
+                expected="no NaN, no +inf and at least one finite logit in every row",
+                fix="look for overflow upstream: try a bundle exported in bf16 or fp32",
+            )
+        columns, logits_RN = _top_k(logits_RV[block], top_R1, top_k)
+        with np.errstate(over="ignore", under="ignore"):  # a difference beyond float32 is -inf: weight 0
+            weights = _scaled_exp(logits_RN - top_R1).astype(np.int64)
+        yield block, columns, weights if top_p in (0.0, 1.0) else _top_p(columns, weights, top_p)
+
+
+def _scaled_exp(differences: NDArray[np.float32]) -> NDArray[np.float64]:
+    """2**40 * exp(x) of every x <= 0, by additions and multiplications only; below -28 and for -inf that of -28.
+
+    exp(x) = 2**k * exp(r), with k the whole number nearest to x / ln 2, r = x - k * ln 2 in two steps, and exp(r) =
+    1 + (r + r * r * (1/2! + r/3! + ... + r**11/13!)) by Horner's rule. Within 1 ulp of the exact value; exact at 0.
+    """
+    flat = np.ascontiguousarray(differences).reshape(-1)
+    scaled = np.empty(flat.shape)
+    buffers = np.empty((3, min(len(flat), _EXP_BLOCK)))
+    for start in range(0, len(flat), _EXP_BLOCK):
+        block = slice(start, start + _EXP_BLOCK)
+        p = scaled[block]
+        x, k, r = buffers[:, : len(p)]
+        np.maximum(flat[block], np.float32(_LOWEST), out=x)
+        np.multiply(x, _LOG2_E, out=k)
+        k += _ROUND
+        power = k.view(np.uint64) + np.uint64(1023 + WEIGHT_BITS)  # its last bits hold the whole number;
+        power <<= np.uint64(52)  # as an exponent, that is 2**(k + 40)
+        k -= _ROUND
+        np.multiply(k, _LN2_HIGH, out=r)
+        np.subtract(x, r, out=r)
+        k *= _LN2_LOW
+        r -= k
+        p.fill(_COEFFICIENTS[0])
+        for coefficient in _COEFFICIENTS[1:]:
+            p *= r
+            p += coefficient
+        p *= r
+        p *= r
+        p += r
+        p += 1.0
+        p *= power.view(np.float64)
+    return scaled.reshape(differences.shape)
+
+
+def _top_k(
+    logits_RV: NDArray[np.float32], top_R1: NDArray[np.float32], top_k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Compacts each row to the logits >= its k-th largest, in vocabulary order; pads with index V, logit -inf."""
+    rows, V = logits_RV.shape
+    if top_k == 0 or top_k >= V:
+        return np.broadcast_to(np.arange(V), (rows, V)), logits_RV
+    threshold = top_R1 if top_k == 1 else np.partition(logits_RV, V - top_k, axis=1)[:, V - top_k, None]
+    keep = logits_RV >= threshold
+    counts = np.count_nonzero(keep, axis=1)
+    flat = np.flatnonzero(keep)
+    filled = np.arange(counts.max()) < counts[:, None]
+    columns = np.full(filled.shape, V)
+    columns[filled] = flat - np.repeat(np.arange(rows) * V, counts)
+    logits_RN = np.full(filled.shape, -np.inf, dtype=np.float32)
+    logits_RN[filled] = logits_RV.reshape(-1)[flat]
+    return columns, logits_RN
+
+
+def _top_p(columns: NDArray[np.int64], weights: NDArray[np.int64], top_p: float) -> NDArray[np.int64]:
+    """The weights with those of dropped tokens set to 0."""
+    keys = weights << _INDEX_BITS | columns  # one integer orders by (weight, index)
+    ascending = np.sort(keys, axis=1)
+    cumulative = np.cumsum(ascending >> _INDEX_BITS, axis=1)
+    limit = ((1.0 - top_p) * cumulative[:, -1:].astype(np.float64)).astype(np.int64)
+    dropped = np.minimum(np.count_nonzero(cumulative <= limit, axis=1), keys.shape[1] - 1)  # never the last one
+    return np.where(keys >= np.take_along_axis(ascending, dropped[:, None], axis=1), weights, 0)

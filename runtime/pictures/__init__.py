@@ -1,0 +1,1 @@
+"""Pictures: reading them, writing them, and the one rule that rounds pixels."""
