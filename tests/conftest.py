@@ -21,7 +21,7 @@ GOLDEN = TESTS / "golden"
 # Files that take longest, in two rows for two workers, so that neither ends with one of them alone. The tiny bundles
 # are made in the first row, in the first of its files, while the second is at what needs none of them.
 LONGEST = (
-    ("runtime/test_openvino.py", "e2e/test_readme.py", "export/test_build_command.py", "e2e/test_demo.py"),
+    ("runtime/backends/test_openvino.py", "e2e/test_readme.py", "export/test_build_command.py", "e2e/test_demo.py"),
     ("e2e/test_golden.py", "flexvar_ref/training/test_train_runs.py", "flexvar_ref/test_golden.py"),
 )
 

@@ -49,6 +49,11 @@ def suggest_backend(precision: Precision) -> str:
     return f"Use backend {name}." if state.available else f"Use backend {name}. To install it: {state.fix}"
 
 
+def libraries(name: str, precision: Precision) -> Mapping[str, LibraryMemory]:
+    """The memory of the library that runs each graph of a bundle of this precision on a CPU backend."""
+    return _module(name).libraries(precision)
+
+
 def planned_backend(precision: Precision) -> tuple[str, Mapping[str, LibraryMemory]]:
     """The CPU backend that "auto" takes for a precision here, and the memory of its library for each graph.
 
@@ -56,7 +61,7 @@ def planned_backend(precision: Precision) -> tuple[str, Mapping[str, LibraryMemo
     """
     names = [name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name)]
     works = next((name for name in names if probe(name).available), names[0])
-    return works, _module(works).libraries(precision)
+    return works, libraries(works, precision)
 
 
 def create(

@@ -22,7 +22,6 @@ from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
 from flexvar_runtime import Bundle
-from flexvar_runtime.backends.tensorrt.engine_files import graph_files
 from flexvar_runtime.bundle.manifest import Manifest, Provenance
 from flexvar_runtime.model.schedule import PUBLISHED
 from flexvar_runtime.model.signatures import SCHEMA_VERSION, WEIGHTS_OF, graph_specs
@@ -89,7 +88,7 @@ def build(bundle: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
 def check(result: dict[str, Any], bundle: Bundle, precision: str) -> None:
     assert result["peak_bytes"] < MEMORY
     for engine in result["engines"]:
-        weights = sum(bundle.manifest.files[name].size for name in graph_files(bundle, engine["graph"]))
+        weights = sum(bundle.manifest.files[name].size for name in bundle.graph_files(engine["graph"]))
         assert engine["size_bytes"] <= weights + A_PROFILE * len(engine["profiles"])
         assert engine["precision"]["claimed"] == HALF[precision] and engine["precision"]["share"] >= 0.95
     step = result["engines"][-1]

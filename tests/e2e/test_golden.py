@@ -29,6 +29,7 @@ from flexvar_runtime import FlexVARPipeline, Guidance, ScaleSchedule
 from flexvar_runtime.bundle.manifest import PHASES, Manifest, Provenance
 from flexvar_runtime.model.signatures import REQUIRED, SCHEMA_VERSION, TABLES_FILE, graph_specs
 from flexvar_runtime.pictures.pixels import to_uint8
+from flexvar_runtime.request import Request
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 RULES = {"var": "ramp", "llamagen": "constant"}
@@ -156,7 +157,7 @@ def test_a_map_that_is_not_square(generated: Generated) -> None:
     """The recorded decode of 12×20 tokens; PNG rounding is half a step of 1/127.5."""
     tokens = generated.data["rect_tokens"].reshape(1, 12, 20)
     with FlexVARPipeline.from_bundle(generated.bundle) as pipeline:
-        [decoded] = [part.copy() for part in pipeline.engine.decode(tokens.astype(np.int32))]
+        [decoded] = [part.copy() for part in pipeline.generator.decode(tokens.astype(np.int32))]
         pixels = pipeline.decode(tokens)
     np.testing.assert_allclose(decoded, generated.data["rect_image"].astype(np.float32), rtol=0, atol=IMAGE)
     np.testing.assert_array_equal(pixels, to_uint8(decoded))
@@ -171,7 +172,7 @@ def test_the_published_sizes_give_the_same_bits_in_any_batch(generated: Generate
     with FlexVARPipeline.from_bundle(generated.bundle) as pipeline:
 
         def logits(part: slice, guidance: Guidance) -> list[NDArray[np.float32]]:
-            with pipeline.engine.loop(labels[part], schedule, guidance) as loop:
+            with pipeline.generator.loop(Request.of(labels[part], schedule, guidance)) as loop:
                 previous = [None, *(scale[part] for scale in tokens)]
                 return [loop.logits(i, previous[i]).copy() for i in range(len(schedule))]
 
@@ -185,5 +186,5 @@ def test_the_published_sizes_give_the_same_bits_in_any_batch(generated: Generate
 def test_the_published_decoder_gives_the_same_bits_in_any_batch(generated: Generated) -> None:
     maps = np.random.default_rng(0).integers(0, 8912, (5, 3, 5)).astype(np.int32)
     with FlexVARPipeline.from_bundle(generated.bundle) as pipeline:
-        together, alone = (np.concatenate([x.copy() for x in pipeline.engine.decode(t)]) for t in (maps, maps[4:]))
+        together, alone = (np.concatenate([x.copy() for x in pipeline.generator.decode(t)]) for t in (maps, maps[4:]))
     assert alone.tobytes() == together[4:].tobytes()

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from flexvar_runtime import Bundle, ScaleSchedule
-from flexvar_runtime.backends import create
+from flexvar_runtime.backends import libraries
+from flexvar_runtime.backends.openvino.backend import has_bf16_arithmetic
 from flexvar_runtime.memory.plan import PUBLISHED_DECODER, MemoryPlan, plan
 
 SIX = "1_2_4_6_10_16"
@@ -38,7 +39,7 @@ bundle, schedule, images, guidance, times, backend = sys.argv[1:]
 with FlexVARPipeline.from_bundle(bundle, backend=backend, threads=2) as pipe:
     if backend == "ort-cpu":
         for graph in ("step", "decode"):
-            pipe.engine.graph(graph)
+            pipe.generator.graph(graph)
         Path("/proc/self/clear_refs").write_text("5")  # the largest memory so far is forgotten
     for i in range(int(times)):
         labels = [(i * int(images) + k) % 10 for k in range(int(images))]
@@ -69,9 +70,8 @@ def planned(
         ScaleSchedule.parse(schedule),
         images,
         guided,
+        libraries(backend, manifest.precision),
         decoder_channels=channels,
-        backend=backend,
-        bf16_arithmetic=create(backend).bf16_arithmetic,
     )
 
 
@@ -124,7 +124,7 @@ def test_tiny_with_openvino(
 def test_tiny_with_a_tokenizer_in_bf16(
     tiny_bundles: Callable[[str], Path], precision: str, backend: str, schedule: str, images: int
 ) -> None:
-    if not create(backend).bf16_arithmetic:
+    if not has_bf16_arithmetic():
         pytest.skip("no bfloat16 arithmetic: what the usual size's decoder takes widened is not measured")
     request = (tiny_bundles(precision), schedule, images, True)
     assert_close_above(planned(*request, TINY_DECODER, backend).total, peak(*request, backend=backend))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flexvar_runtime import FlexVARPipeline, GenerationOutput, Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.model.noise import draws
 from flexvar_runtime.model.sampling import sample
+from flexvar_runtime.request import Request
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 SCHEDULE = "1_2_3_4_5_6_8_10_13_16"
@@ -43,7 +44,7 @@ def logits_of(
 ) -> list[NDArray[np.float32]]:
     """Guided logits (B, h·w, V) of every scale of a generation."""
     scales, found, tokens = ScaleSchedule.parse(schedule), [], None
-    with pipe.engine.loop(labels, scales, guidance) as loop:
+    with pipe.generator.loop(Request.of(labels, scales, guidance)) as loop:
         for i, (h, w) in enumerate(scales):
             logits = loop.logits(i, tokens)
             found.append(logits.copy())

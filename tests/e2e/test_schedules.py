@@ -43,7 +43,7 @@ def pipe(tiny_bundle: Path) -> Iterator[FlexVARPipeline]:
     """Opened once: no schedule needs another bundle, or another session."""
     with FlexVARPipeline.from_bundle(tiny_bundle, threads=1) as pipeline:
         yield pipeline
-        assert len(pipeline.engine._graphs) <= 2
+        assert len(pipeline.generator._graphs) <= 2
 
 
 def run_both(

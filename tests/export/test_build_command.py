@@ -406,8 +406,8 @@ def test_a_batch_that_will_not_fit_on_the_gpu_is_refused_before_the_build(
 ) -> None:
     from flexvar_runtime import Bundle, ScaleSchedule
     from flexvar_runtime.cuda.gpu import GpuFacts
-    from flexvar_runtime.generation.device_buffers import Shape
     from flexvar_runtime.generation.device_memory import device_plan
+    from flexvar_runtime.request import Shape
 
     schedule = ScaleSchedule.parse("1_2x3")
     needed = device_plan(Bundle.open(half_bundle), Shape(schedule, 5, True)).total

@@ -39,7 +39,6 @@ from flexvar_runtime.backends.tensorrt.engine_files import (
     RECIPE,
     EngineId,
     PrecisionReport,
-    graph_files,
     graph_sha256,
 )
 from flexvar_runtime.backends.tensorrt.library import TrtLibrary, load
@@ -258,7 +257,7 @@ def test_half_precision_at_full_width(
     ticks: list[int] = []
     plan = build_engine(library, bundle, wanted, tick=lambda: ticks.append(1))
     assert len(ticks) == len(wanted.profiles) == {"step": 11, "decode": 2, "encode": 2}.get(graph, 1)
-    weights = sum(bundle.manifest.files[name].size for name in graph_files(bundle, graph))
+    weights = sum(bundle.manifest.files[name].size for name in bundle.graph_files(graph))
     assert weights < plan.data.nbytes < weights + MB_A_PROFILE * 1e6 * len(wanted.profiles)
     report = plan.precision
     expected = {

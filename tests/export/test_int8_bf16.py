@@ -12,7 +12,7 @@ from flexvar_export.bundle import export_bundle
 from flexvar_export.parity import GATES, holds, prove
 from flexvar_export.proof import Proof
 from flexvar_runtime import Bundle, FlexVARPipeline
-from flexvar_runtime.backends import BACKENDS, create, ort_openvino, probe
+from flexvar_runtime.backends import BACKENDS, create, libraries, ort_openvino, probe
 from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.openvino import backend as openvino
 from flexvar_runtime.backends.ort import cpu as ort_cpu
@@ -106,7 +106,8 @@ def test_either_library_missing_is_said(missing: object, monkeypatch: pytest.Mon
 def test_memory_is_planned_for_each_library(mixed: Bundle) -> None:
     schedule = ScaleSchedule.parse(SCHEDULE)
     plans = {
-        name: plan(mixed.manifest, schedule, 1, True, backend=name) for name in ("ort-cpu", "openvino", "ort-openvino")
+        name: plan(mixed.manifest, schedule, 1, True, libraries(name, mixed.manifest.precision))
+        for name in ("ort-cpu", "openvino", "ort-openvino")
     }
     both = plans["ort-openvino"]
     assert both.weights[STEP] == plans["ort-cpu"].weights[STEP] and both.scratch[STEP] == plans["ort-cpu"].scratch[STEP]
@@ -114,12 +115,13 @@ def test_memory_is_planned_for_each_library(mixed: Bundle) -> None:
     assert both.runtime == plans["openvino"].runtime + plans["ort-cpu"].runtime - PYTHON and both.kept == frozenset()
 
 
-def test_memory_where_bf16_is_computed_as_such(mixed: Bundle) -> None:
+def test_memory_where_bf16_is_computed_as_such(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what computes in it takes less: of this bundle the tokenizer. Images of the usual size are decoded alone."""
     usual = ScaleSchedule.parse(mixed.manifest.defaults.schedule)
 
     def planned(schedule: ScaleSchedule, images: int, arithmetic: bool) -> MemoryPlan:
-        return plan(mixed.manifest, schedule, images, True, backend="ort-openvino", bf16_arithmetic=arithmetic)
+        monkeypatch.setattr("flexvar_runtime.backends.openvino.backend.has_bf16_arithmetic", lambda: arithmetic)
+        return plan(mixed.manifest, schedule, images, True, libraries("ort-openvino", mixed.manifest.precision))
 
     widened, native = planned(usual, 4, False), planned(usual, 4, True)
     assert native.weights[DECODE] < widened.weights[DECODE] / 2

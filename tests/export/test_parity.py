@@ -23,7 +23,7 @@ from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle, Guidance, ParityFailed, ScaleSchedule
 from flexvar_runtime.backends import create
 from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
-from flexvar_runtime.generation.graphs import Engine
+from flexvar_runtime.generation.opening import open_generator
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.signatures import TABLES_FILE
 
@@ -40,7 +40,7 @@ def named(row: ParityRow) -> str:
 def first_failure(bundle: Bundle, proof: Proof, precision: str | None = None) -> str | None:
     """Graph, scale and output of the first row beyond the gates of a precision (None: the bundle's own)."""
     backend = create("ort-cpu", threads=1)
-    engine = Engine(bundle, backend)
+    engine = open_generator(bundle, backend)
     try:
         rows = compare(engine, proof, GATES[precision or bundle.manifest.precision])
         return next((named(row) for row in rows if not holds(row)), None)

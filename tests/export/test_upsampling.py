@@ -168,7 +168,7 @@ def test_decodes_as_the_reference(tiny_bundle: Path, tiny_pair: Pair) -> None:
             tokens = rng.integers(0, tiny_pair[1].config.vocabulary, (2, *size), dtype=np.int32)
             with torch.inference_mode():
                 expected = tiny_pair[1].decode(torch.from_numpy(tokens)).numpy()
-            got = np.concatenate([part.copy() for part in pipeline.engine.decode(tokens)])
+            got = np.concatenate([part.copy() for part in pipeline.generator.decode(tokens)])
             assert relative_error(got, expected) < 1e-4
 
 

@@ -25,8 +25,9 @@ from flexvar_runtime import (
     ScaleStep,
 )
 from flexvar_runtime.backends.ort.cpu import OrtCpu
+from flexvar_runtime.backends.ort.memory import ORT
 from flexvar_runtime.generation.host import ScaleLoop
-from flexvar_runtime.memory.plan import image_bytes
+from flexvar_runtime.memory.plan import PUBLISHED_DECODER
 from flexvar_runtime.pictures.pixels import from_uint8, to_uint8
 
 SCHEDULE = "1_2_3x4_6_8x10"
@@ -199,7 +200,7 @@ def test_nan_from_the_decoder_is_no_image(pipe: FlexVARPipeline, monkeypatch: py
     """An overflow in half precision must not end as a black image."""
     bad = np.zeros((1, 3, 4, 4), np.float32)
     bad[0, 1, 2, 3] = np.nan
-    monkeypatch.setattr(pipe.engine, "decode", lambda tokens: iter([bad]))
+    monkeypatch.setattr(pipe.generator, "decode", lambda tokens: iter([bad]))
     with pytest.raises(
         ArtifactRefused, match="got NaN or infinity from the decoder; expected finite pixels; fix: use a"
     ):
@@ -302,7 +303,7 @@ def test_a_pipeline_that_is_closed(tiny_bundle: Path) -> None:
 def test_warmup_changes_nothing(tiny_bundle: Path, output: GenerationOutput) -> None:
     with FlexVARPipeline.from_bundle(tiny_bundle) as pipeline:
         pipeline.warmup(SCHEDULE, batch_sizes=(1, 3))
-        assert set(pipeline.engine._graphs) == {"step", "decode"}
+        assert set(pipeline.generator._graphs) == {"step", "decode"}
         assert equal(pipeline([3, 7, NULL], SCHEDULE, seed=11), output)
         for batch in (0, 1.5, True):
             with pytest.raises(InvalidInput, match="got batch size "):
@@ -316,7 +317,7 @@ def test_decode_equals_the_reference(
     pipe: FlexVARPipeline, output: GenerationOutput, tokenizer: flexvar_ref.Tokenizer
 ) -> None:
     for tokens in (output.tokens[-1], np.arange(240).reshape(1, 12, 20)):
-        [decoded] = [part.copy() for part in pipe.engine.decode(tokens.astype(np.int32))]
+        [decoded] = [part.copy() for part in pipe.generator.decode(tokens.astype(np.int32))]
         with torch.inference_mode():
             expected = tokenizer.decode(torch.from_numpy(tokens)).numpy()
         np.testing.assert_allclose(decoded, expected, rtol=0, atol=1e-4)  # PSNR 80 dB, worst pixel
@@ -327,7 +328,7 @@ def test_encode_equals_the_reference(pipe: FlexVARPipeline, tokenizer: flexvar_r
     images = np.stack([picture(32, 48, seed) for seed in range(3)])
     with torch.inference_mode():
         latent = tokenizer.encode(torch.from_numpy(from_uint8(images)))
-        np.testing.assert_allclose(pipe.engine.encode(from_uint8(images)), latent.numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(pipe.generator.encode(from_uint8(images)), latent.numpy(), rtol=0, atol=1e-4)
         expected = [tokens.numpy() for tokens in tokenizer.quantize(latent, [(8, 12), (4, 5), (16, 24)])]
     for tokens, size in zip(expected, (None, (4, 5), (16, 24)), strict=True):
         np.testing.assert_array_equal(pipe.encode(images, size), tokens)
@@ -403,7 +404,7 @@ def test_tokens_of_any_whole_type(pipe: FlexVARPipeline, output: GenerationOutpu
 def test_pixels_do_not_depend_on_the_decoders_batch(
     pipe: FlexVARPipeline, output: GenerationOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    little = 3 * image_bytes(pipe.bundle.manifest, (8, 10))
+    little = 3 * ORT.image(pipe.bundle.manifest, (8, 10), PUBLISHED_DECODER)
     monkeypatch.setattr(OrtCpu, "available_bytes", lambda self: little)
     np.testing.assert_array_equal(pipe.decode(output.tokens[-1]), output.images)
 

@@ -25,7 +25,7 @@ from flexvar_bench.timing import Budget, memory_watch, repeat, timed_row
 from flexvar_export.proof import Proof
 from flexvar_ref.sampling import probabilities
 from flexvar_runtime import Bundle, FlexVARPipeline, ScaleSchedule
-from flexvar_runtime.backends.device_arrays import DeviceBackend
+from flexvar_runtime.backends.device_arrays import DeviceArrays
 from flexvar_runtime.backends.ort.cuda import OrtCuda
 from flexvar_runtime.cuda.kernels import KernelConfig
 
@@ -40,7 +40,7 @@ def test_random_models_are_those_of_the_checkpoints(tiny_checkpoint: tuple[Path,
 
 
 def test_kernels_against_the_host(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays, schedule = DeviceBackend("kernels", device), ScaleSchedule.parse("1_2_3")
+    arrays, schedule = DeviceArrays(device), ScaleSchedule.parse("1_2_3")
     device.load(KernelConfig(VOCABULARY, 8, 64))
     monkeypatch.setattr(gpu_device, "ROWS", 6)
     found = gpu_device.draws_equal(arrays, schedule)

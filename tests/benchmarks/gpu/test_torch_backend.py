@@ -153,13 +153,13 @@ def test_another_sampling_or_shape_is_another_capture(device: FakeDevice, pipeli
 
 def test_arrays_are_bound_in_place(pipeline: FlexVARPipeline) -> None:
     """A run sees inputs as they are then, and writes the outputs that are bound."""
-    backend, graph = pipeline.backend, pipeline.engine.graph(CONDITION)
+    backend, graph = pipeline.backend, pipeline.generator.graph(CONDITION)
     labels = backend.upload(np.array([0, 0], np.int32))
     first_input = backend.empty((2, 1, pipeline.model.width), "float32")
     bound = graph.bind({"labels": labels}, {"first_input": first_input})
     backend.device.write(labels, changed := np.array([3, 1], np.int32))
     bound.run()
-    expected = pipeline.engine.condition(changed.tolist()).tensors()["first_input"]
+    expected = pipeline.generator.condition(changed.tolist())["first_input"]
     np.testing.assert_array_equal(backend.download(first_input), expected)
     bound.close()
 
@@ -167,7 +167,7 @@ def test_arrays_are_bound_in_place(pipeline: FlexVARPipeline) -> None:
 def test_what_does_not_fit_is_refused(
     device: FakeDevice, pipeline: FlexVARPipeline, tiny_bundle: Path, tiny_model: Model
 ) -> None:
-    backend, graph = pipeline.backend, pipeline.engine.graph(DECODE)
+    backend, graph = pipeline.backend, pipeline.generator.graph(DECODE)
     wrong = backend.upload(np.zeros((1, 2, 2), np.float32))
     image = backend.empty((1, 3, 8, 8), "float32")
     with pytest.raises(InvalidInput, match="tokens of float32"):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, Sampling, ScaleSchedule
+from flexvar_runtime.backends import libraries
 from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.cli.options import check_targets, parse_labels
 from flexvar_runtime.memory.plan import plan
@@ -364,7 +365,7 @@ def test_nothing_is_half_written(
             raise OutOfMemory("a buffer", expected="one that fits", fix="use a smaller batch")
         return real(*arguments, **options)
 
-    import flexvar_runtime.loop as module
+    import flexvar_runtime.generation.host as module
 
     real = module.sample
     monkeypatch.setattr(module, "sample", fail_later)
@@ -391,7 +392,7 @@ def test_out_of_memory_says_which_batch_fits(
     with FlexVARPipeline.from_bundle(tiny_bundle) as pipeline:
         manifest = pipeline.bundle.manifest
     schedule = ScaleSchedule.parse(SCHEDULE)
-    left = plan(manifest, schedule, 4, True, decoded_at_once=1).needed() - 1
+    left = plan(manifest, schedule, 4, True, libraries("ort-cpu", manifest.precision), decoded_at_once=1).needed() - 1
     monkeypatch.setattr(OrtCpu, "available_bytes", lambda self: left)
     arguments = ("generate", tiny_bundle, "-o", out, "--classes", "1,2,3,4,5", "--schedule", SCHEDULE, "--seed", 1)
     ended = flexvar(*arguments, "--json")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flexvar_runtime import Bundle, ScaleSchedule
+from flexvar_runtime.backends import libraries
 from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.memory.plan import plan, size_text
 
@@ -82,11 +83,12 @@ def test_a_bundle_that_is_refused(flexvar: Any, bundle_copy: Path, tmp_path: Pat
 
 def test_the_memory_of_a_generation(flexvar: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, scales = Bundle.open(tiny_bundle).manifest, ScaleSchedule.parse("1_2_8x10")
-    left = plan(manifest, scales, 6, True, decoded_at_once=1).total - 1
+    ort = libraries("ort-cpu", manifest.precision)
+    left = plan(manifest, scales, 6, True, ort, decoded_at_once=1).total - 1
     monkeypatch.setattr("flexvar_runtime.cli.inspect.available_bytes", lambda: left)
     arguments = ("inspect", tiny_bundle, "--schedule", "1_2_8x10", "--batch-size", 3)
     memory = flexvar(*arguments, "--json").json["memory"]
-    expected = plan(manifest, scales, 3, True)
+    expected = plan(manifest, scales, 3, True, ort)
     assert memory == {"backend": "ort-cpu", **expected.to_json(), "available": left, "largest_batch": 5}
     ended = flexvar(*arguments)
     assert ended.code == 0 and "3 at once, guided" in ended.out and "keys and values" in ended.out
@@ -105,7 +107,7 @@ def test_memory_of_what_ort_cpu_does_not_run(
     absent = Availability(False, "not installed", "install it")
     monkeypatch.setattr("flexvar_runtime.backends.openvino.backend.probe", lambda name: absent)
     ended = flexvar("inspect", bundle, "--schedule", "1_2_4")
-    planned = plan(manifest, scales, 1, True, backend=backend)
+    planned = plan(manifest, scales, 1, True, libraries(backend, manifest.precision))
     assert f"memory on {backend}" in ended.out and size_text(planned.total) in ended.out
 
 

@@ -34,8 +34,8 @@ class Machine:
     library: TrtLibrary
     engines: Path
 
-    def open(self) -> FlexVARPipeline:
-        return FlexVARPipeline(self.bundle, TensorRT(self.library, self.device, self.engines))
+    def open(self, shapes_kept: int | None = None) -> FlexVARPipeline:
+        return FlexVARPipeline(self.bundle, TensorRT(self.library, self.device, self.engines), shapes_kept)
 
 
 def make_machine(path: Path, host_kernels: Callable[..., HostKernels], folder: Path, receipts: Path) -> Machine:

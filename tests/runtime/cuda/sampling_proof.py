@@ -65,6 +65,14 @@ def host_tokens(logits_BLV: Float32, images: list[int], top_k: int, top_p: float
     return sampling.sample(logits_BLV.reshape(B * L, V), draws, top_k=top_k, top_p=top_p).reshape(B, L)
 
 
+def option_words(top_k: int, top_p: float, vocabulary: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """top_k and top_p in memory, as the kernel reads them."""
+    return (
+        np.array([kernels.top_k_option(top_k, vocabulary)], np.int32),
+        np.array([kernels.drop_option(top_p)], np.float64),
+    )
+
+
 def kernel_tokens(
     host: HostKernels,
     logits_BLV: Float32,
@@ -75,11 +83,12 @@ def kernel_tokens(
     scale: int = SCALE,
     order: int = 0,
 ) -> tuple[NDArray[np.int32], Refusal | None]:
-    B, L, _ = logits_BLV.shape
+    B, L, V = logits_BLV.shape
     guarded = np.full((B + 2, L), -1, np.int32)
     status = np.zeros(STATUS_WORDS, np.uint32)
-    arrays = logits_BLV, stream_block(SEED, images), guarded[1:-1], status
-    launch = kernels.sample_rows(*map(device_array, arrays), scale=scale, top_k=top_k, top_p=top_p)
+    streams = stream_block([SEED] * B, images)
+    arrays = logits_BLV, streams, guarded[1:-1], status, *option_words(top_k, top_p, V)
+    launch = kernels.sample_rows(*map(device_array, arrays), scale=scale)
     host.run(launch, order=order)
     assert (guarded[[0, -1]] == -1).all()  # nothing is written beside the tokens
     return guarded[1:-1], read_status(status)
@@ -116,7 +125,9 @@ MUTATIONS = {
     "ties at the threshold are dropped": ("kept += (u32)__popc(__ballot_sync(ALL_LANES, (u32)ranks[i] >= threshold))",
                                           "kept += (u32)__popc(__ballot_sync(ALL_LANES, (u32)ranks[i] > threshold))"),
     "counter words swapped": ("c0 = position, c1 = scale", "c0 = scale, c1 = position"),
-    "key words swapped": ("k0 = streams[0], k1 = streams[1]", "k0 = streams[1], k1 = streams[0]"),
+    "key words swapped": ("k0 = streams[4 * image], k1 = streams[4 * image + 1]",
+                          "k0 = streams[4 * image + 1], k1 = streams[4 * image]"),
+    "every image takes the first seed": ("k0 = streams[4 * image],", "k0 = streams[0],"),
     "a draw of 32 bits": ("return c0 >> 8;", "return c0;"),
     "bins are not emptied": ("s->bins[i / BINS][i % BINS] = 0;", ";"),
     "-0 below 0": ("key_of(__fadd_rn(value, 0.0f))", "key_of(value)"),

@@ -24,10 +24,10 @@ from flexvar_runtime import (
 )
 from flexvar_runtime.backends.tensorrt.backend import TrtGraph
 from flexvar_runtime.errors import DeviceFailed
-from flexvar_runtime.generation.captured import REPLAYS_KEPT, WARM_UPS
+from flexvar_runtime.generation.captured import WARM_UPS
 from flexvar_runtime.generation.device import SHAPES_KEPT
-from flexvar_runtime.generation.device_buffers import Shape
 from flexvar_runtime.generation.device_memory import device_plan
+from flexvar_runtime.request import Request, Shape
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +105,44 @@ def test_what_is_captured(machine: Machine) -> None:
         assert events.count("replay") == 1
 
 
-def test_other_options_are_another_capture_and_few_are_kept(machine: Machine) -> None:
-    with machine.open() as pipeline:
+def test_one_capture_serves_all_sampling_options(machine: Machine, reference: FlexVARPipeline) -> None:
+    options = [Sampling(top_k, top_p, "none") for top_k, top_p in ((1, 0.0), (7, 0.9), (0, 0.5), (900, 1.0), (2, 0.3))]
+    with machine.open() as pipeline, machine.device.recorded() as events:
+        for sampling in [*options, Sampling(3, 0.7, "2,4")]:
+            got, expected = (p([0, 3], SCHEDULE, sampling=sampling, seed=1) for p in (pipeline, reference))
+            for scale, other in zip(got.tokens, expected.tokens, strict=True):
+                np.testing.assert_array_equal(scale, other)
+    assert events.count("capture") == 1
+
+
+def test_one_capture_serves_images_with_their_own_seed_index_class_and_weight(
+    machine: Machine, reference: FlexVARPipeline
+) -> None:
+    batches = [
+        ([0, 3, 1], {"seed": [5, 2**64 - 1, 5], "first_index": [0, 2**40, 7], "guidance": [2.5, 0.0, 4.0]}),
+        ([2, 2, 4], {"seed": [1, 2, 3], "guidance": [1.0, 9.0, 0.5]}),
+        ([4, 0, 1], {"seed": 6, "guidance": 3.0}),
+    ]
+    with machine.open() as pipeline, machine.device.recorded() as events:
+        for labels, options in batches:
+            got, expected = (p(labels, SCHEDULE, **options) for p in (pipeline, reference))
+            assert got.timings.mode == "cuda-graph" and got.settings[0].label == labels[0]
+            for scale, other in zip(got.tokens, expected.tokens, strict=True):
+                np.testing.assert_array_equal(scale, other)
+    assert events.count("capture") == 1
+
+
+def test_warm_shapes_are_pinned(machine: Machine) -> None:
+    """No other shape evicts them, however few are kept."""
+    with machine.open(shapes_kept=1) as pipeline:
+        pipeline.warmup(SCHEDULE, batch_sizes=(1, 2))
         with machine.device.recorded() as events:
-            for top_k in range(1, REPLAYS_KEPT + 3):
-                pipeline([0], SCHEDULE, sampling=Sampling(top_k=top_k, greedy_scales="none"), seed=1)
-        assert events.count("capture") == REPLAYS_KEPT + 2
-        with machine.device.recorded() as events:
-            pipeline([0], SCHEDULE, sampling=Sampling(top_k=REPLAYS_KEPT + 2, greedy_scales="none"), seed=1)
-            assert "capture" not in events
-            pipeline([0], SCHEDULE, sampling=Sampling(top_k=1, greedy_scales="none"), seed=1)
-            assert "capture" in events
+            for batch in (3, 4, 5, 3):
+                pipeline([0] * batch, SCHEDULE, seed=1)
+            assert events.count("capture") == 4  # of these only the last is kept
+            for batch in (1, 2):
+                pipeline([0] * batch, SCHEDULE, seed=1)
+        assert events.count("capture") == 4
 
 
 def test_memory_does_not_grow(machine: Machine) -> None:
@@ -124,7 +151,7 @@ def test_memory_does_not_grow(machine: Machine) -> None:
         for _ in range(2):
             for batch in range(1, SHAPES_KEPT + 3):
                 pipeline([batch % 5] * batch, SCHEDULE, seed=1)
-        generator: Any = pipeline.engine._generator
+        generator: Any = pipeline.generator
         assert len(generator._spare) == SHAPES_KEPT
         with machine.device.recorded() as events:
             for seed in range(20):
@@ -137,7 +164,7 @@ def test_memory_does_not_grow(machine: Machine) -> None:
 
 
 def test_more_classes_than_slots(machine: Machine, reference: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexvar_runtime.generation.device_conditions.SLOTS", 3)
+    monkeypatch.setattr("flexvar_runtime.generation.device.CLASSES_KEPT", 3)
     with machine.open() as pipeline:
         for labels in ([0], [1], [2], [0], [4, 3], [1, 2], [0, 1, 2, 3, 4]):
             got, expected = (p(labels, SCHEDULE, seed=9) for p in (pipeline, reference))
@@ -166,8 +193,8 @@ def test_teacher_forced_logits(machine: Machine, reference: FlexVARPipeline) -> 
     schedule = ScaleSchedule.parse(OTHER)
     with (
         machine.open() as pipeline,
-        pipeline.engine.loop([0, 3], schedule, Guidance(2.0)) as loop,
-        reference.engine.loop([0, 3], schedule, Guidance(2.0)) as other,
+        pipeline.generator.loop(Request.of([0, 3], schedule, Guidance(2.0))) as loop,
+        reference.generator.loop(Request.of([0, 3], schedule, Guidance(2.0))) as other,
     ):
         previous = None
         for i, (h, w) in enumerate(schedule):
@@ -198,7 +225,7 @@ def test_logits_that_are_not_finite_are_refused(machine: Machine, monkeypatch: p
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(machine: Machine) -> None:
     with machine.open() as pipeline:
-        generator: Any = pipeline.engine._generator
+        generator: Any = pipeline.generator
         schedule = ScaleSchedule.parse(SCHEDULE)
         pipeline([0] * 3, SCHEDULE, seed=1)
         generator._drop(0)
@@ -215,9 +242,9 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(machine: Machine) -
 
 def test_buffers_are_counted_exactly(machine: Machine) -> None:
     with machine.open() as pipeline:
-        generator: Any = pipeline.engine._generator
+        generator: Any = pipeline.generator
         shape = Shape(ScaleSchedule.parse(OTHER), 10, True)
-        generator._open("step")
+        generator.graph("step")
         before = machine.device.used
         generation = generator._allocate(shape)
         assert generator.bytes_of(shape) == generation.nbytes == machine.device.used - before
@@ -255,7 +282,7 @@ def test_edits_are_those_of_the_cpu(
         for engine in machine.engines.glob("prefill-*"):
             engine.unlink()
     with machine.open() as pipeline:
-        assert pipeline.engine.prefills == prefill
+        assert pipeline.generator.prefills == prefill
         got = pipeline.edit(picture, task, schedule=OTHER, seed=3, **options)
         again = pipeline.edit(picture, task, schedule=OTHER, seed=3, **options)
     for one, two, three in zip(expected.tokens, got.tokens, again.tokens, strict=True):
@@ -341,7 +368,7 @@ def test_generations_that_are_not_captured_are_freed(machine: Machine) -> None:
     machine.device.refuse_capture = "not permitted"
     with machine.open() as pipeline:
         pipeline([0], SCHEDULE, seed=1)
-        generator: Any = pipeline.engine._generator
+        generator: Any = pipeline.generator
         generation = weakref.ref(next(iter(generator._spare.values())))
         gc.disable()
         try:

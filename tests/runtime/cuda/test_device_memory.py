@@ -16,18 +16,18 @@ from fakes import FakeDevice
 from flexvar_runtime import FlexVARPipeline, OutOfMemory, ScaleSchedule
 from flexvar_runtime.cuda.device import allocate
 from flexvar_runtime.generation.device import SHAPES_KEPT
-from flexvar_runtime.generation.device_buffers import Shape
+from flexvar_runtime.request import Shape
 
 BATCHES = range(1, SHAPES_KEPT + 5)
 
 
 def bytes_of(pipeline: FlexVARPipeline, images: int) -> int:
-    generator: Any = pipeline.engine._generator
+    generator: Any = pipeline.generator
     return int(generator.bytes_of(Shape(ScaleSchedule.parse(SCHEDULE), images, True)))
 
 
 def drop_all(pipeline: FlexVARPipeline) -> None:
-    generator: Any = pipeline.engine._generator
+    generator: Any = pipeline.generator
     generator._drop(0)
 
 
@@ -71,7 +71,7 @@ def test_they_would_not_without_trimming(machine: Machine, monkeypatch: pytest.M
 def test_a_shape_that_is_dropped_is_really_freed(machine: Machine) -> None:
     with machine.open() as pipeline, no_garbage_collection():
         pipeline([0], SCHEDULE, seed=1)
-        generator: Any = pipeline.engine._generator
+        generator: Any = pipeline.generator
         generation = weakref.ref(next(iter(generator._spare.values())))
         memories = [weakref.ref(arena.whole.memory) for arena in (generation()._request, generation()._work)]
         before = machine.device.reserved
@@ -85,7 +85,7 @@ def test_a_pipeline_that_is_closed_leaves_nothing_reserved(machine: Machine) -> 
     for images in (1, 2):
         pipeline([0] * images, SCHEDULE, seed=1)
     with no_garbage_collection():
-        generator: Any = pipeline.engine._generator
+        generator: Any = pipeline.generator
         generator.close()
         assert machine.device.reserved == machine.device.used < bytes_of(pipeline, 1)
     pipeline.close()
@@ -119,12 +119,12 @@ def test_shapes_that_nobody_uses_make_room_for_working_memory(machine: Machine) 
     with machine.open() as pipeline:
         pipeline([1], SCHEDULE, seed=1)
         device.size = device.used + bytes_of(pipeline, 2) + 1
-        pipeline.engine.backend.scratch.reserve(10_000)  # type: ignore[attr-defined]
+        pipeline.generator.backend.scratch.reserve(10_000)  # type: ignore[attr-defined]
         with device.recorded() as events:
             got = pipeline([1, 2], SCHEDULE, seed=3)
         assert "trim" in events and got.timings.mode == "cuda-graph"
         np.testing.assert_array_equal(got.images, expected.images)
-        generator: Any = pipeline.engine._generator
+        generator: Any = pipeline.generator
         assert [shape.images for shape in generator._spare] == [2]
 
 

@@ -35,7 +35,7 @@ def test_the_names_are_those_of_the_source() -> None:
 def test_arguments_of_another_type_are_refused(host_kernels: Build) -> None:
     """What a GPU would read as garbage: a launch whose arguments are not the kernel's parameters."""
     array = device_array(np.zeros((1, 4), np.uint32))
-    launch = kernels.draws(device_array(stream_block(0, [0])), array, scale=0)
+    launch = kernels.draws(device_array(stream_block([0], [0])), array, scale=0)
     for args in [launch.args[:-1], (*launch.args[:-1], ctypes.c_uint64(0)), (ctypes.c_uint32(0), *launch.args[1:])]:
         with pytest.raises(TypeError):
             host_kernels(TINY).run(kernels.Launch("draws", launch.grid, launch.block, 0, args))
@@ -52,7 +52,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
 
     calls: list[Callable[[], object]] = [
         lambda: kernels.draws(array(4), array(2, 9), scale=0),
-        lambda: kernels.sample_rows(array(2, 4, 9), array(6), array(2, 2, 3), array(2), scale=0, top_k=0, top_p=0.0),
+        lambda: kernels.sample_rows(array(2, 4, 9), array(8), array(2, 2, 3), array(2), array(1), array(1), scale=0),
         lambda: kernels.gather_rows(array(1, 3, 5), array(4), array(1, 5, 5)),
         lambda: kernels.gather_rows(array(2, 3, 5), array(4), array(1, 4, 5)),
         lambda: kernels.scatter_rows(array(1, 3, 5), array(4), array(1, 9, 5)),
@@ -80,16 +80,18 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
 def test_a_million_draws_equal_the_host(seed: int, scale: int, host_kernels: Build) -> None:
     indices = [0, 1, 2**32, 2**64 - 1]
     out = np.zeros((4, 10**6 // 12), np.uint32)
-    host_kernels(TINY).run(kernels.draws(device_array(stream_block(seed, indices)), device_array(out), scale=scale))
+    host_kernels(TINY).run(
+        kernels.draws(device_array(stream_block([seed] * 4, indices)), device_array(out), scale=scale)
+    )
     for index, row in zip(indices, out, strict=True):
         assert np.array_equal(row, noise.draws(seed, index, scale, out.shape[1]))
 
 
 def test_streams_that_are_no_64_bit_numbers_are_refused() -> None:
-    assert stream_block(2**32 + 5, [2**63 + 1]).tolist() == [5, 1, 1, 2**31]
-    for seed, indices in [(-1, [0]), (0, [2**64]), (0, [0.5])]:
+    assert stream_block([2**32 + 5, 7], [2**63 + 1, 0]).tolist() == [5, 1, 1, 2**31, 7, 0, 0, 0]
+    for seed, index in [(-1, 0), (0, 2**64), (0, 0.5)]:
         with pytest.raises(InvalidInput):
-            stream_block(seed, indices)  # type: ignore[arg-type]
+            stream_block([seed], [index])  # type: ignore[arg-type]
 
 
 # --- inputs

@@ -224,7 +224,7 @@ def test_a_run_that_failed_is_not_replayed(
     """Out of memory in the first run of a binding: it is tried once more, and captured under another number."""
     backend = OrtCuda(device)
     with FlexVARPipeline(Bundle.open(tiny_bundle), backend) as pipeline:
-        pipeline.engine.graph("step")
+        pipeline.generator.graph("step")
         [step] = [session for session in sessions if session.name == "step"]
         step.failing = RuntimeError("Failed to allocate memory for requested buffer")
         same(pipeline([3, 1], SCHEDULE, seed=4), expected([3, 1], SCHEDULE, 4))
@@ -239,7 +239,7 @@ def test_what_runs_alone_is_tried_once_more(
     reference = expected([3, 1], SCHEDULE, 4)
     with FlexVARPipeline(Bundle.open(tiny_bundle), OrtCuda(device)) as pipeline:
         pipeline([1], "1_2", seed=0)  # a spare shape
-        pipeline.engine.graph(graph)
+        pipeline.generator.graph(graph)
         next(session for session in sessions if session.name == graph).failing = MemoryError()
         with device.recorded() as events:
             if graph == "step":

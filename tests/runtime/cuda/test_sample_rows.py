@@ -25,6 +25,7 @@ from sampling_proof import (
     make_rows,
     mutants,
     mutated,
+    option_words,
     row_on_a_boundary,
 )
 
@@ -179,8 +180,8 @@ def test_the_first_scale_refused_is_told(host_kernels: Build) -> None:
     for scale, row in [(5, 0), (2, 7), (2, 3), (4, 1)]:
         logits = make_rows(0, 1, 10, 97)
         logits[0, row, 5] = NAN
-        arrays = logits, stream_block(SEED, [0]), np.zeros((1, 10), np.int32), status
-        host.run(kernels.sample_rows(*map(device_array, arrays), scale=scale, top_k=0, top_p=0.0))
+        arrays = logits, stream_block([SEED], [0]), np.zeros((1, 10), np.int32), status, *option_words(0, 0.0, 97)
+        host.run(kernels.sample_rows(*map(device_array, arrays), scale=scale))
     assert read_status(status) == Refusal("logits", 2, 3)
 
 

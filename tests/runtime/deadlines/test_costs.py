@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flexvar_runtime import ArtifactRefused, CostRow, CostTable, ScaleSchedule
-from flexvar_runtime.deadlines.costs import processor_name
+from flexvar_runtime.backends.host_arrays import processor_name
 
 SHORT, LONG = ScaleSchedule.parse("1_2_4"), ScaleSchedule.parse("1_2_3_4")
 ROW = CostRow(

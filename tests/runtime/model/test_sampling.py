@@ -1,6 +1,6 @@
 """The sampling rules against a plain per-row oracle, the published sampler's record, committed vectors and laws.
 
-`python tests/runtime/test_sampling.py` writes vectors/sampling.json again, from the oracle.
+`python tests/runtime/model/test_sampling.py` writes vectors/sampling.json again, from the oracle.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexvar_runtime.model import noise, sampling
 from flexvar_runtime.model.sampling import Sampling, probabilities, sample
 
 VECTORS = Path(__file__).parent / "vectors" / "sampling.json"
-GOLDEN = Path(__file__).parents[1] / "golden" / "sampler.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "sampler.npz"
 LAST_DRAW = 2**24 - 1
 
 

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_runtime import FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, ScaleStep
 from flexvar_runtime.bundle.manifest import Manifest
-from flexvar_runtime.generation.host import ScaleLoop
+from flexvar_runtime.generation.host import HostGenerator, ScaleLoop
+from flexvar_runtime.request import Shape
 
 NULL = 10
 SCHEDULE = "1_2_3x4_6x8"
@@ -151,8 +152,8 @@ def test_a_padded_picture_comes_back_without_padding(pipe: FlexVARPipeline) -> N
 
 def test_previews_are_decoded_only_when_asked(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[int, ...]] = []
-    decode = pipe.engine.decode
-    monkeypatch.setattr(pipe.engine, "decode", lambda tokens: decoded.append(tokens.shape[1:]) or decode(tokens))
+    decode = pipe.generator.decode
+    monkeypatch.setattr(pipe.generator, "decode", lambda tokens: decoded.append(tokens.shape[1:]) or decode(tokens))
     edit(pipe, on_scale=lambda step: None)
     assert decoded == [(6, 8)]
     sizes = []
@@ -185,7 +186,7 @@ def test_a_cancelled_edit_leaves_nothing(pipe: FlexVARPipeline, task: str, last:
 def test_a_failed_edit_leaves_nothing(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = edit(pipe)
     with monkeypatch.context() as patch:
-        patch.setattr(pipe.engine, "encode", _out_of_memory)
+        patch.setattr(pipe.generator, "encode", _out_of_memory)
         with pytest.raises(OutOfMemory):
             edit(pipe)
     with pytest.raises(InvalidInput, match="class 99"):
@@ -233,7 +234,7 @@ def test_a_bundle_without_the_graph_runs_scale_by_scale(
                 (directory / name).write_bytes((tiny_bundle / name).read_bytes())
         seal(directory, replace(manifest, graphs=graphs, files={}))
     with FlexVARPipeline.from_bundle(tmp_path / "old.bundle", "ort-cpu") as old:
-        assert not old.engine.prefills and pipe.engine.prefills
+        assert not old.generator.prefills and pipe.generator.prefills
         one, two = edit(old, "refine", strength=0.5), edit(pipe, "refine", strength=0.5)
     assert all(np.array_equal(a, b) for a, b in zip(one.tokens, two.tokens, strict=True))
 
@@ -246,13 +247,13 @@ def test_a_second_copy_of_the_weights_is_taken_where_there_is_room(
     with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipe:
         expected = edit(pipe, "refine", strength=0.5)
     with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu", threads=1) as pipe:
-        engine, real, graphs = pipe.engine, pipe.backend.open, []
+        generator, real, graphs = cast(HostGenerator, pipe.generator), pipe.backend.open, []
 
         def left() -> int | None:
-            wanted = engine._plan(expected.settings[0].schedule, 1, False)
+            wanted = generator.memory_plan(Shape(expected.settings[0].schedule, 1, False))
             if room is None:
                 return None
-            return wanted.needed(engine._graphs) + wanted.weights["step"] - (not room)
+            return wanted.needed(generator._graphs) + wanted.weights["step"] - (not room)
 
         def opening(bundle: Any, graph: str, **how: bool) -> Any:
             graphs.append(graph)

@@ -24,11 +24,13 @@ from flexvar_runtime import (
     ScaleSchedule,
 )
 from flexvar_runtime.backends.base import Backend, Bound
+from flexvar_runtime.backends.ort.memory import ORT
 from flexvar_runtime.bundle.manifest import Manifest
-from flexvar_runtime.generation.graphs import CONDITIONS_KEPT
-from flexvar_runtime.memory.plan import IMAGES_PER_RUN, MemoryPlan, image_bytes, plan
+from flexvar_runtime.generation.host import CLASSES_KEPT
+from flexvar_runtime.memory.library import LibraryMemory
+from flexvar_runtime.memory.plan import IMAGES_PER_RUN, PUBLISHED_DECODER, MemoryPlan, plan
 from flexvar_runtime.model.facts import ModelFacts
-from flexvar_runtime.model.signatures import TABLES_FILE, graph_specs, modulation_names, new_names, past_names
+from flexvar_runtime.model.signatures import GRAPHS, TABLES_FILE, graph_specs, modulation_names, new_names, past_names
 from flexvar_runtime.model.tables import Tables
 from flexvar_runtime.model.tensors import GraphSpec, host_dtype
 
@@ -121,7 +123,6 @@ class RecordingBackend:
     threads: int = 1
     labels_per_run: int = 2
     maps_weights: bool = True
-    bf16_arithmetic: bool = False
     device: None = None
     available: int | None = None
     recording: bool = True
@@ -133,6 +134,9 @@ class RecordingBackend:
         assert bundle.graph_file(graph).read_bytes() == b"graph"
         self.graphs.append(RecordingGraph(self, graph, bundle.graph(graph), once))
         return self.graphs[-1]
+
+    def libraries(self, precision: str) -> dict[str, LibraryMemory]:
+        return dict.fromkeys(GRAPHS, ORT)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         self.arrays.append(np.empty(shape, host_dtype(dtype)))
@@ -279,7 +283,7 @@ def test_nothing_large_is_copied_from_scale_to_scale(open_pipeline: Open) -> Non
 def test_inputs_of_every_scale(open_pipeline: Open) -> None:
     pipeline, backend = open_pipeline()
     steps = list(pipeline.iter_scales([5, 9], SCHEDULE, Guidance(2.0, "ramp", 4)))
-    runs, tables = backend.runs_of("step"), pipeline.engine.tables
+    runs, tables = backend.runs_of("step"), pipeline.generator.tables
     for i, (run, t) in enumerate(zip(runs, [0, 0.5, 1, 1.5, 2], strict=True)):
         np.testing.assert_array_equal(run.values["t"], np.full(2, t, np.float32))
         np.testing.assert_array_equal(run.values["cond_rows"], [0, 1])
@@ -360,11 +364,11 @@ def test_a_class_is_always_run_in_a_batch_of_the_same_size(open_pipeline: Open) 
 
 def test_more_classes_than_are_remembered(open_pipeline: Open) -> None:
     pipeline, backend = open_pipeline()
-    labels = [*range(CONDITIONS_KEPT + 8)]
+    labels = [*range(CLASSES_KEPT + 8)]
     pipeline(labels, "1_2", Guidance(0))
     [first, _] = backend.runs_of("step")
     np.testing.assert_array_equal(first.values["gamma1_0"][:, 0, 0], labels)
-    pipeline(labels[-CONDITIONS_KEPT:], "1_2", Guidance(0))
+    pipeline(labels[-CLASSES_KEPT:], "1_2", Guidance(0))
     assert len(backend.opened("condition")) == 1
     pipeline([0], "1_2", Guidance(0))  # forgotten
     assert len(backend.opened("condition")) == 2
@@ -412,8 +416,8 @@ def test_another_shape_has_other_buffers(open_pipeline: Open, other: Any) -> Non
     pipeline([1, 2], SCHEDULE, Guidance(2.5))
     pipeline(*other)
     assert caches(backend) == 2
-    assert pipeline.engine._spare is not None
-    assert address(pipeline.engine._spare.cache) == cache_addresses(backend)[-1]  # one set is kept, the last
+    assert pipeline.generator._spare is not None
+    assert address(pipeline.generator._spare.cache) == cache_addresses(backend)[-1]  # one set is kept, the last
 
 
 def test_two_generations_at_once_share_no_buffer(open_pipeline: Open) -> None:
@@ -469,7 +473,7 @@ def test_close_frees_everything(open_pipeline: Open) -> None:
     assert {graph.name for graph in backend.graphs} == {"condition", "step", "decode", "encode"}
     assert all(graph.closed for graph in backend.graphs)
     steps.close()  # type: ignore[attr-defined]
-    assert pipeline.engine._spare is None
+    assert pipeline.generator._spare is None
     for use in (
         lambda: pipeline([1], SCHEDULE),
         lambda: list(pipeline.iter_scales([1], SCHEDULE)),
@@ -486,7 +490,9 @@ def test_what_does_not_fit_is_refused_with_what_would(open_pipeline: Open) -> No
 
     def planned(images: int, guided: bool = True) -> MemoryPlan:
         manifest = pipeline.bundle.manifest
-        return plan(manifest, ScaleSchedule.parse(SCHEDULE), images, guided, decoded_at_once=1)
+        return plan(
+            manifest, ScaleSchedule.parse(SCHEDULE), images, guided, dict.fromkeys(GRAPHS, ORT), decoded_at_once=1
+        )
 
     backend.available = planned(4).needed() - 1
     with pytest.raises(OutOfMemory) as refusal:
@@ -511,7 +517,7 @@ def test_the_decoder_runs_in_batches_that_fit(open_pipeline: Open, fit: float | 
     pipeline, backend = open_pipeline()
     assert len(pipeline.decode(np.zeros((1, 1, 1), int))) == 1  # opened: its weights are held
     backend.runs.clear()
-    one = image_bytes(pipeline.bundle.manifest, (2, 3))
+    one = ORT.image(pipeline.bundle.manifest, (2, 3), PUBLISHED_DECODER)
     backend.available = None if fit is None else int(fit * one)
     tokens = (np.arange(19)[:, None, None] % VOCABULARY).repeat(2, axis=1).repeat(3, axis=2)
     images = pipeline.decode(tokens)
@@ -525,7 +531,7 @@ def test_the_decoder_runs_in_batches_that_fit(open_pipeline: Open, fit: float | 
 
 def test_an_image_that_does_not_fit(open_pipeline: Open) -> None:
     pipeline, backend = open_pipeline()
-    backend.available = image_bytes(pipeline.bundle.manifest, (2, 3))
+    backend.available = ORT.image(pipeline.bundle.manifest, (2, 3), PUBLISHED_DECODER)
     with pytest.raises(OutOfMemory, match=r"got decoding an image of 2x3 tokens that needs .*; fix: use a sm"):
         pipeline.decode(np.zeros((1, 2, 3), int))
     with pytest.raises(OutOfMemory, match=r"got encoding an image of 2x3 tokens that needs .*; fix: use a sm"):

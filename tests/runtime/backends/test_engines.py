@@ -43,7 +43,7 @@ from flexvar_runtime.backends.tensorrt.engine_files import (
 from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.bundle.opening import Bundle
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
-from flexvar_runtime.files.private import private_folder, user_folder
+from flexvar_runtime.files.private import make_private, user_folder
 from flexvar_runtime.model.tensors import TensorSpec
 
 PLAN = b"engine" * 1000
@@ -294,7 +294,7 @@ def test_receipts_are_for_this_user_alone(
     user = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)
     assert f"{receipts}, owned by user {user} | " in refused(find)
-    assert "owned by user" in refused(lambda: private_folder(receipts))
+    assert "owned by user" in refused(lambda: make_private(receipts))
 
 
 def test_a_receipts_folder_behind_a_link(

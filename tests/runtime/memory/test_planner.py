@@ -11,38 +11,40 @@ import numpy as np
 import pytest
 
 from flexvar_runtime import FlexVARPipeline, Guidance, OutOfMemory, ScaleSchedule
+from flexvar_runtime.backends import libraries
+from flexvar_runtime.backends.ort.memory import ORT
 from flexvar_runtime.bundle.manifest import FileRecord, Manifest
-from flexvar_runtime.generation.host import LoopBuffers, ScaleLoop
+from flexvar_runtime.generation.host import LoopBuffers
+from flexvar_runtime.memory import plan as memory_plan
 from flexvar_runtime.memory.plan import (
     IMAGES_PER_RUN,
     MAX_BATCH,
+    PUBLISHED_DECODER,
+    MemoryPlan,
     batch_that_fits,
-    image_bytes,
     largest_batch,
-    plan,
     require_fits,
     size_text,
     tensor_bytes,
 )
 from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.signatures import STEP, graph_specs
+from flexvar_runtime.request import Request
 
 MIB, GIB = 2**20, 2**30
 TEN = ScaleSchedule.parse("1_2_3_4_5_6_8_10_13_16")
-D16 = ModelFacts(
-    depth=16,
-    width=1024,
-    heads=16,
-    head_size=64,
-    classes=1000,
-    class_names=None,
-    null_class=1000,
-    vocabulary=8912,
-    code_dim=32,
-    downsampling=16,
-    value_range=(-1.0, 1.0),
-    position_side=32,
-)
+D16 = ModelFacts.published(16)
+
+
+def plan(
+    manifest: Manifest, schedule: ScaleSchedule, images: int, guided: bool, backend: str = "ort-cpu", **options: Any
+) -> MemoryPlan:
+    of_backend = libraries(backend, manifest.precision)
+    return memory_plan.plan(manifest, schedule, images, guided, of_backend, **options)
+
+
+def image_bytes(manifest: Manifest, size: tuple[int, int]) -> int:
+    return ORT.image(manifest, size, PUBLISHED_DECODER)
 
 
 def published(manifest: Manifest, precision: str = "fp32") -> Manifest:
@@ -106,9 +108,9 @@ def test_exactly_what_is_allocated_and_bound(
     bound: list[dict[str, Any]] = []
     with FlexVARPipeline.from_bundle(tiny_bundles(precision), backend="ort-cpu") as pipe:
         planned = plan(pipe.bundle.manifest, scales, images, guided)
-        with pipe.engine.loop([0] * images, scales, Guidance(2.5 if guided else 0)) as loop:
-            assert isinstance(loop, ScaleLoop)
-            graph, buffers = loop._step, loop._buffers
+        with pipe.generator.loop(Request.of([0] * images, scales, Guidance(2.5 if guided else 0))) as loop:
+            assert isinstance(loop, HostLoop)
+            graph, buffers = loop._step, loop.tensors
             assert isinstance(buffers, LoopBuffers)
             run = graph.run
 

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -27,10 +27,12 @@ from flexvar_runtime.backends.base import Graph
 from flexvar_runtime.backends.host_arrays import default_threads
 from flexvar_runtime.backends.openvino import backend as backend_module
 from flexvar_runtime.backends.openvino.backend import OpenVino, OpenVinoGraph, UsualSizeGraph, shared_core
+from flexvar_runtime.backends.openvino.memory import BF16_ARITHMETIC, FLOAT32_ARITHMETIC
 from flexvar_runtime.backends.openvino.norms import keep_layout
 from flexvar_runtime.backends.ort.cpu import OrtCpu
-from flexvar_runtime.memory.plan import plan
+from flexvar_runtime.generation.host import HostGenerator
 from flexvar_runtime.model.signatures import DECODE, STEP
+from flexvar_runtime.request import Shape
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 
@@ -269,7 +271,7 @@ def test_only_a_model_that_was_compiled_holds_weights(half: Bundle) -> None:
     assert graph.holds(usual) and not graph.holds((3, 5))
     with FlexVARPipeline.from_bundle(half.path, backend="openvino", threads=1) as pipe:
         pipe([1], seed=0)
-        assert DECODE in pipe.engine._held(usual) and DECODE not in pipe.engine._held((3, 5))
+        assert DECODE in pipe.generator.opened(usual) and DECODE not in pipe.generator.opened((3, 5))
 
 
 @pytest.mark.parametrize("arithmetic", [False, True])
@@ -278,13 +280,12 @@ def test_plans_know_what_the_processor_computes_in(
 ) -> None:
     schedule = ScaleSchedule.parse("1_2_3x5")
     with FlexVARPipeline.from_bundle(half.path, backend="openvino", threads=1) as pipe:
-        monkeypatch.setattr(pipe.engine.backend, "bf16_arithmetic", arithmetic)
-        planned = pipe.engine._plan(schedule, 2, True)
-    same, other = (
-        plan(half.manifest, schedule, 2, True, decoded_at_once=1, backend="openvino", bf16_arithmetic=kind)
-        for kind in (arithmetic, not arithmetic)
-    )
-    assert planned == same != other
+        generator, planned = cast(HostGenerator, pipe.generator), []
+        for kind in (arithmetic, not arithmetic):
+            monkeypatch.setattr("flexvar_runtime.backends.openvino.backend.has_bf16_arithmetic", lambda k=kind: k)
+            planned.append(generator.memory_plan(Shape(schedule, 2, True)))
+    library = BF16_ARITHMETIC if arithmetic else FLOAT32_ARITHMETIC
+    assert planned[0].weights["decode"] == library.weights(half.manifest, "decode") and planned[0] != planned[1]
 
 
 def test_what_is_computed_in_float32_has_one_model(tiny_bundle: Path) -> None:
