@@ -97,12 +97,12 @@ def record() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         tiny = write_checkpoints(Path(scratch), tiny_transformer(), TINY_TOKENIZER)
         demo = DEMO / "transformer.safetensors", DEMO / "vae.safetensors"
-        models: dict[str, tuple[Any, dict[str, Any]]] = {"tiny": (tiny, {})}
+        models: dict[str, Any] = {"tiny": (tiny, {})}
         models["demo"] = demo, {"defaults": read_defaults(DEMO / "defaults.json")}
         for model, (checkpoint, options) in models.items():
             for precision, backends in BACKENDS.items():
                 bundle = Path(scratch) / f"{model}-{precision}"
-                export_bundle(*checkpoint, bundle, precision=precision, **options)
+                export_bundle(checkpoint[0], checkpoint[1], bundle, precision=precision, **options)
                 for name, value in bundle_digests(bundle):
                     found[f"{model} {precision} {name}"] = value
                 for backend in backends:

@@ -19,12 +19,9 @@ from .backends import check_name, create
 from .backends.base import Backend
 from .bundle.opening import Bundle
 from .checks import check_whole
-from .deadlines.choice import seconds_of
-from .deadlines.costs import CostTable
 from .deadlines.measuring import WithDeadlines
 from .editing.options import Edit, EditOptions
 from .editing.plan import Pictures, plan_edit
-from .errors import InvalidInput
 from .generation.opening import open_generator
 from .generation.scale_loop import ScaleLoop
 from .model.guidance import UNGUIDED
@@ -93,30 +90,21 @@ class FlexVARPipeline(WithDeadlines):
         keep_decoded: bool = False,
         on_scale: OnScale | None = None,
     ) -> GenerationOutput:
-        """Generate one image for each label, which is a number or one of `model.class_names`. None means the default of
-        the bundle; for the seed a fresh one, which is returned.
+        """Generate one image for each label: a number, or one of `model.class_names`.
 
-        With one seed, image i draws from stream (seed, first_index + i). seed, guidance and first_index may be lists
-        with one entry for each image; see `request.parse_request`. on_scale is called after every scale. keep_decoded
-        keeps the float output of the decoder. deadline_ms: instead of a schedule, the time for the whole call, for
-        which `choose_schedule` finds a schedule; the time of on_scale is not counted. Raises InvalidInput, OutOfMemory,
-        and with a deadline CostUnknown."""
+        None means the default of the bundle; for the seed a fresh one, which is returned. With one seed, image i draws
+        from stream (seed, first_index + i). seed, guidance and first_index may be lists with one entry for each image;
+        see `request.parse_request`. on_scale is called after every scale. keep_decoded keeps the float output of the
+        decoder. deadline_ms: instead of a schedule, the time for the whole call, for which `choose_schedule` finds a
+        schedule; the time of on_scale is not counted.
+        Raises InvalidInput, OutOfMemory, and with a deadline CostUnknown.
+        """
         start = time.perf_counter()
         request = self._request(labels, schedule, guidance, sampling, seed, first_index)
-        if deadline_ms is None:
-            return self._generate(request, keep_decoded, on_scale, start)
-        if schedule is not None:
-            raise InvalidInput(
-                "schedule cannot be combined with deadline_ms.", expected="one of them", fix="Leave out one of them."
-            )
-        if on_scale is not None and self.generator.runs_whole:
-            raise InvalidInput(
-                "on_scale cannot be combined with deadline_ms on a GPU, where costs are those of whole generations.",
-                expected="one of them",
-                fix="Leave out one of them.",
-            )
-        choice = self._choose(request, seconds_of(deadline_ms))
-        request = replace(request, schedule=choice.schedule)
+        choice = None
+        if deadline_ms is not None:
+            choice = self._choose_for_call(request, deadline_ms, schedule, watched=on_scale is not None)
+            request = replace(request, schedule=choice.schedule)
         return replace(self._generate(request, keep_decoded, on_scale, start), choice=choice)
 
     def _generate(
@@ -187,8 +175,10 @@ class FlexVARPipeline(WithDeadlines):
 
         A list of pictures of one size, with one mask each, is edited at once; one picture is edited in as many ways as
         there are labels. labels None means no class, and then no guidance unless it is given. steps: a number of
-        scales, derived for the size by `ScaleSchedule.for_size`; None means as many as the default schedule has. Raises
-        InvalidInput, OutOfMemory. The pipeline stays usable after any error."""
+        scales, derived for the size by `ScaleSchedule.for_size`; None means as many as the default schedule has.
+        earlier: the schedule of an edit that is repeated, which is used if it ends in the size of the canvas.
+        Raises InvalidInput, OutOfMemory. The pipeline stays usable after any error.
+        """
         start, edit = time.perf_counter(), Edit(task=task, **options)
         plan = plan_edit(edit, image, mask, self.model, self.defaults.schedule, schedule, steps, earlier)
         classes = [self.model.null_class] * len(plan.canvases) if labels is None else labels
@@ -211,6 +201,10 @@ class FlexVARPipeline(WithDeadlines):
     ) -> Request:
         return parse_request(self.model, self.defaults, labels, schedule, guidance, sampling, seed, first_index)
 
+    def check(self, labels: Labels, seed: Numbers | None = None, first_index: Numbers = 0) -> None:
+        """Check classes, seed and index before anything is computed. Raises InvalidInput."""
+        self._request(labels, seed=seed, first_index=first_index)
+
     def warmup(
         self,
         schedule: ScheduleLike | None = None,
@@ -221,17 +215,13 @@ class FlexVARPipeline(WithDeadlines):
         """Open the graphs and run every scale of a schedule once for each batch size, so that no request pays for it.
 
         On a GPU this captures a generation of each shape and keeps it until the pipeline is closed. On a CPU, a class
-        that is asked for the first time still costs its condition, because the weights of that graph do not stay in
-        memory."""
+        that is asked for the first time still costs its condition, whose graph does not stay in memory.
+        """
         for batch in batch_sizes:
             labels = [self.model.null_class] * check_whole("batch size", batch, 1)
             request = self._request(labels, schedule, guidance, sampling, seed=0)
             self._generate(request, False, None, time.perf_counter())
             self.generator.pin(request)
-
-    def _setup(self) -> CostTable:
-        name, threads, device = self.backend.name, self.backend.threads, self.generator.hardware
-        return CostTable(bundle=self.bundle.sha256, backend=name, threads=threads, device=device)
 
     def decode(self, tokens: ArrayLike) -> NDArray[np.uint8]:
         """Tokens (B, h, w) of one scale to images (B, H, W, 3). Raises InvalidInput."""

@@ -21,7 +21,6 @@ from ..model.schedule import ScaleSchedule
 from ..output import GenerationOutput, ScaleStep
 from ..pictures.png import save_png
 from ..pipeline import FlexVARPipeline
-from ..request import parse_request
 from .console import JsonOption, emit, err, out, steps
 from .options import (
     BackendOption,
@@ -100,7 +99,7 @@ def generate(
             first_index=start.first_index if first_index is None else first_index,
         )
         warn_if_large(plan.schedule, pipeline.schedule)
-        parse_request(pipeline.model, pipeline.defaults, plan.labels, seed=plan.seed, first_index=plan.first_index)
+        pipeline.check(plan.labels, plan.seed, plan.first_index)
         files = [output / plan.name(i) for i in range(len(plan.labels))]
         previews = [preview / name for name in plan.preview_names()] if preview else []
         check_targets([*files, *previews, *([save_arrays] if save_arrays else [])], force)

@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 
+from ..backends.base import Backend
 from ..bundle.opening import Bundle
 from ..checks import check_whole
-from ..errors import CostUnknown
+from ..errors import CostUnknown, InvalidInput
+from ..generation.generator import Generator
 from ..model.guidance import Guidance
 from ..model.sampling import Sampling
 from ..model.schedule import ScaleSchedule, ScheduleLike
@@ -24,11 +26,9 @@ class WithDeadlines(ABC):
     """The part of a pipeline that measures costs and chooses schedules by them."""
 
     bundle: Bundle
+    backend: Backend
+    generator: Generator
     defaults: RequestDefaults
-
-    @abstractmethod
-    def _setup(self) -> CostTable:
-        """A table without rows, of the bundle, backend, threads and device."""
 
     @abstractmethod
     def _request(
@@ -47,7 +47,8 @@ class WithDeadlines(ABC):
 
     @cached_property
     def _costs(self) -> KeptCosts:
-        return KeptCosts(self._setup())
+        name, threads, device = self.backend.name, self.backend.threads, self.generator.hardware
+        return KeptCosts(CostTable(bundle=self.bundle.sha256, backend=name, threads=threads, device=device))
 
     def choose_schedule(
         self, images: int, deadline_ms: float, guidance: GuidanceLike | None = None, sampling: Sampling | None = None
@@ -60,6 +61,22 @@ class WithDeadlines(ABC):
         """
         deadline, labels = seconds_of(deadline_ms), [0] * check_whole("images", images, 1)
         return self._choose(self._request(labels, None, guidance, sampling), deadline)
+
+    def _choose_for_call(
+        self, request: Request, deadline_ms: float, schedule: ScheduleLike | None, watched: bool
+    ) -> Choice:
+        """The schedule for a call with a deadline. Raises InvalidInput for arguments that exclude each other."""
+        if schedule is not None:
+            raise InvalidInput(
+                "schedule cannot be combined with deadline_ms.", expected="one of them", fix="Leave out one of them."
+            )
+        if watched and self.generator.runs_whole:
+            raise InvalidInput(
+                "on_scale cannot be combined with deadline_ms on a GPU, where costs are those of whole generations.",
+                expected="one of them",
+                fix="Leave out one of them.",
+            )
+        return self._choose(request, seconds_of(deadline_ms))
 
     def _choose(self, request: Request, deadline: float) -> Choice:
         """`choose_schedule` for a request, whose own schedule does not matter. deadline: in seconds."""

@@ -26,7 +26,7 @@ from flexvar_runtime import (
 )
 from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.backends.ort.memory import ORT
-from flexvar_runtime.generation.host import ScaleLoop
+from flexvar_runtime.generation.host import HostLoop
 from flexvar_runtime.memory.plan import PUBLISHED_DECODER
 from flexvar_runtime.pictures.pixels import from_uint8, to_uint8
 
@@ -133,66 +133,60 @@ def test_top_k_1_needs_no_seed(pipe: FlexVARPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "named"),
     [
-        ({"labels": []}, "got no class; expected one class per image; fix: pass a list such as [207]"),
-        ({"labels": [11]}, "got class 11; expected a whole number from 0 to 10 (10 means no class); fix: flexvar insp"),
-        ({"labels": [-1]}, "got class -1"),
-        ({"labels": [1, 2.0]}, "got class 2.0"),
-        ({"labels": [True]}, "got class True"),
-        ({"labels": ["7"]}, "got class '7'"),
-        ({"labels": [None]}, "got class None"),
-        ({"labels": [[1, 2]]}, "got class "),
-        ({"labels": [float("nan")]}, "got class nan"),
-        ({"labels": [2**70]}, "got class 1180591620717411303424"),
-        ({"schedule": "2_3"}, "got a schedule with first scale 2"),
-        ({"schedule": []}, "got a schedule with 0 scales"),
-        ({"seed": -1}, "got seed -1; expected a whole number from 0 to 18446744073709551615"),
-        ({"seed": 2**64}, "got seed 18446744073709551616"),
-        ({"seed": 1.5}, "got seed 1.5 (float)"),
-        ({"seed": True}, "got seed True (bool)"),
-        ({"first_index": -1}, "got image index -1"),
-        ({"first_index": 2**64 - 1, "labels": [1, 2]}, "got image index 18446744073709551616"),
-        ({"first_index": 0.0}, "got image index 0.0 (float)"),
-        ({"guidance": 2.5}, "got guidance 2.5; expected a Guidance or None; fix: pass Guidance(...)"),
-        ({"sampling": {"top_k": 1}}, "got sampling {'top_k': 1}; expected a Sampling or None"),
+        *[({"labels": labels}, "class") for labels in ([], [11], [-1], [1, 2.0], [True], ["7"], [None], [[1, 2]])],
+        *[({"labels": [label]}, "class") for label in (float("nan"), 2**70)],
+        *[({"schedule": schedule}, "schedule") for schedule in ("2_3", [])],
+        *[({"seed": seed}, "seed") for seed in (-1, 2**64, 1.5, True, "1")],
+        *[({"first_index": index}, "index") for index in (-1, 2**64, 0.0)],
+        ({"first_index": 2**64 - 1, "labels": [1, 2]}, "index"),
+        *[({"guidance": guidance}, "guidance") for guidance in ("ramp", -1, float("nan"), True, {"scale": 2})],
+        ({"sampling": {"top_k": 1}}, "sampling"),
+        # one entry for each image
+        *[({"labels": [1, 2], "seed": seeds}, "seed") for seeds in ([1], [1, 2, 3], [1, -1], [1, 0.5], [])],
+        ({"labels": [1, 2], "seed": [1, 2], "first_index": 3}, "first_index"),
+        *[({"labels": [1, 2], "first_index": index}, "index") for index in ([0], [0, -1], [1, 2, 3])],
+        *[({"labels": [1, 2], "guidance": weights}, "guidance") for weights in ([1.0], [1.0, "x"], [1, 2, 3])],
+        ({"labels": [1, 2], "guidance": [Guidance(2.0), Guidance(2.0, "constant")]}, "guidance"),
+        ({"labels": [1, 2], "guidance": [Guidance(2.0, "ramp", 8), 2.0]}, "max_side"),
     ],
 )
-def test_refusals(pipe: FlexVARPipeline, arguments: dict[str, Any], text: str) -> None:
+def test_refusals(pipe: FlexVARPipeline, arguments: dict[str, Any], named: str) -> None:
     request: dict[str, Any] = {"labels": [1], **arguments}
     for call in (pipe, pipe.iter_scales):  # at once, not when the first scale is asked for
         with pytest.raises(InvalidInput) as refusal:
             call(**request)
-        assert text in str(refusal.value) and refusal.value.exit_code == 2
+        assert named in refusal.value.got and refusal.value.exit_code == 2
 
 
 def test_check_refuses_what_a_call_would(pipe: FlexVARPipeline) -> None:
     pipe.check([1, NULL], 2**64 - 1, 2**64 - 2)
-    with pytest.raises(InvalidInput, match="got class 11"):
+    with pytest.raises(InvalidInput, match="11"):
         pipe.check([1, 11])
 
 
 def test_the_bundle_is_checked_and_the_backend_never_replaced(tiny_bundle: Path, bundle_copy: Path) -> None:
-    with pytest.raises(BackendUnavailable, match="got backend tensorrt: tensorrt is not installed"):
+    with pytest.raises(BackendUnavailable, match="tensorrt"):
         FlexVARPipeline.from_bundle(tiny_bundle, backend="tensorrt")
-    with pytest.raises(InvalidInput, match="got threads 0"):
+    with pytest.raises(InvalidInput, match="threads"):
         FlexVARPipeline.from_bundle(tiny_bundle, threads=0)
     with (bundle_copy / "step.onnx.data").open("r+b") as file:
         file.write(b"\1")
-    with pytest.raises(ArtifactRefused, match=r"got step\.onnx\.data: sha256 "):
+    with pytest.raises(ArtifactRefused, match=r"step\.onnx\.data"):
         FlexVARPipeline.from_bundle(bundle_copy)
 
 
 def test_nan_in_the_logits_is_no_image(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle is at fault, not the request: exit code 5, not 2."""
-    logits = ScaleLoop.logits
+    logits = HostLoop.logits
 
-    def spoilt(self: ScaleLoop, index: int, previous: Any) -> Any:
+    def spoilt(self: HostLoop, index: int, previous: Any) -> Any:
         found = logits(self, index, previous)
         return np.full_like(found, np.nan) if index == 2 else found
 
-    monkeypatch.setattr(ScaleLoop, "logits", spoilt)
-    with pytest.raises(ArtifactRefused, match=r"got scale 3 \(3x3\): a maximum of nan in row 0 of the logits"):
+    monkeypatch.setattr(HostLoop, "logits", spoilt)
+    with pytest.raises(ArtifactRefused, match=r"Scale 3 \(3x3\)"):
         pipe([1], schedule="1_2_3", seed=0)
 
 
@@ -201,9 +195,7 @@ def test_nan_from_the_decoder_is_no_image(pipe: FlexVARPipeline, monkeypatch: py
     bad = np.zeros((1, 3, 4, 4), np.float32)
     bad[0, 1, 2, 3] = np.nan
     monkeypatch.setattr(pipe.generator, "decode", lambda tokens: iter([bad]))
-    with pytest.raises(
-        ArtifactRefused, match="got NaN or infinity from the decoder; expected finite pixels; fix: use a"
-    ):
+    with pytest.raises(ArtifactRefused, match="decoder"):
         pipe([1], "1")
 
 
@@ -294,9 +286,9 @@ def test_a_pipeline_that_is_closed(tiny_bundle: Path) -> None:
     with FlexVARPipeline.from_bundle(tiny_bundle) as pipeline:
         steps = pipeline.iter_scales([1], SCHEDULE)
         next(steps)
-    with pytest.raises(InvalidInput, match=r"got step\.onnx, closed; expected an open graph"):
+    with pytest.raises(InvalidInput, match="closed"):
         next(steps)
-    with pytest.raises(InvalidInput, match="got a closed pipeline; expected an open one; fix: open the bundle again"):
+    with pytest.raises(InvalidInput, match="closed"):
         pipeline([1], SCHEDULE)
 
 
@@ -306,7 +298,7 @@ def test_warmup_changes_nothing(tiny_bundle: Path, output: GenerationOutput) -> 
         assert set(pipeline.generator._graphs) == {"step", "decode"}
         assert equal(pipeline([3, 7, NULL], SCHEDULE, seed=11), output)
         for batch in (0, 1.5, True):
-            with pytest.raises(InvalidInput, match="got batch size "):
+            with pytest.raises(InvalidInput, match="batch size"):
                 pipeline.warmup("1", batch_sizes=(batch,))
 
 
@@ -345,26 +337,17 @@ def test_encode_and_decode_keep_the_size(pipe: FlexVARPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "text"),
+    "image",
     [
-        (
-            np.zeros((24, 42, 3), np.uint8),
-            "got an image of shape (1, 24, 42, 3) uint8; expected (B, H, W, 3) uint8 with",
-        ),
-        (np.zeros((0, 40, 3), np.uint8), "sides in multiples of 4; fix: resize or pad it first"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "got an image of shape (0, 8, 8, 3) uint8"),
-        (np.zeros((8, 8, 4), np.uint8), "got an image of shape (1, 8, 8, 4) uint8"),
-        (np.zeros((8, 8), np.uint8), "got an image of shape (8, 8) uint8"),
-        (np.zeros((8, 8, 3), np.float32), "got an image of shape (1, 8, 8, 3) float32"),
-        (np.zeros((3, 8, 8), np.uint8), "got an image of shape (1, 3, 8, 8) uint8"),
-        (Image.new("RGB", (9, 8)), "got an image of shape (1, 8, 9, 3) uint8"),
-        ("image.png", "got an image of shape () <U9"),
+        *[np.zeros(shape, np.uint8) for shape in ((24, 42, 3), (0, 40, 3), (0, 8, 8, 3), (8, 8, 4), (8, 8), (3, 8, 8))],
+        np.zeros((8, 8, 3), np.float32),
+        Image.new("RGB", (9, 8)),
+        "image.png",
     ],
 )
-def test_images_that_cannot_be_encoded(pipe: FlexVARPipeline, image: Any, text: str) -> None:
-    with pytest.raises(InvalidInput) as refusal:
+def test_images_that_cannot_be_encoded(pipe: FlexVARPipeline, image: Any) -> None:
+    with pytest.raises(InvalidInput, match="image"):
         pipe.encode(image)
-    assert text in str(refusal.value)
 
 
 @pytest.mark.parametrize("size", [(0, 4), (4, 129), (2.5, 3), ("4", "4"), (4,), (1, 2, 3)])
@@ -390,7 +373,7 @@ def test_sizes_that_cannot_be_encoded(pipe: FlexVARPipeline, size: Any) -> None:
     ],
 )
 def test_tokens_that_cannot_be_decoded(pipe: FlexVARPipeline, tokens: Any) -> None:
-    with pytest.raises(InvalidInput, match=r"got tokens of shape .*; expected \(B, h, w\) whole numbers from 0 to 511"):
+    with pytest.raises(InvalidInput, match="tokens"):
         pipe.decode(tokens)
 
 

@@ -1,0 +1,128 @@
+"""The structure of the runtime: no import circles, rooms that import downwards, and names that stay."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flexvar_runtime.backends import BACKENDS
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"runtime": "flexvar_runtime", "export": "flexvar_export", "flexvar_ref": "flexvar_ref"}
+FLOORS = (  # from the ground up: a room imports from its own floor and those below it
+    {"errors", "checks", "_version", "files"},
+    {"model", "cuda"},
+    {"bundle", "pictures"},
+    {"memory"},
+    {"backends"},
+    {"request"},
+    {"editing", "deadlines", "output"},
+    {"generation"},
+    {"pipeline"},
+    {"cli"},
+)
+TYPES_ONLY = {("deadlines", "generation")}  # the base class of a pipeline names what a pipeline has
+SHIMS = {"sampling", "photo", "manifest"}  # public import paths of modules that live in a room
+
+
+def imported(path: Path, module: str, modules: set[str]) -> Iterator[str]:
+    """Modules of the same package that a file imports, also those for type checking alone."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        parts = package.split(".")
+        base = ".".join([*parts[: len(parts) - node.level + 1], *([node.module] if node.module else [])])
+        for alias in node.names:
+            yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+
+
+def import_graph(folder: Path, package: str) -> dict[str, set[str]]:
+    files = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        files[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return {module: {*imported(path, module, set(files))} - {module} for module, path in files.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty if there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return way[way.index(module) :]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, ())):
+            if found := visit(other, [*way, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := visit(module, []))), [])
+
+
+@pytest.mark.parametrize(("folder", "package"), PACKAGES.items())
+def test_no_import_circle(folder: str, package: str) -> None:
+    graph = import_graph(ROOT / folder, package)
+    assert len(graph) > 10 and circle(graph) == []
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    for name, text in {
+        "a.py": "from .room import b\n",
+        "room/__init__.py": "",
+        "room/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..c import x\n",
+        "c.py": "def late():\n    from . import a\n",
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert sorted(circle(import_graph(tmp_path, "p"))) == ["p.a", "p.c", "p.room.b"]
+
+
+def test_rooms_import_downwards() -> None:
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+    wrong = []
+    for module, others in import_graph(ROOT / "runtime", "flexvar_runtime").items():
+        room = module.split(".")[1] if "." in module else ""
+        if not room or room in SHIMS:
+            continue
+        below = {other.split(".")[1] for other in others if "." in other}
+        wrong += [(module, other) for other in below if floor[other] > floor[room] and (room, other) not in TYPES_ONLY]
+    assert wrong == []
+
+
+def test_no_backend_is_named_outside_its_room() -> None:
+    """A backend's name as a string decides something that belongs to the backend. `cuda` is also a kind of device."""
+    found = []
+    for path in sorted((ROOT / "runtime").rglob("*.py")):
+        if "backends" in path.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in {*BACKENDS} - {"cuda"}:
+                found.append((path.name, node.lineno, node.value))
+    assert found == []
+
+
+def test_the_pipeline_can_be_read_in_one_go() -> None:
+    assert len((ROOT / "runtime/pipeline.py").read_text(encoding="utf-8").splitlines()) <= 250
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *["flexvar_runtime.sampling.probabilities", "flexvar_runtime.photo.read_photo", "flexvar_runtime.Bundle"],
+        *["flexvar_runtime.manifest.Manifest", "flexvar_runtime.errors.FlexVARError", "flexvar_runtime.bundle.Bundle"],
+        *["flexvar_ref.training.data.ImageFolder", "flexvar_ref.checkpoint.load_transformer"],
+        *["flexvar_ref.checkpoint.save", "flexvar_ref.synthetic.tiny_transformer", "flexvar_ref.load"],
+        *["flexvar_export.bundle_writer.write_bundle", "flexvar_export.bundle_writer.seal"],
+    ],
+)
+def test_import_paths_that_stay(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
