@@ -75,7 +75,7 @@ class ConditionCache(ABC):
         slots: int,
         open_graph: Callable[[], AbstractContextManager[Graph]],
     ) -> None:
-        """slots: classes that are kept at least; a request with more classes gets more slots."""
+        """slots: classes that are kept. A request with more classes gets more slots until the next request."""
         self.groups = row_groups(spec)
         self._backend, self._null_class, self._least, self._open = backend, null_class, slots, open_graph
         self._slots: OrderedDict[int, int] = OrderedDict()
@@ -99,9 +99,10 @@ class ConditionCache(ABC):
     def slots(self, labels: Sequence[int]) -> list[int]:
         """The slot of every label. Missing ones are computed first. Valid until the next call."""
         distinct = list(dict.fromkeys(labels))
-        if len(distinct) > self._capacity:
+        capacity = max(self._least, len(distinct))
+        if len(distinct) > self._capacity or capacity < self._capacity:
             self.clear()
-            self._capacity = max(self._least, len(distinct))
+            self._capacity = capacity
             self._buffers = empty_buffers(self.groups, self._capacity, self._backend.empty)
         for label in distinct:
             if label in self._slots:

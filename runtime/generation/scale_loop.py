@@ -41,7 +41,7 @@ class Finished:
 
 
 class ScaleLoop(ABC):
-    """The scales of one request, in order. Iterating runs one scale at a time and gives its tokens and time.
+    """The scales of one request, in order. Iterating runs those that are left and gives the tokens and time of each.
 
     The first scales of an edit may be given as a whole. They run together, without drawing.
     """
@@ -50,24 +50,19 @@ class ScaleLoop(ABC):
         self.request = request
         self.tokens: list[Tokens] = []
         self.times: list[ScaleTime] = []
-        self._steps = self._run()
 
     def __iter__(self) -> Iterator[tuple[Tokens, ScaleTime]]:
-        return self._steps
-
-    def _run(self) -> Iterator[tuple[Tokens, ScaleTime]]:
         given = self.request.given
-        if given is not None and given.forced:
+        if not self.tokens and given is not None and given.forced:
             forced = given.tokens[: given.forced]
-            for tokens, spent in zip(forced, self.force(forced), strict=True):
-                yield self._record(tokens, spent)
-        for scale in range(len(self.tokens), len(self.request.schedule)):
-            yield self._record(*self._draw(scale))
-
-    def _record(self, tokens: Tokens, spent: ScaleTime) -> tuple[Tokens, ScaleTime]:
-        self.tokens.append(tokens)
-        self.times.append(spent)
-        return tokens, spent
+            self.times += self.force(forced)
+            self.tokens += forced
+            yield from zip(forced, self.times, strict=True)
+        while len(self.tokens) < len(self.request.schedule):
+            tokens, spent = self._draw(len(self.tokens))
+            self.tokens.append(tokens)
+            self.times.append(spent)
+            yield tokens, spent
 
     def force(self, tokens: Sequence[Tokens]) -> tuple[ScaleTime, ...]:
         """Run the first scales on given tokens (B, h, w): in one pass if there is a graph for it, else one by one.

@@ -215,9 +215,9 @@ def test_logits_that_are_not_finite_are_refused(machine: Machine, monkeypatch: p
                 ctypes.c_float.from_address(addresses["logits"] + 4 * 512 * 11).value = np.nan
 
         monkeypatch.setattr(engine, "run", spoiled)
-        with pytest.raises(ArtifactRefused, match=r"got scale 3 \(3x3\): row 11 of the logits"):
+        with pytest.raises(ArtifactRefused, match=r"Scale 3 \(3x3\): Row 11"):
             pipeline([0, 1], SCHEDULE, seed=1)
-        with pytest.raises(ArtifactRefused, match=r"got scale 3 \(3x3\): row 11 of the logits"):
+        with pytest.raises(ArtifactRefused, match=r"Scale 3 \(3x3\): Row 11"):
             list(pipeline.iter_scales([0, 1], SCHEDULE, seed=1))
         monkeypatch.setattr(engine, "run", run)
         pipeline([0, 1], SCHEDULE, seed=1)  # nothing of it is left
@@ -234,9 +234,9 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(machine: Machine) -
         with machine.device.recorded() as events, pytest.raises(OutOfMemory) as refusal:
             pipeline([0] * 4, SCHEDULE, seed=1)
         assert "allocate" not in events
-        assert str(refusal.value).endswith("fix: use a batch of at most 3")
+        assert "at most 3" in refusal.value.fix
         machine.device.size = machine.device.used + 1000
-        with pytest.raises(OutOfMemory, match="use a smaller schedule, or free the GPU"):
+        with pytest.raises(OutOfMemory, match="smaller schedule"):
             pipeline([0], SCHEDULE, seed=1)
 
 
@@ -292,7 +292,7 @@ def test_edits_are_those_of_the_cpu(
 
 def test_a_shape_without_profile(machine: Machine) -> None:
     with machine.open() as pipeline:
-        with pytest.raises(InvalidInput, match="for which no profile was built") as refusal:
+        with pytest.raises(InvalidInput, match="profile") as refusal:
             pipeline([0] * 13, SCHEDULE, seed=1)
         assert "--max-batch" in refusal.value.fix and str(machine.bundle.path) in refusal.value.fix
 
@@ -302,8 +302,7 @@ def test_an_engine_that_cannot_be_loaded(machine: Machine, monkeypatch: pytest.M
         machine.library.logger.log(1, "magic tag does not match")
 
     monkeypatch.setattr(machine.library.module.Runtime, "deserialize_cuda_engine", refuse)
-    text = r"tensorrt cannot load it \(.*magic tag does not match\)"
-    with machine.open() as pipeline, pytest.raises(ArtifactRefused, match=text):
+    with machine.open() as pipeline, pytest.raises(ArtifactRefused, match="magic tag does not match"):
         pipeline([0], SCHEDULE, seed=1)
 
 
@@ -313,7 +312,7 @@ def test_two_threads_do_not_share_a_pipeline(machine: Machine) -> None:
         def other(_: object) -> None:
             pool.submit(pipeline, [1], SCHEDULE).result()
 
-        with pytest.raises(InvalidInput, match="another thread is using"):
+        with pytest.raises(InvalidInput, match="Another thread"):
             pipeline([0], SCHEDULE, on_scale=other)
         pool.submit(pipeline, [1], SCHEDULE, seed=1).result()  # taking turns is fine
 
@@ -323,7 +322,7 @@ def test_another_thread_does_not_begin_in_the_middle(machine: Machine) -> None:
     with machine.open() as pipeline, ThreadPoolExecutor(1) as pool:
 
         def other(_: object) -> None:
-            with machine.device.recorded() as events, pytest.raises(InvalidInput, match="another thread is using"):
+            with machine.device.recorded() as events, pytest.raises(InvalidInput, match="Another thread"):
                 pool.submit(next, pipeline.iter_scales([1], OTHER)).result()
             assert not events
 
@@ -336,7 +335,7 @@ def test_a_pipeline_closed_between_scales(machine: Machine) -> None:
     next(scales)
     pipeline.close()
     machine.device.closed = False  # to see what is tried
-    with machine.device.recorded() as events, pytest.raises(InvalidInput, match="a closed pipeline"):
+    with machine.device.recorded() as events, pytest.raises(InvalidInput, match="closed"):
         next(scales)
     assert not [event for event in events if event.startswith("execute")]
 

@@ -86,7 +86,7 @@ def test_a_pipeline_that_is_closed_leaves_nothing_reserved(machine: Machine) -> 
         pipeline([0] * images, SCHEDULE, seed=1)
     with no_garbage_collection():
         generator: Any = pipeline.generator
-        generator.close()
+        generator._release()
         assert machine.device.reserved == machine.device.used < bytes_of(pipeline, 1)
     pipeline.close()
 
@@ -139,7 +139,7 @@ def test_a_request_that_never_fits_leaves_the_pipeline_usable(
         device.trim()
         idle = device.used
         device.size = idle + bytes_of(pipeline, 2)
-        with pytest.raises(OutOfMemory, match="use a batch of at most 2") as refusal:
+        with pytest.raises(OutOfMemory, match="at most 2") as refusal:
             pipeline([1] * 3, SCHEDULE, seed=3)
         assert refusal.value.exit_code == 6
         with monkeypatch.context() as lying, no_garbage_collection():

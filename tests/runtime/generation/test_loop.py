@@ -266,7 +266,8 @@ def test_nothing_large_is_copied_from_scale_to_scale(open_pipeline: Open) -> Non
     pipeline, backend = open_pipeline(model, recording=False)
     list(pipeline.iter_scales(labels, schedule))
     cache = next(array for array in backend.arrays if array.ndim == 5)
-    assert len([array for array in backend.arrays if array.nbytes > 100_000]) == 1
+    large = [array for array in backend.arrays if array.nbytes > 100_000 and array.ndim != 4]  # 4: conditions kept
+    assert len(large) == 1
     tracemalloc.start()
     try:
         list(pipeline.iter_scales(labels, schedule))
@@ -368,10 +369,16 @@ def test_more_classes_than_are_remembered(open_pipeline: Open) -> None:
     pipeline(labels, "1_2", Guidance(0))
     [first, _] = backend.runs_of("step")
     np.testing.assert_array_equal(first.values["gamma1_0"][:, 0, 0], labels)
-    pipeline(labels[-CLASSES_KEPT:], "1_2", Guidance(0))
-    assert len(backend.opened("condition")) == 1
-    pipeline([0], "1_2", Guidance(0))  # forgotten
-    assert len(backend.opened("condition")) == 2
+    for again in ([0, 1], [1, 0], labels[2:CLASSES_KEPT]):
+        pipeline(again, "1_2", Guidance(0))
+    asked = np.concatenate([run.values["labels"] for run in backend.runs_of("condition")[len(labels) // 2 :]])
+    assert sorted(asked) == labels[:CLASSES_KEPT]  # a request's own slots are given back, and no more than these kept
+    pipeline([CLASSES_KEPT], "1_2", Guidance(0))
+    opened = len(backend.opened("condition"))
+    pipeline([0], "1_2", Guidance(0))
+    assert len(backend.opened("condition")) == opened
+    pipeline([1], "1_2", Guidance(0))  # unused longest, so it made room
+    assert len(backend.opened("condition")) == opened + 1
 
 
 def test_the_condition_graph_is_closed_after_a_failure(open_pipeline: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +488,7 @@ def test_close_frees_everything(open_pipeline: Open) -> None:
         lambda: pipeline.encode(np.zeros((4, 4, 3), np.uint8)),
         lambda: pipeline.warmup(SCHEDULE),
     ):
-        with pytest.raises(InvalidInput, match="got a closed pipeline; expected an open one; fix: open the bundle ag"):
+        with pytest.raises(InvalidInput, match="closed"):
             use()
 
 
@@ -497,13 +504,12 @@ def test_what_does_not_fit_is_refused_with_what_would(open_pipeline: Open) -> No
     backend.available = planned(4).needed() - 1
     with pytest.raises(OutOfMemory) as refusal:
         list(pipeline.iter_scales([1] * 8, SCHEDULE))
-    assert f"got a batch of 8 at schedule {SCHEDULE} that needs " in str(refusal.value)
-    assert refusal.value.fix == "use a batch of at most 3"
+    assert f"batch of 8 at schedule {SCHEDULE}" in refusal.value.got and "at most 3" in refusal.value.fix
     assert not backend.graphs and not caches(backend)  # nothing was opened for it
     assert len(list(pipeline.iter_scales([1] * 3, SCHEDULE))) == 5
     assert len(list(pipeline.iter_scales([1] * 4, SCHEDULE, Guidance(0)))) == 5  # half the sequences
     backend.available = planned(1).needed({"step"}) - 1
-    with pytest.raises(OutOfMemory, match="fix: use a smaller schedule, or a machine with more memory"):
+    with pytest.raises(OutOfMemory, match="smaller schedule"):
         list(pipeline.iter_scales([1] * 2, SCHEDULE))
 
 
@@ -532,9 +538,9 @@ def test_the_decoder_runs_in_batches_that_fit(open_pipeline: Open, fit: float | 
 def test_an_image_that_does_not_fit(open_pipeline: Open) -> None:
     pipeline, backend = open_pipeline()
     backend.available = ORT.image(pipeline.bundle.manifest, (2, 3), PUBLISHED_DECODER)
-    with pytest.raises(OutOfMemory, match=r"got decoding an image of 2x3 tokens that needs .*; fix: use a sm"):
+    with pytest.raises(OutOfMemory, match="Decoding an image of 2x3"):
         pipeline.decode(np.zeros((1, 2, 3), int))
-    with pytest.raises(OutOfMemory, match=r"got encoding an image of 2x3 tokens that needs .*; fix: use a sm"):
+    with pytest.raises(OutOfMemory, match="Encoding an image of 2x3"):
         pipeline.encode(np.zeros((4, 6, 3), np.uint8))
 
 
@@ -550,9 +556,7 @@ def test_the_encoder_runs_in_batches_that_fit(open_pipeline: Open) -> None:
 def test_a_precision_that_the_backend_lacks(open_pipeline: Open) -> None:
     with pytest.raises(BackendUnavailable) as refusal:
         open_pipeline(precisions=frozenset({"fp16", "bf16"}))
-    assert str(refusal.value).startswith(
-        "got a bundle of precision fp32 on recording; expected one of bf16, fp16; fix: use ort-cpu"
-    )
+    assert "recording" in refusal.value.got and "fp32" in refusal.value.got and "ort-cpu" in refusal.value.fix
 
 
 @pytest.mark.parametrize(
@@ -573,7 +577,7 @@ def test_a_graph_with_other_tensors(
     manifest = pipeline.bundle.manifest
     graphs = manifest.graphs | {"step": change(manifest.graphs["step"])}
     bundle = replace(pipeline.bundle, manifest=replace(manifest, graphs=graphs))
-    with pytest.raises(ArtifactRefused, match="got graph step with other tensors than a fp32 model of its size has"):
+    with pytest.raises(ArtifactRefused, match="graph step"):
         FlexVARPipeline(bundle, backend)
 
 
@@ -582,7 +586,7 @@ def test_defaults_that_cannot_be_used(open_pipeline: Open, defaults: dict[str, A
     pipeline, backend = open_pipeline()
     manifest = pipeline.bundle.manifest
     bundle = replace(pipeline.bundle, manifest=replace(manifest, defaults=replace(manifest.defaults, **defaults)))
-    with pytest.raises(ArtifactRefused, match=r"got a bundle whose default is .*; fix: export again"):
+    with pytest.raises(ArtifactRefused, match="default of the bundle"):
         FlexVARPipeline(bundle, backend)
 
 
@@ -592,7 +596,5 @@ def test_a_graph_that_takes_weights_from_unchecked_files(open_pipeline: Open, tm
     path = pipeline.bundle.path / "step.onnx"
     for name in (b"engines/w.bin", b"./Engines/w.bin", b"a/../engines/../engines/w.bin"):
         path.write_bytes(b"\x0a\x08location\x12" + bytes([len(name)]) + name)
-        with pytest.raises(
-            ArtifactRefused, match=r"got step\.onnx: a graph that names engines/; expected weights in f"
-        ):
+        with pytest.raises(ArtifactRefused, match=r"step\.onnx.*engines/"):
             list(pipeline.iter_scales([1], SCHEDULE))
