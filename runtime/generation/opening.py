@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ..backends.base import Backend
-from ..backends.device_arrays import DeviceBackend
 from ..backends.host_arrays import HostBackend
 from ..bundle.opening import Bundle
 from ..checks import check_whole
 from ..errors import InvalidInput
 from .generator import Generator
 from .host import HostGenerator
+
+if TYPE_CHECKING:
+    from ..backends.device_arrays import DeviceBackend
 
 
 def open_generator(bundle: Bundle, backend: Backend, shapes_kept: int | None = None) -> Generator:
@@ -31,4 +33,4 @@ def open_generator(bundle: Bundle, backend: Backend, shapes_kept: int | None = N
         return HostGenerator(bundle, cast(HostBackend, backend))
     from .device import SHAPES_KEPT, DeviceGenerator  # only where there is a device
 
-    return DeviceGenerator(bundle, cast(DeviceBackend, backend), SHAPES_KEPT if shapes_kept is None else shapes_kept)
+    return DeviceGenerator(bundle, cast("DeviceBackend", backend), SHAPES_KEPT if shapes_kept is None else shapes_kept)
