@@ -64,7 +64,9 @@ def read_state(path: Path, kind: str) -> State:
             expected=f"a {kind}",
             fix="Check that transformer and tokenizer were not mixed up.",
         )
-    found = f"the keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
+    found = (
+        f"the keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    )
     keys = ", ".join(" / ".join(path) for path in STATE_KEYS)
     raise CheckpointError(
         f"{path.name} holds {found}, not the named tensors of a {kind}.",
@@ -91,10 +93,15 @@ def _load(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is not plain data: " + reason.split("WeightsUnpickler error:")[-1].strip()
         raise CheckpointError(
-            f"{path.name} cannot be read: {reason.splitlines()[0].rstrip('.')}.",
+            f"{path.name} cannot be read: {first_sentence(reason)}",
             expected="a complete PyTorch checkpoint of tensors and plain containers",
             fix="Download it again and compare its size.",
         ) from error
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of another library's error message."""
+    return f"{text.partition(chr(10))[0].partition('. ')[0].rstrip('.')}."
 
 
 def _find_states(content: Any) -> Iterator[State]:

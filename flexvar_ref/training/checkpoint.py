@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import RunRefused
+from ..pth import first_sentence
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def read_latest(folder: Path, config: str) -> dict[str, Any] | None:
             if not isinstance(state, dict) or state.get("format") != FORMAT or set(state) != set(KEYS):
                 raise ValueError(f"it is not a training state of format {FORMAT}")
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_sentence(str(error))
             log.warning("%s cannot be read and is skipped: %s", path, reason)
             continue
         if state["config"] != config:
@@ -75,7 +76,7 @@ def read_latest(folder: Path, config: str) -> dict[str, Any] | None:
         return state
     if paths:
         raise RunRefused(
-            f"None of the {len(paths)} checkpoints in {folder} can be read: {reason.rstrip('.'):.200}.",
+            f"None of the {len(paths)} checkpoints in {folder} can be read: {reason}",
             expected="at least one that can be read",
             fix="Delete the folder and train again.",
         )
