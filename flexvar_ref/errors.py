@@ -40,11 +40,11 @@ class CheckpointError(FlexVARRefError):
 class TrainingError(FlexVARRefError):
     """Base class of the errors of training."""
 
+    exit_code = 2
+
 
 class ConfigError(TrainingError):
     """A configuration with an unknown key, a value of the wrong type, or sizes that do not fit together."""
-
-    exit_code = 2
 
 
 class MissingExtra(TrainingError):

@@ -142,7 +142,7 @@ class VQLoss:
     scales: number of scales that each step reconstructs. The largest scale is always one of them.
     scale_power: the weight of a scale with n tokens is n to this power.
     l1, l2: weights of the pixel losses.
-    commitment, codebook: weights of the two quantization losses.
+    commitment, codebook: weights of the two quantisation losses.
     perceptual: weight of the perceptual loss. 0 is off.
     perceptual_weights: file of a VGG-16, needed if `perceptual` is not 0.
     adversarial: weight of the adversarial loss. 0 is off.
