@@ -6,6 +6,7 @@ import argparse
 import collections
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ import pytest
 import torch
 
 import flexvar_ref
-from flexvar_ref import CheckpointError, FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
+from flexvar_ref import CheckpointError, FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig, checkpoint
 from flexvar_ref.errors import InvalidInput
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, tokenizer_state, transformer_state
 
@@ -402,39 +403,46 @@ def test_a_stand_in_is_no_weight(
     assert "head.bias" in refusal(load_transformer, written({"head.bias": transformer["head.bias"]}))
 
 
+@pytest.fixture
+def load_state(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], object], State], str]:
+    """(load, state) -> the refusal of a state. Nothing is read from a file, and networks of one size are built once."""
+    monkeypatch.setattr(checkpoint, "FlexVAR", functools.cache(FlexVAR))
+    monkeypatch.setattr(checkpoint, "Tokenizer", functools.cache(Tokenizer))
+
+    def refused(load: Callable[[Path], object], state: State) -> str:
+        monkeypatch.setattr(checkpoint, "read_state", lambda path, kind: state)
+        return refusal(load, Path("some.pth"))
+
+    return refused
+
+
+def without(state: State, names: set[str]) -> State:
+    return {name: value for name, value in state.items() if name not in names}
+
+
 def test_every_missing_parameter_is_named(
-    transformer: State, load_transformer: Callable[[Path], FlexVAR], monkeypatch: pytest.MonkeyPatch
+    transformer: State, vae: State, load_transformer: Callable[[Path], FlexVAR], load_state: Any
 ) -> None:
-    """The error names the parameter that is missing and no other. Nothing is read from a file here."""
-    small = tokenizer_state(dataclasses.replace(TINY_TOKENIZER, multipliers=(1, 2)))
-    del small["quantize.codebook_used"]
-    for state, load in ((transformer, load_transformer), (small, flexvar_ref.load_tokenizer)):
+    """The error names the parameter that is missing and no other."""
+    del vae["quantize.codebook_used"]
+    for state, load in ((transformer, load_transformer), (vae, flexvar_ref.load_tokenizer)):
         for name in state:
-            rest = {key: value for key, value in state.items() if key != name}
-            monkeypatch.setattr("flexvar_ref.checkpoint.read_state", lambda path, kind, rest=rest: rest)
-            assert named(refusal(load, Path("some.pth")), state) == {name}
+            assert named(load_state(load, without(state, {name})), state) == {name}
 
 
-def test_every_missing_block_is_named(
-    load_transformer: Callable[[Path], FlexVAR], tiny: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = dataclasses.replace(tiny[0].config, depth=4, heads=4, head_size=4)
-    state = transformer_state(config)
+def test_every_missing_block_is_named(load_transformer: Callable[[Path], FlexVAR], tiny: Pair, load_state: Any) -> None:
+    state = transformer_state(dataclasses.replace(tiny[0].config, depth=4, heads=4, head_size=4))
     for block in range(4):
         missing = {name for name in state if name.startswith(f"blocks.{block}.")}
-        rest = {name: value for name, value in state.items() if name not in missing}
-        monkeypatch.setattr("flexvar_ref.checkpoint.read_state", lambda path, kind, rest=rest: rest)
-        message = refusal(load_transformer, Path("some.pth"))
+        message = load_state(load_transformer, without(state, missing))
         assert named(message, state) == missing and str(len(state)) in message
 
 
-def test_every_missing_level_is_named(vae: State, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_missing_level_is_named(vae: State, load_state: Any) -> None:
     del vae["quantize.codebook_used"]
-    for part in ("encoder.conv_blocks.0.", "encoder.conv_blocks.2.", "decoder.conv_blocks.2."):
-        missing = {name for name in vae if name.startswith(part)}
-        rest = {name: value for name, value in vae.items() if name not in missing}
-        monkeypatch.setattr("flexvar_ref.checkpoint.read_state", lambda path, kind, rest=rest: rest)
-        assert named(refusal(flexvar_ref.load_tokenizer, Path("some.pth")), vae) == missing
+    for level in (f"{part}coder.conv_blocks.{i}." for part in ("en", "de") for i in range(3)):
+        missing = {name for name in vae if name.startswith(level)}
+        assert named(load_state(flexvar_ref.load_tokenizer, without(vae, missing)), vae) == missing
 
 
 @pytest.mark.parametrize(
@@ -463,12 +471,9 @@ def test_states_that_do_not_fit_are_refused(
     assert fault in refusal(load_transformer, written({**transformer, **change}))
 
 
-def test_long_lists_are_cut(
-    transformer: State, load_transformer: Callable[[Path], FlexVAR], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = {**transformer, **{f"extra.{i}": torch.zeros(1) for i in range(1000)}}
-    monkeypatch.setattr("flexvar_ref.checkpoint.read_state", lambda path, kind: state)
-    message = refusal(load_transformer, Path("some.pth"))
+def test_long_lists_are_cut(transformer: State, load_transformer: Callable[[Path], FlexVAR], load_state: Any) -> None:
+    transformer.update({f"extra.{i}": torch.zeros(1) for i in range(1000)})
+    message = load_state(load_transformer, transformer)
     assert "and 960 more" in message and len(message) < 1500
 
 
