@@ -53,7 +53,7 @@ def tokenizer(
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a tokenizer, which turns images into tokens at every scale and back."""
+    """Train a tokenizer that turns images into tokens."""
     with _report_errors(as_json):
         _require_extra()
         from .config import TokenizerRun
