@@ -180,7 +180,7 @@ def _infer_sizes(infer: Any, state: State, path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, as the end of a sentence."""
+    """The fault that an error reports, as the end of a sentence."""
     text = error.got if isinstance(error, FlexVARRefError) else str(error)
     return text if text.endswith(".") else f"{text}."
 

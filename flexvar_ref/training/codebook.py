@@ -1,4 +1,4 @@
-"""How often the codes of the codebook are used, and new values for codes that are hardly used."""
+"""Usage statistics of the codebook, and the reset of codes that are hardly used."""
 
 from __future__ import annotations
 

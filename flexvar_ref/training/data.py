@@ -229,7 +229,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _unreadable(path: Path) -> str | None:
-    """Why a file cannot be read, or None.
+    """The reason why a file cannot be read, or None.
 
     Only headers and checksums are checked. Damage inside a JPEG is found when it is decoded.
     """
