@@ -1,6 +1,6 @@
-"""FlexVAR in PyTorch: readable, trainable, equal to the published model. The definition of correct.
+"""FlexVAR in PyTorch: readable, trainable, and equal to the published model. All other packages must agree with it.
 
-Names are looked up when they are first used: the command line registers `flexvar train` without loading torch.
+Names are imported on first use, so that the command line can register `flexvar train` without loading torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .checkpoint import load, load_tokenizer, load_transformer, save
     from .config import TokenizerConfig, TransformerConfig
     from .editing import inpaint, refine
-    from .errors import CheckpointError
+    from .errors import CheckpointError, FlexVARRefError
     from .generation import Given, Options, ScaleOutput, generate, iter_scales
     from .scales import as_scales, token_count
     from .tokenizer import Tokenizer
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "FlexVAR",
+    "FlexVARRefError",
     "Given",
     "KVCache",
     "Options",
@@ -45,7 +46,7 @@ _MODULES = {
     "checkpoint": ("load", "load_tokenizer", "load_transformer", "save"),
     "config": ("TokenizerConfig", "TransformerConfig"),
     "editing": ("inpaint", "refine"),
-    "errors": ("CheckpointError",),
+    "errors": ("CheckpointError", "FlexVARRefError"),
     "generation": ("Given", "Options", "ScaleOutput", "generate", "iter_scales"),
     "scales": ("as_scales", "token_count"),
     "tokenizer": ("Tokenizer",),

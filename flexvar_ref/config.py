@@ -1,16 +1,20 @@
-"""Sizes of the two networks. The published models are presets; every other size is just another value."""
+"""Sizes of the two networks. The published models are presets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from .errors import InvalidInput
 
 
 def _check_sizes(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"got {name} {value!r}; expected a whole number of at least 1; fix: correct the configuration"
+            raise InvalidInput(
+                f"{name} is {value!r}, but it must be a whole number of at least 1.",
+                expected="a whole number of at least 1",
+                fix="Correct the configuration.",
             )
 
 
@@ -18,10 +22,18 @@ def _check_sizes(config: object, *names: str) -> None:
 class TransformerConfig:
     """Sizes of the scale-by-scale transformer.
 
-    depth: blocks; heads: attention heads; head_size: channels a head (width C = heads · head_size);
-    mlp_ratio: hidden width over C; classes: number of labels (label `classes` means "no class");
-    vocabulary: codes V; code_dim: dimension of a code; position_side: side of the learned position table.
-    label_dropout and drop_path act in training mode only.
+    depth: number of blocks.
+    heads: attention heads of each block.
+    head_size: channels of each head. The width C is heads · head_size.
+    mlp_ratio: width of the hidden MLP layer, divided by C.
+    classes: number of classes. The label `classes` means "no class".
+    vocabulary: number of codes, V.
+    code_dim: dimension of a code, D.
+    position_side: side of the learned position table.
+    label_dropout: probability that a label becomes "no class", in training mode only.
+    drop_path: probability that the last block drops a branch, in training mode only. It grows linearly with the block.
+
+    Raises InvalidInput.
     """
 
     depth: int
@@ -42,12 +54,15 @@ class TransformerConfig:
         for name in ("label_dropout", "drop_path"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise ValueError(
-                    f"got {name} {value!r}; expected a probability below 1; fix: correct the configuration"
+                raise InvalidInput(
+                    f"{name} is {value!r}, but it must be a probability: at least 0 and below 1.",
+                    expected="a probability below 1",
+                    fix="Correct the configuration.",
                 )
 
     @property
     def width(self) -> int:
+        """Width C of the transformer."""
         return self.heads * self.head_size
 
     @property
@@ -57,7 +72,7 @@ class TransformerConfig:
 
     @classmethod
     def published(cls, depth: int) -> TransformerConfig:
-        """FlexVAR-d16, d20, d24: width 64 · depth, as many heads as blocks."""
+        """Sizes of FlexVAR-d16, d20 and d24: as many heads as blocks, width 64 · depth."""
         return cls(depth=depth, heads=depth, drop_path=0.1 * depth / 24)
 
 
@@ -65,10 +80,16 @@ class TransformerConfig:
 class TokenizerConfig:
     """Sizes of the VQ tokenizer.
 
-    channels: channels of the finest level; multipliers: channels of level i over `channels`, finest first (the
-    image side shrinks by 2 between levels); encoder_blocks, decoder_blocks: residual blocks a level;
-    latent_channels: channels between encoder or decoder and the 1×1 convolutions around the quantiser;
-    vocabulary, code_dim: codebook (V, D); groups: of every group normalisation.
+    channels: channels of the first convolution.
+    multipliers: channels of each level divided by `channels`, finest level first. The image side halves between levels.
+    encoder_blocks: residual blocks of each encoder level.
+    decoder_blocks: residual blocks of each decoder level.
+    latent_channels: channels between the encoder or decoder and the 1×1 convolutions around the quantizer.
+    vocabulary: number of codes, V.
+    code_dim: dimension of a code, D.
+    groups: groups of every group normalisation.
+
+    Raises InvalidInput.
     """
 
     channels: int = 128
@@ -85,9 +106,11 @@ class TokenizerConfig:
             self, "channels", "encoder_blocks", "decoder_blocks", "latent_channels", "vocabulary", "code_dim", "groups"
         )
         if not self.multipliers or any(c < 1 or c % self.groups for c in self.level_channels):
-            raise ValueError(
-                f"got channels {self.level_channels} in {self.groups} groups; expected levels of at least one channel, "
-                "each divisible by the groups; fix: choose other `channels`, `multipliers` or `groups`"
+            raise InvalidInput(
+                f"The levels have {self.level_channels} channels, but there must be at least one level, and the "
+                f"channels of each level must be a multiple of groups ({self.groups}).",
+                expected="levels of at least one channel, each divisible by the groups",
+                fix="Change channels, multipliers or groups.",
             )
 
     @property
@@ -97,5 +120,5 @@ class TokenizerConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a token side."""
+        """Side of a token in pixels."""
         return 2 ** (len(self.multipliers) - 1)

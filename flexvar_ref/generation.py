@@ -1,4 +1,4 @@
-"""Scale-by-scale generation with an explicit KV cache: the definition of correct for every runtime."""
+"""Scale-by-scale generation with an explicit KV cache. Every runtime must reproduce it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import InvalidInput
 from .sampling import RULES, TRAINED_SIDE, draw, guidance_weight, is_greedy, probabilities
 from .scales import Scales, ScalesLike, as_schedule
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR, KVCache
 
-# (scale index, positions, batch) -> uniforms (batch, positions) in (0, 1)
 Uniforms = Callable[[int, int, int], Tensor]
+"""(scale index, positions, batch) -> uniforms (batch, positions) in (0, 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Guidance and sampling of one generation; the defaults are those of the published evaluation at 256 px.
+    """Guidance and sampling of one generation. The defaults are those of the published evaluation at 256 px.
 
-    cfg, rule: "ramp" or "constant", see `guidance_weight`. Guidance is off, and no second branch is run, where its
-    weight is 0 at every scale: cfg 0 with "ramp", cfg 1 with "constant".
-    top_k, top_p: see `probabilities`. upstream_greedy: take the argmax where the published evaluation does.
-    max_side: square scales above it are greedy, and the ramp is cfg above it.
+    cfg: guidance scale. Guidance is off where its weight is 0 at every scale: cfg 0 with "ramp", cfg 1 with "constant".
+    The unconditional branch is then not computed.
+    rule: "ramp" or "constant", see `guidance_weight`.
+    top_k, top_p: see `probabilities`.
+    upstream_greedy: take the argmax at the scales where the published evaluation does.
+    max_side: at a square scale with a larger side the argmax is taken. At any scale with a larger side the ramp is cfg.
+
+    Raises InvalidInput.
     """
 
     cfg: float = 2.5
@@ -39,32 +44,41 @@ class Options:
         for name, valid, expected in (
             ("cfg", math.isfinite(self.cfg), "a finite number"),
             ("rule", self.rule in RULES, "one of " + ", ".join(RULES)),
-            ("top_k", self.top_k >= 0, "0 (off) or how many codes to keep"),
-            ("top_p", 0 <= self.top_p <= 1, "0 (off) to 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or the number of codes to keep"),
+            ("top_p", 0 <= self.top_p <= 1, "from 0 (off) to 1"),
             ("max_side", self.max_side >= 1, "at least 1"),
         ):
             if not valid:
-                raise ValueError(f"got {name} {getattr(self, name)!r}; expected {expected}; fix: correct the options")
+                raise InvalidInput(
+                    f"{name} is {getattr(self, name)!r}, but it must be {expected}.",
+                    expected=expected,
+                    fix="Correct the options.",
+                )
 
 
 @dataclass(frozen=True)
 class Given:
-    """What an edit keeps: the image's own tokens (B, h, w) of every scale, and where they stay, (B, h, w) bool."""
+    """Tokens of an image that a generation keeps.
+
+    tokens: the image's own tokens (B, h, w) at every scale.
+    keep: (B, h, w) bool at every scale, true where the token is kept.
+    """
 
     tokens: tuple[Tensor, ...]
     keep: tuple[Tensor, ...]
 
     @property
     def forced(self) -> int:
-        """Leading scales that are kept whole: nothing is drawn for them."""
+        """Number of leading scales that are kept whole. Nothing is drawn for them."""
         return next((i for i, keep in enumerate(self.keep) if not keep.all()), len(self.keep))
 
 
 @dataclass(frozen=True)
 class ScaleOutput:
-    """One scale: its (h, w), its tokens (B, h, w) and the guided logits (B, h·w, V) they were drawn from.
+    """One generated scale.
 
-    A scale that was prefilled has no logits: (B, 0, V).
+    size: (h, w). tokens: (B, h, w). logits: the guided logits (B, h·w, V) that the tokens were drawn from, or (B, 0, V)
+    for a scale that was prefilled.
     """
 
     size: tuple[int, int]
@@ -80,7 +94,10 @@ def generate(
     options: Options | None = None,
     uniforms: Uniforms | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Tokens (B, h, w) of every scale and the decoder's image (B, 3, H, W), not clamped."""
+    """Tokens (B, h, w) of every scale and the decoded images (B, 3, H, W), not clamped.
+
+    The arguments are those of `iter_scales`. Raises InvalidInput.
+    """
     tokens = [scale.tokens for scale in iter_scales(model, labels, scales, options, uniforms)]
     with torch.inference_mode():
         return tokens, tokenizer.decode(tokens[-1])
@@ -96,16 +113,18 @@ def iter_scales(
     given: Given | None = None,
     prefill: bool = True,
 ) -> Iterator[ScaleOutput]:
-    """Generate scale by scale.
+    """Generate scale by scale, one ScaleOutput for each.
 
-    labels: B class labels (`config.null_class` for "no class"). uniforms: source of the draws (default: torch's
-    generator). forced: tokens (B, h, w) of every scale to be fed on instead of the sampled ones (teacher forcing
-    through the cache; the last may be left out). given: tokens put back after every draw where they are to be kept;
-    scales kept whole are computed in one pass, or one by one without `prefill`. Raises ValueError, when the first
-    scale is asked for.
+    labels: B class labels; `config.null_class` means "no class".
+    uniforms: source of the uniform draws. The default is torch's global generator.
+    forced: tokens (B, h, w) of every scale that are fed to the next scale in place of the sampled ones (teacher forcing
+    through the cache). The last scale may be left out.
+    given: tokens to keep. They replace the sampled ones after every draw.
+    prefill: compute the leading scales that `given` keeps whole in one pass, not one by one.
+    Raises InvalidInput when the first scale is asked for.
     """
     options, scales = options or Options(), as_schedule(scales)
-    _check(model, labels, scales, forced, given)
+    _check_request(model, labels, scales, forced, given)
     weights = [
         guidance_weight(options.rule, options.cfg, i, len(scales), size, options.max_side)
         for i, size in enumerate(scales)
@@ -141,22 +160,36 @@ def iter_scales(
             tokens = forced[i].long()
 
 
-def _check(
+def _check_request(
     model: FlexVAR, labels: Sequence[int], scales: Scales, forced: Sequence[Tensor] | None, given: Given | None
 ) -> None:
     null = model.config.null_class
     if len(labels) < 1 or not all(0 <= label <= null for label in labels):
-        raise ValueError(f"got labels {list(labels)}; expected one or more from 0 to {null}; fix: {null} is no class")
+        raise InvalidInput(
+            f"labels is {list(labels)}, but it must hold one or more whole numbers from 0 to {null}.",
+            expected=f"one or more from 0 to {null}",
+            fix=f"Pass one label for each image; {null} means no class.",
+        )
     if forced is not None and len(forced) not in (len(scales), len(scales) - 1):
-        raise ValueError(f"got forced tokens of {len(forced)} scales; expected {len(scales)}; fix: one map a scale")
+        raise InvalidInput(
+            f"forced holds tokens of {len(forced)} scales, but the schedule has {len(scales)}.",
+            expected=f"{len(scales)} scales",
+            fix="Pass one token map for each scale.",
+        )
     if given is not None:
         shapes = [(len(labels), *size) for size in scales]
         for name in ("tokens", "keep"):
             got = [tuple(one.shape) for one in getattr(given, name)]
             if got != shapes:
-                raise ValueError(f"got given {name} of {got}; expected {shapes}; fix: one map an image and scale")
+                raise InvalidInput(
+                    f"given.{name} has the shapes {got}, but they must be {shapes}.",
+                    expected=str(shapes),
+                    fix="Pass one map for each image and scale.",
+                )
     if model.training:
-        raise ValueError("got a model in training mode; expected evaluation mode; fix: call model.eval() first")
+        raise InvalidInput(
+            "The model is in training mode.", expected="evaluation mode", fix="Call model.eval() before you generate."
+        )
 
 
 def _sample(logits: Tensor, index: int, size: tuple[int, int], options: Options, uniforms: Uniforms | None) -> Tensor:
@@ -167,5 +200,9 @@ def _sample(logits: Tensor, index: int, size: tuple[int, int], options: Options,
     else:
         u = uniforms(index, L, B).to(logits.device)
         if u.shape != (B, L):
-            raise ValueError(f"got uniforms of shape {tuple(u.shape)}; expected {(B, L)}; fix: one draw a position")
+            raise InvalidInput(
+                f"uniforms returned the shape {tuple(u.shape)} at scale {index}, but it must be {(B, L)}.",
+                expected=str((B, L)),
+                fix="Return one draw for each image and position.",
+            )
     return draw(probabilities(logits, 1 if greedy else options.top_k, options.top_p), u).view(B, *size)

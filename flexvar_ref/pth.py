@@ -1,8 +1,8 @@
-"""Published `.pth` files, read without running anything that is in them.
+"""Reading of published `.pth` files. No code in a file is ever run.
 
-`weights_only=True` always: a pickle that asks for code is refused. Training checkpoints also hold options and
-optimiser state, whose classes (argparse.Namespace, numpy scalars, …) that rule would refuse as well: nobody reads
-them, so a stand-in takes their place and not even those classes are run.
+Files are loaded with `weights_only=True`, which refuses a pickle that asks for code. Training checkpoints also hold
+options and optimiser state of other classes (argparse.Namespace, numpy scalars, …), which would be refused too. Nothing
+here reads those values, so empty stand-ins are loaded in their place.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 from .errors import CheckpointError
 
 State = dict[str, Tensor]
-PLACES = (("trainer", "var_wo_ddp"), ("trainer", "vae_local"), ("model",))  # each key may be absent: a bare state
-MARKS = {"transformer": ("blocks.", "word_embed.", "head."), "tokenizer": ("encoder.", "decoder.", "quantize.")}
-DROPPED = ("attn_bias_for_masking", "quantize.codebook_used")  # a training mask and a usage counter
-WRAPPERS = ("module.", "_orig_mod.")  # data-parallel and compiled training prefix every name
+STATE_KEYS = (("trainer", "var_wo_ddp"), ("trainer", "vae_local"), ("model",))  # a bare state has none of these keys
+NAME_PREFIXES = {"transformer": ("blocks.", "word_embed.", "head."), "tokenizer": ("encoder.", "decoder.", "quantize.")}
+IGNORED_NAMES = ("attn_bias_for_masking", "quantize.codebook_used")  # a training mask and a usage counter
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # data-parallel and compiled training prefix every name
 
 
 class _Discarded:
-    """A value beside the weights that nobody looks at."""
+    """An empty stand-in for a value beside the weights."""
 
     def __init__(self, *arguments: object) -> None: ...
 
@@ -48,57 +48,66 @@ _STAND_INS: list[Any] = [
 
 
 def read_state(path: Path, kind: str) -> State:
-    """The named tensors of a "transformer" or "tokenizer" checkpoint, wherever a published layout keeps them.
+    """The named tensors of a checkpoint in any published layout. kind: "transformer" or "tokenizer".
 
-    Name prefixes of wrapped training and what is no parameter are taken off. Raises CheckpointError.
+    Prefixes of data-parallel or compiled training are removed from the names, and tensors that are not parameters are
+    left out. Raises CheckpointError.
     """
-    content = _read(path)
-    states = [_clean(state) for state in _states(content)]
+    content = _load(path)
+    states = [_normalise_names(state) for state in _find_states(content)]
     for state in states:
         if _kind(state) == kind:
             return state
     if states and (other := _kind(states[0])):
         raise CheckpointError(
-            f"{path.name}, which holds a {other}",
+            f"{path.name} holds a {other}, not a {kind}.",
             expected=f"a {kind}",
-            fix="check that transformer and tokenizer were not mixed up",
+            fix="Check that transformer and tokenizer were not mixed up.",
         )
-    found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+    found = (
+        f"the keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    )
+    keys = ", ".join(" / ".join(path) for path in STATE_KEYS)
     raise CheckpointError(
-        f"{path.name} holding {found}",
-        expected=f"the named tensors of a {kind}, bare or under " + ", ".join(" / ".join(place) for place in PLACES),
-        fix="pass a FlexVAR checkpoint",
+        f"{path.name} holds {found}, not the named tensors of a {kind}.",
+        expected=f"the named tensors of a {kind}, bare or under {keys}",
+        fix="Pass a FlexVAR checkpoint.",
     )
 
 
-def _read(path: Path) -> Any:
+def _load(path: Path) -> Any:
     if not path.is_file():
-        raise CheckpointError(f"no file {path}", expected="a checkpoint", fix="check the path")
+        raise CheckpointError(f"{path} is not a file.", expected="a checkpoint", fix="Check the path.")
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a parser fed with arbitrary bytes: whatever it says, the file is refused
+    except Exception as error:  # the parser raises almost anything for a damaged file
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
             raise CheckpointError(
-                f"{path.name}, which asks to run {asked[1]}",
+                f"{path.name} asks to run {asked[1]}, but code in a checkpoint is never run.",
                 expected="tensors and plain containers; code in a pickle is never run",
-                fix="get the file from its publisher, or convert it to safetensors where it was made",
+                fix="Get the file from its publisher, or convert it to safetensors where it was made.",
             ) from error
         reason = str(error).strip() or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
-            reason = "not plain data: " + reason.split("WeightsUnpickler error:")[-1].strip()
+            reason = "it is not plain data: " + reason.split("WeightsUnpickler error:")[-1].strip()
         raise CheckpointError(
-            f"{path.name}, which cannot be read ({reason.splitlines()[0]})",
+            f"{path.name} cannot be read: {first_sentence(reason)}",
             expected="a complete PyTorch checkpoint of tensors and plain containers",
-            fix="download it again and compare its size",
+            fix="Download it again and compare its size.",
         ) from error
 
 
-def _states(content: Any) -> Iterator[State]:
-    for place in PLACES:
+def first_sentence(text: str) -> str:
+    """The first sentence of another library's error message."""
+    return f"{text.partition(chr(10))[0].partition('. ')[0].rstrip('.')}."
+
+
+def _find_states(content: Any) -> Iterator[State]:
+    for keys in STATE_KEYS:
         inner = content
-        for key in place:
+        for key in keys:
             if isinstance(inner, Mapping) and key in inner:
                 inner = inner[key]
         named = isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner)
@@ -106,11 +115,11 @@ def _states(content: Any) -> Iterator[State]:
             yield dict(inner)
 
 
-def _clean(state: State) -> State:
-    while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in state)), None):
-        state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if name not in DROPPED}
+def _normalise_names(state: State) -> State:
+    while prefix := next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if name not in IGNORED_NAMES}
 
 
 def _kind(state: State) -> str | None:
-    return next((kind for kind, marks in MARKS.items() if any(name.startswith(marks) for name in state)), None)
+    return next((kind for kind, known in NAME_PREFIXES.items() if any(name.startswith(known) for name in state)), None)

@@ -1,6 +1,6 @@
-"""Guidance and sampling, as plain functions on tensors.
+"""Guidance and sampling as functions on tensors.
 
-Source: the two guidance rules and the top-k / top-p filter of the published evaluation and demo.
+Source: the two guidance rules and the top-k and top-p filter of the published evaluation and demo.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Sides the published evaluation samples; it takes the argmax at any other, and above the training side.
+from .errors import InvalidInput
+
+# The published evaluation samples at these sides only. At any other side, and above the training side, it takes the
+# argmax.
 SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
 TRAINED_SIDE = 16
 RULES = ("ramp", "constant")
@@ -17,14 +20,20 @@ RULES = ("ramp", "constant")
 def guidance_weight(
     rule: str, cfg: float, index: int, scales: int, size: tuple[int, int], max_side: int = TRAINED_SIDE
 ) -> float:
-    """t in `cond + t · (cond − uncond)` at scale `index` of `scales`.
+    """The weight t of guidance in `cond + t · (cond − uncond)` at scale `index` of `scales`.
 
-    "ramp" (evaluation): cfg · index / min(scales − 1, 9), above cfg from the eleventh scale on; cfg where a side is
-    above max_side; 0 for one scale alone.
-    "constant" (demo): uncond + cfg · (cond − uncond), hence t = cfg − 1.
+    "ramp" (the published evaluation): t = cfg · index / min(scales − 1, 9), which exceeds cfg from the eleventh scale
+    on. t = cfg where a side is above max_side, and t = 0 for a schedule of one scale.
+    "constant" (the published demo): uncond + cfg · (cond − uncond), so t = cfg − 1.
+    Raises InvalidInput for any other rule.
     """
     if rule not in RULES:
-        raise ValueError(f"got guidance rule {rule!r}; expected one of {', '.join(RULES)}; fix: name one of them")
+        names = ", ".join(RULES)
+        raise InvalidInput(
+            f"The guidance rule is {rule!r}, but it must be one of {names}.",
+            expected=f"one of {names}",
+            fix="Pass one of them.",
+        )
     if rule == "constant":
         return cfg - 1
     if scales == 1:
@@ -33,16 +42,16 @@ def guidance_weight(
 
 
 def is_greedy(size: tuple[int, int], max_side: int = TRAINED_SIDE) -> bool:
-    """Whether the published evaluation takes the argmax at this (square) scale."""
+    """Whether the published evaluation takes the argmax at this scale. It knows square scales only."""
     h, w = size
     return h == w and (h not in SAMPLED_SIDES or h > max_side)
 
 
 def probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The distribution (..., V) sampled from.
+    """The distribution (..., V) that tokens are drawn from, float64, for logits (..., V).
 
-    top_k keeps the ties at its threshold; top_p then drops the least likely codes while what is dropped stays
-    within 1 − top_p, never the most likely one. 0 turns either off.
+    top_k keeps the most likely codes, and ties at the threshold are kept too. top_p then drops the least likely codes
+    while their total probability is at most 1 − top_p. The most likely code is never dropped. 0 turns either off.
     """
     vocabulary = logits.shape[-1]
     if 0 < top_k < vocabulary:
@@ -58,6 +67,9 @@ def probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draw in vocabulary order: the first code whose cumulative probability exceeds u."""
+    """Tokens (...) drawn from distributions (..., V) with uniforms (...) in [0, 1), by inverse CDF in vocabulary order.
+
+    Each token is the first code whose cumulative probability exceeds its uniform.
+    """
     cumulative = probs.cumsum(-1)
     return (cumulative <= uniforms[..., None] * cumulative[..., -1:]).sum(-1)

@@ -1,4 +1,4 @@
-"""A schedule as the reference sees it: a tuple of (h, w) token maps."""
+"""A schedule is a tuple of scales, and a scale is the (height, width) of a token map."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
+from .errors import InvalidInput
+
 Scales: TypeAlias = tuple[tuple[int, int], ...]
 ScalesLike: TypeAlias = str | Iterable[int | tuple[int, int]]
 
@@ -14,33 +16,39 @@ _SCALE = re.compile(r"([0-9]{1,6})(?:x([0-9]{1,6}))?")
 
 
 def as_scales(scales: ScalesLike) -> Scales:
-    """`"1_2_3x5"`, `[1, 2, (3, 5)]` or any iterable of sides and pairs as ((1, 1), (2, 2), (3, 5)).
+    """The scales as (h, w) pairs.
 
-    Raises ValueError.
+    `"1_2_3x5"`, `[1, 2, (3, 5)]` and any other iterable of sides and pairs give ((1, 1), (2, 2), (3, 5)).
+    Raises InvalidInput.
     """
     try:
         parts = scales.split("_") if isinstance(scales, str) else list(scales)
-        pairs = tuple(_pair(part) for part in parts)
+        pairs = tuple(_parse_scale(part) for part in parts)
     except (TypeError, ValueError):
         pairs = ()
     if not pairs or any(h < 1 or w < 1 for h, w in pairs):
-        raise ValueError(
-            f"got scales {scales!r:.200}; expected whole sides of at least 1, or (h, w) pairs of them; "
-            "fix: write them like 1_2_3x5 or [1, 2, (3, 5)]"
+        raise InvalidInput(
+            f"The schedule is {scales!r:.200}, but its scales must be whole sides of at least 1, or (h, w) pairs.",
+            expected="whole sides of at least 1, or (h, w) pairs of them",
+            fix="Write it like 1_2_3x5 or [1, 2, (3, 5)].",
         )
     return pairs
 
 
 def as_schedule(scales: ScalesLike) -> Scales:
-    """`as_scales` for the transformer, whose first scale is the single token of the class. Raises ValueError."""
+    """`as_scales` for the transformer, whose first scale must be 1x1. Raises InvalidInput."""
     pairs = as_scales(scales)
     if pairs[0] != (1, 1):
         h, w = pairs[0]
-        raise ValueError(f"got a schedule starting with {h}x{w}; expected 1x1 first; fix: write it like 1_2_3x5")
+        raise InvalidInput(
+            f"The schedule starts with {h}x{w}, but its first scale must be 1x1.",
+            expected="1x1 first",
+            fix="Write it like 1_2_3x5.",
+        )
     return pairs
 
 
-def _pair(part: Any) -> tuple[int, int]:
+def _parse_scale(part: Any) -> tuple[int, int]:
     if isinstance(part, str):
         match = _SCALE.fullmatch(part)
         if not match:
@@ -55,5 +63,5 @@ def _pair(part: Any) -> tuple[int, int]:
 
 
 def token_count(scales: Scales) -> int:
-    """Tokens of all scales together."""
+    """Number of tokens of all scales together."""
     return sum(h * w for h, w in scales)

@@ -1,8 +1,8 @@
-"""Checkpoints without a download: deterministic weights in the published `.pth` layouts, at any size.
+"""Synthetic checkpoints: deterministic weights in the published `.pth` layouts, at any size, without a download.
 
-Every parameter comes from a generator seeded by (seed, crc32 of its published name), scaled so that activations stay
-near unit size and logits are peaked like those of a trained model. For tests, the demo and benchmarks, which need the
-sizes of a model and not its pictures.
+Each parameter is drawn from a generator seeded with (seed, crc32 of its published name). The weights are scaled so that
+activations stay near unit size and logits are as peaked as those of a trained model. Tests and benchmarks use them:
+they need a model of a given size, not good images.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checkpoint import PUBLISHED_GROUPS, published_name
 from .config import TokenizerConfig, TransformerConfig
+from .errors import InvalidInput
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR
 
@@ -29,20 +30,20 @@ TINY_TOKENIZER = TokenizerConfig(
     vocabulary=512,
     code_dim=8,
 )
-"""A second tokenizer in everything: 3 levels (downsampling 4), fewer channels and codes, another code dimension."""
+"""A small tokenizer for tests: 3 levels (downsampling 4), fewer channels and codes, another code dimension."""
 
 
 def tiny_transformer(
     depth: int = 2, classes: int = 10, tokenizer: TokenizerConfig = TINY_TOKENIZER
 ) -> TransformerConfig:
-    """A transformer of `depth` blocks for a tiny tokenizer."""
+    """Sizes of a transformer with `depth` blocks and as many heads, for a small tokenizer."""
     return TransformerConfig(
         depth=depth, heads=depth, classes=classes, vocabulary=tokenizer.vocabulary, code_dim=tokenizer.code_dim
     )
 
 
 def synthetic_state(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """Float32 weights for every published name in `shapes`."""
+    """Float32 weights for the published names and shapes in `shapes`."""
     return {name: torch.from_numpy(_weight(name, shape, seed)) for name, shape in shapes.items()}
 
 
@@ -64,14 +65,14 @@ def _weight(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]
 
 
 def transformer_state(config: TransformerConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights of a transformer under their published names."""
+    """Synthetic weights of a transformer under their published names."""
     with torch.device("meta"):
         model = FlexVAR(config, torch.empty(config.vocabulary, config.code_dim))
     return synthetic_state({name: tuple(value.shape) for name, value in model.state_dict().items()}, seed)
 
 
 def tokenizer_state(config: TokenizerConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights of a tokenizer under their published names."""
+    """Synthetic weights of a tokenizer under their published names."""
     with torch.device("meta"):
         model = Tokenizer(config)
     shapes = {published_name(k): tuple(v.shape) for k, v in model.state_dict().items()}
@@ -81,14 +82,16 @@ def tokenizer_state(config: TokenizerConfig, seed: int = 0) -> dict[str, Tensor]
 def write_checkpoints(
     directory: str | Path, transformer: TransformerConfig, tokenizer: TokenizerConfig, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write `transformer.pth` and `vae.pth` in the published layouts; returns their paths.
+    """Write `transformer.pth` and `vae.pth` in the published layouts and return their paths.
 
-    Raises ValueError for sizes that a published layout does not tell.
+    Raises InvalidInput for sizes that cannot be read back from a published layout.
     """
     if tokenizer.groups != PUBLISHED_GROUPS or transformer.depth < transformer.heads:
-        raise ValueError(
-            f"got {tokenizer.groups} groups, {transformer.depth} blocks, {transformer.heads} heads; expected "
-            f"{PUBLISHED_GROUPS} groups and no fewer blocks than heads; fix: write safetensors with flexvar_ref.save"
+        raise InvalidInput(
+            f"The models have {tokenizer.groups} groups, {transformer.depth} blocks and {transformer.heads} heads, but "
+            f"the published layouts need {PUBLISHED_GROUPS} groups and at least as many blocks as heads.",
+            expected=f"{PUBLISHED_GROUPS} groups and no fewer blocks than heads",
+            fix="Save them as safetensors with flexvar_ref.save.",
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

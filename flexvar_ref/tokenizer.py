@@ -1,7 +1,7 @@
-"""The VQ tokenizer: convolutional encoder, multi-scale quantiser, convolutional decoder.
+"""The VQ tokenizer: convolutional encoder, multi-scale quantizer, convolutional decoder.
 
 Shapes: image (B, 3, H, W) in −1…1; latent (B, D, h, w) with h = H / downsampling; tokens (B, h, w).
-Parameter names are those of the published checkpoint. Source: FlexVAR, section 3.1, after VQGAN / LlamaGen.
+Parameter names are those of the published checkpoint. Source: FlexVAR, section 3.1, after VQGAN and LlamaGen.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TokenizerConfig
+from .errors import InvalidInput
 from .scales import ScalesLike, as_scales
 
 NORM_EPS = 1e-6
@@ -21,6 +22,8 @@ def _norm(config: TokenizerConfig, channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions, added to the input."""
+
     def __init__(self, config: TokenizerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         self.norm1 = _norm(config, inputs)
@@ -36,7 +39,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head over all positions, added to its input."""
+    """Attention with one head over all positions, added to the input."""
 
     def __init__(self, config: TokenizerConfig, channels: int) -> None:
         super().__init__()
@@ -55,6 +58,8 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halves the sides with a 3×3 convolution of stride 2."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -64,6 +69,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Doubles the sides: nearest neighbour, then a 3×3 convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -73,7 +80,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention at the coarsest one, then a resize."""
+    """Residual blocks at one resolution, then a resize. At the coarsest level attention follows each block."""
 
     def __init__(self, config: TokenizerConfig, inputs: int, outputs: int, blocks: int, attention: bool) -> None:
         super().__init__()
@@ -146,7 +153,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook; its rows are l2-normalised wherever they are used."""
+    """The codebook. Its rows are stored as they are and l2-normalised on every use."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -155,6 +162,7 @@ class Quantizer(nn.Module):
 
     @property
     def codebook_VD(self) -> Tensor:
+        """The l2-normalised codebook (V, D)."""
         return F.normalize(self.embedding.weight, dim=-1)
 
 
@@ -172,40 +180,54 @@ class Tokenizer(nn.Module):
 
     @property
     def codebook_VD(self) -> Tensor:
-        """l2-normalised codebook (V, D)."""
+        """The l2-normalised codebook (V, D)."""
         return self.quantizer.codebook_VD
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Image (B, 3, H, W) in −1…1 to its continuous latent (B, D, h, w), neither resized nor normalised."""
+        """Images (B, 3, H, W) in −1…1 to continuous latents (B, D, h, w), neither resized nor normalised.
+
+        Raises InvalidInput for another shape, or a side that is not a multiple of the downsampling.
+        """
         factor = self.config.downsampling
         sides = image_BCHW.shape[2:]
         if image_BCHW.ndim != 4 or image_BCHW.shape[1] != 3 or any(s % factor or s < factor for s in sides):
-            raise ValueError(
-                f"got an image of shape {tuple(image_BCHW.shape)}; expected (B, 3, H, W) with sides in multiples of "
-                f"{factor}; fix: resize or pad it"
+            raise InvalidInput(
+                f"The image has the shape {tuple(image_BCHW.shape)}, but it must be (B, 3, H, W) with H and W in "
+                f"multiples of {factor}.",
+                expected=f"(B, 3, H, W) with sides in multiples of {factor}",
+                fix="Resize or pad the image.",
             )
         return self.quant_conv(self.encoder(image_BCHW))
 
     def quantize(self, latent_BDhw: Tensor, scales: ScalesLike) -> list[Tensor]:
-        """Tokens (B, h, w) at every scale: area resize, then l2-normalise, then the nearest code."""
+        """Tokens (B, h, w) at every scale, of latents (B, D, h, w) as `encode` returns them.
+
+        The latents are resized (area), then l2-normalised, then replaced by the nearest code. Raises InvalidInput.
+        """
         if latent_BDhw.ndim != 4 or latent_BDhw.shape[1] != self.config.code_dim:
-            raise ValueError(
-                f"got a latent of shape {tuple(latent_BDhw.shape)}; expected (B, {self.config.code_dim}, h, w); "
-                "fix: pass what `encode` returns"
+            expected = f"(B, {self.config.code_dim}, h, w)"
+            raise InvalidInput(
+                f"The latent has the shape {tuple(latent_BDhw.shape)}, but it must be {expected}.",
+                expected=expected,
+                fix="Pass the latent that encode returns.",
             )
         return [self.nearest(F.interpolate(latent_BDhw, size=size, mode="area")) for size in as_scales(scales)]
 
     def nearest(self, latent_BDhw: Tensor) -> Tensor:
-        """Index of the nearest normalised code (B, h, w) of every l2-normalised latent vector."""
+        """Tokens (B, h, w) of latents (B, D, h, w): the code nearest to each latent vector, both l2-normalised."""
         z = F.normalize(latent_BDhw, dim=1)
         return torch.einsum("bdhw,vd->bhwv", z, self.codebook_VD).argmax(-1)
 
     def decode(self, tokens_Bhw: Tensor) -> Tensor:
-        """Tokens of one scale to an image (B, 3, H, W); nominally −1…1, not clamped."""
+        """Tokens (B, h, w) of one scale to images (B, 3, H, W), nominally in −1…1, not clamped. Raises InvalidInput."""
         if tokens_Bhw.ndim != 3:
-            raise ValueError(f"got tokens of shape {tuple(tokens_Bhw.shape)}; expected (B, h, w); fix: reshape them")
+            raise InvalidInput(
+                f"tokens has the shape {tuple(tokens_Bhw.shape)}, but it must be (B, h, w).",
+                expected="(B, h, w)",
+                fix="Reshape the tokens to one map for each image.",
+            )
         return self.decode_codes(F.embedding(tokens_Bhw.long(), self.codebook_VD))
 
     def decode_codes(self, codes_BhwD: Tensor) -> Tensor:
-        """Normalised codes (B, h, w, D) to an image (B, 3, H, W), not clamped."""
+        """l2-normalised codes (B, h, w, D) to images (B, 3, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(codes_BhwD.permute(0, 3, 1, 2)))

@@ -1,6 +1,6 @@
-"""The FlexVAR transformer: AdaLN blocks over a sequence of scales, each scale a whole token map.
+"""The FlexVAR transformer: AdaLN blocks over a sequence of scales. Each scale is a whole token map.
 
-Shapes: B images, N sequences (2B under guidance), L tokens, C width, V vocabulary, D code dimension.
+Shapes: B images, N sequences (2B with guidance), L tokens, C width, V vocabulary, D code dimension.
 Parameter names are those of the published checkpoints. Source: FlexVAR, section 3.
 """
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TransformerConfig
+from .errors import InvalidInput
 from .scales import Scales, ScalesLike, as_schedule
 
 NORM_EPS = 1e-6
@@ -24,24 +25,25 @@ LOGIT_SCALE_LIMIT = math.log(100)
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the scales seen so far: one (N, heads, P, head_size) pair a block."""
+    """Keys and values of the P tokens so far: (N, heads, P, head_size) for each block."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
     @property
     def length(self) -> int:
+        """Number of cached tokens, P."""
         return self.keys[0].shape[2]
 
 
 def resize_codes(codes_BhwD: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic resize (a = −0.75, half-pixel, no antialias) of codes (B, h, w, D) to (B, *size, D)."""
+    """Codes (B, h, w, D) resized to (B, *size, D): bicubic with a = −0.75, half-pixel centres, no antialiasing."""
     resized = F.interpolate(codes_BhwD.permute(0, 3, 1, 2), size=size, mode="bicubic")
     return resized.permute(0, 2, 3, 1)
 
 
 def block_causal_mask(scales: Scales, device: torch.device | None = None) -> Tensor:
-    """(L, L) bool: a token attends to its own scale and to all earlier ones."""
+    """(L, L) bool, true where row attends to column: a token attends to its own scale and to all earlier ones."""
     index = torch.cat([torch.full((h * w,), i, device=device) for i, (h, w) in enumerate(scales)])
     return index[:, None] >= index[None, :]
 
@@ -64,7 +66,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x_NLC: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output (N, L, C) and all keys and values (N, heads, P + L, head_size)."""
+        """Output (N, L, C), and the keys and the values (N, heads, P + L, head_size) of past and new tokens."""
         N, L, C = x_NLC.shape
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x_NLC, self.mat_qkv.weight, bias).view(N, L, 3, self.heads, -1)
@@ -78,6 +80,8 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The MLP of a block, with the tanh form of GELU."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
@@ -88,7 +92,7 @@ class FeedForward(nn.Module):
 
 
 class AdaLN(nn.Sequential):
-    """The class condition (N, C) to `parts` modulations of width C, (N, parts · C)."""
+    """Turns the class condition (N, C) into `parts` modulations of width C, (N, parts · C)."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
@@ -99,7 +103,7 @@ class AdaLN(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the class (AdaLN)."""
+    """Attention and MLP, each shifted, scaled and gated by modulations of the class (AdaLN)."""
 
     def __init__(self, config: TransformerConfig, drop_path: float) -> None:
         super().__init__()
@@ -129,14 +133,14 @@ class Block(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """The blocks in order; a ModuleList that says of what."""
+    """The transformer blocks, in order."""
 
     def __iter__(self) -> Iterator[Block]:
         return cast("Iterator[Block]", super().__iter__())
 
 
 class HeadModulation(nn.Module):
-    """Normalisation before the head, scaled and shifted by the class."""
+    """Normalisation before the head, scaled and shifted by modulations of the class."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -149,16 +153,22 @@ class HeadModulation(nn.Module):
 
 
 class FlexVAR(nn.Module):
-    """The transformer. `codebook_VD` is the tokenizer's l2-normalised codebook (its input embedding)."""
+    """The transformer.
+
+    config: its sizes. codebook_VD: the tokenizer's l2-normalised codebook, which embeds the input tokens.
+    Raises InvalidInput if the codebook has another shape.
+    """
 
     codebook_VD: Tensor
 
     def __init__(self, config: TransformerConfig, codebook_VD: Tensor) -> None:
         super().__init__()
         if codebook_VD.shape != (config.vocabulary, config.code_dim):
-            raise ValueError(
-                f"got a codebook of {tuple(codebook_VD.shape)}; expected ({config.vocabulary}, {config.code_dim}); "
-                "fix: use the tokenizer this transformer was trained with"
+            expected = f"({config.vocabulary}, {config.code_dim})"
+            raise InvalidInput(
+                f"The codebook has the shape {tuple(codebook_VD.shape)}, but this transformer needs {expected}.",
+                expected=expected,
+                fix="Use the tokenizer that this transformer was trained with.",
             )
         self.config = config
         C, side = config.width, config.position_side
@@ -174,7 +184,7 @@ class FlexVAR(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: trunc-normal std sqrt(1/(3C)), small head and AdaLN, scaled residuals."""
+        """Initialise as published: truncated normal of std sqrt(1/(3C)), small head and AdaLN, scaled residuals."""
         std = math.sqrt(1 / (3 * self.config.width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -193,11 +203,11 @@ class FlexVAR(nn.Module):
                 block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
 
     def positions(self, h: int, w: int) -> Tensor:
-        """Position embedding (h·w, C) of a token map: the table resized by adaptive average pooling."""
+        """Position embeddings (h·w, C) of a token map: the table resized by adaptive average pooling."""
         return F.interpolate(self.pos_1LC, size=(h, w), mode="area")[0].flatten(1).T
 
     def condition(self, labels_B: Tensor) -> Tensor:
-        """What modulates every block: the raw class embedding (B, C)."""
+        """The class embedding (B, C), which modulates every block and the head."""
         return self.class_emb(labels_B)
 
     def first_input(self, labels_B: Tensor) -> Tensor:
@@ -205,16 +215,16 @@ class FlexVAR(nn.Module):
         return self.class_emb(labels_B)[:, None] + self.pos_start + self.positions(1, 1)
 
     def next_codes(self, tokens: Tensor, size: tuple[int, int], next_size: tuple[int, int]) -> Tensor:
-        """Codes (B, h'·w', D) fed to scale `next_size`, from the tokens (B, h, w) or (B, h·w) of scale `size`."""
+        """Codes (B, h'·w', D) for the scale `next_size`, from the tokens (B, h, w) or (B, h·w) of the scale `size`."""
         codes = F.embedding(tokens.reshape(-1, *size), self.codebook_VD)
         return resize_codes(codes, next_size).flatten(1, 2)
 
     def next_input(self, tokens: Tensor, size: tuple[int, int], next_size: tuple[int, int]) -> Tensor:
-        """Input (B, h'·w', C) of scale `next_size`: its codes embedded, plus its positions."""
+        """Input (B, h'·w', C) of the scale `next_size`: `next_codes` embedded, plus the positions."""
         return self.word_embed(self.next_codes(tokens, size, next_size)) + self.positions(*next_size)
 
     def step(self, x_NLC: Tensor, cond_NC: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache]:
-        """One scale after the cached ones: hidden states (N, L, C) and the grown cache."""
+        """Run one scale after the cached ones. Returns hidden states (N, L, C) and the cache with this scale added."""
         keys, values = [], []
         for i, block in enumerate(self.blocks):
             past = None if cache is None else (cache.keys[i], cache.values[i])
@@ -230,24 +240,27 @@ class FlexVAR(nn.Module):
     def forward(
         self, labels_B: Tensor | Sequence[int], tokens_per_scale: Sequence[Tensor], scales: ScalesLike
     ) -> Tensor:
-        """Teacher-forced, unguided logits (B, L, V) of all scales under the block-causal mask.
+        """Teacher-forced logits (B, L, V) of all scales, without guidance, under the block-causal mask.
 
-        tokens_per_scale: true tokens (B, h, w) or (B, h·w) of every scale (the last may be left out: nothing
-        is fed from it). In training mode labels drop to "no class" with probability `label_dropout`.
-        Raises ValueError.
+        tokens_per_scale: true tokens (B, h, w) or (B, h·w) of every scale. The last scale may be left out, because
+        nothing follows it. In training mode a label becomes "no class" with probability `label_dropout`.
+        Raises InvalidInput.
         """
         scales = as_schedule(scales)
         labels_B = torch.as_tensor(labels_B, dtype=torch.long, device=self.head.weight.device)
         if len(tokens_per_scale) not in (len(scales), len(scales) - 1):
-            raise ValueError(
-                f"got tokens of {len(tokens_per_scale)} scales; expected {len(scales)}; fix: one map a scale"
+            raise InvalidInput(
+                f"tokens_per_scale holds {len(tokens_per_scale)} scales, but the schedule has {len(scales)}.",
+                expected=f"{len(scales)} scales",
+                fix="Pass one token map for each scale.",
             )
         for tokens, (h, w) in zip(tokens_per_scale, scales, strict=False):
             B = len(labels_B)
             if tokens.shape not in ((B, h, w), (B, h * w)):
-                raise ValueError(
-                    f"got tokens of shape {tuple(tokens.shape)} for scale {h}x{w} of {B} labels; expected {(B, h, w)}; "
-                    "fix: one token a position and image"
+                raise InvalidInput(
+                    f"The tokens of scale {h}x{w} have the shape {tuple(tokens.shape)}, but it must be {(B, h, w)}.",
+                    expected=str((B, h, w)),
+                    fix="Pass one token for each label and position.",
                 )
         if self.training and self.config.label_dropout > 0:
             dropped = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_dropout
@@ -259,9 +272,10 @@ class FlexVAR(nn.Module):
         return self.logits(x, cond)
 
     def prefill(self, labels_N: Tensor, tokens_per_scale: Sequence[Tensor], scales: ScalesLike) -> KVCache:
-        """Keys and values of given scales in one pass under the block-causal mask: what `step` leaves, scale by scale.
+        """The cache of given scales, computed in one pass under the block-causal mask.
 
-        tokens_per_scale: (N, h, w) of every one of `scales` (the last may be left out: nothing is fed from it).
+        It equals the cache after one `step` for each scale. tokens_per_scale: tokens (N, h, w) of every scale. The last
+        scale may be left out, because nothing follows it.
         """
         scales = as_schedule(scales)
         x, cond = self._inputs(labels_N, tokens_per_scale, scales), self.condition(labels_N)

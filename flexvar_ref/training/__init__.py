@@ -1,1 +1,1 @@
-"""Training of the reference: the data it draws from and the built-in scenes."""
+"""Training of both networks, with data from image folders or from the built-in scenes."""

@@ -1,4 +1,4 @@
-"""An optional adversarial term: a PatchGAN with hinge losses.
+"""The optional adversarial loss of the tokenizer: a PatchGAN discriminator with hinge losses.
 
 Source: Isola et al., 2017 (the network); Esser et al., 2021 (hinge, start step, adaptive weight).
 """
@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHANNELS, LAYERS = 32, 3
-LARGEST_WEIGHT = 1e4
+MAX_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """Image (B, 3, H, W) to a score for every patch, (B, 1, h, w). Group normalisation: no batch knows of another."""
+    """Images (B, 3, H, W) to a score for each patch, (B, 1, h, w).
+
+    It has group normalisation, so that no image depends on the others of its batch.
+    """
 
     def __init__(self, channels: int = CHANNELS, layers: int = LAYERS) -> None:
         super().__init__()
@@ -37,16 +40,17 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the scores of real and of decoded images."""
+    """The discriminator's hinge loss, from the scores of real and of decoded images."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
 
 
 def generator_loss(fake: Tensor) -> Tensor:
+    """The adversarial loss of the tokenizer, from the scores of decoded images."""
     return -fake.float().mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Makes the two terms pull equally at the decoder's last layer."""
-    [wanted] = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    [given] = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (wanted.norm() / (given.norm() + 1e-4)).clamp(0, LARGEST_WEIGHT).detach()
+    """The weight that gives both losses gradients of equal norm at the decoder's last layer."""
+    [target] = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    [current] = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (target.norm() / (current.norm() + 1e-4)).clamp(0, MAX_WEIGHT).detach()

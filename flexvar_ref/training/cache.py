@@ -1,7 +1,7 @@
-"""Samples drawn once and kept on disk, mapped into memory: training then waits for no drawing.
+"""A cache on disk of samples that are prepared once, mapped into memory.
 
-A folder named after what it holds: `values.npy`, `labels.npy` and `done.npy`, one mark a block. Building it again goes
-on where it stopped; a finished one is only opened.
+Each data set has a folder with `values.npy`, `labels.npy` and `done.npy`, which marks the finished blocks. The name of
+the folder is a hash of what its content depends on. An unfinished cache is continued, and a finished one is opened.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import RunRefused
 from ..tokenizer import Tokenizer
 from .data import Dataset, batch
-from .errors import RunRefused
 from .feed import signed
 
 log = logging.getLogger(__name__)
 
-BLOCK = 256  # samples between two marks
+BLOCK = 256  # samples in a block
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
-"""(samples done, of how many) -> None"""
+"""(samples done, samples in all) -> None"""
 
 
 def image_key(dataset: Dataset, count: int) -> str:
-    """Names the images of a data set: its parameters, and the code that draws it."""
+    """The folder name for `count` images of a data set: a hash of its settings and of the code that draws scenes."""
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("scenes/*.py")))
     sizes = {k: v for k, v in vars(dataset).items() if not k.startswith("_")} | {
         "classes": dataset.classes,
@@ -45,13 +45,16 @@ def image_key(dataset: Dataset, count: int) -> str:
     return f"images-{hashlib.sha256(text.encode() + code).hexdigest()[:16]}"
 
 
-def keep_images(
+def cache_images(
     dataset: Dataset, count: int, folder: Path, workers: int, progress: Progress | None = None
 ) -> tuple[Array, Array]:
-    """Samples 0 … count − 1: uint8 (N, H, W, 3) and int64 labels (N,), drawn by `workers` processes."""
+    """Samples 0 … count − 1 of a data set: images, uint8 (N, H, W, 3), and labels, int64 (N,).
+
+    workers: processes that draw them. Raises RunRefused if the folder holds arrays of another shape.
+    """
     folder = folder / image_key(dataset, count)
     height, width = dataset.sample(0)[0].shape[1:]
-    files = _open(folder, (count, height, width, 3), np.dtype(np.uint8))
+    files = _open_files(folder, (count, height, width, 3), np.dtype(np.uint8))
     blocks = [block for block in range(len(files.done)) if not files.done[block]]
     done = count - sum(len(files.rows(block)) for block in blocks)
 
@@ -68,21 +71,21 @@ def keep_images(
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            waiting = {pool.submit(_draw, dataset, files.rows(block)): block for block in blocks}
-            for future in as_completed(waiting):
-                finish(waiting[future], future.result())
+            futures = {pool.submit(_draw, dataset, files.rows(block)): block for block in blocks}
+            for future in as_completed(futures):
+                finish(futures[future], future.result())
     return files.values, files.labels
 
 
 def latent_key(tokenizer: Tokenizer, images: str) -> str:
-    """Names the latents of images under a tokenizer: its weights and what they encode."""
+    """The folder name for the latents of images: a hash of the tokenizer's weights and of `images`."""
     digest = hashlib.sha256(images.encode())
     for name, value in tokenizer.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return f"latents-{digest.hexdigest()[:16]}"
 
 
-def keep_latents(
+def cache_latents(
     tokenizer: Tokenizer,
     images: Array,
     labels: Array,
@@ -91,10 +94,14 @@ def keep_latents(
     encode: Callable[[Tensor], Tensor],
     progress: Progress | None = None,
 ) -> tuple[Array, Array]:
-    """The latents of `images`, float16 (N, D, h, w), before any resize: every schedule is quantised from them."""
+    """Latents of `images`, float16 (N, D, h, w), and `labels`. Tokens of any schedule are quantized from them.
+
+    name: folder name, see `latent_key`. encode: images (B, 3, H, W) in −1…1 to latents. Raises RunRefused for latents
+    beyond the range of float16.
+    """
     count, height, width = images.shape[:3]
     factor, dim = tokenizer.config.downsampling, tokenizer.config.code_dim
-    files = _open(folder / name, (count, dim, height // factor, width // factor), np.dtype(np.float16))
+    files = _open_files(folder / name, (count, dim, height // factor, width // factor), np.dtype(np.float16))
     for block in range(len(files.done)):
         if files.done[block]:
             continue
@@ -103,7 +110,9 @@ def keep_latents(
         latents = torch.cat([encode(signed(part)).float().cpu() for part in parts]).numpy()
         if np.abs(latents).max() > np.finfo(np.float16).max:
             raise RunRefused(
-                "a latent beyond float16", expected="a trained tokenizer", fix="train with data.samples = 0"
+                "The tokenizer's latents exceed the range of float16, in which they are cached.",
+                expected="latents in the range of float16",
+                fix="Set data.samples = 0 to train without a cache.",
             )
         files.write(block, latents.astype(np.float16), labels[rows.start : rows.stop])
         if progress is not None:
@@ -121,7 +130,7 @@ class _Files:
         return range(block * BLOCK, min((block + 1) * BLOCK, len(self.labels)))
 
     def write(self, block: int, values: Array, labels: Array) -> None:
-        """The block, and only when it is on the disk its mark."""
+        """Write a block, and mark it as done once it is on the disk."""
         rows = self.rows(block)
         self.values[rows.start : rows.stop] = values
         self.labels[rows.start : rows.stop] = labels
@@ -131,21 +140,21 @@ class _Files:
         self.done.flush()  # type: ignore[attr-defined]
 
 
-def _open(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Files:
+def _open_files(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Files:
     folder.mkdir(parents=True, exist_ok=True)
     blocks = -(-shape[0] // BLOCK)
     arrays = [
-        _array(folder / f"{name}.npy", sizes, kind)
+        _open_array(folder / f"{name}.npy", sizes, kind)
         for name, sizes, kind in (
             ("values", shape, dtype),
             ("labels", shape[:1], np.dtype(np.int64)),
-            ("done", (blocks,), np.dtype(np.uint8)),  # last: where it is, the others are complete files
+            ("done", (blocks,), np.dtype(np.uint8)),  # last: where it exists, the others are complete files
         )
     ]
     return _Files(*arrays)
 
 
-def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if not path.exists():
         partial = path.with_name(f".{path.name}.partial")
         open_memmap(partial, "w+", dtype, shape).flush()
@@ -153,7 +162,9 @@ def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     array: Array = open_memmap(path, "r+")
     if array.shape != shape or array.dtype != dtype:
         raise RunRefused(
-            f"{path} of shape {array.shape}, {array.dtype}", expected=f"{shape}, {dtype}", fix=f"delete {path.parent}"
+            f"{path} holds {array.dtype} of shape {array.shape}, but it must hold {dtype} of shape {shape}.",
+            expected=f"{shape}, {dtype}",
+            fix=f"Delete {path.parent}.",
         )
     return array
 

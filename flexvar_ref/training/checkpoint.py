@@ -1,7 +1,7 @@
-"""The state of a training run on disk: written whole or not at all, the last two kept.
+"""Training checkpoints. Each is written completely or not at all, and the last two are kept.
 
-Every random draw is a function of (seed, step, chunk) (`randomness`), so weights, optimisers, averages, the task's
-own state and the step are all that a resume to the bit needs.
+Every random draw is a function of (seed, step, chunk), see `randomness`. So a bit-exact resume needs only the weights,
+the optimisers, the averages, the task's own state and the step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .errors import RunRefused
+from ..errors import RunRefused
+from ..pth import first_sentence
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,10 @@ _NAME = re.compile(r"step_([0-9]{8,})\.pt")
 
 
 def write(folder: Path, state: dict[str, Any]) -> Path:
-    """Write `step_N.pt` through a temporary file, then remove all but the last two. A kill at any moment leaves one."""
+    """Write `step_N.pt` through a temporary file, then delete all but the last two. Returns its path.
+
+    A process that is killed at any moment leaves a complete checkpoint, if there was one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:08d}.pt"
     partial = path.with_name(f".{path.name}.partial")
@@ -36,45 +40,45 @@ def write(folder: Path, state: dict[str, Any]) -> Path:
         os.fsync(file.fileno())
     partial.replace(path)
     _sync_folder(folder)
-    for old in found(folder)[:-KEPT]:
+    for old in find_checkpoints(folder)[:-KEPT]:
         old.unlink()
     return path
 
 
-def found(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
     names = folder.iterdir() if folder.is_dir() else ()
     return sorted((path for path in names if _NAME.fullmatch(path.name)), key=lambda path: int(path.stem[5:]))
 
 
 def read_latest(folder: Path, config: str) -> dict[str, Any] | None:
-    """The newest state that can be read, or None where there is none yet.
+    """The newest state that can be read, or None if there is no checkpoint yet.
 
-    config: what the run was started with, as text. Raises RunRefused where no file can be read, or where the state
-    belongs to another configuration.
+    config: the configuration of the run, as text. Raises RunRefused if there are checkpoints but none can be read, or
+    if the state belongs to another configuration.
     """
-    paths, reason = found(folder), ""
+    paths, reason = find_checkpoints(folder), ""
     for path in reversed(paths):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict) or state.get("format") != FORMAT or set(state) != set(KEYS):
-                raise ValueError(f"it is no state of format {FORMAT}")
+                raise ValueError(f"it is not a training state of format {FORMAT}")
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
-            log.warning("%s cannot be read (%s)", path, reason)
+            reason = first_sentence(str(error))
+            log.warning("%s cannot be read and is skipped: %s", path, reason)
             continue
         if state["config"] != config:
             raise RunRefused(
-                f"{path.name} of another configuration",
+                f"{path} was written by a run with another configuration.",
                 expected="the configuration the run was started with",
-                fix="pass the same --config, --data and options, or start another run with another --out",
+                fix="Pass the same --config, --data and options, or start a new run in another --out.",
             )
         return state
     if paths:
         raise RunRefused(
-            f"{len(paths)} checkpoints in {folder}, the newest unreadable ({reason:.200})",
+            f"None of the {len(paths)} checkpoints in {folder} can be read: {reason}",
             expected="at least one that can be read",
-            fix="remove the folder and train again",
+            fix="Delete the folder and train again.",
         )
     return None
 

@@ -8,28 +8,31 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
-from .errors import MissingExtra
+from ..errors import FlexVARRefError, MissingExtra
 
 if TYPE_CHECKING:
     from .config import TokenizerRun, TransformerRun
-    from .runs import Place, Result
+    from .runs import Result, RunOptions
 
 R = TypeVar("R", "TokenizerRun", "TransformerRun")
-REFUSED = 5  # exit code for a file that is not what it claims to be
 
 err = Console(stderr=True)
-DataOption = Annotated[str, typer.Option(help="Folder of images, one folder a class, or: scenes.")]
+DataOption = Annotated[
+    str, typer.Option(help="Folder of images with one folder for each class, or scenes: the built-in images.")
+]
 OutOption = Annotated[Path, typer.Option(help="Folder of the run.")]
-ConfigOption = Annotated[Path | None, typer.Option(help="Configuration, TOML or JSON.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stopped.")]
-StepsOption = Annotated[int | None, typer.Option(help="Steps, instead of the configuration's.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Processor threads.")]
-CacheOption = Annotated[Path | None, typer.Option(help="Where prepared samples are kept, if not in --out.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="Configuration file, TOML or JSON. Default: the published sizes.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+StepsOption = Annotated[int | None, typer.Option(help="Number of steps. Default: as in the configuration.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.")]
+CacheOption = Annotated[Path | None, typer.Option(help="Folder for prepared samples. Default: cache in --out.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -50,20 +53,22 @@ def tokenizer(
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the tokenizer: images to tokens at every scale, and back."""
-    with _refusals(as_json):
+    """Train a tokenizer that turns images into tokens."""
+    with _report_errors(as_json):
         _require_extra()
         from .config import TokenizerRun
         from .runs import train_tokenizer
 
-        run = _configured(config, TokenizerRun, steps)
-        _finish(train_tokenizer(run, data, _place(out, cache, resume, threads)), as_json)
+        run = _load_run(config, TokenizerRun, steps)
+        _print_result(train_tokenizer(run, data, _run_options(out, cache, resume, threads)), as_json)
 
 
 def transformer(
     data: DataOption,
     out: OutOption,
-    tokenizer: Annotated[Path, typer.Option(help="Trained tokenizer: .safetensors with its .json, or FlexVAE.pth.")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="Trained tokenizer: .safetensors with its .json beside it, or FlexVAE.pth.")
+    ],
     config: ConfigOption = None,
     resume: ResumeOption = False,
     steps: StepsOption = None,
@@ -71,14 +76,14 @@ def transformer(
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the transformer on the tokens of a trained tokenizer."""
-    with _refusals(as_json):
+    """Train a transformer on the tokens of a trained tokenizer."""
+    with _report_errors(as_json):
         _require_extra()
         from .config import TransformerRun
         from .runs import train_transformer
 
-        run = _configured(config, TransformerRun, steps)
-        _finish(train_transformer(run, data, tokenizer, _place(out, cache, resume, threads)), as_json)
+        run = _load_run(config, TransformerRun, steps)
+        _print_result(train_transformer(run, data, tokenizer, _run_options(out, cache, resume, threads)), as_json)
 
 
 def _require_extra() -> None:
@@ -89,41 +94,44 @@ def _require_extra() -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise MissingExtra(
-            f"no module {error.name}", expected="the train extra", fix="pip install 'flexvar-deploy[train]'"
+            f"Training needs the module {error.name}, which is not installed.",
+            expected="the train extra",
+            fix="Install it with: pip install 'flexvar-deploy[train]'",
         ) from error
 
 
-def _configured(path: Path | None, kind: type[R], steps: int | None) -> R:
+def _load_run(path: Path | None, kind: type[R], steps: int | None) -> R:
     from .config import load_config
 
     run = kind() if path is None else load_config(path, kind)
     return run if steps is None else dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=steps))
 
 
-def _place(out: Path, cache: Path | None, resume: bool, threads: int | None) -> Place:
+def _run_options(out: Path, cache: Path | None, resume: bool, threads: int | None) -> RunOptions:
     import torch
 
-    from .runs import Place
+    from .runs import RunOptions
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return Place(out=out, cache=cache, resume=resume, progress=_preparing())
+    return RunOptions(out=out, cache=cache, resume=resume, progress=_progress_printer())
 
 
-def _preparing() -> Callable[[str, int, int], None]:
-    """A line at every tenth of what is prepared."""
-    told: dict[str, int] = {}
+def _progress_printer() -> Callable[[str, int, int], None]:
+    """A function that prints one line for each tenth of the samples that are prepared."""
+    printed: dict[str, int] = {}
 
-    def tell(what: str, done: int, count: int) -> None:
+    def print_progress(what: str, done: int, count: int) -> None:
         tenth = 10 * done // count
-        if told.get(what) != tenth:
-            told[what] = tenth
+        if printed.get(what) != tenth:
+            printed[what] = tenth
             err.print(f"preparing {what}: {done}/{count}", highlight=False, markup=False)
 
-    return tell
+    return print_progress
 
 
-def _finish(result: Result, as_json: bool) -> None:
+def _print_result(result: Result, as_json: bool) -> None:
+    """End the process group, and print the result if this is the main process."""
     from accelerate import PartialState
 
     from .runs import as_json as plain
@@ -140,17 +148,13 @@ def _finish(result: Result, as_json: bool) -> None:
 
 
 @contextmanager
-def _refusals(as_json: bool) -> Iterator[None]:
-    """A typed refusal as text for people, as JSON where that was asked for, and as the exit code."""
+def _report_errors(as_json: bool) -> Iterator[None]:
+    """Print an error of this package on standard error, with --json also as JSON, and exit with its exit code."""
     try:
         yield
-    except ValueError as error:
-        parts: dict[str, Any] = {name: getattr(error, name, None) for name in ("got", "expected", "fix")}
-        if not all(isinstance(part, str) for part in parts.values()):
-            raise
+    except FlexVARRefError as error:
         if as_json:
-            content = {"error": {"type": type(error).__name__, **parts}}
-            sys.stdout.write(json.dumps(content, indent=1) + "\n")
-        for label, name in (("error: got", "got"), ("  expected", "expected"), ("  fix", "fix")):
-            err.print(f"{label}: {parts[name]}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(getattr(error, "exit_code", REFUSED)) from error
+            content = {"type": type(error).__name__, "got": error.got, "expected": error.expected, "fix": error.fix}
+            sys.stdout.write(json.dumps({"error": content}, indent=1) + "\n")
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, read strictly from TOML or JSON and written into the run's folder."""
+"""The configuration of a training run: frozen dataclasses, read from TOML or JSON. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import TokenizerConfig
-from .errors import ConfigError
+from ..errors import ConfigError, FlexVARRefError
 
 T = TypeVar("T")
 PRECISIONS = ("fp32", "bf16")
-SMALLEST_JUDGED = 32  # pixels a side that the adversary's network needs
+MIN_ADVERSARIAL_SIDE = 32  # pixels; the discriminator needs images of at least this side
 ALGORITHMS = ("adamw", "muon")
 DECAYS = ("cosine", "linear", "constant")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} = {value!r}", expected=expected, fix="correct the configuration")
+        raise ConfigError(
+            f"{name} is {value!r}, but it must be {expected}.", expected=expected, fix="Correct the configuration."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """size: side of the square training images, pixels; samples: how many are prepared once and kept on disk (0: each
-    is drawn when it is needed); held_out: samples of the evaluation; flip: also mirrored images (folders);
-    workers: processes that draw; seed: of the data set, the held-out one has the next.
+    """Training data.
+
+    size: side of the square training images, in pixels.
+    samples: number of samples that are prepared once and kept on disk. 0 prepares each sample when it is needed.
+    held_out: number of samples in the evaluation.
+    flip: mirror half of the images. It applies to image folders only.
+    workers: processes that prepare samples.
+    seed: seed of the data set. The held-out scenes use seed + 1.
     """
 
     size: int = 256
@@ -50,10 +57,18 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """lr: learning rate for 256 images a step, in proportion for others; warmup: steps it rises from 0; decay:
-    "cosine", "linear" or "constant" to final_lr (a share of the peak); clip: largest gradient norm; ema: decay of the
-    averaged weights, which the result consists of; accumulation: chunks a process adds up before a step; algorithm:
-    "adamw", or "muon" for the matrices of attention and MLP, with its momentum.
+    """Optimiser and learning rate.
+
+    algorithm: "adamw", or "muon" for the matrices of attention and MLP.
+    lr: learning rate for 256 images a step. It is scaled in proportion to loop.batch.
+    warmup: number of steps in which the rate rises from 0.
+    decay: "cosine", "linear" or "constant".
+    final_lr: rate at the end, as a share of the highest.
+    betas, weight_decay: of AdamW.
+    clip: largest norm of the gradients.
+    ema: decay of the averaged weights, which are the result of the run. 0 is off.
+    accumulation: number of chunks whose gradients a process adds up before each step.
+    momentum: of Muon.
     """
 
     algorithm: str = "adamw"
@@ -70,12 +85,17 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         _require(self.algorithm in ALGORITHMS, "optim.algorithm", self.algorithm, "one of " + ", ".join(ALGORITHMS))
-        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0, below 1")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "at least 0 and below 1")
         _require(self.lr > 0 and math.isfinite(self.lr), "optim.lr", self.lr, "a positive number")
         _require(self.warmup >= 0, "optim.warmup", self.warmup, "at least 0")
         _require(self.decay in DECAYS, "optim.decay", self.decay, "one of " + ", ".join(DECAYS))
         _require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share from 0 to 1")
-        _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0, below 1")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            "optim.betas",
+            self.betas,
+            "two numbers of at least 0 and below 1",
+        )
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
         _require(self.clip > 0, "optim.clip", self.clip, "a positive number")
         _require(0 <= self.ema < 1, "optim.ema", self.ema, "0 (off) or a decay below 1")
@@ -84,8 +104,16 @@ class Optimisation:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """batch: images a step, all processes together; precision: "fp32" or "bf16" (autocast; weights stay float32);
-    log, evaluate, sample, save: steps between two of each (0: at the end only).
+    """The training loop.
+
+    steps: number of steps.
+    batch: images in each step, over all processes.
+    seed: seed of the initial weights and of every random draw of training.
+    precision: "fp32", or "bf16" (autocast; the weights stay float32).
+    compile: compile blocks and convolutions.
+    channels_last: lay out images and convolution weights with the channels last.
+    log, evaluate, sample, save: steps between two log rows, evaluations, sample images and checkpoints. For the last
+    three, 0 means at the end only.
     """
 
     steps: int = 1000
@@ -109,12 +137,19 @@ class Loop:
 
 @dataclass(frozen=True, kw_only=True)
 class VQLoss:
-    """Terms of the tokenizer's loss and their weights.
+    """The tokenizer's loss.
 
-    scales: reconstructed at once, the largest among them; scale_power: a scale of n tokens weighs n to this power;
-    perceptual_weights: file of a VGG-16, needed where `perceptual` is not 0; adversarial: against a PatchGAN from step
-    adversarial_start on (0: off). A code used less than revive_below times its even share is looked for every
-    revive_every steps (0: never), up to the share revive_until of the run, and starts anew as an encoder output.
+    scales: number of scales that each step reconstructs. The largest scale is always one of them.
+    scale_power: the weight of a scale with n tokens is n to this power.
+    l1, l2: weights of the pixel losses.
+    commitment, codebook: weights of the two quantisation losses.
+    perceptual: weight of the perceptual loss. 0 is off.
+    perceptual_weights: file of a VGG-16, needed if `perceptual` is not 0.
+    adversarial: weight of the adversarial loss. 0 is off.
+    adversarial_start: first step with the adversarial loss.
+    revive_every: steps between two resets of codes that are hardly used. They become encoder outputs. 0 is off.
+    revive_below: a code is reset if its share of the tokens is below this value, divided by the number of codes.
+    revive_until: share of the run after which no code is reset.
     """
 
     scales: int = 5
@@ -140,13 +175,16 @@ class VQLoss:
             bool(self.perceptual_weights) or self.perceptual == 0,
             "loss.perceptual",
             self.perceptual,
-            "0, or perceptual_weights = the file of a VGG-16",
+            "0 unless loss.perceptual_weights names the file of a VGG-16",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerSizes:
-    """Sizes that the data and the tokenizer do not tell; see TransformerConfig."""
+    """Sizes of the transformer, as in TransformerConfig. The others come from the data and the tokenizer.
+
+    drop_path: None means 0.1 · depth / 24, as published.
+    """
 
     depth: int = 16
     heads: int = 16
@@ -155,12 +193,11 @@ class TransformerSizes:
     position_side: int = 32
     label_dropout: float = 0.1
     drop_path: float | None = None
-    """None: 0.1 · depth / 24, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """How the pictures shown while training are generated; top_k 0 and top_p 0 are off."""
+    """Guidance and sampling of the images that a transformer run generates as samples. See `generation.Options`."""
 
     cfg: float = 2.5
     rule: str = "ramp"
@@ -170,6 +207,8 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRun:
+    """Configuration of a tokenizer run. Raises ConfigError for values that do not fit together."""
+
     data: Data = field(default_factory=Data)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: VQLoss = field(default_factory=VQLoss)
@@ -184,16 +223,19 @@ class TokenizerRun:
             f"a multiple of the downsampling, {self.model.downsampling}",
         )
         _require(
-            self.loss.adversarial == 0 or self.data.size >= SMALLEST_JUDGED,
+            self.loss.adversarial == 0 or self.data.size >= MIN_ADVERSARIAL_SIDE,
             "loss.adversarial",
             self.loss.adversarial,
-            f"0 for images below {SMALLEST_JUDGED} pixels a side",
+            f"0 if data.size is below {MIN_ADVERSARIAL_SIDE}",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerRun:
-    """token_budget: most tokens of a random schedule (0: those of the default schedule)."""
+    """Configuration of a transformer run.
+
+    token_budget: largest number of tokens in a random schedule. 0 means that of the default schedule.
+    """
 
     data: Data = field(default_factory=Data)
     model: TransformerSizes = field(default_factory=TransformerSizes)
@@ -207,27 +249,38 @@ Run = TokenizerRun | TransformerRun
 
 
 def load_config(path: str | Path, kind: type[T]) -> T:
-    """The run in a .toml or .json file. Raises ConfigError for an unknown key or a value of another type."""
+    """The configuration in a .toml or .json file. kind: TokenizerRun or TransformerRun. Raises ConfigError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
         raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path} ({error})", expected="a configuration in TOML or JSON", fix="correct the path or the file"
+            f"{path} cannot be read as a configuration: {str(error).rstrip('.')}.",
+            expected="a configuration in TOML or JSON",
+            fix="Correct the path or the file.",
         ) from error
     return build(kind, raw, path.name)
 
 
 def build(kind: type[T], raw: Any, where: str) -> T:
-    """A frozen dataclass from plain values, nothing missing in silence, nothing too many. Raises ConfigError."""
+    """A configuration dataclass from a dictionary of plain values. Keys that are left out keep their defaults.
+
+    where: name of the file and table, for error messages. Raises ConfigError for an unknown key or a wrong value.
+    """
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where} = {raw!r:.80}", expected="a table of settings", fix="see the committed configs")
+        raise ConfigError(
+            f"{where} is {raw!r:.80}, but it must be a table of settings.",
+            expected="a table of settings",
+            fix="Correct it as in the files in configs/.",
+        )
     hints = typing.get_type_hints(kind)
     names = [item.name for item in dataclasses.fields(typing.cast(Any, kind))]
     if unknown := sorted(raw.keys() - set(names)):
         raise ConfigError(
-            f"unknown {', '.join(unknown)} in {where}", expected="only " + ", ".join(names), fix="correct the name"
+            f"{where} has the unknown setting {', '.join(unknown)}. The settings are {', '.join(names)}.",
+            expected="only " + ", ".join(names),
+            fix="Correct or remove it.",
         )
     values = {name: _value(hints[name], value, f"{where}: {name}") for name, value in raw.items()}
     try:
@@ -235,7 +288,12 @@ def build(kind: type[T], raw: Any, where: str) -> T:
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where} ({error})", expected="sizes that fit together", fix="correct them") from error
+        reason = error.got if isinstance(error, FlexVARRefError) else str(error)
+        raise ConfigError(
+            f"{where} has settings that do not fit together: {reason}",
+            expected="sizes that fit together",
+            fix="Correct the configuration.",
+        ) from error
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -252,4 +310,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         elif option is float and type(value) is int:
             return float(value)
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ConfigError(f"{where} = {value!r:.80}", expected=f"a value of type {names}", fix="correct the value")
+    raise ConfigError(
+        f"{where} is {value!r:.80}, but it must be of type {names}.",
+        expected=f"a value of type {names}",
+        fix="Correct the value.",
+    )

@@ -1,7 +1,7 @@
-"""What training draws from: image folders with the published augmentation, and the built-in scenes.
+"""Data sets for training: image folders with the published augmentation, and the built-in scenes.
 
-A sample is a function of the data set and of its index, never of what was drawn before: training resumes at sample
-step · batch, and any number of workers may draw side by side.
+A sample depends on the data set and its index only, not on the samples before it. So training can resume at any sample,
+and several workers can prepare samples at the same time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ..errors import DataError
 from . import scenes
 from .scenes.stream import Stream
 
@@ -27,54 +28,53 @@ Size = tuple[int, int]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MID_RESOLUTION = 1.125
-"""How much larger than the crop an image is before it is cropped, as published."""
+"""Size of a resized image relative to its crop, as published."""
 _CROPS, _ORDER = 0, 1  # streams of a seed
 
 
-class DataError(ValueError):
-    """Data that training cannot use. Says got, expected and fix."""
-
-    def __init__(self, got: str, *, expected: str, fix: str) -> None:
-        super().__init__(f"got {got}; expected {expected}; fix: {fix}")
-        self.got, self.expected, self.fix = got, expected, fix
-
-
 class Dataset(Protocol):
-    """Labelled images without end: `sample(i)` is defined for every i ≥ 0 and always the same."""
+    """An endless data set of labelled images. `sample(i)` is defined for every i ≥ 0 and always returns the same."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What the labels 0, 1, … show."""
+        """Names of the labels 0, 1, …"""
 
     @property
     def length(self) -> int | None:
-        """Samples an epoch, or None if no two samples are alike."""
+        """Number of samples in an epoch, or None if samples never repeat."""
 
     def sample(self, index: int) -> tuple[ImageCHW, int]:
-        """Image, float32 (3, H, W) in −1..1, and its label."""
+        """Sample `index`: the image, float32 (3, H, W) in −1…1, and its label."""
 
 
 def batch(dataset: Dataset, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Samples `start` to `start + count − 1`: images, float32 (B, 3, H, W) in −1..1, and labels, int64 (B,)."""
+    """Samples `start` to `start + count − 1`: images, float32 (B, 3, H, W) in −1…1, and labels, int64 (B,)."""
     images, labels = zip(*(dataset.sample(index) for index in range(start, start + count)), strict=True)
     return np.stack(images), np.array(labels, np.int64)
 
 
 def to_signed(image_HWC: NDArray[np.uint8]) -> ImageCHW:
-    """Float32 (3, H, W) in −1..1 of a picture, uint8 (H, W, 3)."""
+    """An image, uint8 (H, W, 3), as float32 (3, H, W) in −1…1."""
     return np.ascontiguousarray(image_HWC.transpose(2, 0, 1)).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def _checked(size: int | Size) -> Size:
+def _as_size(size: int | Size) -> Size:
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
-        raise DataError(f"size {size}", expected="(height, width) of at least one pixel", fix="choose another size")
+        raise DataError(
+            f"size is {size}, but height and width must be at least one pixel.",
+            expected="(height, width) of at least one pixel",
+            fix="Choose another size.",
+        )
     return height, width
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """The built-in scenes at a size, without end, labels in turn. Another seed is a split held out from this one."""
+    """The built-in scenes at one size. The labels come in turn, and samples never repeat.
+
+    Data sets with different seeds share no scenes, so another seed gives held-out data.
+    """
 
     size: int | Size
     seed: int = 0
@@ -88,14 +88,16 @@ class Scenes:
         return None
 
     def sample(self, index: int) -> tuple[ImageCHW, int]:
-        image, label = scenes.render(self.seed, index, _checked(self.size))
+        image, label = scenes.render(self.seed, index, _as_size(self.size))
         return to_signed(image), label
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Resize, crop, flip, as published: the image covers `MID_RESOLUTION` times the crop, and the crop is taken at
-    random in training, from the centre in evaluation. `flip`: left and right change places half of the time.
+    """Resize, crop and flip, as published. The result is an image, float32 (3, H, W) in −1…1.
+
+    The image is resized so that it covers `MID_RESOLUTION` times the crop. size: (height, width) of the crop.
+    training: crop at random, otherwise from the centre. flip: in training, mirror half of the images.
     """
 
     size: Size
@@ -110,7 +112,7 @@ class Augmentation:
             top, left = stream.whole(0, tall - height), stream.whole(0, wide - width)
         else:
             top, left = round((tall - height) / 2), round((wide - width) / 2)
-        # Only what the crop shows is resized, with the pixels around it in the filter's reach: same values, less work.
+        # Resizing only the crop gives the same values as resizing the whole image, with less work.
         x, y = image.width / wide, image.height / tall
         box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
         pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box=box))
@@ -120,13 +122,16 @@ class Augmentation:
 
 @dataclass
 class ImageFolder:
-    """Images in ImageNet's layout, root/class/…/image.{png,jpg,jpeg,webp}; classes in the order of their names.
+    """Images in ImageNet's layout, root/class/…/image.{png,jpg,jpeg,webp}. Labels follow the sorted class names.
 
-    size: of the crop, (height, width) or one side; training: a new order every epoch and random crops, else the order
-    of the names and centre crops; flip: also mirrored images, in training; check: look at every file first.
-    A file that cannot be read is skipped: the next one in the order takes its place, and `skipped` counts it. Photos
-    are turned as their camera says.
-    Raises DataError where there is no class folder or no readable image.
+    root: the folder. size: (height, width) of the crop, or one side. seed: seed of the order and the crops.
+    training: a new random order in every epoch and random crops. Otherwise files in the order of their names and centre
+    crops.
+    flip: in training, mirror half of the images.
+    check: check every file when the folder is opened.
+
+    A file that cannot be read is replaced by the next one and counted in `skipped`. Photos are rotated according to
+    their EXIF orientation. Raises DataError if there is no class folder or no readable image.
     """
 
     root: Path | str
@@ -136,17 +141,16 @@ class ImageFolder:
     flip: bool = False
     check: bool = True
     skipped: int = field(default=0, init=False)
-    """Files known to be unreadable."""
+    """Number of files found to be unreadable so far."""
 
     def __post_init__(self) -> None:
         root = Path(self.root)
         folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []
         if not folders:
-            found = "no class folder in it" if root.is_dir() else "which is no folder"
             raise DataError(
-                f"{root}, {found}",
+                f"{root} holds no class folders." if root.is_dir() else f"{root} is not a folder.",
                 expected="root/class/image.png",
-                fix="move the images into one folder for each class",
+                fix="Pass a folder with one folder of images for each class.",
             )
         self.classes = tuple(folder.name for folder in folders)
         files = [
@@ -156,20 +160,24 @@ class ImageFolder:
             if path.suffix.lower() in SUFFIXES and path.is_file()
         ]
         self._bad: set[Path] = set()
-        self._augment = Augmentation(_checked(self.size), self.training, self.flip)
+        self._augment = Augmentation(_as_size(self.size), self.training, self.flip)
         reasons = {path: reason for path, _ in files if self.check and (reason := _unreadable(path))}
         self._files = [(path, label) for path, label in files if path not in reasons]
         if reasons:
             self.skipped = len(reasons)
             path, reason = next(iter(reasons.items()))
             log.warning(
-                "skipped %d of %d images that cannot be read, the first: %s: %s", len(reasons), len(files), path, reason
+                "skipping %d of %d images that cannot be read. The first is %s: %s",
+                len(reasons),
+                len(files),
+                path,
+                reason,
             )
         if not self._files:
             raise DataError(
-                f"no readable image in {root} ({self.skipped} unreadable)",
-                expected=f"{', '.join(sorted(SUFFIXES))} files below {self.classes[0]} and the like",
-                fix="check the path and the files",
+                f"{root} holds no readable image in its class folders ({self.skipped} cannot be read).",
+                expected=f"{', '.join(sorted(SUFFIXES))} files in folders like {self.classes[0]}",
+                fix=f"Check the path and the files. Images must end in {', '.join(sorted(SUFFIXES))}.",
             )
 
     @property
@@ -180,7 +188,7 @@ class ImageFolder:
         return len(self._files)
 
     def sample(self, index: int) -> tuple[ImageCHW, int]:
-        """Image `index`, counted through all epochs: float32 (3, H, W) in −1..1 and its label."""
+        """Sample `index`, counted over all epochs: the image, float32 (3, H, W) in −1…1, and its label."""
         epoch, place = divmod(index, len(self._files))
         for step in range(len(self._files)):
             position = (place + step) % len(self._files)
@@ -194,36 +202,37 @@ class ImageFolder:
                 continue
             return self._augment(image, Stream(self.seed, index, _CROPS)), label
         raise DataError(
-            f"{len(self._files)} images in {self.root}, none of them readable",
+            f"None of the {len(self._files)} images in {self.root} can be read.",
             expected="at least one readable image",
-            fix="check the files",
+            fix="Check the files.",
         )
 
     def _skip(self, path: Path, reason: Exception) -> None:
         if path not in self._bad:
             if not self._bad:
-                log.warning(
-                    "skipping images that cannot be read (`skipped` counts them), the first: %s: %s", path, reason
-                )
+                log.warning("skipping images that cannot be read. The first is %s: %s", path, reason)
             self._bad.add(path)
             self.skipped += 1
 
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of an epoch: a permutation of `count`."""
+    """The order of the files in an epoch: a permutation of 0 … count − 1."""
     return np.argsort(Stream(seed, epoch, _ORDER).uniform(count), kind="stable")
 
 
 def _open(path: Path) -> Image.Image:
-    """The decoded image, upright."""
+    """The decoded image, rotated according to its EXIF orientation."""
     with Image.open(path) as image:
         image.load()
         return ImageOps.exif_transpose(image)
 
 
 def _unreadable(path: Path) -> str | None:
-    """Why a file is no image, by its headers and checksums, or None. A damaged JPEG shows only when it is decoded."""
+    """The reason why a file cannot be read, or None.
+
+    Only headers and checksums are checked. Damage inside a JPEG is found when it is decoded.
+    """
     try:
         with Image.open(path) as image:
             image.verify()

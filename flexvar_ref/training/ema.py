@@ -1,4 +1,4 @@
-"""The moving average of the weights: a value that is updated, saved and loaded, never a module that is switched."""
+"""The exponential moving average of the weights: float32 tensors by parameter name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def start(module: nn.Module) -> Average:
-    """The weights as they are, float32."""
+    """An average that starts at the module's weights."""
     return {name: value.detach().float().clone() for name, value in module.named_parameters()}
 
 
 def decay_at(step: int, decay: float) -> float:
-    """Short at first, so that the average forgets the initial weights: min(decay, (1 + step) / (10 + step))."""
+    """The decay at a step: min(decay, (1 + step) / (10 + step)), small at first to forget the initial weights."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -31,7 +31,7 @@ def update(average: Average, module: nn.Module, decay: float) -> None:
 
 
 def averaged(module: M, average: Average) -> M:
-    """A copy of the module in evaluation mode that holds the average."""
+    """A copy of the module with the averaged weights, in evaluation mode."""
     twin = copy.deepcopy(module).eval().requires_grad_(False)
     with torch.no_grad():
         for name, value in twin.named_parameters():

@@ -1,7 +1,8 @@
-"""What a step is fed: which samples, in which order, from where."""
+"""Batches for training: which samples each step gets, in which order, and where they come from."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,24 +15,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from ..errors import ConfigError
 from . import data
 from .data import Dataset
-from .errors import ConfigError
 from .randomness import ORDER, generator
 
 Array = NDArray[Any]
 
 
 class Source(Protocol):
-    """Samples by their index, counted through all epochs."""
+    """A source of samples by index. Indices count over all epochs."""
 
     def take(self, indices: Array) -> tuple[Array, Array]:
-        """What the networks see, (B, …), and labels, int64 (B,)."""
+        """Images or latents (B, …), and labels, int64 (B,)."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which samples every chunk of every step holds: a function of (step, process), never of what came before."""
+class BatchPlan:
+    """The sample indices of every chunk of every step, for one process.
+
+    A chunk is the part of a batch that one process computes at once. batch: samples in each step, over all processes.
+    rank: number of this process. accumulation: chunks of each process in a step. Raises ConfigError if the batch cannot
+    be divided into equal chunks.
+    """
 
     batch: int
     processes: int = 1
@@ -41,38 +47,41 @@ class Plan:
     def __post_init__(self) -> None:
         if self.batch % self.chunks:
             raise ConfigError(
-                f"{self.batch} images a step for {self.processes} processes with {self.accumulation} chunks each",
+                f"loop.batch is {self.batch}, but with {self.processes} processes and optim.accumulation = "
+                f"{self.accumulation} it must be a multiple of {self.chunks}.",
                 expected=f"a multiple of {self.chunks}",
-                fix="change loop.batch or optim.accumulation",
+                fix="Change loop.batch or optim.accumulation.",
             )
 
     @property
     def chunks(self) -> int:
-        """Of a step, all processes together."""
+        """Number of chunks in a step, over all processes."""
         return self.processes * self.accumulation
 
     @property
     def chunk_size(self) -> int:
+        """Number of samples in a chunk."""
         return self.batch // self.chunks
 
     def chunk(self, turn: int) -> int:
-        """Number within the step of this process's chunk at `turn` of its accumulation."""
+        """Index within the step of this process's chunk number `turn`."""
         return turn * self.processes + self.rank
 
     def indices(self, step: int, turn: int) -> Array:
+        """Sample indices of this process's chunk number `turn` of a step."""
         start = step * self.batch + self.chunk(turn) * self.chunk_size
         return np.arange(start, start + self.chunk_size)
 
     def from_step(self, step: int) -> Iterator[Array]:
-        """The indices of every turn of this process from `step` on, without end."""
+        """The sample indices of all chunks of this process from `step` on, without end."""
         while True:
             yield from (self.indices(step, turn) for turn in range(self.accumulation))
             step += 1
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Samples of a data set, each drawn when it is asked for."""
+class DatasetSource:
+    """Samples of a data set, each prepared when it is needed."""
 
     dataset: Dataset
 
@@ -81,8 +90,8 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Samples that lie ready, in a new order every epoch."""
+class CachedSource:
+    """Samples from arrays, in a new random order in every epoch."""
 
     values: Array
     labels: Array
@@ -99,15 +108,18 @@ def _order(seed: int, epoch: int, count: int) -> Array:
     return torch.randperm(count, generator=generator(seed, ORDER, epoch)).numpy()
 
 
-def batches(source: Source, plan: Plan, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The chunks of this process from step `start` on, without end; drawn ahead by `workers` processes if not kept."""
-    if isinstance(source, Kept) or workers == 0:
+def batches(source: Source, plan: BatchPlan, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The chunks of this process from step `start` on, without end: images or latents (B, …), and labels, int64 (B,).
+
+    workers: processes that prepare samples in advance. Cached samples need none.
+    """
+    if isinstance(source, CachedSource) or workers == 0:
         for indices in plan.from_step(start):
             yield _tensors(*source.take(indices))
         return
-    turns = _Turns(source, plan, start)
-    # without a batch size the loader keeps the order of its sampler, whoever draws
-    yield from DataLoader(turns, batch_size=None, sampler=_Count(), num_workers=workers, generator=torch.Generator())
+    chunks = _Chunks(source, plan, start)
+    # without a batch size the loader keeps the order of its sampler, with any number of workers
+    yield from DataLoader(chunks, batch_size=None, sampler=_Counter(), num_workers=workers, generator=torch.Generator())
 
 
 def _tensors(values: Array, labels: Array) -> tuple[Tensor, Tensor]:
@@ -115,28 +127,27 @@ def _tensors(values: Array, labels: Array) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Turns(TorchDataset[tuple[Tensor, Tensor]]):
+class _Chunks(TorchDataset[tuple[Tensor, Tensor]]):
+    """The chunks of this process as a torch data set."""
+
     source: Source
-    plan: Plan
+    plan: BatchPlan
     start: int
 
-    def __getitem__(self, turn: int) -> tuple[Tensor, Tensor]:
-        step, turn = divmod(turn, self.plan.accumulation)
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        step, turn = divmod(index, self.plan.accumulation)
         return _tensors(*self.source.take(self.plan.indices(self.start + step, turn)))
 
 
-class _Count:
-    """0, 1, 2, …"""
+class _Counter:
+    """An iterable of 0, 1, 2, …"""
 
     def __iter__(self) -> Iterator[int]:
-        turn = 0
-        while True:
-            yield turn
-            turn += 1
+        return itertools.count()
 
 
 def signed(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W), float32 in −1…1, of what a source gives: the same, or uint8 (B, H, W, 3)."""
+    """Images as float32 (B, 3, H, W) in −1…1. Images of dtype uint8 (B, H, W, 3) are converted, others returned."""
     if images.dtype != torch.uint8:
         return images
     return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()

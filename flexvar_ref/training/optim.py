@@ -1,4 +1,4 @@
-"""The optimisers: AdamW as published, or Muon for the blocks' matrices; the learning rate of a step."""
+"""The optimisers (AdamW as published, and Muon) and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from torch.optim.adamw import adamw as adamw_step
 from .config import Optimisation
 
 UNDECAYED = ("pos_start", "pos_1LC", "class_emb", "scale_mul", "quantizer.embedding")
-"""Positions, embeddings and attention temperatures; so are biases and normalisations, which have one dimension."""
-REFERENCE_BATCH = 256
+"""Parts of the names of matrices without weight decay: positions, embeddings and attention temperatures."""
+REFERENCE_BATCH = 256  # images; optim.lr is the rate for a batch of this size
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: what decays, and biases, norms, positions, embeddings and scale_mul, which do not."""
+    """Parameter groups with and without weight decay.
+
+    Biases, normalisations, positions, embeddings and scale_mul have none.
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -30,16 +33,17 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def adamw(module: nn.Module, config: Optimisation) -> torch.optim.AdamW:
+    """AdamW with the published parameter groups. The learning rate is set at every step."""
     return torch.optim.AdamW(parameter_groups(module, config.weight_decay), lr=0.0, betas=config.betas)
 
 
 def optimizer_of(module: nn.Module, config: Optimisation) -> torch.optim.Optimizer:
-    """The optimiser the configuration names."""
+    """The optimiser that the configuration names."""
     return adamw(module, config) if config.algorithm == "adamw" else Muon(module, config)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices (N, R, C) with their singular values brought near 1, five Newton-Schulz steps in their own dtype.
+    """Matrices (N, R, C) with singular values near 1, by five Newton-Schulz steps in the dtype of the input.
 
     Source: Jordan et al., "Muon", 2024: the quintic with coefficients 3.4445, −4.7750, 2.0315.
     """
@@ -53,11 +57,12 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for the matrices inside attention and MLP, AdamW for everything else.
+    """Orthogonalised momentum for the matrices inside attention and MLP, AdamW for all other parameters.
 
-    torch.optim.Muon orthogonalises in bfloat16, which a processor without such instructions emulates, and takes
-    matrices only. A matrix n times as tall as wide (q, k, v in one) counts as n square ones. The update has the root
-    mean square of an AdamW step (0.2 of the rate), so that one learning rate serves both.
+    A matrix n times as tall as wide (q, k and v in one) is treated as n square matrices. The update is scaled to the
+    root mean square of an AdamW step (0.2 times the rate), so that both use one learning rate.
+    torch.optim.Muon is not used: it accepts matrices only, and it orthogonalises in bfloat16, which is slow on CPUs
+    without bfloat16 instructions.
     Source: Jordan et al., 2024; scale: Liu et al., "Muon is scalable for LLM training", 2025.
     """
 
@@ -73,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; `closure` computes the loss anew first. torch declares two overloads that differ in it alone."""
+        """Take one step. closure: recomputes the loss before the step. Returns the loss of the closure, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -125,7 +130,10 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def learning_rate(config: Optimisation, step: int, steps: int, batch: int) -> float:
-    """The rate of a step: up from 0 over `warmup` steps, then down to final_lr of the peak, lr · batch / 256."""
+    """The learning rate of a step. The peak is lr · batch / 256.
+
+    It rises to the peak over `warmup` steps, then falls to final_lr times the peak.
+    """
     peak = config.lr * batch / REFERENCE_BATCH
     if step < config.warmup:
         return peak * (step + 1) / config.warmup
@@ -136,8 +144,8 @@ def learning_rate(config: Optimisation, step: int, steps: int, batch: int) -> fl
     return peak * share
 
 
-def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Drop what the optimiser remembers of these rows: they hold something new."""
+def reset_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Set the optimiser's moments of some rows of a parameter to 0, because the rows were replaced."""
     state = optimizer.state.get(parameter, {})
     for name in ("exp_avg", "exp_avg_sq"):
         if name in state:

@@ -1,7 +1,7 @@
-"""An optional perceptual term: distances between the features of a VGG-16 whose weights the user brings as a file.
+"""The optional perceptual loss: distances between features of a VGG-16, whose weights the user provides as a file.
 
-Source: Zhang et al., 2018 (LPIPS): unit-normalised features of five layers, squared differences, averaged over
-positions; weighted per channel where the file holds LPIPS's `lin0` … `lin4`, evenly otherwise.
+Source: Zhang et al., 2018 (LPIPS): squared differences of the unit-normalised features of five layers, averaged over
+positions. Channels are weighted by LPIPS's `lin0` … `lin4` if the file holds them, and equally otherwise.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .errors import RunRefused
+from ..errors import RunRefused
 
 CHANNELS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""Places of the convolutions in `features`, as every published VGG-16 numbers them; a pooling comes before each row."""
+"""Indices of the convolutions in `features` of a published VGG-16. Pooling comes before every row but the first."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALLEST = 16  # pixels a side: four poolings
+MIN_SIDE = 16  # pixels, because of four poolings
 
 
 class Perceptual(nn.Module):
-    """Frozen features; call it with two images (B, 3, H, W) in −1…1."""
+    """The perceptual distance of two batches of images (B, 3, H, W) in −1…1. Its weights are frozen."""
 
     mean: Tensor
     std: Tensor
@@ -50,8 +50,8 @@ class Perceptual(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        """Mean distance; 0 where a side is below 16 pixels."""
-        if min(image.shape[2:]) < SMALLEST:
+        """Mean distance, a scalar. It is 0 for images with a side below 16 pixels."""
+        if min(image.shape[2:]) < MIN_SIDE:
             return image.new_zeros(())
         x = ((torch.cat([image, target]) + 1) / 2 - self.mean) / self.std
         distance = x.new_zeros((), dtype=torch.float32)
@@ -66,7 +66,10 @@ class Perceptual(nn.Module):
 
 
 def load_perceptual(path: str | Path) -> Perceptual:
-    """VGG-16 features from `path` (.safetensors, or .pth with a bare state). Raises RunRefused for any other file."""
+    """The perceptual loss with the VGG-16 weights in `path`, a .safetensors file or a .pth file with a bare state.
+
+    Raises RunRefused for any other file.
+    """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -77,20 +80,20 @@ def load_perceptual(path: str | Path) -> Perceptual:
         wrong = [name for name, shape in expected.items() if tuple(state[name].shape) != shape]
         wrong += [f"lin{i}" for i, c in enumerate(CHANNELS) if _lin(state, i) not in (None, (1, c, 1, 1))]
         if wrong:
-            raise ValueError(f"another shape of {', '.join(wrong)}")
+            raise ValueError(f"{', '.join(wrong)} has the wrong shape")
         return Perceptual({name: value.float() for name, value in state.items() if isinstance(value, Tensor)})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
-        raise _refused(path, error) from error
+        raise _not_a_vgg16(path, error) from error
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise _refused(path, error) from error
+        raise _not_a_vgg16(path, error) from error
 
 
-def _refused(path: Path, error: Exception) -> RunRefused:
-    reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+def _not_a_vgg16(path: Path, error: Exception) -> RunRefused:
+    reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
     return RunRefused(
-        f"{path.name} ({reason:.200})",
+        f"{path.name} does not hold the weights of a VGG-16: {reason.rstrip('.'):.200}.",
         expected="the weights of a VGG-16, features.0.weight to features.28.bias, as .safetensors or .pth",
-        fix="pass the file of a published VGG-16, or set loss.perceptual = 0",
+        fix="Set loss.perceptual_weights to the file of a published VGG-16, or loss.perceptual to 0.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images, and curves drawn with Pillow alone."""
+"""Images of a run: grids of samples, and curves. Both are drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GAP, WIDTH, HEIGHT, MARGIN = 2, 480, 280, 48
 
 
 def pixels(image_BCHW: Tensor) -> NDArray[np.uint8]:
-    """Images in −1…1, clamped, as uint8 (B, H, W, 3)."""
+    """Images (B, 3, H, W) in −1…1, clamped, as uint8 (B, H, W, 3)."""
     scaled = image_BCHW.detach().float().cpu().mul(127.5).add(128).clamp(0, 255)
     return scaled.permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
 def grid(rows: Sequence[Sequence[NDArray[np.uint8]]]) -> Image.Image:
-    """Rows of images of one size (smaller ones are enlarged, pixel by pixel)."""
+    """A grid of images, uint8 (H, W, 3). Smaller images are enlarged to the size of the largest."""
     height = max(image.shape[0] for row in rows for image in row)
     width = max(image.shape[1] for row in rows for image in row)
     columns = max(len(row) for row in rows)
@@ -34,7 +34,7 @@ def grid(rows: Sequence[Sequence[NDArray[np.uint8]]]) -> Image.Image:
 
 
 def curves(panels: Mapping[str, Mapping[str, Points]]) -> Image.Image:
-    """Panels two by two; each holds named curves over the steps."""
+    """Panels in two columns: title -> name of a curve -> its (step, value) points."""
     sheet = Image.new("RGB", (WIDTH * 2, HEIGHT * max(1, -(-len(panels) // 2))), "white")
     for i, (title, lines) in enumerate(panels.items()):
         sheet.paste(_panel(title, lines), (i % 2 * WIDTH, i // 2 * HEIGHT))

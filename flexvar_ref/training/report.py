@@ -1,4 +1,4 @@
-"""What a run tells: a line or a bar of progress, metrics.jsonl, a TensorBoard log, curves and samples as pictures."""
+"""Reports of a run: progress on the terminal, metrics.jsonl, a TensorBoard log, curves and sample images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from . import plots
 
 METRICS, CURVES, SAMPLES, TENSORBOARD = "metrics.jsonl", "curves.png", "samples", "tensorboard"
-PER_SCALE = "/"  # "loss/16x16": a curve of every scale, in one panel
+PER_SCALE = "/"  # "loss/16x16": the curves of all scales share one panel
 
 
 class Report:
-    """Writes into a run's folder and on standard error. Used as a context; `first` is the step a resume starts from."""
+    """Writes reports to a run's folder and to standard error, as a context manager.
+
+    steps: steps of the run. first: the step that a resume starts from. unit: "images" or "tokens", for the speed.
+    """
 
     def __init__(
         self, folder: Path, steps: int, first: int, unit: str, *, console: Console | None = None, quiet: bool = False
@@ -30,7 +33,7 @@ class Report:
         self._folder, self._steps, self._first, self._unit = folder, steps, first, unit
         self._console = console or Console(stderr=True, quiet=quiet)
         self._path = folder / METRICS
-        self.rows = keep_until(self._path, first)
+        self.rows = truncate_metrics(self._path, first)
         self._file = self._path.open("a", encoding="utf-8")
         self._start, self._last, self._paused = time.perf_counter(), time.perf_counter(), 0.0
         self._units = 0
@@ -57,14 +60,14 @@ class Report:
         self._file.close()
         self._board.close()
 
-    def stepped(self, units: int) -> None:
-        """A step is done that saw so many images or tokens."""
+    def count_step(self, units: int) -> None:
+        """Count a finished step with `units` images or tokens."""
         self._units += units
         if self._bar is not None:
             self._bar.advance(self._task)
 
-    def trained(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Means since the last call, after `step` steps."""
+    def log_training(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the means of the metrics since the last call, after `step` steps, with speed and remaining time."""
         now = time.perf_counter()
         speed = self._units / max(now - self._last - self._paused, 1e-9)
         self._last, self._units, self._paused = now, 0, 0.0
@@ -74,23 +77,23 @@ class Report:
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
-            self._say(f"step {step}/{self._steps}  {text}")
+            self._print(f"step {step}/{self._steps}  {text}")
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Measures on the held-out samples after `step` steps."""
+    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of the held-out samples after `step` steps, and draw the curves."""
         self._write("held out", step, metrics)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if PER_SCALE not in name)
-        self._say(f"step {step}/{self._steps}  held out: {shown}")
+        self._print(f"step {step}/{self._steps}  held out: {shown}")
         self._save(plots.curves(panels(self.rows)), self._folder / CURVES)
 
-    def pictured(self, step: int, image: Image.Image) -> None:
-        """A sheet of samples after `step` steps."""
+    def save_samples(self, step: int, image: Image.Image) -> None:
+        """Save a grid of sample images after `step` steps."""
         folder = self._folder / SAMPLES
         folder.mkdir(exist_ok=True)
         self._save(image, folder / f"step_{step:08d}.png")
 
-    def pause(self, seconds: float) -> None:
-        """So long nothing was trained: it does not count against the speed."""
+    def exclude_time(self, seconds: float) -> None:
+        """Leave time that was not spent on training out of the speed."""
         self._paused += seconds
 
     def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -101,7 +104,7 @@ class Report:
         for name, value in metrics.items():
             self._board.add_scalar(f"{kind}/{name}".replace(" ", "_"), value, step)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @staticmethod
@@ -111,8 +114,8 @@ class Report:
         partial.replace(path)
 
 
-def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows up to `step`; later ones, and one that a kill cut short, leave the file."""
+def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove rows after `step`, and rows that were not written completely, from the file. Returns the others."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -131,7 +134,7 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """What the curves show: the loss, every measure of the evaluation, and those of the scales together."""
+    """The panels of the curves: one for each metric, and one for the values of a metric at all scales."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         for name, value in row.items():

@@ -1,8 +1,13 @@
-"""A run from a configuration to a result: the two things that can be trained, each with its folder.
+"""Whole training runs of a tokenizer or a transformer, from a configuration to a result.
 
-RUN/config.json              what was asked for            RUN/metrics.jsonl, curves.png, samples/, tensorboard/
-RUN/checkpoints/step_N.pt    to resume from                RUN/model.safetensors, model.json    the result
-RUN/classes.json             names, in label order         RUN/tokenizer.safetensors, .json     (transformer)
+Files in the folder of a run:
+config.json                             the configuration
+classes.json                            names of the classes, in the order of their labels
+metrics.jsonl, curves.png, tensorboard/ losses, speed and metrics of the evaluation
+samples/step_N.png                      sample images
+checkpoints/step_N.pt                   states to resume from
+model.safetensors, model.json           the result
+tokenizer.safetensors, tokenizer.json   a copy of the tokenizer (transformer only)
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoint import load_tokenizer, save
+from ..errors import RunRefused
 from ..tokenizer import Tokenizer
-from .cache import image_key, keep_images, keep_latents, latent_key
+from .cache import cache_images, cache_latents, image_key, latent_key
 from .config import Data, Run, TokenizerRun, TransformerRun
 from .data import Dataset
-from .errors import RunRefused
-from .feed import Array, Drawn, Kept, Source
+from .feed import Array, CachedSource, DatasetSource, Source
 from .sources import open_data
 from .task import Metrics, Task
 from .tokenizer_task import TokenizerTask
@@ -40,12 +45,16 @@ CONFIG, CLASSES, RESULT, TOKENIZER, CACHE = (
     "cache",
 )
 Progress = Callable[[str, int, int], None]
-"""(what is prepared, done, of how many) -> None"""
+"""(kind of samples being prepared, samples done, samples in all) -> None"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """out: the run's folder; cache: where prepared samples are kept (default: in the run's folder)."""
+class RunOptions:
+    """Options of a run that do not change its result.
+
+    out: folder of the run. cache: folder of prepared samples, by default in the run's folder. resume: continue the run
+    in `out`. quiet: print no progress. progress: called while samples are prepared.
+    """
 
     out: Path
     cache: Path | None = None
@@ -54,100 +63,111 @@ class Place:
     progress: Progress | None = None
 
     @property
-    def kept(self) -> Path:
+    def cache_folder(self) -> Path:
         return self.cache or self.out / CACHE
 
-    def prepares(self, what: str) -> Callable[[int, int], None] | None:
+    def progress_of(self, what: str) -> Callable[[int, int], None] | None:
+        """`progress` for one kind of samples."""
         report = self.progress
         return None if report is None else lambda done, count: report(what, done, count)
 
 
 @dataclass(frozen=True)
 class Result:
-    """path: the averaged weights, as flexvar_ref.load and `flexvar export` read them; metrics: the last evaluation."""
+    """The result of a run.
+
+    path: the averaged weights, in the form that flexvar_ref.load and `flexvar export` read. steps: steps trained.
+    metrics: the last evaluation.
+    """
 
     path: Path
     steps: int
     metrics: Metrics
 
 
-def train_tokenizer(run: TokenizerRun, data: str, place: Place) -> Result:
-    """Train a tokenizer on a folder or on "scenes". Raises TrainingError, DataError."""
+def train_tokenizer(run: TokenizerRun, data: str, options: RunOptions) -> Result:
+    """Train a tokenizer. data: an image folder or "scenes". Raises TrainingError."""
     accelerator = make_accelerator()
     train, held_out = open_data(data, run.data)
-    text = _text("tokenizer", run, data)
-    _enter(place, text, train, accelerator)
-    source, shown, _ = _images(run.data, train, held_out, place, accelerator)
-    return _run(TokenizerTask(run, source, shown), run, text, place, accelerator)
+    text = _config_text("tokenizer", run, data)
+    _prepare_folder(options, text, train, accelerator)
+    source, images, _ = _prepare_images(run.data, train, held_out, options, accelerator)
+    return _train(TokenizerTask(run, source, images), run, text, options, accelerator)
 
 
-def train_transformer(run: TransformerRun, data: str, tokenizer_path: Path, place: Place) -> Result:
-    """Train a transformer on the tokens of a tokenizer. Raises TrainingError, DataError, CheckpointError."""
+def train_transformer(run: TransformerRun, data: str, tokenizer_path: Path, options: RunOptions) -> Result:
+    """Train a transformer on the tokens of a tokenizer. data: an image folder or "scenes".
+
+    Raises TrainingError or CheckpointError.
+    """
     accelerator = make_accelerator()
     tokenizer = load_tokenizer(tokenizer_path)
     train, held_out = open_data(data, run.data)
-    text = _text("transformer", run, data, tokenizer=_digest(tokenizer))
-    _enter(place, text, train, accelerator)
+    text = _config_text("transformer", run, data, tokenizer=_digest(tokenizer))
+    _prepare_folder(options, text, train, accelerator)
     if accelerator.is_main_process:
-        save(tokenizer, place.out / TOKENIZER)
-    source, shown, labels = _images(run.data, train, held_out, place, accelerator)
-    task = TransformerTask(run, tokenizer, len(train.classes), source, (shown, labels))
-    if isinstance(source, Kept):
-        task.source = _latents(task, source, image_key(train, run.data.samples), place, accelerator)
-    return _run(task, run, text, place, accelerator)
+        save(tokenizer, options.out / TOKENIZER)
+    source, images, labels = _prepare_images(run.data, train, held_out, options, accelerator)
+    task = TransformerTask(run, tokenizer, len(train.classes), source, (images, labels))
+    if isinstance(source, CachedSource):
+        task.source = _prepare_latents(task, source, image_key(train, run.data.samples), options, accelerator)
+    return _train(task, run, text, options, accelerator)
 
 
-def _run(task: Task, run: Run, text: str, place: Place, accelerator: Accelerator) -> Result:
-    trainer = Trainer(task, run.loop, run.optim, place.out, text, accelerator, run.data.workers)
-    if place.resume:
+def _train(task: Task, run: Run, text: str, options: RunOptions, accelerator: Accelerator) -> Result:
+    trainer = Trainer(task, run.loop, run.optim, options.out, text, accelerator, run.data.workers)
+    if options.resume:
         trainer.resume()
-    metrics = trainer.run(place.quiet)
+    metrics = trainer.run(options.quiet)
     if accelerator.is_main_process:
-        save(trainer.averaged().cpu(), place.out / RESULT)  # type: ignore[arg-type]
+        save(trainer.averaged().cpu(), options.out / RESULT)  # type: ignore[arg-type]
     accelerator.wait_for_everyone()
-    return Result(place.out / RESULT, trainer.step, metrics)
+    return Result(options.out / RESULT, trainer.step, metrics)
 
 
-def _text(kind: str, run: Run, data: str, **more: str) -> str:
+def _config_text(kind: str, run: Run, data: str, **more: str) -> str:
     return as_text({"kind": kind, "data_set": data, **more, "run": dataclasses.asdict(run)})
 
 
-def _enter(place: Place, text: str, dataset: Dataset, accelerator: Accelerator) -> None:
-    """Make the run's folder and write down what was asked for. Raises RunRefused where another run is in it."""
-    path = place.out / CONFIG
-    if path.exists() and not place.resume:
+def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerator: Accelerator) -> None:
+    """Create the run's folder and write its configuration. Raises RunRefused if the folder holds another run."""
+    path = options.out / CONFIG
+    if path.exists() and not options.resume:
         raise RunRefused(
-            f"{place.out}, which holds a run", expected="a new folder", fix="pass --resume or another --out"
+            f"{options.out} already holds a run.", expected="a new folder", fix="Pass --resume or another --out."
         )
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise RunRefused(
-            f"another configuration than {path}",
-            expected="the one the run was started with",
-            fix="pass the same --config, --data and options, or start another run with another --out",
+            f"The configuration differs from {path}, with which the run was started.",
+            expected="the configuration the run was started with",
+            fix="Pass the same --config, --data and options, or start a new run in another --out.",
         )
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    accelerator.wait_for_everyone()  # no process writes before all have checked
     if accelerator.is_main_process:
-        (place.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        (place.out / CLASSES).write_text(json.dumps(list(dataset.classes), indent=1) + "\n", encoding="utf-8")
+        (options.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (options.out / CLASSES).write_text(json.dumps(list(dataset.classes), indent=1) + "\n", encoding="utf-8")
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 
 
-def _images(
-    config: Data, train: Dataset, held_out: Dataset, place: Place, accelerator: Accelerator
+def _prepare_images(
+    config: Data, train: Dataset, held_out: Dataset, options: RunOptions, accelerator: Accelerator
 ) -> tuple[Source, Array, Array]:
-    """What is trained on, and the held-out images and labels."""
+    """The source of training samples, and the held-out images and labels."""
     count = config.held_out if held_out.length is None else min(config.held_out, held_out.length)
     with accelerator.main_process_first():
-        shown = keep_images(held_out, count, place.kept, config.workers, place.prepares("held-out images"))
+        folder, workers = options.cache_folder, config.workers
+        evaluated = cache_images(held_out, count, folder, workers, options.progress_of("held-out images"))
         if config.samples == 0:
-            return Drawn(train), *shown
-        kept = keep_images(train, config.samples, place.kept, config.workers, place.prepares("images"))
-    return Kept(*kept, config.seed), *shown
+            return DatasetSource(train), *evaluated
+        trained = cache_images(train, config.samples, folder, workers, options.progress_of("images"))
+    return CachedSource(*trained, config.seed), *evaluated
 
 
-def _latents(task: TransformerTask, images: Kept, name: str, place: Place, accelerator: Accelerator) -> Kept:
+def _prepare_latents(
+    task: TransformerTask, images: CachedSource, name: str, options: RunOptions, accelerator: Accelerator
+) -> CachedSource:
     """The same samples as latents, encoded once."""
     task.tokenizer.to(accelerator.device)
 
@@ -157,12 +177,13 @@ def _latents(task: TransformerTask, images: Kept, name: str, place: Place, accel
 
     with accelerator.main_process_first():
         key = latent_key(task.tokenizer, f"{name} {task.config.loop.precision}")
-        progress = place.prepares("latents")
-        kept = keep_latents(task.tokenizer, images.values, images.labels, place.kept, key, encode, progress)
-    return Kept(*kept, task.config.data.seed)
+        folder, progress = options.cache_folder, options.progress_of("latents")
+        latents = cache_latents(task.tokenizer, images.values, images.labels, folder, key, encode, progress)
+    return CachedSource(*latents, task.config.data.seed)
 
 
 def _digest(tokenizer: Tokenizer) -> str:
+    """sha256 of the tokenizer's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
@@ -170,4 +191,5 @@ def _digest(tokenizer: Tokenizer) -> str:
 
 
 def as_json(result: Result) -> dict[str, Any]:
+    """The result as plain values."""
     return {"result": str(result.path), "steps": result.steps, "metrics": result.metrics}

@@ -1,4 +1,4 @@
-"""From `--data` to what training and evaluation draw from."""
+"""The training and held-out data sets that `--data` names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SCENES = "scenes"
 
 
 @dataclass(frozen=True)
-class Spread:
-    """`count` samples spread evenly over a data set whose order is that of its classes."""
+class EvenSubset:
+    """`count` samples at even distances in a folder, so that all classes are in it."""
 
     dataset: ImageFolder
     count: int
@@ -31,10 +31,10 @@ class Spread:
 
 
 def open_data(data: str, config: Data) -> tuple[Dataset, Dataset]:
-    """The training and the held-out data set of a folder or of the built-in scenes.
+    """The training and the held-out data set. data: an image folder or "scenes".
 
-    A folder with the folders `train` and `val` has its own held-out images; in any other the evaluation looks at
-    images that are trained on. Raises DataError.
+    A folder with subfolders `train` and `val` has its own held-out images. With any other folder the evaluation uses
+    training images. Raises DataError.
     """
     if data == SCENES:
         return Scenes(config.size, config.seed), Scenes(config.size, config.seed + 1)
@@ -42,4 +42,4 @@ def open_data(data: str, config: Data) -> tuple[Dataset, Dataset]:
     split = (root / "train").is_dir() and (root / "val").is_dir()
     train = ImageFolder(root / "train" if split else root, config.size, config.seed, flip=config.flip)
     held_out = ImageFolder(root / "val" if split else root, config.size, config.seed, training=False, check=split)
-    return train, Spread(held_out, min(config.held_out, len(held_out)))
+    return train, EvenSubset(held_out, min(config.held_out, len(held_out)))

@@ -1,4 +1,4 @@
-"""What the trainer asks of a network that is trained: its losses, its evaluation and its pictures."""
+"""The interface between the trainer and a network: losses, evaluation and sample images."""
 
 from __future__ import annotations
 
@@ -16,41 +16,43 @@ Metrics = dict[str, float]
 
 
 class Task(Protocol):
-    """One network with what belongs to its training."""
+    """A network, its losses and its data."""
 
     parts: dict[str, nn.Module]
-    """What is optimised, the first the network's objective; each has an optimiser of its own."""
+    """The modules to optimise, each with its own optimiser. The first one holds the network and its loss."""
     source: Source
+    """The training samples."""
     unit: str
-    """What speed is counted in."""
+    """The unit of the speed: "images" or "tokens"."""
 
     @property
     def network(self) -> nn.Module:
-        """What is trained, averaged and saved: a submodule of the first part."""
+        """The network that is averaged and saved: a submodule of the first part."""
 
-    def place(self, accelerator: Accelerator) -> None:
-        """Move what is used beside the parts to the accelerator's device; compile if that was asked for."""
+    def move_to_device(self, accelerator: Accelerator) -> None:
+        """Move tensors and modules that are not in `parts` to the accelerator's device, and compile if configured."""
 
-    def begin(self, step: int) -> int:
-        """Draw what all chunks of the step share. Returns the units an image counts."""
+    def begin_step(self, step: int) -> int:
+        """Make the draws that all chunks of a step share. Returns the number of units in each image."""
 
     def losses(
         self, parts: Mapping[str, nn.Module], values: Tensor, labels: Tensor, step: int
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """For one chunk, in order: a part, the loss to be propagated through it, and means to report."""
+        """For each part to be trained on a chunk, in order: its name, its loss, and metrics to report."""
 
     def after_step(
         self, step: int, average: Average, optimizers: Mapping[str, Any], accelerator: Accelerator
     ) -> Metrics:
-        """What follows an optimiser step."""
+        """Update the task's own state after an optimiser step. Returns metrics to report."""
 
     def evaluate(self, network: Any, accelerator: Accelerator, thorough: bool) -> Metrics:
-        """Means over the held-out samples of all processes; `thorough` at the end of a run."""
+        """Metrics over the held-out samples of all processes. thorough: at all scales, at the end of a run."""
 
-    def picture(self, network: Any) -> Image.Image:
-        """What the network can do."""
+    def draw_samples(self, network: Any) -> Image.Image:
+        """A grid of sample images."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a resume needs beside weights and optimisers."""
+        """The task's own state, for checkpoints."""
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""

@@ -1,7 +1,7 @@
-"""The multi-scale VQ loss: every step reconstructs the images at several scales at once.
+"""The multi-scale VQ loss: each step reconstructs the images at several scales.
 
-Source: FlexVAR, section 3.1 (several random scales a step); VQGAN's commitment and codebook terms with the
-l2-normalised codes of LlamaGen's tokenizer.
+Source: FlexVAR, section 3.1 (several random scales in each step); the commitment and codebook losses of VQGAN, with
+l2-normalised codes as in LlamaGen's tokenizer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from .scenes.stream import Stream
 
 
 class VQOutput(NamedTuple):
-    """loss: all terms but the adversarial one; reconstruction: its part that is compared with pixels; quantisation:
-    commitment and codebook terms; image_BCHW: the largest scale decoded; counts_V: how often each code was taken;
-    vectors_ND: normalised encoder outputs of the largest scale.
+    """Losses and by-products of one chunk.
+
+    loss: reconstruction + quantisation.
+    reconstruction: pixel and perceptual losses.
+    quantisation: commitment and codebook losses.
+    image_BCHW: the largest scale, decoded.
+    counts_V: number of tokens with each code.
+    vectors_ND: l2-normalised encoder outputs of the largest scale.
     """
 
     loss: Tensor
@@ -35,22 +40,25 @@ class VQOutput(NamedTuple):
 
 
 def random_scales(side: int, count: int, draws: Stream) -> Scales:
-    """The largest scale and count − 1 others of 1 … side − 1, each as likely as any other."""
+    """The largest scale, and count − 1 others drawn uniformly from the sides 1 … side − 1. Smallest first."""
     others = list(range(1, side))
     drawn = [others.pop(draws.whole(0, len(others) - 1)) for _ in range(min(count, side) - 1)]
     return tuple((s, s) for s in sorted([*drawn, side]))
 
 
 class VQObjective(nn.Module):
-    """The tokenizer with its loss, as data-parallel training wraps it."""
+    """The tokenizer and its loss in one module, which data-parallel training can wrap."""
 
     def __init__(self, tokenizer: Tokenizer, config: VQLoss, perceptual: Perceptual | None = None) -> None:
         super().__init__()
         self.tokenizer, self.config = tokenizer, config
-        self.perceptual = [perceptual]  # in a list: it is no part of what is trained and saved
+        self.perceptual = [perceptual]  # in a list, so that its weights are neither trained nor saved
 
     def forward(self, image_BCHW: Tensor, scales: Scales, bf16: bool = False) -> VQOutput:
-        """Images in −1…1 and the scales to reconstruct, the largest last. Convolutions compute in bfloat16 if asked."""
+        """The losses of images (B, 3, H, W) in −1…1, reconstructed at `scales`, the largest last.
+
+        bf16: compute convolutions in bfloat16.
+        """
         device, c = image_BCHW.device.type, self.config
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             latent = self.tokenizer.encode(image_BCHW)
@@ -91,15 +99,16 @@ class VQObjective(nn.Module):
 
 @torch.no_grad()
 def nearest(vectors: Tensor, codebook_VD: Tensor) -> Tensor:
-    """Index (…) of the nearest code of every normalised vector (…, D)."""
+    """Index (...) of the code nearest to each l2-normalised vector (..., D)."""
     return (vectors @ codebook_VD.T).argmax(-1)
 
 
 def scale_weights(scales: Scales, power: float) -> list[float]:
-    """Weights that sum to 1, each as the number of tokens to `power`."""
+    """A weight for each scale, in proportion to its number of tokens to the power `power`. They sum to 1."""
     raw = [float(h * w) ** power for h, w in scales]
     return [value / sum(raw) for value in raw]
 
 
 def sum_weighted(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum of scalars."""
     return torch.stack([term * weight for term, weight in zip(terms, weights, strict=True)]).sum()

@@ -1,4 +1,7 @@
-"""Training of the tokenizer: multi-scale reconstruction, a codebook that stays in use, optionally an adversary."""
+"""The task of training a tokenizer: multi-scale reconstruction, with an optional adversarial loss.
+
+Codes that are hardly used are reset to encoder outputs, so that the whole codebook stays in use.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,25 @@ from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
 from .config import TokenizerRun
 from .ema import Average
 from .feed import Array, Source, signed
-from .optim import forget
+from .optim import reset_moments
 from .perceptual import load_perceptual
 from .randomness import REVIVAL, SCALES, WEIGHTS, generator, stream, torch_seed
 from .schedules import default_sides
 from .tokenizer_loss import VQObjective, VQOutput, random_scales
 
 CODES = "quantizer.embedding.weight"
-MODEL, ADVERSARY = "model", "discriminator"
-CHUNK = 16  # images an evaluation looks at at once
-SHOWN = 6
+MODEL, DISCRIMINATOR = "model", "discriminator"
+CHUNK = 16  # images in a batch of the evaluation
+MAX_SAMPLES = 6  # images in a grid of samples
 
 
 class TokenizerTask:
+    """A `Task` that trains a tokenizer."""
+
     unit = "images"
 
     def __init__(self, config: TokenizerRun, source: Source, held_out: Array) -> None:
-        """held_out: uint8 (N, H, W, 3)."""
+        """held_out: images of the evaluation, uint8 (N, H, W, 3)."""
         self.config, self.source, self.held_out = config, source, held_out
         torch.manual_seed(torch_seed(config.loop.seed, WEIGHTS))
         tokenizer = Tokenizer(config.model)
@@ -47,9 +52,9 @@ class TokenizerTask:
         self._objective = VQObjective(tokenizer, loss, self._perceptual)
         self.parts: dict[str, nn.Module] = {MODEL: self._objective}
         if loss.adversarial > 0:
-            self.parts[ADVERSARY] = PatchDiscriminator()
+            self.parts[DISCRIMINATOR] = PatchDiscriminator()
         self.side = config.data.size // config.model.downsampling
-        self._share_V = codebook.even(config.model.vocabulary)
+        self._share_V = codebook.even_shares(config.model.vocabulary)
         self._counts_V = torch.zeros(config.model.vocabulary)
         self._vectors: list[Tensor] = []
         self._scales: Scales = ((self.side, self.side),)
@@ -62,7 +67,7 @@ class TokenizerTask:
     def bf16(self) -> bool:
         return self.config.loop.precision == "bf16"
 
-    def place(self, accelerator: Accelerator) -> None:
+    def move_to_device(self, accelerator: Accelerator) -> None:
         self._share_V, self._counts_V = self._share_V.to(accelerator.device), self._counts_V.to(accelerator.device)
         if self._perceptual is not None:
             self._perceptual.to(accelerator.device)
@@ -70,7 +75,7 @@ class TokenizerTask:
             self.network.encoder.compile()
             self.network.decoder.compile(dynamic=True)
 
-    def begin(self, step: int) -> int:
+    def begin_step(self, step: int) -> int:
         draws = stream(self.config.loop.seed, SCALES, step)
         self._scales = random_scales(self.side, self.config.loss.scales, draws)
         return 1
@@ -81,54 +86,56 @@ class TokenizerTask:
         images = signed(values)
         out: VQOutput = parts[MODEL](images, self._scales, self.bf16)
         self._counts_V += out.counts_V
-        if self._revives(step):
+        if self._resets_codes(step):
             self._vectors.append(out.vectors_ND)
         metrics = {"reconstruction": out.reconstruction, "quantisation": out.quantisation}
-        if ADVERSARY not in self.parts or step < self.config.loss.adversarial_start:
+        if DISCRIMINATOR not in self.parts or step < self.config.loss.adversarial_start:
             yield MODEL, out.loss, {"loss": out.loss, **metrics}
             return
-        judge = self.parts[ADVERSARY].requires_grad_(False)
-        fooling = generator_loss(judge(out.image_BCHW))
-        weight = adaptive_weight(out.reconstruction, fooling, self.network.decoder.conv_out.weight)
-        loss = out.loss + self.config.loss.adversarial * weight * fooling
-        yield MODEL, loss, {"loss": out.loss, **metrics, "adversarial": fooling}
-        judge.requires_grad_(True)
-        judged = parts[ADVERSARY](torch.cat([images, out.image_BCHW.detach()]))
-        judging = discriminator_loss(*judged.chunk(2))
-        yield ADVERSARY, judging, {ADVERSARY: judging}
+        discriminator = self.parts[DISCRIMINATOR].requires_grad_(False)
+        adversarial = generator_loss(discriminator(out.image_BCHW))
+        weight = adaptive_weight(out.reconstruction, adversarial, self.network.decoder.conv_out.weight)
+        loss = out.loss + self.config.loss.adversarial * weight * adversarial
+        yield MODEL, loss, {"loss": out.loss, **metrics, "adversarial": adversarial}
+        discriminator.requires_grad_(True)
+        scores = parts[DISCRIMINATOR](torch.cat([images, out.image_BCHW.detach()]))
+        loss = discriminator_loss(*scores.chunk(2))
+        yield DISCRIMINATOR, loss, {DISCRIMINATOR: loss}
 
     def after_step(
         self, step: int, average: Average, optimizers: Mapping[str, Any], accelerator: Accelerator
     ) -> dict[str, float]:
-        self._share_V = codebook.updated(self._share_V, accelerator.reduce(self._counts_V, "sum"))
+        self._share_V = codebook.updated_shares(self._share_V, accelerator.reduce(self._counts_V, "sum"))
         self._counts_V.zero_()
-        if self._revives(step):
-            self._revive(step, average, optimizers[MODEL], accelerator)
+        if self._resets_codes(step):
+            self._reset_codes(step, average, optimizers[MODEL], accelerator)
             self._vectors.clear()
         if (step + 1) % self.config.loop.log and step + 1 != self.config.loop.steps:
             return {}
         return {"perplexity": codebook.perplexity(self._share_V)}
 
-    def _revives(self, step: int) -> bool:
+    def _resets_codes(self, step: int) -> bool:
         loss = self.config.loss
         early = step < loss.revive_until * self.config.loop.steps
         return loss.revive_every > 0 and early and (step + 1) % loss.revive_every == 0
 
-    def _revive(self, step: int, average: Average, optimizer: Any, accelerator: Accelerator) -> None:
-        dead = codebook.dead(self._share_V, self.config.loss.revive_below)
-        gathered = accelerator.gather(torch.stack(self._vectors))  # processes first, then chunks
-        order = gathered.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1)  # as one process would have it
+    def _reset_codes(self, step: int, average: Average, optimizer: Any, accelerator: Accelerator) -> None:
+        dead = codebook.dead_codes(self._share_V, self.config.loss.revive_below)
+        gathered = accelerator.gather(torch.stack(self._vectors))  # ordered by process, then by chunk
+        order = gathered.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1)  # as with one process
         vectors = order.reshape(-1, gathered.shape[-1])
         weight = self.network.quantizer.embedding.weight
         set_codes = codebook.revive(weight, dead, vectors, generator(self.config.loop.seed, REVIVAL, step))
         average[CODES][set_codes] = weight.detach()[set_codes].float()
         self._share_V[set_codes] = 1 / len(self._share_V)
-        forget(getattr(optimizer, "optimizer", optimizer), weight, set_codes)
+        reset_moments(getattr(optimizer, "optimizer", optimizer), weight, set_codes)
 
     @torch.no_grad()
     def evaluate(self, network: Tokenizer, accelerator: Accelerator, thorough: bool) -> dict[str, float]:
-        """PSNR of a scale (peak 2, against the image resized to it); use and perplexity of the codebook at the
-        largest scale; every default scale if thorough.
+        """PSNR (peak 2) of each scale against the resized images, and usage and perplexity of the codebook.
+
+        The codebook's metrics are those of the largest scale. thorough: evaluate all scales of the default schedule,
+        not only the smallest, the middle and the largest.
         """
         sides = default_sides(self.side)
         sides = sides if thorough else (sides[0], sides[len(sides) // 2], sides[-1])
@@ -163,9 +170,9 @@ class TokenizerTask:
             yield image, F.interpolate(images, size=image.shape[2:], mode="area"), tokens
 
     @torch.no_grad()
-    def picture(self, network: Tokenizer) -> Image.Image:
-        """Rows of held-out images: the image, then its reconstruction at every default scale, the largest first."""
-        images = signed(torch.from_numpy(self.held_out[:SHOWN])).to(next(network.parameters()).device)
+    def draw_samples(self, network: Tokenizer) -> Image.Image:
+        """Rows of a held-out image and its reconstructions at all default scales, the largest first."""
+        images = signed(torch.from_numpy(self.held_out[:MAX_SAMPLES])).to(next(network.parameters()).device)
         sides = default_sides(self.side)[::-1]
         columns = [plots.pixels(images)]
         columns += [plots.pixels(image) for image, _, _ in self._decoded(network, images, sides)]

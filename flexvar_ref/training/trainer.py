@@ -1,4 +1,4 @@
-"""The loop over the steps of a run, alike for both networks, on one process or many (accelerate, torchrun)."""
+"""The training loop of both networks, on one process or several (accelerate, torchrun)."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ..errors import RunRefused, Unsupported
 from . import checkpoint, ema
 from .config import Loop, Optimisation
-from .errors import RunRefused, Unsupported
-from .feed import Plan, batches
+from .feed import BatchPlan, batches
 from .optim import learning_rate, optimizer_of
 from .randomness import seed_chunk
 from .report import Report
 from .task import Task
 
 CHECKPOINTS = "checkpoints"
-# Where models are sharded, a checkpoint of the main process would hold one shard.
-_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# With a sharded model, a checkpoint of the main process would hold one shard only.
+_UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def make_accelerator() -> Accelerator:
-    """GPUs where there are any, else processors (several processes then talk through gloo). Raises Unsupported."""
+    """An accelerator on the GPUs, or on the CPU if there are none. Raises Unsupported for sharded models."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
-    if accelerator.distributed_type not in _WHOLE:
+    if accelerator.distributed_type not in _UNSHARDED:
         raise Unsupported(
-            f"{accelerator.distributed_type.value} as the way to distribute",
+            f"Training does not support {accelerator.distributed_type.value}: every process must hold the whole model.",
             expected="the whole model in every process",
-            fix="launch with torchrun, or with accelerate without FSDP, DeepSpeed or Megatron",
+            fix="Launch it with torchrun, or with accelerate without FSDP, DeepSpeed or Megatron.",
         )
     return accelerator
 
 
 @dataclass
 class Trainer:
-    """config: the whole run as text, which a resume must match; workers: processes that draw samples."""
+    """Trains the network of a task.
+
+    folder: folder of the run. config: the configuration of the run as text, which a resume must match.
+    workers: processes that prepare samples. step: number of finished steps.
+    """
 
     task: Task
     loop: Loop
@@ -56,20 +60,20 @@ class Trainer:
 
     def __post_init__(self) -> None:
         processes = self.accelerator.num_processes
-        self.plan = Plan(self.loop.batch, processes, self.accelerator.process_index, self.optim.accumulation)
+        self.plan = BatchPlan(self.loop.batch, processes, self.accelerator.process_index, self.optim.accumulation)
         self.parts: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         for name, part in self.task.parts.items():
             if self.loop.channels_last:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.parts[name], self.optimizers[name] = self.accelerator.prepare(part, optimizer_of(part, self.optim))
-        self.task.place(self.accelerator)
+        self.task.move_to_device(self.accelerator)
         self.average = ema.start(self.task.network)
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one. Raises RunRefused."""
+        """Continue from the newest checkpoint, if there is one. Raises RunRefused if it does not fit this run."""
         state = checkpoint.read_latest(self.folder / CHECKPOINTS, self.config)
         if state is None:
             return
@@ -85,14 +89,14 @@ class Trainer:
             self._count = state["means"]["count"]
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
             raise RunRefused(
-                f"a training state that does not fit ({error!s:.200})",
+                f"The newest checkpoint in {self.folder / CHECKPOINTS} does not fit this run: {error!s:.200}",
                 expected="the state of this run",
-                fix="start another run with another --out",
+                fix="Start a new run in another --out.",
             ) from error
         self.step = state["step"]
 
     def save(self) -> None:
-        """Write the state, if this is the main process."""
+        """Write a checkpoint, on the main process only. Raises RunRefused if a loss or gradient is not finite."""
         self._check_finite()
         sums = {name: self.accelerator.reduce(value, "mean") for name, value in sorted(self._sums.items())}
         if self.accelerator.is_main_process:
@@ -108,7 +112,7 @@ class Trainer:
             checkpoint.write(self.folder / CHECKPOINTS, state)
 
     def run(self, quiet: bool = False) -> dict[str, float]:
-        """Train to the last step. Returns the last evaluation. Raises RunRefused where the loss is no number."""
+        """Train to the last step and return the last evaluation. Raises RunRefused if a loss is not finite."""
         loop, main = self.loop, self.accelerator.is_main_process
         report: Any = (
             Report(self.folder, loop.steps, self.step, self.task.unit, quiet=quiet)
@@ -121,49 +125,49 @@ class Trainer:
             while self.step < loop.steps:
                 units = self._one_step(chunks)
                 if main:
-                    report.stepped(units)
+                    report.count_step(units)
                 done = self.step == loop.steps
                 if self.step % loop.log == 0 or done:
                     metrics = self._means()
                     if main:
-                        report.trained(self.step, metrics)
+                        report.log_training(self.step, metrics)
                 start = time.perf_counter()
                 if done or _due(self.step, loop.save):
                     self.save()
                 evaluate, sample = done or _due(self.step, loop.evaluate), done or _due(self.step, loop.sample)
                 if evaluate or sample:
-                    last = self._show(report, evaluate, sample, done) or last
+                    last = self._evaluate(report, evaluate, sample, done) or last
                 if main:
-                    report.pause(time.perf_counter() - start)
+                    report.exclude_time(time.perf_counter() - start)
             if not last:
-                last = self._show(report, True, True, True)
+                last = self._evaluate(report, True, True, True)
         return last
 
-    def _show(self, report: Any, evaluate: bool, sample: bool, thorough: bool) -> dict[str, float]:
+    def _evaluate(self, report: Any, evaluate: bool, sample: bool, thorough: bool) -> dict[str, float]:
         network, metrics = self.averaged(), {}
         if evaluate:
             metrics = self.task.evaluate(network, self.accelerator, thorough)
         if self.accelerator.is_main_process:
             if evaluate:
-                report.evaluated(self.step, metrics)
+                report.log_evaluation(self.step, metrics)
             if sample:
-                report.pictured(self.step, self.task.picture(network))
+                report.save_samples(self.step, self.task.draw_samples(network))
         self.accelerator.wait_for_everyone()
         return metrics
 
     def averaged(self) -> nn.Module:
-        """A copy of the network with the averaged weights, in evaluation mode: what the run results in."""
+        """A copy of the network with the averaged weights, in evaluation mode: the result of the run."""
         return ema.averaged(self.task.network, self.average)
 
     def _one_step(self, chunks: Iterator[tuple[Tensor, Tensor]]) -> int:
         rate = learning_rate(self.optim, self.step, self.loop.steps, self.loop.batch)
-        units = self.task.begin(self.step) * self.loop.batch
+        units = self.task.begin_step(self.step) * self.loop.batch
         for part in self.parts.values():
             part.train()
         for turn in range(self.plan.accumulation):
             seed_chunk(self.loop.seed, self.step, self.plan.chunk(turn))
             values, labels = (tensor.to(self.accelerator.device) for tensor in next(chunks))
-            self._one_chunk(values, labels, waits=turn < self.plan.accumulation - 1)
+            self._one_chunk(values, labels, last=turn == self.plan.accumulation - 1)
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -178,11 +182,11 @@ class Trainer:
         self.step += 1
         return units
 
-    def _one_chunk(self, values: Tensor, labels: Tensor, waits: bool) -> None:
-        """Forward and backward; where more chunks follow, the processes wait with adding up their gradients."""
+    def _one_chunk(self, values: Tensor, labels: Tensor, last: bool) -> None:
+        """Run the forward and backward passes. Processes exchange gradients after the last chunk of a step only."""
         share = 1 / self.plan.accumulation
         with contextlib.ExitStack() as stack:
-            if waits:
+            if not last:
                 for part in self.parts.values():
                     stack.enter_context(self.accelerator.no_sync(part))
             for _, loss, metrics in self.task.losses(self.parts, values, labels, self.step):
@@ -195,7 +199,7 @@ class Trainer:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def _means(self) -> dict[str, float]:
-        """Means of the steps since the last call, over all processes."""
+        """Means of the metrics since the last call, over all processes."""
         self._check_finite()
         names = sorted(self._sums)
         values = torch.stack([self._sums[name] for name in names]) / self._count
@@ -206,9 +210,9 @@ class Trainer:
     def _check_finite(self) -> None:
         if any(not value.isfinite() for value in self._sums.values()):
             raise RunRefused(
-                f"a loss or gradient that is no number before step {self.step}",
+                f"A loss or gradient before step {self.step} is not a finite number.",
                 expected="finite numbers",
-                fix="lower optim.lr or use precision fp32, and start again",
+                fix="Lower optim.lr or use precision fp32, and start again.",
             )
 
 
@@ -217,5 +221,5 @@ def _due(step: int, interval: int) -> bool:
 
 
 def as_text(config: dict[str, Any]) -> str:
-    """A configuration as the text that a checkpoint keeps."""
+    """A configuration as text, for checkpoints."""
     return json.dumps(config, indent=1, sort_keys=True) + "\n"

@@ -1,4 +1,4 @@
-"""The commands of docs/training.md run in their order, with the configurations of a minute and a single step."""
+"""The commands of docs/training.md run in order, with the small configurations and a single step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_documented_way_from_nothing_to_a_bundle(tmp_path: Path) -> None:
+def test_documented_commands_train_and_export_a_bundle(tmp_path: Path) -> None:
     ran = []
     for _, *arguments in commands():
         arguments = [str(ROOT / word.replace("demo_", "smoke_")) if "configs/" in word else word for word in arguments]

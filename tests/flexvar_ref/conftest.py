@@ -1,43 +1,28 @@
-"""Networks the tests share: tiny ones for the laws, the published sizes for the recordings."""
+"""Fixtures of the tests of flexvar_ref."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import flexvar_ref
-from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
-from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
+from flexvar_ref import FlexVAR, Tokenizer
 
 Pair = tuple[FlexVAR, Tokenizer]
-BuildPair = Callable[[TransformerConfig, TokenizerConfig, int], Pair]
 
 
 @pytest.fixture(scope="session")
-def build_pair(tmp_path_factory: pytest.TempPathFactory) -> BuildPair:
-    """Synthetic checkpoints written in the published layouts and loaded from there: the way users come."""
-
-    def build(transformer: TransformerConfig, tokenizer: TokenizerConfig, seed: int) -> Pair:
-        paths = write_checkpoints(tmp_path_factory.mktemp("checkpoints"), transformer, tokenizer, seed)
-        pair = flexvar_ref.load(*paths)
-        for path in paths:  # 290 MB each at the published sizes
-            path.unlink()
-        return pair
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def tiny(build_pair: BuildPair) -> Pair:
-    """A transformer of two blocks and the second tokenizer. Shared: copy before changing."""
-    return build_pair(tiny_transformer(), TINY_TOKENIZER, 0)
+def tiny(tiny_checkpoint: tuple[Path, Path]) -> Pair:
+    """A transformer of two blocks and a small tokenizer. Shared between tests: copy before changing."""
+    return flexvar_ref.load(*tiny_checkpoint)
 
 
 @pytest.fixture
 def random_tokens() -> Callable[..., list[torch.Tensor]]:
-    """Random tokens (B, h, w) of every scale."""
+    """(scales, batch, vocabulary, seed) -> random tokens (B, h, w) of every scale."""
 
     def make(scales: flexvar_ref.scales.Scales, batch: int, vocabulary: int, seed: int = 0) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -53,7 +38,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads and lose minutes to them where the cores are busy."""
+    """Small matrices are not faster with several threads, and much slower on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

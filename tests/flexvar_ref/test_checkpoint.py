@@ -1,4 +1,4 @@
-"""What loads, with which sizes, and what is refused with which words. Nothing in a file is ever run."""
+"""Checkpoints: the layouts that load, and the files that are refused. No code in a file is ever run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import collections
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +15,7 @@ import pickle
 import re
 import struct
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,13 @@ import pytest
 import torch
 
 import flexvar_ref
-from flexvar_ref import CheckpointError, FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
+from flexvar_ref import CheckpointError, FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig, checkpoint
+from flexvar_ref.errors import InvalidInput
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, tokenizer_state, transformer_state
 
 Pair = tuple[FlexVAR, Tokenizer]
 State = dict[str, torch.Tensor]
 LABELS, SCALES = [1, 10], "1_2_3x2"
-GOT_EXPECTED_FIX = re.compile(r"got .+; expected .+; fix: .+", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +71,29 @@ def assert_same(model: torch.nn.Module, other: torch.nn.Module) -> None:
 
 
 def refusal(load: Callable[[Path], object], path: Path) -> str:
-    """The words of the refusal, which always say got, expected and fix."""
-    with pytest.raises(CheckpointError) as error:
+    """What is wrong with a checkpoint, as the error says. Every field of the error must be filled in."""
+    with pytest.raises(CheckpointError) as caught:
         load(path)
-    message = str(error.value)
-    assert GOT_EXPECTED_FIX.fullmatch(message), message
-    return message
+    error = caught.value
+    assert error.got.endswith(".") and error.expected and error.fix.endswith(".")
+    assert str(error) == f"{error.got} {error.fix}" and len(error.got) < 2000
+    return error.got
+
+
+def named(text: str, names: Iterable[str]) -> set[str]:
+    """The parameters of `names` that a text mentions."""
+    return set(names) & set(re.findall(r"\w[\w.]*\w", text))
 
 
 # --- layouts that load ---------------------------------------------------------------------------------------------
 
 
 class Trainer(argparse.Namespace):
-    """Options of a class that is not allowed, for the refusals."""
+    """A class that may not be in a checkpoint."""
 
 
 def training_extras() -> dict[str, Any]:
-    """What training leaves beside the weights: options, optimiser state, counters."""
+    """Values that training checkpoints hold beside the weights: options, optimiser state, counters."""
     return {
         "var_opt": {
             "optimizer": {
@@ -138,24 +146,23 @@ TRANSFORMER_LAYOUTS: dict[str, Callable[[State, State], Any]] = {
 }
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("layout", TRANSFORMER_LAYOUTS)
 def test_transformer_layouts(
     layout: str,
-    zipped: bool,
     transformer: State,
     vae: State,
     written: Callable[..., Path],
     load_transformer: Callable[[Path], FlexVAR],
     tiny: Pair,
 ) -> None:
-    path = written(TRANSFORMER_LAYOUTS[layout](transformer, vae), _use_new_zipfile_serialization=zipped)
-    model = load_transformer(path)
-    assert_same(model, tiny[0])
-    assert model.config == tiny[0].config
-    assert not model.training
-    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
-    assert not model.blocks[0].attn.zero_k_bias.requires_grad
+    content = TRANSFORMER_LAYOUTS[layout](transformer, vae)
+    for zipped in (True, False):
+        model = load_transformer(written(content, _use_new_zipfile_serialization=zipped))
+        assert_same(model, tiny[0])
+        assert model.config == tiny[0].config
+        assert not model.training
+        assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+        assert not model.blocks[0].attn.zero_k_bias.requires_grad
 
 
 TOKENIZER_LAYOUTS: dict[str, Callable[[State, State], Any]] = {
@@ -175,16 +182,16 @@ TOKENIZER_LAYOUTS: dict[str, Callable[[State, State], Any]] = {
 }
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("layout", TOKENIZER_LAYOUTS)
 def test_tokenizer_layouts(
-    layout: str, zipped: bool, transformer: State, vae: State, written: Callable[..., Path], tiny: Pair
+    layout: str, transformer: State, vae: State, written: Callable[..., Path], tiny: Pair
 ) -> None:
-    path = written(TOKENIZER_LAYOUTS[layout](transformer, vae), _use_new_zipfile_serialization=zipped)
-    tokenizer = flexvar_ref.load_tokenizer(path)
-    assert_same(tokenizer, tiny[1])
-    assert tokenizer.config == TINY_TOKENIZER
-    assert not tokenizer.training
+    content = TOKENIZER_LAYOUTS[layout](transformer, vae)
+    for zipped in (True, False):
+        tokenizer = flexvar_ref.load_tokenizer(written(content, _use_new_zipfile_serialization=zipped))
+        assert_same(tokenizer, tiny[1])
+        assert tokenizer.config == TINY_TOKENIZER
+        assert not tokenizer.training
 
 
 def test_both_from_one_training_checkpoint(
@@ -208,7 +215,7 @@ def test_half_precision_states(
     assert next(tokenizer.parameters()).dtype == torch.float32
 
 
-def test_the_file_may_go_once_loaded(
+def test_a_loaded_model_does_not_need_its_file(
     transformer: State, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR], tiny: Pair
 ) -> None:
     path = written(transformer)
@@ -217,7 +224,7 @@ def test_the_file_may_go_once_loaded(
     assert_same(model, tiny[0])
 
 
-# --- our own form --------------------------------------------------------------------------------------------------
+# --- safetensors ---------------------------------------------------------------------------------------------------
 
 ODD_TRANSFORMER = TransformerConfig(
     depth=1,
@@ -277,31 +284,31 @@ def test_a_half_precision_model_round_trips_in_float32(tmp_path: Path, tiny: Pai
     assert_same(flexvar_ref.load_transformer(tmp_path / "t.safetensors", tiny[1].codebook_VD), half.float())
 
 
-def test_saving_under_another_name_is_refused(tmp_path: Path, tiny: Pair) -> None:
-    with pytest.raises(ValueError, match=r"^got t\.pth; expected a name ending in \.safetensors; fix: "):
+def test_another_suffix_is_refused_when_saving(tmp_path: Path, tiny: Pair) -> None:
+    with pytest.raises(InvalidInput, match=r"^t\.pth "):
         flexvar_ref.save(tiny[0], tmp_path / "t.pth")
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "fault"),
     [
         (lambda path, config: path.with_suffix(".json").unlink(), "t.json"),
         (lambda path, config: path.unlink(), "t.safetensors"),
-        (lambda path, config: path.write_bytes(path.read_bytes()[:-10]), "cannot be read"),
-        (lambda path, config: path.with_suffix(".json").write_text("[1, 2]"), "cannot be read"),
-        (lambda path, config: path.with_suffix(".json").write_text("{"), "cannot be read"),
-        (lambda path, config: config.update(format="flexvar-ref/9"), "it is a transformer of format flexvar-ref/9"),
+        (lambda path, config: path.write_bytes(path.read_bytes()[:-10]), "t.safetensors"),
+        (lambda path, config: path.with_suffix(".json").write_text("[1, 2]"), "t.safetensors"),
+        (lambda path, config: path.with_suffix(".json").write_text("{"), "t.safetensors"),
+        (lambda path, config: config.update(format="flexvar-ref/9"), "flexvar-ref/9"),
         (lambda path, config: config.update(width=3), "width"),
         (lambda path, config: config.pop("depth"), "depth"),
-        (lambda path, config: config.update(depth="2"), "got depth '2'"),
-        (lambda path, config: config.update(depth=2.5), "got depth 2.5"),
-        (lambda path, config: config.update(depth=3), "missing: blocks.2."),
-        (lambda path, config: config.update(depth=1), "unexpected: blocks.1."),
-        (lambda path, config: config.update(classes=9), "class_emb.weight (11, 128) for (10, 128)"),
+        (lambda path, config: config.update(depth="2"), "depth is '2'"),
+        (lambda path, config: config.update(depth=2.5), "depth is 2.5"),
+        (lambda path, config: config.update(depth=3), "blocks.2."),
+        (lambda path, config: config.update(depth=1), "blocks.1."),
+        (lambda path, config: config.update(classes=9), "class_emb.weight has (11, 128), not (10, 128)"),
     ],
 )
 def test_damaged_safetensors_are_refused(
-    tmp_path: Path, tiny: Pair, edit: Any, words: str, load_transformer: Callable[[Path], FlexVAR]
+    tmp_path: Path, tiny: Pair, edit: Any, fault: str, load_transformer: Callable[[Path], FlexVAR]
 ) -> None:
     path = tmp_path / "t.safetensors"
     flexvar_ref.save(tiny[0], path)
@@ -310,7 +317,7 @@ def test_damaged_safetensors_are_refused(
     edit(path, config)
     if config != before:
         path.with_suffix(".json").write_text(json.dumps(config))
-    assert words in refusal(load_transformer, path)
+    assert fault in refusal(load_transformer, path)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -336,48 +343,46 @@ def payloads(target: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("where", ["in the state", "beside it", "in the options"])
 @pytest.mark.parametrize("payload", payloads(Path()))
 def test_code_in_a_pickle_is_never_run(
     payload: str,
-    where: str,
-    zipped: bool,
     tmp_path: Path,
     transformer: State,
     written: Callable[..., Path],
     load_transformer: Callable[[Path], FlexVAR],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Neither among the weights, nor beside them, nor inside options that are allowed."""
     target = tmp_path / "ran.npy"
     attack = payloads(target)[payload]
-    content: Any = {
-        "in the state": {**transformer, "head.bias": attack},
-        "beside it": {"trainer": {"var_wo_ddp": transformer}, "x": attack},
-        "in the options": {"trainer": {"var_wo_ddp": transformer}, "args": argparse.Namespace(x=attack)},
-    }[where]
-    path = written(content, _use_new_zipfile_serialization=zipped)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    for load in (load_transformer, flexvar_ref.load_tokenizer):
-        message = refusal(load, path)
-        assert "which asks to run " in message and "never run" in message
+    contents: list[Any] = [
+        {**transformer, "head.bias": attack},
+        {"trainer": {"var_wo_ddp": transformer}, "x": attack},
+        {"trainer": {"var_wo_ddp": transformer}, "args": argparse.Namespace(x=attack)},
+    ]
+    for content, zipped in itertools.product(contents, (True, False)):
+        path = written(content, _use_new_zipfile_serialization=zipped)
+        for load in (load_transformer, flexvar_ref.load_tokenizer):
+            assert "asks to run " in refusal(load, path)
     assert not target.exists()
 
 
-def test_the_payloads_do_run_when_they_are_let(tmp_path: Path) -> None:
-    """Negative control: each of them creates its file in a plain pickle."""
+def test_payloads_run_in_a_plain_pickle(tmp_path: Path) -> None:
+    """Negative control: each of them creates its file."""
     for i, name in enumerate(payloads(Path())):
         target = tmp_path / f"{i}.npy"
         pickle.loads(pickle.dumps(payloads(target)[name]))
         assert target.exists(), name
 
 
-def test_no_class_of_a_stand_in_is_run(written: Callable[..., Path], transformer: State, tmp_path: Path) -> None:
-    """What is allowed beside the weights never reaches its own class, and loads as nothing."""
-    from flexvar_ref.pth import _Discarded, _read
+def test_allowed_classes_are_replaced_by_empty_stand_ins(
+    written: Callable[..., Path], transformer: State, tmp_path: Path
+) -> None:
+    from flexvar_ref.pth import _Discarded, _load
 
     options = argparse.Namespace(a=np.float64(1), b=pathlib.Path("x"))
-    content = _read(written({"options": options, "state": transformer}))
+    content = _load(written({"options": options, "state": transformer}))
     assert type(content["options"]) is _Discarded
     assert vars(content["options"]) == {}
     with pytest.raises(pickle.UnpicklingError, match="argparse"):  # the permission ended with the call
@@ -388,189 +393,156 @@ def test_other_classes_are_refused_by_name(
     written: Callable[..., Path], transformer: State, load_transformer: Callable[[Path], FlexVAR]
 ) -> None:
     message = refusal(load_transformer, written({"args": Trainer(lr=1), "trainer": {"var_wo_ddp": transformer}}))
-    assert re.search(r"which asks to run \S*\.Trainer;", message)
+    assert re.search(r"asks to run \S*\.Trainer\b", message)
 
 
-def test_a_discarded_value_is_no_weight(
+def test_a_stand_in_is_no_weight(
     written: Callable[..., Path], transformer: State, load_transformer: Callable[[Path], FlexVAR]
 ) -> None:
     transformer["head.bias"] = argparse.Namespace()  # type: ignore[assignment]
-    assert "holding [" in refusal(load_transformer, written(transformer))
+    assert "head.bias" in refusal(load_transformer, written({"head.bias": transformer["head.bias"]}))
 
 
-@pytest.mark.parametrize("block", [0, 1, 3])
-def test_a_missing_block_is_named(
-    block: int, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
-) -> None:
-    """First, middle or last of four."""
-    state = transformer_state(tiny_transformer(4))
-    names = [name for name in state if name.startswith(f"blocks.{block}.")]
-    assert len(names) == 13
-    for name in names:
-        del state[name]
-    message = refusal(load_transformer, written({"trainer": {"var_wo_ddp": state}}))
-    assert f"missing: {', '.join(sorted(names))}; expected exactly the {len(state) + 13} parameters" in message
+@pytest.fixture
+def load_state(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], object], State], str]:
+    """(load, state) -> the refusal of a state. Nothing is read from a file, and networks of one size are built once."""
+    monkeypatch.setattr(checkpoint, "FlexVAR", functools.cache(FlexVAR))
+    monkeypatch.setattr(checkpoint, "Tokenizer", functools.cache(Tokenizer))
+
+    def refused(load: Callable[[Path], object], state: State) -> str:
+        monkeypatch.setattr(checkpoint, "read_state", lambda path, kind: state)
+        return refusal(load, Path("some.pth"))
+
+    return refused
 
 
-@pytest.mark.parametrize("name", list(transformer_state(tiny_transformer(1))))
+def without(state: State, names: set[str]) -> State:
+    return {name: value for name, value in state.items() if name not in names}
+
+
 def test_every_missing_parameter_is_named(
-    name: str, transformer: State, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
+    transformer: State, vae: State, load_transformer: Callable[[Path], FlexVAR], load_state: Any
 ) -> None:
-    name = name.replace("blocks.0", "blocks.1")
-    del transformer[name]
-    assert f"missing: {name}" in refusal(load_transformer, written(transformer))
+    """The error names the parameter that is missing and no other."""
+    del vae["quantize.codebook_used"]
+    for state, load in ((transformer, load_transformer), (vae, flexvar_ref.load_tokenizer)):
+        for name in state:
+            assert named(load_state(load, without(state, {name})), state) == {name}
 
 
-@pytest.mark.parametrize("part", ["encoder.conv_blocks.0.", "encoder.conv_blocks.2.", "decoder.conv_blocks.2."])
-def test_a_missing_level_is_named(part: str, vae: State, written: Callable[..., Path]) -> None:
-    names = sorted(name for name in vae if name.startswith(part))
-    for name in names:
-        del vae[name]
-    message = refusal(flexvar_ref.load_tokenizer, written({"model": vae}))
-    assert f"missing: {', '.join(names)};" in message
+def test_every_missing_block_is_named(load_transformer: Callable[[Path], FlexVAR], tiny: Pair, load_state: Any) -> None:
+    state = transformer_state(dataclasses.replace(tiny[0].config, depth=4, heads=4, head_size=4))
+    for block in range(4):
+        missing = {name for name in state if name.startswith(f"blocks.{block}.")}
+        message = load_state(load_transformer, without(state, missing))
+        assert named(message, state) == missing and str(len(state)) in message
+
+
+def test_every_missing_level_is_named(vae: State, load_state: Any) -> None:
+    del vae["quantize.codebook_used"]
+    for level in (f"{part}coder.conv_blocks.{i}." for part in ("en", "de") for i in range(3)):
+        missing = {name for name in vae if name.startswith(level)}
+        assert named(load_state(flexvar_ref.load_tokenizer, without(vae, missing)), vae) == missing
 
 
 @pytest.mark.parametrize(
-    "name", ["quantize.embedding.weight", "quant_conv.weight", "encoder.conv_in.weight", "decoder.conv_out.bias"]
-)
-def test_a_missing_parameter_of_the_tokenizer_is_named(name: str, vae: State, written: Callable[..., Path]) -> None:
-    del vae[name]
-    assert f"missing: {name}" in refusal(flexvar_ref.load_tokenizer, written({"model": vae}))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "fault"),
     [
-        ({"extra": torch.zeros(1)}, "unexpected: extra"),
-        ({"head.bias": torch.zeros(511)}, "wrong shape: head.bias (511,) for (512,)"),
-        ({"word_embed.weight": torch.zeros(128)}, "whose sizes cannot be told"),
-        ({"class_emb.weight": torch.zeros(1, 128)}, "got classes 0"),
+        ({"extra": torch.zeros(1)}, "Unexpected: extra."),
+        ({"head.bias": torch.zeros(511)}, "head.bias has (511,), not (512,)"),
+        ({"word_embed.weight": torch.zeros(128)}, "sizes"),
+        ({"class_emb.weight": torch.zeros(1, 128)}, "classes is 0"),
         ({"head.bias": torch.full((512,), torch.nan)}, "NaN or infinity in head.bias"),
         ({"head.bias": torch.full((512,), 1e300, dtype=torch.float64)}, "NaN or infinity in head.bias"),
         ({"head.bias": torch.zeros(512, dtype=torch.int8)}, "head.bias as torch.int8"),
         ({"head.bias": torch.zeros(512).to_sparse()}, "torch.sparse_coo"),
-        ({"head.bias": torch.zeros(512, device="meta")}, "on meta"),
-        ({"blocks.999999999.ffn.fc1.weight": torch.zeros(1)}, "1000000000 blocks in "),
-        ({"blocks.0.attn.scale_mul_1H11": torch.zeros(1).expand(1, 10**9, 1, 1)}, "1000000000 blocks in "),
+        ({"head.bias": torch.zeros(512, device="meta")}, "meta"),
+        ({"blocks.999999999.ffn.fc1.weight": torch.zeros(1)}, "1000000000 blocks"),
+        ({"blocks.0.attn.scale_mul_1H11": torch.zeros(1).expand(1, 10**9, 1, 1)}, "1000000000 blocks"),
     ],
 )
 def test_states_that_do_not_fit_are_refused(
     change: State,
-    words: str,
+    fault: str,
     transformer: State,
     written: Callable[..., Path],
     load_transformer: Callable[[Path], FlexVAR],
 ) -> None:
-    message = refusal(load_transformer, written({**transformer, **change}))
-    assert words in message
-    assert len(message) < 2000
+    assert fault in refusal(load_transformer, written({**transformer, **change}))
 
 
-def test_long_lists_are_cut(
-    transformer: State, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
-) -> None:
+def test_long_lists_are_cut(transformer: State, load_transformer: Callable[[Path], FlexVAR], load_state: Any) -> None:
     transformer.update({f"extra.{i}": torch.zeros(1) for i in range(1000)})
-    message = refusal(load_transformer, written(transformer))
+    message = load_state(load_transformer, transformer)
     assert "and 960 more" in message and len(message) < 1500
 
 
-@pytest.mark.parametrize(
-    ("transformer_content", "tokenizer_content", "words"),
-    [
-        (lambda t, v: {"trainer": {"var_wo_ddp": t}}, lambda t, v: {"trainer": {"var_wo_ddp": t}}, "a transformer"),
-        (lambda t, v: t, lambda t, v: t, "a transformer"),
-        (lambda t, v: {"model": v}, lambda t, v: {"model": v}, "a tokenizer"),
-        (lambda t, v: v, lambda t, v: v, "a tokenizer"),
-    ],
-)
-def test_swapped_files_are_told(
-    tmp_path: Path,
-    transformer: State,
-    vae: State,
-    tiny: Pair,
-    transformer_content: Any,
-    tokenizer_content: Any,
-    words: str,
-) -> None:
-    torch.save(transformer_content(transformer, vae), tmp_path / "t.pth")
-    torch.save(tokenizer_content(transformer, vae), tmp_path / "v.pth")
-    message = refusal(lambda path: flexvar_ref.load(path, tmp_path / "v.pth"), tmp_path / "t.pth")
-    assert f"which holds {words}; expected a " in message and "mixed up" in message
+def test_swapped_pth_files_are_named(tmp_path: Path, transformer: State, vae: State) -> None:
+    """In the published layouts and as bare states: the error says what the file holds."""
+    paths = tmp_path / "t.pth", tmp_path / "v.pth"
+    for layouts in ((lambda t: {"trainer": {"var_wo_ddp": t}}, lambda v: {"model": v}), (lambda t: t, lambda v: v)):
+        for path, layout, state in zip(paths, layouts, (transformer, vae), strict=True):
+            torch.save(layout(state), path)
+        message = refusal(lambda path: flexvar_ref.load(path, paths[0]), paths[0])
+        assert message.startswith("t.pth holds a transformer")
+        message = refusal(lambda path: flexvar_ref.load(path, paths[1]), paths[1])
+        assert message.startswith("v.pth holds a tokenizer")
 
 
-def test_swapped_arguments_are_told(tiny_checkpoint: tuple[Path, Path], tmp_path: Path, tiny: Pair) -> None:
-    transformer, vae = tiny_checkpoint
-    message = refusal(lambda path: flexvar_ref.load(vae, path), transformer)
-    assert message.startswith("got transformer.pth, which holds a transformer; expected a tokenizer; fix: check that")
+def test_swapped_safetensors_are_named(tmp_path: Path, tiny: Pair) -> None:
     for network, name in zip(tiny, ("t", "v"), strict=True):
         flexvar_ref.save(network, tmp_path / f"{name}.safetensors")
     message = refusal(lambda path: flexvar_ref.load(tmp_path / "v.safetensors", path), tmp_path / "t.safetensors")
-    assert "it is a transformer of format flexvar-ref/1" in message and "mixed up" in message
+    assert message.startswith("t.safetensors ") and "a transformer in format flexvar-ref/1" in message
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, tiny_checkpoint: tuple[Path, Path]) -> None:
     other = dataclasses.replace(TINY_TOKENIZER, vocabulary=256)
     torch.save({"model": tokenizer_state(other)}, tmp_path / "vae.pth")
     message = refusal(lambda path: flexvar_ref.load(path, tmp_path / "vae.pth"), tiny_checkpoint[0])
-    assert "for 512 codes of dimension 8 with a tokenizer of 256 codes of dimension 8" in message
+    assert message.startswith("transformer.pth ") and "512 codes" in message and "256 codes" in message
 
 
-@pytest.mark.parametrize(
-    "content",
-    [[], [1, 2], "text", None, {}, {"model": {}}, {"model": {"a": 1}}, torch.zeros(3), {1: torch.zeros(3)}, {"x": {}}],
-)
-def test_other_content_is_refused(
-    content: Any, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
-) -> None:
-    path = written(content)
-    for load in (load_transformer, flexvar_ref.load_tokenizer):
-        assert "expected the named tensors of a " in refusal(load, path)
+def test_other_content_is_refused(written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]) -> None:
+    empty: list[Any] = [[], None, {}, {"model": {}}, {"x": {}}]
+    for content in (*empty, [1, 2], "text", {"model": {"a": 1}}, torch.zeros(3), {1: torch.zeros(3)}):
+        path = written(content)
+        for load in (load_transformer, flexvar_ref.load_tokenizer):
+            assert refusal(load, path).startswith("some.pth holds ")
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in ("none.pth", "."):
-        assert "got no file" in refusal(flexvar_ref.load_tokenizer, tmp_path / name)
+        assert refusal(flexvar_ref.load_tokenizer, tmp_path / name).startswith(f"{tmp_path / name} ")
 
 
-@pytest.mark.parametrize("keep", [0, 1, 100, -1000, -1])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_cut_download_is_refused(
-    keep: int,
-    zipped: bool,
-    transformer: State,
-    written: Callable[..., Path],
-    load_transformer: Callable[[Path], FlexVAR],
+    zipped: bool, transformer: State, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
 ) -> None:
     path = written(transformer, _use_new_zipfile_serialization=zipped)
-    path.write_bytes(path.read_bytes()[:keep])
-    assert "cannot be read" in refusal(load_transformer, path)
+    content = path.read_bytes()
+    for keep in (0, 1, 100, -1000, -1):
+        path.write_bytes(content[:keep])
+        assert refusal(load_transformer, path).startswith("some.pth cannot be read")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("seed", range(20))
-def test_a_legacy_file_with_other_bytes_is_refused_or_loads(
-    seed: int, written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]
-) -> None:
-    """Whatever a damaged pickle makes its parser do, what comes out is a CheckpointError."""
-    rng = np.random.default_rng(seed)
+def test_damaged_pickles_are_refused(written: Callable[..., Path], load_transformer: Callable[[Path], FlexVAR]) -> None:
+    """Whatever a damaged pickle makes its parser raise, the error is a CheckpointError."""
     path = written({"a": [1.5, "x", torch.zeros(3)], "b": (1, {2: None})}, _use_new_zipfile_serialization=False)
-    content = bytearray(path.read_bytes())
-    for position in rng.integers(0, len(content), 8):
-        content[position] = rng.integers(256)
-    path.write_bytes(content)
-    refusal(load_transformer, path)
+    original = path.read_bytes()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        content = bytearray(original)
+        for position in rng.integers(0, len(content), 8):
+            content[position] = rng.integers(256)
+        path.write_bytes(content)
+        refusal(load_transformer, path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"<!DOCTYPE html>",
-        b"version https://git-lfs.github.com/spec/v1\n",
-        b"\x80\x02.",
-        b"PK\x03\x04",
-        struct.pack("<Q", 9),
-    ],
-)
-def test_other_files_are_refused(content: bytes, tmp_path: Path, load_transformer: Callable[[Path], FlexVAR]) -> None:
-    (tmp_path / "x.pth").write_bytes(content)
-    refusal(load_transformer, tmp_path / "x.pth")
+def test_other_files_are_refused(tmp_path: Path, load_transformer: Callable[[Path], FlexVAR]) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    for content in (b"<!DOCTYPE html>", pointer, b"\x80\x02.", b"PK\x03\x04", struct.pack("<Q", 9)):
+        (tmp_path / "x.pth").write_bytes(content)
+        refusal(load_transformer, tmp_path / "x.pth")

@@ -1,4 +1,4 @@
-"""Sizes: the published presets and what is refused."""
+"""Sizes: the published presets, and values that are refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
+from flexvar_ref.errors import InvalidInput
 
 
 def millions(module: torch.nn.Module) -> float:
@@ -34,29 +35,31 @@ def test_published_tokenizer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "fault"),
     [
-        ({"depth": 0}, r"got depth 0; expected a whole number of at least 1; fix: "),
-        ({"heads": 2.0}, r"got heads 2\.0; expected a whole number"),
-        ({"classes": "10"}, r"got classes '10'; expected a whole number"),
-        ({"drop_path": 1.0}, r"got drop_path 1\.0; expected a probability below 1; fix: "),
-        ({"label_dropout": -0.1}, r"got label_dropout -0\.1; expected a probability"),
+        ({"depth": 0}, "depth is 0"),
+        ({"heads": 2.0}, "heads is 2.0"),
+        ({"classes": "10"}, "classes is '10'"),
+        ({"drop_path": 1.0}, "drop_path is 1.0"),
+        ({"label_dropout": -0.1}, "label_dropout is -0.1"),
     ],
 )
-def test_impossible_transformers_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_impossible_transformers_are_refused(change: dict[str, Any], fault: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
         TransformerConfig(**{"depth": 2, "heads": 2, **change})
+    assert fault in caught.value.got
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "faults"),
     [
-        ({"code_dim": 0}, r"got code_dim 0; expected a whole number"),
-        ({"channels": 40}, r"got channels \(40, .*in 32 groups; expected .*; fix: "),
-        ({"multipliers": ()}, r"got channels \(\) in 32 groups; expected .*; fix: "),
-        ({"multipliers": (1, 0)}, r"got channels \(128, 0\) in 32 groups"),
+        ({"code_dim": 0}, ["code_dim"]),
+        ({"channels": 40}, ["(40, ", "groups", "32"]),
+        ({"multipliers": ()}, ["()"]),
+        ({"multipliers": (1, 0)}, ["(128, 0)"]),
     ],
 )
-def test_impossible_tokenizers_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_impossible_tokenizers_are_refused(change: dict[str, Any], faults: list[str]) -> None:
+    with pytest.raises(InvalidInput) as caught:
         TokenizerConfig(**change)
+    assert all(fault in caught.value.got for fault in faults)

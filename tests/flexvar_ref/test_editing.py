@@ -1,4 +1,4 @@
-"""Edits of the reference: what a mask keeps, tokens that do not tell of what is masked, given scales in one pass."""
+"""Edits: the tokens that a mask keeps, tokens that do not reveal what is masked, and prefilled scales."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flexvar_ref import FlexVAR, Given, Options, Tokenizer, as_scales, inpaint, iter_scales, refine
 from flexvar_ref.editing import keep_maps, masked_tokens
+from flexvar_ref.errors import InvalidInput
 
 Pair = tuple[FlexVAR, Tokenizer]
 SCALES = as_scales("1_2_3x4_6x8")
@@ -28,17 +29,18 @@ def picture(tokenizer: Tokenizer, seed: int = 0) -> torch.Tensor:
 
 
 def mask_like(image: torch.Tensor, top: float, left: float) -> torch.Tensor:
-    """Masked from a share of the height and of the width on."""
+    """A mask of the part below `top` and to the right of `left`, both as shares of the image."""
     mask = torch.zeros(len(image), *image.shape[2:], dtype=torch.bool)
     mask[:, round(image.shape[2] * top) :, round(image.shape[3] * left) :] = True
     return mask
 
 
-def test_a_token_stays_where_at_most_half_is_masked_and_at_last_where_nothing_is() -> None:
+def test_keep_maps_by_hand() -> None:
+    """A token is kept if at most half of it is masked, and at the last scale if none of it is."""
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[:, :, 4:] = True
     first, second, third = keep_maps(mask, as_scales("1_4_2"))
-    assert first.all()  # exactly one half
+    assert first.all()  # exactly half is masked
     assert second[0].tolist() == [[True, True, False, False]] * 4
     assert third[0].tolist() == [[True, False]] * 2
     mask[:, 0, 0] = True
@@ -46,8 +48,8 @@ def test_a_token_stays_where_at_most_half_is_masked_and_at_last_where_nothing_is
     assert keep_maps(mask, as_scales("1_2"))[1][0].tolist() == [[False, False], [True, False]]
 
 
-def test_coarse_tokens_do_not_tell_what_is_masked(tiny: Pair) -> None:
-    """Whatever latent lies under the mask, kept tokens are the same; without a mask they are the tokenizer's own."""
+def test_coarse_tokens_do_not_reveal_what_is_masked(tiny: Pair) -> None:
+    """Kept tokens do not depend on the latent under the mask. Without a mask they are the tokenizer's own."""
     tokenizer = tiny[1]
     latent = torch.randn(1, tokenizer.config.code_dim, 6, 8, generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(1, 6, 8, dtype=torch.bool)
@@ -59,7 +61,7 @@ def test_coarse_tokens_do_not_tell_what_is_masked(tiny: Pair) -> None:
     ):
         assert torch.equal(one[stays], two[stays])
     plain = tokenizer.quantize(latent, SCALES)
-    assert not torch.equal(plain[0], tokenizer.quantize(other, SCALES)[0])  # the plain mean does tell
+    assert not torch.equal(plain[0], tokenizer.quantize(other, SCALES)[0])  # the plain mean does reveal it
     nothing = torch.zeros_like(mask)
     for one, two in zip(masked_tokens(tokenizer, latent, nothing, SCALES), plain, strict=True):
         assert torch.equal(one, two)
@@ -67,7 +69,7 @@ def test_coarse_tokens_do_not_tell_what_is_masked(tiny: Pair) -> None:
 
 @settings(deadline=None, max_examples=10)
 @given(forced=st.integers(0, 3), cfg=st.sampled_from([0.0, 2.5]))
-def test_one_pass_over_given_scales_is_scale_by_scale(tiny: Pair, forced: int, cfg: float) -> None:
+def test_prefill_equals_scale_by_scale(tiny: Pair, forced: int, cfg: float) -> None:
     model, tokenizer = tiny
     kept = refine(tokenizer, picture(tokenizer), SCALES, forced)
     assert kept.forced == forced
@@ -107,12 +109,12 @@ def test_a_mask_over_everything_is_a_generation(tiny: Pair) -> None:
     assert all(torch.equal(one, two) for one, two in zip(edited, plain, strict=True))
 
 
-def test_what_does_not_fit_is_refused(tiny: Pair) -> None:
+def test_inputs_that_do_not_fit_are_refused(tiny: Pair) -> None:
     model, tokenizer = tiny
-    with pytest.raises(ValueError, match="got 4 forced scales; expected 0 to 3"):
+    with pytest.raises(InvalidInput, match="forced is 4"):
         refine(tokenizer, picture(tokenizer), SCALES, 4)
     kept = refine(tokenizer, picture(tokenizer), SCALES, 1)
-    with pytest.raises(ValueError, match="got given tokens of"):
+    with pytest.raises(InvalidInput, match=r"given\.tokens"):
         next(iter_scales(model, [1], SCALES, given=kept))
-    with pytest.raises(ValueError, match="got given keep of"):
+    with pytest.raises(InvalidInput, match=r"given\.keep"):
         next(iter_scales(model, [1, 2], SCALES, given=Given(kept.tokens, kept.keep[:2])))

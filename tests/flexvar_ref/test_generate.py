@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, guidance and greedy scales are what they are called, requests are checked."""
+"""Generation: cached equals uncached, guidance and greedy scales follow their rules, and requests are checked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexvar_ref import FlexVAR, Options, Tokenizer, as_scales, generate, iter_scales, token_count
+from flexvar_ref.errors import InvalidInput
 from flexvar_ref.sampling import guidance_weight
 
 Pair = tuple[FlexVAR, Tokenizer]
@@ -21,7 +22,7 @@ OFF = Options(cfg=0)
 
 
 def uniforms(scale: int, positions: int, batch: int) -> torch.Tensor:
-    """A stream for every image, so that its draws do not depend on the batch it is in."""
+    """Uniforms with one stream for each image, so that its draws do not depend on the batch."""
     rows = []
     for image in range(batch):
         generator = torch.Generator().manual_seed(1000 * scale + image)
@@ -71,8 +72,14 @@ def test_cached_equals_uncached(tiny: Pair, later: list[tuple[int, int]], batch:
         assert torch.equal(step.tokens[clear], expected.argmax(-1).view(step.tokens.shape)[clear])
 
 
-@pytest.mark.parametrize("schedule", ["1_2_3_4_5_6_8_10_13_16", "1_2_3x5_12x20", "1_2_3_4_5_6_7_8_9_10_12_14_16"])
-@pytest.mark.parametrize(("rule", "cfg"), [("ramp", 2.5), ("constant", 4.0)])
+@pytest.mark.parametrize(
+    ("schedule", "rule", "cfg"),
+    [
+        ("1_2_3_4_5_6_7_8_9_10_12_14_16", "ramp", 2.5),  # beyond ten scales
+        ("1_2_3x5_12x20", "ramp", 2.5),
+        ("1_2_3x5_12x20", "constant", 4.0),
+    ],
+)
 def test_guided_logits(tiny: Pair, random_tokens: RandomTokens, schedule: str, rule: str, cfg: float) -> None:
     model, scales = tiny[0], as_scales(schedule)
     forced = random_tokens(scales, 2, 512)
@@ -93,12 +100,12 @@ def test_the_ramp_jumps_above_max_side(tiny: Pair, random_tokens: RandomTokens) 
         assert torch.equal(low[i].logits, high[i].logits)
 
 
-def test_swapped_branches_are_seen(tiny: Pair, random_tokens: RandomTokens) -> None:
-    """Negative control of the test above."""
+def test_swapped_branches_exceed_the_bound(tiny: Pair, random_tokens: RandomTokens) -> None:
+    """Negative control: the guided logits of swapped branches are far from the true ones."""
     model, scales = tiny[0], as_scales("1_2_3")
     forced = random_tokens(scales, 1, 512)
     step = list(iter_scales(model, [3], scales, Options(cfg=4, rule="constant"), forced=forced))[-1]
-    swapped = uncached(model, [3], forced, scales, "constant", -2)[-1]  # uncond + 3 · (uncond − cond) and one more
+    swapped = uncached(model, [3], forced, scales, "constant", -3)[-1]  # uncond + 3 · (uncond − cond)
     assert (step.logits - swapped).abs().max() > 1
 
 
@@ -153,7 +160,7 @@ def test_batch_position_does_not_matter(tiny: Pair) -> None:
 
 
 def test_greedy_scales(tiny: Pair) -> None:
-    """7 is the argmax because the published evaluation takes it there, and only on request; 7×8 never is."""
+    """The argmax is taken at 7x7, as in the published evaluation, and only on request. It is never taken at 7x8."""
     model, schedule = tiny[0], "1_4_7_7x8"
 
     def greedy(**options: Any) -> list[bool]:
@@ -188,7 +195,7 @@ def test_shapes(tiny: Pair, schedule: str) -> None:
 
 
 def test_encode_quantize_generate_decode(tiny: Pair) -> None:
-    """The way of image-to-image: tokens of an image forced up to a scale, the last one generated."""
+    """Image to image: the first scales are an image's tokens, and the last one is generated."""
     model, tokenizer = tiny
     scales = as_scales("1_2_4_8")
     with torch.inference_mode():
@@ -198,44 +205,35 @@ def test_encode_quantize_generate_decode(tiny: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "fault"),
     [
-        ({"labels": []}, r"^got labels \[\]; expected one or more from 0 to 10; fix: "),
-        ({"labels": [11]}, r"^got labels \[11\]; expected one or more from 0 to 10; fix: "),
-        ({"labels": [-1]}, r"^got labels \[-1\]"),
-        ({"scales": "2_3"}, r"^got a schedule starting with 2x2; expected 1x1 first; fix: "),
-        ({"scales": "1_two"}, r"^got scales '1_two'; expected .*; fix: "),
-        ({"forced": [torch.zeros(1, 1, 1)]}, r"^got forced tokens of 1 scales; expected 3; fix: "),
-        (
-            {"uniforms": lambda scale, positions, batch: torch.rand(positions)},
-            r"^got uniforms of shape \(1,\); expected \(1, 1\); fix: ",
-        ),
+        ({"labels": []}, r"labels is \[\].*0 to 10"),
+        ({"labels": [11]}, r"labels is \[11\].*0 to 10"),
+        ({"labels": [-1]}, r"labels is \[-1\]"),
+        ({"scales": "2_3"}, "schedule .*2x2"),
+        ({"scales": "1_two"}, "schedule .*'1_two'"),
+        ({"forced": [torch.zeros(1, 1, 1)]}, "forced .* 1 .* 3"),
+        ({"uniforms": lambda scale, positions, batch: torch.rand(positions)}, r"uniforms .*\(1,\).*\(1, 1\)"),
     ],
 )
-def test_requests_that_do_not_fit_are_refused(tiny: Pair, change: dict[str, Any], message: str) -> None:
+def test_requests_that_do_not_fit_are_refused(tiny: Pair, change: dict[str, Any], fault: str) -> None:
     request = {"labels": [1], "scales": "1_2_3", **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInput, match=fault):
         list(iter_scales(tiny[0], **request))
 
 
 def test_a_model_in_training_mode_is_refused(tiny: Pair) -> None:
     model = copy.deepcopy(tiny[0]).train()
-    with pytest.raises(
-        ValueError, match=r"^got a model in training mode; expected .*; fix: call model\.eval\(\) first"
-    ):
+    with pytest.raises(InvalidInput, match="training mode") as caught:
         list(iter_scales(model, [1], "1_2"))
+    assert "model.eval()" in caught.value.fix
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rule": "off"}, r"^got rule 'off'; expected one of ramp, constant; fix: "),
-        ({"cfg": float("nan")}, r"^got cfg nan; expected a finite number; fix: "),
-        ({"top_k": -1}, r"^got top_k -1; expected .*; fix: "),
-        ({"top_p": 1.5}, r"^got top_p 1\.5; expected 0 \(off\) to 1; fix: "),
-        ({"max_side": 0}, r"^got max_side 0; expected at least 1; fix: "),
-    ],
+    "change", [{"rule": "off"}, {"cfg": float("nan")}, {"top_k": -1}, {"top_p": 1.5}, {"max_side": 0}]
 )
-def test_options_that_mean_nothing_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_options_out_of_range_are_refused(change: dict[str, Any]) -> None:
+    [(name, value)] = change.items()
+    with pytest.raises(InvalidInput) as caught:
         Options(**change)
+    assert f"{name} is {value!r}" in caught.value.got

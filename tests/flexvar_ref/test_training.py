@@ -1,4 +1,4 @@
-"""The reference can be trained: gradients, dropout where it belongs, a loss that falls."""
+"""The networks can be trained: gradients, initialisation, dropout in training mode only, a loss that falls."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_gradients_reach_every_parameter(tiny: Pair, random_tokens: RandomTokens
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
     used = model.class_emb.weight.grad.abs().amax(1) > 0
-    assert {i for i in range(11) if used[i]} <= {1, 2, 10}  # the labels, and "no class" where one was dropped
+    assert {i for i in range(11) if used[i]} <= {1, 2, 10}  # the labels, and "no class" for a dropped one
     assert "codebook_VD" not in dict(model.named_parameters())
 
 
 def test_gradients_agree_with_finite_differences(tiny: Pair, random_tokens: RandomTokens) -> None:
-    """Along one random direction through all parameters, in float64."""
+    """In float64, along one random direction of all parameters."""
     model = fresh(tiny[1]).double()
     tokens = random_tokens(SCALES, 2, VOCABULARY)
     loss_of(model, [1, 2], tokens).backward()
@@ -58,7 +58,7 @@ def test_gradients_agree_with_finite_differences(tiny: Pair, random_tokens: Rand
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), slope, rtol=1e-5, atol=1e-8)
 
 
-def test_the_initial_loss_is_that_of_a_guess(tiny: Pair, random_tokens: RandomTokens) -> None:
+def test_the_initial_loss_is_log_vocabulary(tiny: Pair, random_tokens: RandomTokens) -> None:
     model = fresh(tiny[1], label_dropout=0.1, drop_path=0.1)
     with torch.no_grad():
         loss = loss_of(model, [1, 2], random_tokens(SCALES, 2, VOCABULARY)).item()
@@ -84,7 +84,7 @@ def test_published_initialisation(tiny: Pair) -> None:
         block.ffn.fc2.weight: 1 / math.sqrt(6),
     }
     for weight, factor in expected.items():
-        assert weight.std().item() == pytest.approx(std * factor, rel=0.05)  # at least 1,536 numbers each
+        assert weight.std().item() == pytest.approx(std * factor, rel=0.05)  # each has at least 1,536 values
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     assert biases and not any(p.any() for p in biases)
     assert block.attn.scale_mul_1H11.exp().flatten().tolist() == pytest.approx([4.0] * 3)
@@ -109,14 +109,14 @@ def test_paths_drop_in_training_only(tiny: Pair, random_tokens: RandomTokens) ->
     config = dataclasses.replace(tiny[0].config, label_dropout=0.0, drop_path=0.5)
     model = FlexVAR(config, tiny[1].codebook_VD)
     model.load_state_dict(tiny[0].state_dict())
-    assert [block.drop_path for block in model.blocks] == [0.0, 0.5]  # grows with the depth
+    assert [block.drop_path for block in model.blocks] == [0.0, 0.5]  # grows with the block
     batch = 200
     tokens = [scale.expand(batch, -1, -1) for scale in random_tokens(SCALES, 1, VOCABULARY)]
     with torch.no_grad():
         still = model.eval()([1] * batch, tokens, SCALES)
         moving = model.train()([1] * batch, tokens, SCALES)
     torch.testing.assert_close(still, tiny[0]([1] * batch, tokens, SCALES))
-    # attention and MLP of the last block each dropped or doubled: four outcomes, whole images at a time
+    # attention and MLP of the last block are each dropped or doubled for a whole image: four outcomes
     outcomes: list[torch.Tensor] = []
     for logits in moving:
         if not any(torch.allclose(logits, known, atol=1e-3) for known in outcomes):

@@ -1,4 +1,4 @@
-"""The transformer's parts by hand, and what must not depend on what."""
+"""The parts of the transformer against formulas written out here, and independence of scales and images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from flexvar_ref import FlexVAR, Tokenizer, TransformerConfig, as_scales, block_causal_mask
+from flexvar_ref.errors import InvalidInput
 from flexvar_ref.transformer import LOGIT_SCALE_LIMIT, Block, HeadModulation, SelfAttention, resize_codes
 
 Pair = tuple[FlexVAR, Tokenizer]
 RandomTokens = Callable[..., list[torch.Tensor]]
-NOISE = 1e-4  # float32 noise on logits of standard deviation 4: sums in another order
+NOISE = 1e-4  # float32 noise on logits of standard deviation 4, from sums in another order
 SCALES = as_scales("1_2_3x2_4")
 
 
@@ -41,16 +42,16 @@ def test_positions_above_the_table_repeat_it(model: FlexVAR) -> None:
     torch.testing.assert_close(model.positions(64, 64), repeated.flatten(0, 1))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (12, 20), (13, 13), (1, 40), (23, 48)])
-def test_positions_are_means_of_the_table(model: FlexVAR, size: tuple[int, int]) -> None:
-    """Cell i of n covers the table from floor(32 i / n) to ceil(32 (i + 1) / n), also above 32."""
-    (h, w), table_hwC = size, model.pos_1LC[0].permute(1, 2, 0)
+def test_positions_are_means_of_the_table(model: FlexVAR) -> None:
+    """Cell i of n covers the table from floor(32 i / n) to ceil(32 (i + 1) / n), also for n above 32."""
+    table_hwC = model.pos_1LC[0].permute(1, 2, 0)
 
     def span(i: int, n: int) -> slice:
         return slice(32 * i // n, -(-32 * (i + 1) // n))
 
-    expected = torch.stack([table_hwC[span(i, h), span(j, w)].mean((0, 1)) for i in range(h) for j in range(w)])
-    torch.testing.assert_close(model.positions(h, w), expected)
+    for h, w in ((1, 1), (3, 5), (12, 20), (13, 13), (1, 40), (23, 48)):
+        expected = torch.stack([table_hwC[span(i, h), span(j, w)].mean((0, 1)) for i in range(h) for j in range(w)])
+        torch.testing.assert_close(model.positions(h, w), expected)
 
 
 def cubic(size: int, target: int) -> torch.Tensor:
@@ -87,7 +88,7 @@ def test_the_input_of_the_first_scale_is_the_class(model: FlexVAR) -> None:
 
 @pytest.mark.parametrize("learned", [0.5, 4.0, LOGIT_SCALE_LIMIT + 3.0])
 def test_attention_by_hand(learned: float) -> None:
-    """Unit queries and keys; the learned temperature acts as exp, clamped at 100, and softmax has no other scale."""
+    """Queries and keys have unit length. The only scale is exp of the learned temperature, at most 100."""
     attention = SelfAttention(TransformerConfig(depth=1, heads=2, head_size=4))
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter)
@@ -106,7 +107,7 @@ def test_attention_by_hand(learned: float) -> None:
 
 
 def test_block_by_hand() -> None:
-    """Modulation in the order gamma1, gamma2, scale1, scale2, shift1, shift2; the GELU is the tanh one."""
+    """The modulation is split in the order gamma1, gamma2, scale1, scale2, shift1, shift2. GELU has its tanh form."""
     config = TransformerConfig(depth=1, heads=2, head_size=4)
     block = Block(config, drop_path=0.0)
     for parameter in block.parameters():
@@ -172,34 +173,28 @@ def test_batch_position_does_not_matter(model: FlexVAR, random_tokens: RandomTok
     torch.testing.assert_close(alone, logits[1:2], atol=NOISE, rtol=0)
 
 
-def test_evaluation_has_no_chance_in_it(model: FlexVAR, random_tokens: RandomTokens) -> None:
+def test_evaluation_is_deterministic(model: FlexVAR, random_tokens: RandomTokens) -> None:
     tokens = random_tokens(SCALES, 2, 512)
     with torch.inference_mode():
         assert torch.equal(model([1, 2], tokens, SCALES), model([1, 2], tokens, SCALES))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "fault"),
     [
-        (
-            {"tokens_per_scale": [torch.zeros(2, 1, 1)]},
-            r"^got tokens of 1 scales; expected 3; fix: ",
-        ),
-        (
-            {"tokens_per_scale": [torch.zeros(2, 1, 1), torch.zeros(2, 3, 2)]},
-            r"^got tokens of shape \(2, 3, 2\) for scale 2x3 of 2 labels; expected \(2, 2, 3\); fix: ",
-        ),
-        ({"labels_B": [1]}, r"^got tokens of shape \(2, 1, 1\) for scale 1x1 of 1 labels"),
-        ({"scales": "2_3_4"}, r"^got a schedule starting with 2x2; expected 1x1 first; fix: "),
+        ({"tokens_per_scale": [torch.zeros(2, 1, 1)]}, r"tokens_per_scale .* 1 .* 3"),
+        ({"tokens_per_scale": [torch.zeros(2, 1, 1), torch.zeros(2, 3, 2)]}, r"2x3 .*\(2, 3, 2\).*\(2, 2, 3\)"),
+        ({"labels_B": [1]}, r"1x1 .*\(2, 1, 1\).*\(1, 1, 1\)"),
+        ({"scales": "2_3_4"}, r"schedule .*2x2"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(model: FlexVAR, change: dict[str, Any], message: str) -> None:
+def test_shapes_that_do_not_fit_are_refused(model: FlexVAR, change: dict[str, Any], fault: str) -> None:
     fitting = {
         "labels_B": [1, 2],
         "tokens_per_scale": [torch.zeros(2, 1, 1), torch.zeros(2, 2, 3)],
         "scales": "1_2x3_4",
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInput, match=fault):
         model(**{**fitting, **change})
 
 
@@ -210,7 +205,7 @@ def test_tokens_beyond_the_codebook_are_refused(model: FlexVAR) -> None:
 
 
 def test_another_codebook_is_refused(model: FlexVAR) -> None:
-    with pytest.raises(ValueError, match=r"^got a codebook of \(8, 3\); expected \(512, 8\); fix: "):
+    with pytest.raises(InvalidInput, match=r"codebook .*\(8, 3\).*\(512, 8\)"):
         FlexVAR(model.config, torch.zeros(8, 3))
 
 

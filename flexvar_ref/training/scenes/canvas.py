@@ -1,7 +1,7 @@
-"""A canvas in units of its shorter side, and paint with exact edges: what is drawn does not depend on the resolution.
+"""A canvas whose unit is its shorter side. Edges are antialiased exactly, so a drawing is the same at any resolution.
 
-Curves are float64 (SUB, W): the height y at SUB positions within every column. Planes are float32 and only added,
-multiplied, divided and compared, which every machine rounds alike.
+Curves are float64 (SUB, W): the height y at SUB positions within every column. Planes are float32 and are only added,
+multiplied, divided and compared, because all machines round these operations alike.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .stream import Floats
 
 Plane = NDArray[np.float32]
 SUB = 4
-"""Positions within a column at which a curve is known."""
+"""Number of positions in each column at which a curve is sampled."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the canvas: a rectangle and how much of every pixel in it is covered, float32 (rows, columns)."""
+    """A part of the canvas: a rectangle, and the covered share of each pixel in it, float32 (rows, columns)."""
 
     rows: slice
     columns: slice
@@ -30,13 +30,13 @@ class Region:
 
 
 def smooth(low: float, high: float, value: Plane) -> Plane:
-    """0 below `low`, 1 above `high`, a smooth step between."""
+    """A smooth step: 0 below `low`, 1 above `high`."""
     t = np.clip((value - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
     return t * t * (3 - 2 * t)
 
 
 class Canvas:
-    """Float32 sRGB (3, H, W) in 0..1; x from −w/2 to w/2, y from 0 (top) to h; the shorter of w and h is 1."""
+    """A picture, float32 sRGB (3, H, W) in 0…1. x runs from −w/2 to w/2 and y from 0 (top) to h; min(w, h) is 1."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.height, self.width = size
@@ -52,7 +52,7 @@ class Canvas:
         self.y: Plane = self.ys.astype(np.float32)[:, None]
 
     def below(self, curve: Floats) -> Region:
-        """What lies below a curve (SUB, W), by its share of every pixel."""
+        """The region below a curve (SUB, W)."""
         edge = (curve * self.unit).astype(np.float32)
         top = int(np.clip(np.floor(edge.min()), 0, self.height))
         full = int(np.clip(np.ceil(edge.max()), top, self.height))
@@ -65,7 +65,7 @@ class Canvas:
         return Region(slice(top, self.height), slice(0, self.width), mask)
 
     def between(self, upper: Floats, lower: Floats) -> Region:
-        """What lies between two curves (SUB, W)."""
+        """The region between two curves (SUB, W)."""
         region, rest = self.below(upper), self.below(np.maximum(upper, lower))
         mask = region.mask.copy()
         mask[rest.rows.start - region.rows.start :] -= rest.mask
@@ -74,7 +74,7 @@ class Canvas:
         return Region(rows, region.columns, mask[: rows.stop - rows.start])
 
     def depth(self, region: Region, curve: Floats) -> Plane:
-        """How far the pixels of a region lie below a curve, (rows, columns)."""
+        """The distance of each pixel of a region below a curve, (rows, columns)."""
         return self.y[region.rows] - curve.mean(0).astype(np.float32)[None, region.columns]
 
     def box(self, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice]:
@@ -87,7 +87,7 @@ class Canvas:
         return slice(*rows), slice(*columns)
 
     def disc(self, x: float, y: float, radius: float, soft: float = 0.0) -> Region:
-        """A disc; `soft` is how far its edge reaches out, at least a pixel."""
+        """A disc. soft: width of its edge, at least one pixel."""
         width = max(soft, self.px)
         reach = radius + width
         rows, columns = self.box(x - reach, y - reach, x + reach, y + reach)
@@ -97,7 +97,7 @@ class Canvas:
         return Region(rows, columns, mask * mask * (3 - 2 * mask) if soft else mask)
 
     def stroke(self, start: tuple[float, float, float], end: tuple[float, float, float]) -> Region:
-        """A line between two points (x, y, radius) that tapers from one radius to the other."""
+        """A line between two points (x, y, radius), which tapers from the first radius to the second."""
         (x0, y0, r0), (x1, y1, r1) = start, end
         reach = max(r0, r1) + self.px
         rows, columns = self.box(min(x0, x1) - reach, min(y0, y1) - reach, max(x0, x1) + reach, max(y0, y1) + reach)
@@ -116,22 +116,22 @@ class Canvas:
         view += (region.mask * np.asarray(strength, np.float32)) * (colour - view)
 
     def shine(self, region: Region, colour: Colour, strength: float | Plane = 1.0) -> None:
-        """Add light: never darkens, never exceeds white (the blend mode "screen")."""
+        """Add light with the blend mode "screen", which never darkens and never exceeds white."""
         view = self.rgb[:, region.rows, region.columns]
         view += (region.mask * np.asarray(strength, np.float32)) * colour * (1 - view)
 
     def all(self, mask: Plane) -> Region:
-        """The whole canvas under a mask (H, W)."""
+        """The whole canvas with a mask (H, W)."""
         return Region(slice(0, self.height), slice(0, self.width), mask)
 
     def glow(self, x: float, y: float, radius: float, colour: Colour, strength: float) -> None:
-        """Soft light around a point: half its strength at about 0.6 of the radius."""
+        """Add soft light around a point. It has half its strength at about 0.6 of the radius."""
         dx, dy = self.x - np.float32(x), self.y - np.float32(y)
         falloff = np.float32(radius * radius) / (dx * dx + dy * dy + np.float32(radius * radius))
         self.shine(self.all(falloff * falloff), colour, strength)
 
     def dots(self, x: Floats, y: Floats, radius: Floats, colour_3N: NDArray[np.float32], strength: Floats) -> None:
-        """Cover N small discs at once; those smaller than a pixel keep their light."""
+        """Paint N small discs. Discs smaller than a pixel are painted larger and fainter."""
         wide = np.maximum(radius, 0.6 * self.px)
         strength = strength * np.minimum(1, (radius / wide) ** 2 + 0.15)
         column, row, reach = (x + self.w / 2) * self.unit, y * self.unit, wide * self.unit
@@ -160,6 +160,6 @@ class Canvas:
         return np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0))
 
 
-def column_of(colours: Sequence[Colour], choice: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The chosen colours, (3, N)."""
+def chosen_colours(colours: Sequence[Colour], choice: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The colours at the indices `choice` (N,), as (3, N)."""
     return np.concatenate([colour.reshape(3, 1) for colour in colours], 1)[:, choice]

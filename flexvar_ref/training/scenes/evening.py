@@ -48,7 +48,7 @@ def sunset(canvas: Canvas, stream: Stream) -> None:
     streaks(canvas, stream, 0, 0.95 * level, mix(lower, upper, stream.between(0, 0.9)), stream.between(0.1, 1), 0.75)
     if stream.chance(0.5):
         puffs(canvas, stream, stream.whole(2, 4), 0.25 * level, level, mix(horizon, lower, 0.4), mix(lower, upper, 0.6))
-    if stream.chance(0.7):  # a coast far away, from one side
+    if stream.chance(0.7):  # a distant coast on one side
         side, reach = stream.side(), stream.between(0.25, 0.8)
         rise = np.clip((side * canvas.xs / canvas.w + 0.5 - (1 - reach)) / reach, 0, 1)
         height = stream.between(0.06, 0.17)
@@ -100,7 +100,7 @@ def moonlit(canvas: Canvas, stream: Stream) -> None:
     stars(canvas, stream, stream.whole(40, 130), level, moon)
     canvas.glow(x, y, 0.6, horizon, stream.between(0.35, 0.6))
     canvas.glow(x, y, 1.9 * radius, light.colour, 0.4)
-    if stream.chance(0.35):  # crescent: what is dark of the disc is the sky itself
+    if stream.chance(0.35):  # a crescent, through whose dark part the sky shows
         disc = canvas.disc(x, y, radius)
         bite = canvas.disc(x + stream.side() * 0.55 * radius, y - 0.25 * radius, 0.95 * radius)
         mask = np.zeros((canvas.height, canvas.width), np.float32)
@@ -202,7 +202,7 @@ def _windows(
     lit = stream.uniform(CELLS, CELLS) < stream.between(0.15, 0.5)
     chosen = lit[np.floor(row).astype(np.int64)[:, None] % CELLS, np.floor(column).astype(np.int64)[None] % CELLS]
 
-    def bars(at: Floats, pitch: float) -> Plane:  # one for each pitch, half as wide
+    def bars(at: Floats, pitch: float) -> Plane:  # one bar for each pitch, half as wide
         off = np.abs(at - np.floor(at) - 0.5)
         return np.clip((0.25 - off) * pitch * canvas.unit + 0.5, 0, 1).astype(np.float32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .canvas import Canvas, Region, column_of, smooth
+from .canvas import Canvas, Region, chosen_colours, smooth
 from .colour import Colour, Palettes, gradient, mix, rgb
 from .nature import (
     WHITE,
@@ -55,7 +55,7 @@ def meadow(canvas: Canvas, stream: Stream) -> None:
         _tree(canvas, stream, curve, stream.between(0.1, 0.17), mix(deep, far, 0.2), mix(grass, horizon, 0.15), light)
     ground = land(canvas, curve, mix(grass, horizon, 0.25), mix(grass, deep, 0.85), 0.6 * canvas.h, light, 0.2)
     bloom = stream.whole(0, len(blooms) - 1) if stream.chance(0.4) else None  # one colour only
-    # far flowers are one wash of colour, near ones are single
+    # distant flowers are one patch of colour, near ones are painted one by one
     wash = clouding(stream, canvas.xs[0] * 3, np.log1p(8 * np.maximum(canvas.ys - level, 0)) * 5, 2, 0.6)
     near = np.clip((canvas.y[ground.rows] - np.float32(level)) * np.float32(1 / (canvas.h - level)), 0, 1)
     tint = blooms[bloom if bloom is not None else 0]
@@ -70,17 +70,17 @@ def meadow(canvas: Canvas, stream: Stream) -> None:
     size = (0.012 + 0.036 * close**1.3) * (0.7 + 0.6 * many[:, 2])
     kind = (many[:, 3] * len(blooms)).astype(np.int64) if bloom is None else np.full(len(many), bloom)
     order = (kind + (many[:, 4] > 0.7)) % len(blooms) if bloom is None else kind
-    petals = column_of([mix(b, deep, 0.12) for b in blooms], order)
-    for lower in (0.0, 0.45, 0.75):  # nearer flowers over farther ones
+    petals = chosen_colours([mix(b, deep, 0.12) for b in blooms], order)
+    for lower in (0.0, 0.45, 0.75):  # nearer flowers cover farther ones
         band = (close >= lower) & (close < {0.0: 0.45, 0.45: 0.75, 0.75: 2.0}[lower])
         if not band.any():
             continue
         xs, ys, rs = x[band], y[band], size[band]
         full = np.ones(len(xs))
-        canvas.dots(xs, ys + 0.9 * rs, 0.8 * rs, column_of([deep], np.zeros(len(xs), np.int64)), 0.25 * full)
+        canvas.dots(xs, ys + 0.9 * rs, 0.8 * rs, chosen_colours([deep], np.zeros(len(xs), np.int64)), 0.25 * full)
         canvas.dots(xs, ys, rs, petals[:, band], full)
         if lower > 0.5:
-            heart = column_of(
+            heart = chosen_colours(
                 [mix(blooms[-1], WHITE, 0.3), mix(deep, blooms[0], 0.3)],
                 (order[band] == len(blooms) - 1).astype(np.int64),
             )

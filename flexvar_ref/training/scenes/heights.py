@@ -39,7 +39,7 @@ _PEAKS = Palettes(
 
 @dataclass(frozen=True)
 class _Rock:
-    """Colours of a range and what lies over them: `fog` (0..1) of haze, snow down to `snow_line`."""
+    """Colours of a mountain range. fog: share of haze in them, 0…1. snow_line: height down to which there is snow."""
 
     lit: Colour
     shade: Colour
@@ -50,6 +50,7 @@ class _Rock:
     snow_line: float
 
     def seen(self, colour: Colour) -> Colour:
+        """A colour through the haze."""
         return mix(colour, self.haze, self.fog)
 
 
@@ -63,7 +64,7 @@ def _range(
     facing: float,
     hero: float | None = None,
 ) -> None:
-    """Peaks side by side, the highest at `hero`, each in front of those that are higher."""
+    """Paint peaks side by side, lower ones in front of higher ones. hero: x of the highest peak."""
     cells = Cells.draw(stream, spacing)
     first, last = (int(np.floor(edge / spacing)) for edge in (-0.5 * canvas.w - 0.5, 0.5 * canvas.w + 0.5))
     summits = []
@@ -87,7 +88,7 @@ def _peak(
     facing: float,
     noises: tuple[Noise, Noise, Noise],
 ) -> None:
-    """One peak (x, y, steepness): a lit and a shaded side along a winding line, a cap of snow with a ragged edge."""
+    """Paint a peak (x, y, steepness): a lit and a shaded side with a winding border, and a ragged snow cap."""
     (x, y, steep), (craggy, jag, zigzag) = summit, noises
     away = np.abs(canvas.xs - x)
     curve = y + away * steep + (craggy(canvas.xs * 6 + 11 * x) - 0.5) * 0.2 * tall * np.clip(2.5 * away, 0.12, 1)
@@ -101,7 +102,7 @@ def _peak(
     colour = lit + shaded * (dark - lit)
     bare = canvas.below(np.maximum(rock.snow_line + (jag(canvas.xs * 10) - 0.5) * 0.34 * tall, y))
     above = bare.rows.start - region.rows.start
-    if above > 0:  # both colours in one coat: a second one would leave a fringe of rock along the snow
+    if above > 0:  # snow and rock are painted together: painted one after the other, rock would show along the snow
         snow = np.ones_like(region.mask)
         snow[above:] -= bare.mask
         lit, dark = rock.seen(rock.lit_snow), rock.seen(rock.shade_snow)
@@ -113,7 +114,7 @@ def _peak(
 def peaks(canvas: Canvas, stream: Stream) -> None:
     zenith, middle, horizon, lit, shade, lit_snow, shade_snow, hill, lake = _PEAKS.draw(stream)
     level = stream.between(0.68, 0.84) * canvas.h
-    facing = stream.side()  # where the light comes from
+    facing = stream.side()  # side of the light
     light = Light(facing * stream.between(0.15, 0.45) * canvas.w, stream.between(0.12, 0.35) * canvas.h, horizon)
     sky(canvas, [zenith, middle, horizon], level)
     canvas.glow(light.x, light.y, 0.7, light.colour, 0.35)
@@ -207,7 +208,7 @@ def _dunes(
     facing: float,
     nearness: float,
 ) -> None:
-    """Dunes side by side, the lower in front of the higher."""
+    """Paint dunes side by side, lower ones in front of higher ones."""
     spacing = 0.5 + 0.45 * nearness
     cells, winding = Cells.draw(stream, spacing), Noise(stream, 2, 0.3)
     first, last = (int(np.floor(edge / spacing)) for edge in (-0.5 * canvas.w - 0.7, 0.5 * canvas.w + 0.7))
@@ -229,7 +230,7 @@ def _dune(
     winding: Noise,
     bend: float,
 ) -> None:
-    """One dune: round and bright towards the light, hollow and dark behind a winding crest."""
+    """Paint a dune: round and bright on the side of the light, hollow and dark behind a winding crest."""
     (x, y), (lit, shade, deep) = crest, colours
     away = (canvas.xs - x) / reach
     out = np.abs(away)

@@ -1,4 +1,4 @@
-"""What several classes share: noise, sky, sun, clouds, ridges, trees, water."""
+"""Elements that several classes of scenes share: noise, sky, sun, clouds, ridges, trees, water."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .canvas import Canvas, Plane, Region, column_of, smooth
+from .canvas import Canvas, Plane, Region, chosen_colours, smooth
 from .colour import Colour, gradient, mix, rgb
 from .stream import Floats, Stream
 
-CELLS = 64  # random numbers of a one-dimensional noise before it repeats
+CELLS = 64  # length of a one-dimensional noise before it repeats
 WHITE = rgb("ffffff")
 
 
 class Noise:
-    """One-dimensional noise in 0..1 around 0.5: `octaves` lattices, each finer and weaker than the one before."""
+    """One-dimensional noise in 0…1 with mean 0.5: a sum of `octaves` lattices, each finer and weaker than the last."""
 
     def __init__(self, stream: Stream, octaves: int = 2, gain: float = 0.4, sharp: bool = False) -> None:
         self._lattices, self._gain, self._sharp = stream.uniform(octaves, CELLS), gain, sharp
@@ -46,7 +46,7 @@ def _between_cells(lattice: NDArray[np.float64], position: Floats) -> Floats:
 
 
 def clouding(stream: Stream, x_W: Floats, y_H: Floats, octaves: int = 3, gain: float = 0.5) -> Plane:
-    """Two-dimensional noise (H, W) in 0..1 at the crossings of x and y, in cells of the first octave."""
+    """Two-dimensional noise (H, W) in 0…1 on the grid of x and y. Their unit is a cell of the first octave."""
     total, weight = np.zeros((len(y_H), len(x_W)), np.float32), 0.0
     for octave in range(octaves):
         amplitude, frequency = gain**octave, 2.03**octave
@@ -59,7 +59,7 @@ def clouding(stream: Stream, x_W: Floats, y_H: Floats, octaves: int = 3, gain: f
 
 @dataclass(frozen=True)
 class Light:
-    """Where the light of a scene comes from, and its colour."""
+    """The position and colour of a scene's light."""
 
     x: float
     y: float
@@ -67,31 +67,31 @@ class Light:
 
 
 def sky(canvas: Canvas, colours: Sequence[Colour], bottom: float) -> None:
-    """A gradient from the top of the picture to the horizon at `bottom`."""
+    """Paint a gradient from the top of the picture to the horizon at `bottom`."""
     canvas.rgb[:] = gradient(canvas.ys / bottom, colours)
 
 
 def sun(canvas: Canvas, light: Light, radius: float, disc: Colour, halo: float = 0.5) -> None:
-    """A sun or moon with a wide and a narrow halo."""
+    """Paint a sun or moon with a wide and a narrow halo."""
     canvas.glow(light.x, light.y, 0.6, light.colour, halo)
     canvas.glow(light.x, light.y, 2.2 * radius, light.colour, 0.7 * halo)
     canvas.paint(canvas.disc(light.x, light.y, radius), disc)
 
 
 def stars(canvas: Canvas, stream: Stream, count: int, bottom: float, colour: Colour, strength: float = 1.0) -> None:
-    """`count` stars for every unit of area between the top and `bottom`."""
+    """Paint stars between the top and `bottom`, `count` for each unit of the canvas's area."""
     many = stream.uniform(4 * count, 4)[: int(count * canvas.area)]
     x, y = (many[:, 0] - 0.5) * canvas.w, many[:, 1] * bottom
     size = many[:, 2] ** 4
     fade = np.clip((bottom - y) / (0.5 * bottom), 0, 1)
-    tints = column_of([colour, mix(colour, WHITE, 0.7)], (many[:, 3] > 0.5).astype(np.int64))
+    tints = chosen_colours([colour, mix(colour, WHITE, 0.7)], (many[:, 3] > 0.5).astype(np.int64))
     canvas.dots(x, y, 0.0028 + 0.005 * size, tints, strength * (0.35 + 0.65 * size) * fade)
 
 
 def streaks(
     canvas: Canvas, stream: Stream, top: float, bottom: float, colour: Colour, amount: float, strength: float = 0.7
 ) -> None:
-    """Thin layered clouds between two heights; `amount` 0..1 is how much of the sky they take."""
+    """Paint thin layered clouds between two heights. amount: the share of the sky that they cover, 0…1."""
     stretch = stream.between(4.5, 8)
     noise = clouding(stream, canvas.xs[0] * 1.3, canvas.ys * stretch, 3, 0.42)
     middle, half = (top + bottom) / 2, (bottom - top) / 2
@@ -103,7 +103,7 @@ def streaks(
 def puffs(
     canvas: Canvas, stream: Stream, count: int, top: float, bottom: float, lit: Colour, shade: Colour, size: float = 1.0
 ) -> None:
-    """Cumulus clouds: round above, flat and fading below, smaller towards the horizon."""
+    """Paint cumulus clouds: round above, flat and fading below, smaller towards the horizon."""
     for rank in range(count):
         near = 1 - (rank + stream.between(0, 1)) / count
         base = bottom - (bottom - top) * near
@@ -125,7 +125,7 @@ def puffs(
 
 
 def ridge(canvas: Canvas, noise: Noise, base: float, height: float, frequency: float) -> Floats:
-    """A curve that rises by up to `height` above `base`."""
+    """A curve of noise between `base` and `height` above it."""
     return base - height * noise(canvas.xs * frequency)
 
 
@@ -139,9 +139,9 @@ def land(
     rim: float = 0.0,
     start: Floats | None = None,
 ) -> Region:
-    """Ground below a curve, lit along its edge near the light.
+    """Paint ground below a curve, with a bright rim near the light. Returns its region.
 
-    The colour goes from `crest` at the height `start` (the curve itself unless given) to `foot`, `fade` below.
+    The colour changes from `crest` at the height `start` (by default the curve) to `foot` at the distance `fade` below.
     """
     region = canvas.below(curve)
     depth = canvas.depth(region, curve)
@@ -157,14 +157,14 @@ def land(
 
 
 def mist(canvas: Canvas, y: float, reach: float, colour: Colour, strength: float) -> None:
-    """A band of haze around a height."""
+    """Paint a band of haze around a height."""
     t = np.clip(1 - np.abs(canvas.y - np.float32(y)) * np.float32(1 / reach), 0, 1)
     canvas.paint(canvas.all(t * t * (3 - 2 * t)), colour, strength)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Things set out along x at a jittered spacing, without end: `values` (CELLS, 4) uniform in 0..1 for each."""
+    """An endless row of objects along x with jittered spacing. values: uniform draws (CELLS, 4) for each object."""
 
     spacing: float
     values: Floats
@@ -174,7 +174,7 @@ class Cells:
         return cls(spacing, stream.uniform(CELLS, 4))
 
     def near(self, x: Floats, reach: int = 1) -> list[tuple[Floats, Floats]]:
-        """For every x the things in its own and `reach` neighbouring cells: (distance x − centre, values (…, 4))."""
+        """For each x the objects in its own cell and `reach` cells to each side: (x − centre, values (..., 4))."""
         own = np.floor(x / self.spacing)
         found = []
         for step in range(-reach, reach + 1):
@@ -186,7 +186,10 @@ class Cells:
 def conifers(
     canvas: Canvas, stream: Stream, ground: Floats, height: float, spacing: float = 0.34, bare: float = 0.0
 ) -> Floats:
-    """A curve of fir trees on the curve `ground`, `spacing` over their height; a share `bare` of places is empty."""
+    """The outline of fir trees that stand on the curve `ground`.
+
+    spacing: in units of their height. bare: share of places without a tree.
+    """
     cells, tops = Cells.draw(stream, spacing * height), ground
     for distance, values in cells.near(canvas.xs):
         tall = height * (0.4 + 0.8 * values[..., 1]) * (values[..., 3] >= bare)
@@ -199,7 +202,7 @@ def conifers(
 
 
 def round_trees(canvas: Canvas, stream: Stream, ground: Floats, radius: float, spacing: float, bare: float) -> Floats:
-    """A curve of round tree crowns that stand on the curve `ground`."""
+    """The outline of round tree crowns that stand on the curve `ground`. bare: share of places without a tree."""
     cells, tops = Cells.draw(stream, spacing), ground
     for distance, values in cells.near(canvas.xs):
         size = radius * (0.6 + 0.7 * values[..., 1])
@@ -218,7 +221,7 @@ def water(
     light: Light | None = None,
     glint: float = 0.8,
 ) -> None:
-    """Water from `level` down: the picture above it upside down, rippled, in the water's own colours, with glints."""
+    """Paint water below `level`: the mirrored picture with ripples, tinted with the water's colours, with glints."""
     start = int(np.clip(round(level * canvas.unit), 0, canvas.height))
     if start >= canvas.height:
         return
@@ -228,11 +231,11 @@ def water(
     waves = np.log1p(14 * np.maximum(y, 0) / deep)
     shift = (ripples(waves * 11) - 0.5) * (0.03 + 0.3 * y)
     reflected = np.zeros((3, canvas.height - start, canvas.width), np.float32)
-    for smear in (0.0, 0.12, 0.24, 0.36):  # waves draw out what they mirror
+    for smear in (0.0, 0.12, 0.24, 0.36):  # waves stretch the reflection
         source = (level - (0.7 + smear) * y - np.abs(shift)) * canvas.unit
         reflected += canvas.rgb[:, np.clip(source.astype(np.int64), 0, max(start - 1, 0))] * np.float32(0.25)
-    own = gradient(y / deep, [far, mix(far, near, 0.6), near])
-    canvas.rgb[:, start:] = own + np.float32(mirror) * (reflected - own)
+    tint = gradient(y / deep, [far, mix(far, near, 0.6), near])
+    canvas.rgb[:, start:] = tint + np.float32(mirror) * (reflected - tint)
     noise = clouding(stream, canvas.xs[0] * 4, waves * 6, 2, 0.6)
     strip = slice(start, canvas.height)
     everywhere = slice(0, canvas.width)

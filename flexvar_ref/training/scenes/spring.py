@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .canvas import Canvas, Region, column_of, smooth
+from .canvas import Canvas, Region, chosen_colours, smooth
 from .colour import Colour, Palettes, mix, rgb
 from .nature import (
     WHITE,
@@ -61,7 +61,7 @@ def balloons(canvas: Canvas, stream: Stream) -> None:
         size = first * (1 - 0.62 * rank / max(1, count - 1)) * stream.between(0.9, 1.1)
         tries = stream.uniform(12, 2)
         best, room = (0.0, 0.3), -np.inf
-        for u, v in tries:  # the place with most room around it
+        for u, v in tries:  # the place with the most room
             x = (u - 0.5) * max(0.1, canvas.w - 2.3 * size)
             y = 1.15 * size + v * max(0.02, level - 2.5 * size)
             free = min((np.hypot(x - a, (y - b) * 0.8) - 1.15 * (size + r) for a, b, r, _ in placed), default=0.0)
@@ -71,7 +71,7 @@ def balloons(canvas: Canvas, stream: Stream) -> None:
             continue
         placed.append((*best, size, look))
     haze = mix(horizon, middle, 0.4)
-    for x, y, size, look in sorted(placed, key=lambda place: place[2]):  # small is far
+    for x, y, size, look in sorted(placed, key=lambda place: place[2]):  # small balloons are far away
         fog = max(0.0, 0.5 * (1 - size / first))
         cloth = [mix(cloths[k], haze, fog) for k in look.cloths]
         _balloon(canvas, (x, y, size), look, cloth, mix(rgb("6a4630"), haze, fog), light)
@@ -79,7 +79,11 @@ def balloons(canvas: Canvas, stream: Stream) -> None:
 
 @dataclass(frozen=True)
 class _Look:
-    """Pattern of a balloon: which three cloths, gores (`stripes` pairs) unless plain, a band unless without."""
+    """The pattern of a balloon.
+
+    cloths: indices of three colours. stripes: pairs of vertical stripes, unless `plain`.
+    band: (height, half width) of a horizontal band, or None.
+    """
 
     cloths: tuple[int, int, int]
     stripes: int
@@ -119,13 +123,13 @@ def _balloon(
     mask = np.where(down < 0.15, round_part, mask)
     region = Region(rows, columns, mask)
     canvas.paint(region, first)
-    if not look.plain:  # gores, as they look on a round body
+    if not look.plain:  # stripes, narrower towards the sides as on a round body
         edges = np.sin(np.pi * (np.arange(2 * look.stripes) / (2 * look.stripes - 1) - 0.5))
         share = np.zeros_like(mask)
         for sign, edge in zip([1, -1] * look.stripes, edges, strict=True):
             share += sign * np.clip((across - np.float32(edge) * wide) * pixels + 0.5, 0, 1)
         canvas.paint(Region(rows, columns, mask * np.clip(share, 0, 1)), second)
-    if look.band is not None:  # around the belly
+    if look.band is not None:  # a horizontal band
         at, thick = look.band
         sag = (0.16 * (1 - np.minimum(across * across, 1))).astype(np.float32)
         band = np.clip(-(np.abs((q - at)[:, None].astype(np.float32) - sag) - np.float32(thick)) * pixels + 0.5, 0, 1)
@@ -160,7 +164,7 @@ _BLOSSOMS = Palettes(
 def blossoms(canvas: Canvas, stream: Stream) -> None:
     zenith, middle, horizon, rock, snow, hill, lake, deep, bloom, pale, bark = _BLOSSOMS.draw(stream)
     level = stream.between(0.66, 0.8) * canvas.h
-    side = stream.side()  # where the tree stands
+    side = stream.side()  # side of the tree
     light = Light(
         -side * stream.between(0.05, 0.35) * canvas.w, stream.between(0.2, 0.5) * canvas.h, mix(horizon, WHITE, 0.3)
     )
@@ -169,7 +173,7 @@ def blossoms(canvas: Canvas, stream: Stream) -> None:
         sun(canvas, light, stream.between(0.06, 0.13), mix(light.colour, WHITE, 0.5), 0.3)
     if stream.chance(0.5):
         streaks(canvas, stream, 0, 0.9 * level, mix(horizon, WHITE, 0.5), stream.between(0.2, 0.8), 0.6)
-    if stream.chance(0.75):  # one even mountain with a cap of snow
+    if stream.chance(0.75):  # one symmetric mountain with a snow cap
         summit, tall = -side * stream.between(0.02, 0.28) * canvas.w, stream.between(0.26, 0.42) * canvas.h**0.5
         away = np.abs(canvas.xs - summit) / (1.35 * tall)
         slope = level - tall * np.minimum(1.12 * np.maximum(1 - away, 0) ** 1.5, 0.94)
@@ -177,7 +181,7 @@ def blossoms(canvas: Canvas, stream: Stream) -> None:
         jag = Noise(stream, 2, 0.5, True)(canvas.xs * 14)
         cap = np.where(away < 1, np.maximum(slope, level - tall * (0.72 - 0.3 * jag)), slope)
         canvas.paint(canvas.between(slope, cap), snow, 0.95)
-    grove = stream.pick((0.15, 0.6, 0.9))  # of other trees, or in blossom as well
+    grove = stream.pick((0.15, 0.6, 0.9))  # share of blossom in the trees behind
     for step in range(2):
         curve = ridge(canvas, Noise(stream, 2), level + 0.02 + 0.04 * step, 0.1, 2)
         if step:
@@ -193,14 +197,14 @@ def blossoms(canvas: Canvas, stream: Stream) -> None:
     _blossom_tree(canvas, stream, side, (deep, bloom, pale), bark, light)
     many = stream.uniform(4 * 60, 4)[: int(stream.whole(15, 60) * canvas.area)]
     x, y = (many[:, 0] - 0.5) * canvas.w, many[:, 1] * canvas.h
-    colours = column_of([bloom, pale, mix(bloom, pale, 0.5)], (many[:, 3] * 3).astype(np.int64))
+    colours = chosen_colours([bloom, pale, mix(bloom, pale, 0.5)], (many[:, 3] * 3).astype(np.int64))
     canvas.dots(x, y, 0.005 + 0.007 * many[:, 2], colours, np.full(len(many), 0.9))
 
 
 def _blossom_tree(
     canvas: Canvas, stream: Stream, side: float, tones: tuple[Colour, Colour, Colour], bark: Colour, light: Light
 ) -> None:
-    """A tree at one edge whose branches reach into the picture, or a bough from an upper corner."""
+    """Paint a tree at one edge, with branches into the picture, or a bough from an upper corner."""
     size = stream.between(0.75, 1.0) * canvas.h**0.5
     hanging = stream.chance(0.35)
     if hanging:
@@ -214,7 +218,7 @@ def _blossom_tree(
     ends: list[tuple[float, float, float]] = []
     for angle in spread:
         reach = stream.between(0.22, 0.4) * size * (1.9 if hanging else 1.0)
-        turn = angle + stream.between(-0.18, 0.18)  # from upright towards the picture
+        turn = angle + stream.between(-0.18, 0.18)  # angle between upright and the inside of the picture
         end = (knee[0] - side * reach * np.sin(turn), knee[1] - reach * np.cos(turn))
         canvas.paint(canvas.stroke((*knee, 0.024 * size), (*end, 0.009 * size)), bark)
         for share, wide in ((1.0, 0.1), (0.65, 0.11), (0.3, 0.08)):

@@ -1,4 +1,4 @@
-"""The random draws of one scene: the same on every machine and with every version of numpy."""
+"""Random streams that are the same on every machine and with every version of numpy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Floats = NDArray[np.float64]
 
 
 class Stream:
-    """Draws of the counter-based generator Philox under the key (seed, index), one stream a label.
+    """Draws of the counter-based generator Philox with the key (seed, index). Each label has its own stream.
 
-    Only raw words are taken: numpy promises those for good, its distributions it does not.
+    Only raw words of the generator are used, because numpy guarantees these but not its distributions.
     """
 
     def __init__(self, seed: int, index: int, label: int) -> None:
@@ -28,18 +28,21 @@ class Stream:
         return (words >> np.uint64(11)).astype(np.float64).reshape(shape) * 2.0**-53
 
     def between(self, low: float, high: float) -> float:
+        """A float from `low` to below `high`."""
         return low + (high - low) * (self._bits.random_raw() >> 11) * 2.0**-53
 
     def whole(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`, both included."""
+        """A whole number from `low` to `high`, both inclusive."""
         return low + min(high - low, int(self.between(0, high - low + 1)))
 
     def chance(self, probability: float) -> bool:
+        """True with the given probability."""
         return self.between(0, 1) < probability
 
     def pick(self, options: Sequence[T]) -> T:
+        """One of the options, drawn uniformly."""
         return options[self.whole(0, len(options) - 1)]
 
     def side(self) -> float:
-        """−1 (left) or 1 (right)."""
+        """−1 (left) or 1 (right), with equal probability."""
         return -1.0 if self.chance(0.5) else 1.0

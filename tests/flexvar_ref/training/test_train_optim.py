@@ -1,4 +1,4 @@
-"""Optimiser groups, learning rate, averaged weights, order of the data."""
+"""Optimisers, learning rate, averaged weights, and the order of the data."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from flexvar_ref import FlexVAR, Tokenizer
+from flexvar_ref.errors import ConfigError
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer
 from flexvar_ref.training import ema
 from flexvar_ref.training.config import Optimisation
-from flexvar_ref.training.errors import ConfigError
-from flexvar_ref.training.feed import Drawn, Kept, Plan, batches, signed
+from flexvar_ref.training.feed import BatchPlan, CachedSource, DatasetSource, batches, signed
 from flexvar_ref.training.optim import (
     Muon,
     adamw,
-    forget,
     learning_rate,
     optimizer_of,
     orthogonalised,
     parameter_groups,
+    reset_moments,
 )
 
 
-def test_what_decays_and_what_does_not() -> None:
+def test_groups_with_and_without_weight_decay() -> None:
     model = FlexVAR(tiny_transformer(), torch.randn(512, 8))
     optimizer = adamw(model, Optimisation(weight_decay=0.05))
     decayed, free = optimizer.param_groups
@@ -70,8 +70,8 @@ def with_gradients(model: torch.nn.Module, seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 24), (1, 16, 64), (3, 64, 16)])
-def test_orthogonalised_matrices_turn_and_do_not_stretch(shape: tuple[int, int, int]) -> None:
-    """Five times the quintic on every singular value; those that are not tiny come near 1."""
+def test_orthogonalised_matrices_keep_their_singular_vectors(shape: tuple[int, int, int]) -> None:
+    """The quintic is applied five times to every singular value. Those that are not tiny come near 1."""
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     values = values / matrices.norm(dim=(1, 2))[:, None]
@@ -111,7 +111,7 @@ def test_a_muon_step_orthogonalises_q_k_and_v_apart_at_the_scale_of_adamw() -> N
     assert change.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
-def test_what_muon_leaves_is_adamws() -> None:
+def test_muon_updates_the_other_parameters_like_adamw() -> None:
     (optimizer, model), (_, twin) = muon_and_model(), muon_and_model()
     plain = torch.optim.AdamW(parameter_groups(twin, 0.0), lr=0.01, betas=MUON.betas)
     for seed in range(3):
@@ -126,7 +126,7 @@ def test_what_muon_leaves_is_adamws() -> None:
             assert torch.equal(parameter, others[name]) != group["muon"], name
 
 
-def test_muon_goes_on_where_it_stopped_bit_for_bit() -> None:
+def test_a_resumed_muon_takes_the_same_steps() -> None:
     (whole, model), (stopped, twin) = muon_and_model(), muon_and_model()
     for seed in range(4):
         with_gradients(model, seed)
@@ -144,7 +144,7 @@ def test_muon_goes_on_where_it_stopped_bit_for_bit() -> None:
         assert torch.equal(one, two)
 
 
-def test_a_closure_computes_the_loss_anew() -> None:
+def test_a_closure_recomputes_the_loss() -> None:
     optimizer, model = muon_and_model()
     before = [p.detach().clone() for p in model.parameters()]
 
@@ -170,13 +170,13 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert learning_rate(constant, 99, 100, 256) == pytest.approx(1e-3)
 
 
-def test_rows_are_forgotten() -> None:
+def test_moments_of_rows_are_reset() -> None:
     weight = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
-    forget(optimizer, weight, torch.tensor([0]))  # nothing remembered yet
+    reset_moments(optimizer, weight, torch.tensor([0]))  # there are no moments yet
     weight.sum().backward()
     optimizer.step()
-    forget(optimizer, weight, torch.tensor([1]))
+    reset_moments(optimizer, weight, torch.tensor([1]))
     state = optimizer.state[weight]
     assert state["exp_avg"].any(1).tolist() == state["exp_avg_sq"].any(1).tolist() == [True, False, True]
 
@@ -194,7 +194,7 @@ def test_the_average_of_the_weights() -> None:
     assert torch.equal(twin.weight, average["weight"]) and not twin.training and layer.training
     assert not torch.equal(twin.weight, layer.weight)
     assert ema.decay_at(0, 0.999) == pytest.approx(0.1) and ema.decay_at(10**6, 0.999) == 0.999
-    ema.update(average, layer, ema.decay_at(0, 0.0))  # off: the weights themselves
+    ema.update(average, layer, ema.decay_at(0, 0.0))  # decay 0: the weights themselves
     assert torch.equal(average["weight"], layer.weight)
 
 
@@ -210,32 +210,32 @@ class Counting:
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_any_division_of_a_step_sees_the_same_samples(processes: int, accumulation: int) -> None:
-    plans = [Plan(8, processes, rank, accumulation) for rank in range(processes)]
+    plans = [BatchPlan(8, processes, rank, accumulation) for rank in range(processes)]
     seen = {plan.chunk(turn): plan.indices(3, turn).tolist() for plan in plans for turn in range(accumulation)}
     assert [i for chunk in sorted(seen) for i in seen[chunk]] == list(range(24, 32))
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected a multiple of 3"):
-        Plan(8, 3)
+    with pytest.raises(ConfigError, match=r"loop\.batch is 8.* 3"):
+        BatchPlan(8, 3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_drawing_goes_on_at_any_step(workers: int) -> None:
-    plan = Plan(4, accumulation=2)
-    stream = batches(Drawn(Counting()), plan, 5, workers)
+def test_batches_start_at_any_step(workers: int) -> None:
+    plan = BatchPlan(4, accumulation=2)
+    stream = batches(DatasetSource(Counting()), plan, 5, workers)
     drawn = [next(stream) for _ in range(3)]
     assert [values[:, 0, 0, 0].tolist() for values, _ in drawn] == [[20, 21], [22, 23], [24, 25]]
     assert [labels.tolist() for _, labels in drawn] == [[0, 1]] * 3
     del stream
 
 
-def test_kept_samples_come_in_a_new_order_every_epoch() -> None:
-    kept = Kept(np.arange(10), np.arange(10) % 2, seed=0)
-    epochs = [kept.take(np.arange(start, start + 10))[0].tolist() for start in (0, 10)]
+def test_cached_samples_come_in_a_new_order_every_epoch() -> None:
+    cached = CachedSource(np.arange(10), np.arange(10) % 2, seed=0)
+    epochs = [cached.take(np.arange(start, start + 10))[0].tolist() for start in (0, 10)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1] != list(range(10))
-    across = kept.take(np.arange(8, 12))[0].tolist()
+    across = cached.take(np.arange(8, 12))[0].tolist()
     assert across == epochs[0][8:] + epochs[1][:2]
 
 

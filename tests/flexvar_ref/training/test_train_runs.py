@@ -1,4 +1,4 @@
-"""Whole runs: resumed after a kill, on two processes, from the command line, with falling losses."""
+"""Whole training runs: files, falling losses, a resume after a kill, two processes, and the command line."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ pytest.importorskip("tensorboard", reason="training needs the train extra")
 
 from accelerate.utils import DistributedType
 
+from flexvar_ref.errors import RunRefused, Unsupported
 from flexvar_ref.training import trainer
-from flexvar_ref.training.checkpoint import found
+from flexvar_ref.training.checkpoint import find_checkpoints
 from flexvar_ref.training.commands import register
 from flexvar_ref.training.config import TokenizerRun, TransformerRun, build, load_config
-from flexvar_ref.training.errors import RunRefused, Unsupported
-from flexvar_ref.training.runs import Place, Result, train_tokenizer, train_transformer
+from flexvar_ref.training.runs import Result, RunOptions, train_tokenizer, train_transformer
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STEPS = 24
@@ -55,7 +55,7 @@ TINY_TOKENIZER = {
 TINY_TRANSFORMER = {
     "data": {"size": 16, "samples": 64, "held_out": 13, "workers": 0},
     "model": {"depth": 2, "heads": 2, "head_size": 16, "position_side": 8, "drop_path": 0.1},
-    "optim": {"algorithm": "muon", "lr": 0.02, "warmup": 2, "ema": 0.9, "accumulation": 2},  # as the demo model
+    "optim": {"algorithm": "muon", "lr": 0.02, "warmup": 2, "ema": 0.9, "accumulation": 2},  # as for the demo model
     "loop": {"steps": STEPS, "batch": 8, "log": 4, "save": 2, "evaluate": 8, "sample": 8},
 }
 LAUNCH = """
@@ -64,14 +64,14 @@ from pathlib import Path
 from accelerate import PartialState
 torch.set_num_threads(1)
 from flexvar_ref.training.config import TokenizerRun, TransformerRun, load_config
-from flexvar_ref.training.runs import Place, train_tokenizer, train_transformer
+from flexvar_ref.training.runs import RunOptions, train_tokenizer, train_transformer
 for kind, config, out, cache, *tokenizer in (line.split("|") for line in sys.argv[1:]):
-    place = Place(out=Path(out), cache=Path(cache), quiet=True)
+    options = RunOptions(out=Path(out), cache=Path(cache), quiet=True)
     if kind == "tokenizer":
-        train_tokenizer(load_config(config, TokenizerRun), "scenes", place)
+        train_tokenizer(load_config(config, TokenizerRun), "scenes", options)
     else:
-        train_transformer(load_config(config, TransformerRun), "scenes", Path(tokenizer[0]), place)
-PartialState().destroy_process_group()  # left to the end of the process, its threads may abort it
+        train_transformer(load_config(config, TransformerRun), "scenes", Path(tokenizer[0]), options)
+PartialState().destroy_process_group()  # otherwise its threads may abort the process at its end
 """
 
 
@@ -93,14 +93,18 @@ def transformer_run() -> TransformerRun:
 @pytest.fixture(scope="module")
 def trained(folder: Path, tokenizer_run: TokenizerRun) -> Result:
     """A tokenizer, trained without interruption."""
-    return train_tokenizer(tokenizer_run, "scenes", Place(out=folder / "tokenizer", cache=folder / "cache", quiet=True))
+    return train_tokenizer(tokenizer_run, "scenes", options_for(folder, "tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def generator(folder: Path, trained: Result, transformer_run: TransformerRun) -> Result:
-    """A transformer on its tokens, trained without interruption."""
-    place = Place(out=folder / "transformer", cache=folder / "cache", quiet=True)
-    return train_transformer(transformer_run, "scenes", trained.path, place)
+    """A transformer on the tokens of `trained`, trained without interruption."""
+    return train_transformer(transformer_run, "scenes", trained.path, options_for(folder, "transformer"))
+
+
+def options_for(folder: Path, name: str, resume: bool = False) -> RunOptions:
+    """Options for a run in `folder` / `name`. All runs share a cache."""
+    return RunOptions(out=folder / name, cache=folder / "cache", resume=resume, quiet=True)
 
 
 def weights(result: Path) -> dict[str, torch.Tensor]:
@@ -108,7 +112,7 @@ def weights(result: Path) -> dict[str, torch.Tensor]:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [int(path.stem[5:]) for path in found(folder / "checkpoints")]
+    return [int(path.stem[5:]) for path in find_checkpoints(folder / "checkpoints")]
 
 
 def launch(arguments: list[str], processes: int = 1) -> subprocess.Popen[bytes]:
@@ -129,7 +133,7 @@ def written(path: Path, content: object) -> Path:
     return path
 
 
-def test_what_a_run_leaves(trained: Result, generator: Result, folder: Path) -> None:
+def test_files_of_a_run(trained: Result, generator: Result, folder: Path) -> None:
     for result in (trained, generator):
         run = result.path.parent
         names = {path.name for path in run.iterdir()}
@@ -150,30 +154,30 @@ def test_what_a_run_leaves(trained: Result, generator: Result, folder: Path) -> 
             )
     model, tokenizer = flexvar_ref.load(generator.path, trained.path)
     assert (model.config.classes, model.config.vocabulary, tokenizer.config.downsampling) == (12, 32, 2)
-    assert {f"loss/{s}x{s}" for s in (1, 2, 3, 4, 5, 6, 8)} <= generator.metrics.keys()  # a validation loss per scale
+    assert {f"loss/{s}x{s}" for s in (1, 2, 3, 4, 5, 6, 8)} <= generator.metrics.keys()
     assert {"psnr", "usage", "perplexity", "psnr/1x1", "psnr/8x8"} <= trained.metrics.keys()
     copied = generator.path.parent / "tokenizer.safetensors"
     assert all(torch.equal(value, weights(trained.path)[name]) for name, value in weights(copied).items())
 
 
 def test_losses_fall(trained: Result, generator: Result, folder: Path, tokenizer_run: TokenizerRun) -> None:
-    """On what is held out, every eight steps; one step alone is worse than any of them."""
+    """On held-out images, every eight steps. A single step is worse than any of them."""
 
     def held_out(result: Result, name: str) -> list[float]:
         lines = (result.path.parent / "metrics.jsonl").read_text().splitlines()
         return [row[name] for row in map(json.loads, lines) if row["kind"] == "held out"]
 
     once = replace(tokenizer_run, loop=replace(tokenizer_run.loop, steps=1))
-    place = Place(out=folder / "once", cache=folder / "cache", quiet=True)
-    psnr = [train_tokenizer(once, "scenes", place).metrics["psnr"], *held_out(trained, "psnr")]
+    first = train_tokenizer(once, "scenes", options_for(folder, "once")).metrics["psnr"]
+    psnr = [first, *held_out(trained, "psnr")]
     assert psnr == sorted(psnr) and psnr[0] + 1 < psnr[1]
     loss = held_out(generator, "loss")
     assert loss == sorted(loss, reverse=True)
-    assert loss[0] + 0.1 < math.log(32) and loss[-1] + 0.3 < math.log(32)  # of codes equally likely
+    assert loss[0] + 0.1 < math.log(32) and loss[-1] + 0.3 < math.log(32)  # ln 32: all codes equally likely
 
 
 def test_the_result_is_the_average_and_not_the_last_weights(trained: Result) -> None:
-    state = torch.load(found(trained.path.parent / "checkpoints")[-1], weights_only=True)
+    state = torch.load(find_checkpoints(trained.path.parent / "checkpoints")[-1], weights_only=True)
     result = weights(trained.path)
     name = "decoder.conv_out.weight"
     assert torch.equal(result[name], state["average"][name])
@@ -181,7 +185,7 @@ def test_the_result_is_the_average_and_not_the_last_weights(trained: Result) -> 
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
-def test_a_killed_run_goes_on_to_the_same_weights(
+def test_a_killed_and_resumed_run_has_the_same_weights(
     kind: str,
     folder: Path,
     trained: Result,
@@ -189,7 +193,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     tokenizer_run: TokenizerRun,
     transformer_run: TransformerRun,
 ) -> None:
-    """kill -9 at a moment that nobody chose, then --resume: bit for bit the weights of the uninterrupted run."""
+    """kill -9 at a random moment, then a resume: bit for bit the weights of the uninterrupted run."""
     whole = trained if kind == "tokenizer" else generator
     out, config = folder / f"killed_{kind}", folder / f"killed_{kind}.json"
     written(config, TINY_TOKENIZER if kind == "tokenizer" else TINY_TRANSFORMER)
@@ -205,12 +209,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         output = process.communicate()[0].decode()
     assert steps_of(out), output
     if steps_of(out)[-1] == STEPS:
-        pytest.skip("it was done before it could be killed")
-    place = Place(out=out, cache=folder / "cache", resume=True, quiet=True)
+        pytest.skip("the run ended before it was killed")
+    options = options_for(folder, f"killed_{kind}", resume=True)
     if kind == "tokenizer":
-        resumed = train_tokenizer(tokenizer_run, "scenes", place)
+        resumed = train_tokenizer(tokenizer_run, "scenes", options)
     else:
-        resumed = train_transformer(transformer_run, "scenes", trained.path, place)
+        resumed = train_transformer(transformer_run, "scenes", trained.path, options)
     assert resumed.path.read_bytes() == whole.path.read_bytes()
     losses = [
         [
@@ -223,21 +227,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert losses[0] == losses[1]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    folder: Path, trained: Result, tokenizer_run: TokenizerRun
-) -> None:
+def test_a_damaged_checkpoint_is_skipped(folder: Path, trained: Result, tokenizer_run: TokenizerRun) -> None:
     out = folder / "damaged"
     short = replace(tokenizer_run, loop=replace(tokenizer_run.loop, steps=6, evaluate=0, sample=0))
-    place = Place(out=out, cache=folder / "cache", quiet=True)
-    first = train_tokenizer(short, "scenes", place).path.read_bytes()
-    old, new = found(out / "checkpoints")
+    options = options_for(folder, "damaged")
+    first = train_tokenizer(short, "scenes", options).path.read_bytes()
+    old, new = find_checkpoints(out / "checkpoints")
     new.write_bytes(new.read_bytes()[:1000])
     (out / "checkpoints" / ".step_00000008.pt.partial").write_bytes(b"cut short")
-    assert train_tokenizer(short, "scenes", replace(place, resume=True)).path.read_bytes() == first
-    for path in found(out / "checkpoints"):
+    assert train_tokenizer(short, "scenes", replace(options, resume=True)).path.read_bytes() == first
+    for path in find_checkpoints(out / "checkpoints"):
         path.write_bytes(b"nothing")
-    with pytest.raises(RunRefused, match="the newest unreadable"):
-        train_tokenizer(short, "scenes", replace(place, resume=True))
+    with pytest.raises(RunRefused, match=str(out / "checkpoints")):
+        train_tokenizer(short, "scenes", replace(options, resume=True))
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -247,23 +249,23 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def test_two_processes_are_as_good_as_one(folder: Path, trained: Result) -> None:
-    """20 steps of the same global batch, to float32 noise: 2e-6 of the weights' norm was seen, the bound is 1e-5."""
-    tokenizer = {**TINY_TOKENIZER, "loop": {**TINY_TOKENIZER["loop"], "steps": 20}}
-    transformer = {**TINY_TRANSFORMER, "loop": {**TINY_TRANSFORMER["loop"], "steps": 20}}
+    """20 steps of the same global batch agree to float32 noise. The weights differed by 2e-6 of their norm."""
+    loop = {"steps": 20, "batch": 8, "log": 4, "save": 0, "evaluate": 0, "sample": 0}
+    tokenizer, transformer = {**TINY_TOKENIZER, "loop": loop}, {**TINY_TRANSFORMER, "loop": loop}
     both = {
         "tokenizer": (tokenizer, tokenizer),
-        # one process accumulates the two chunks that two processes have: the same label dropout and drop path
+        # one process accumulates two chunks, like two processes with one each, so the draws are the same
         "transformer": (transformer, {**transformer, "optim": {**transformer["optim"], "accumulation": 1}}),
     }
     arguments, alone = [], {}
     for kind, (one, two) in both.items():
         config, out = written(folder / f"two_{kind}.json", two), folder / f"two_{kind}"
         arguments.append(f"{kind}|{config}|{out}|{folder / 'cache'}|{trained.path}")
-        place = Place(out=folder / f"one_{kind}", cache=folder / "cache", quiet=True)
+        options = options_for(folder, f"one_{kind}")
         if kind == "tokenizer":
-            alone[kind] = train_tokenizer(build(TokenizerRun, one, kind), "scenes", place)
+            alone[kind] = train_tokenizer(build(TokenizerRun, one, kind), "scenes", options)
         else:
-            alone[kind] = train_transformer(build(TransformerRun, one, kind), "scenes", trained.path, place)
+            alone[kind] = train_transformer(build(TransformerRun, one, kind), "scenes", trained.path, options)
     process = launch(arguments, processes=2)
     output = process.communicate(timeout=200)[0].decode()
     assert process.returncode == 0, output
@@ -277,9 +279,8 @@ def test_two_processes_are_as_good_as_one(folder: Path, trained: Result) -> None
         shared = [name for name in metrics[0] if name not in ("time", "kind")]
         assert [metrics[1][name] for name in shared] == pytest.approx([metrics[0][name] for name in shared], rel=1e-5)
     half = {**tokenizer, "loop": {**tokenizer["loop"], "batch": 4}, "optim": {**tokenizer["optim"], "lr": 0.04}}
-    place = Place(out=folder / "half", cache=folder / "cache", quiet=True)
-    other = train_tokenizer(build(TokenizerRun, half, "half"), "scenes", place)
-    # negative control: a process that saw only its own half of the batch, at the same learning rate, is found
+    other = train_tokenizer(build(TokenizerRun, half, "half"), "scenes", options_for(folder, "half"))
+    # negative control: half of the batch at the same learning rate gives other weights
     assert distance(weights(alone["tokenizer"].path), weights(other.path)) > 1e-2
 
 
@@ -291,7 +292,7 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def test_the_command_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A folder of images as data, steps from the command line, a result as JSON, then a resume of what is done."""
+    """An image folder as data, --steps, a result as JSON, and a resume of a finished run."""
     images, rng = folder / "images", np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("blue", "red"):
@@ -321,60 +322,66 @@ def test_the_command_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> No
         (["transformer", "--data", "scenes", "--tokenizer", "absent.safetensors"], 5, "CheckpointError"),
     ],
 )
-def test_refusals_have_a_type_a_fix_and_a_code(tmp_path: Path, arguments: list[str], code: int, kind: str) -> None:
-    got, stdout, _ = command([*arguments, "--out", str(tmp_path / "run"), "--json"])
+def test_errors_of_the_command_line(tmp_path: Path, arguments: list[str], code: int, kind: str) -> None:
+    """The exit code, the error as JSON on standard output, and as one line on standard error. The file is named."""
+    got, stdout, stderr = command([*arguments, "--out", str(tmp_path / "run"), "--json"])
     error = json.loads(stdout)["error"]
     assert (got, error["type"]) == (code, kind)
-    assert error["got"] and error["expected"] and error["fix"]
+    assert "absent" in error["got"] and error["expected"]
+    assert stderr == f"error: {error['got']} {error['fix']}\n"
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_adversary_half_precision_and_drawing_on_the_fly(folder: Path, tokenizer_run: TokenizerRun) -> None:
-    """The options together: they run, the adversary starts late, and a resume has its state."""
+def test_adversarial_loss_bf16_and_no_cache(folder: Path, tokenizer_run: TokenizerRun) -> None:
+    """The options work together. The adversarial loss starts late, and checkpoints hold the discriminator's state."""
     run = replace(
         tokenizer_run,
         data=replace(tokenizer_run.data, samples=0, size=32),
         loss=replace(tokenizer_run.loss, adversarial=0.5, adversarial_start=2),
         loop=replace(tokenizer_run.loop, steps=4, precision="bf16", channels_last=True, evaluate=0, sample=0, log=2),
     )
-    place = Place(out=folder / "adversary", cache=folder / "cache", quiet=True)
-    train_tokenizer(run, "scenes", place)
-    rows = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    options = options_for(folder, "adversarial")
+    train_tokenizer(run, "scenes", options)
+    rows = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] == "train"]
     assert "discriminator" not in rows[0] and math.isfinite(rows[1]["discriminator"])
-    state = torch.load(found(place.out / "checkpoints")[-1], weights_only=True)
+    state = torch.load(find_checkpoints(options.out / "checkpoints")[-1], weights_only=True)
     assert set(state["parts"]) == set(state["optimizers"]) == {"model", "discriminator"}
     assert state["optimizers"]["discriminator"]["state"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(folder: Path, tokenizer_run: TokenizerRun) -> None:
+def test_an_infinite_loss_stops_the_run(folder: Path, tokenizer_run: TokenizerRun) -> None:
     wild = replace(tokenizer_run, optim=replace(tokenizer_run.optim, lr=1e30, clip=1e30, warmup=0))
-    with pytest.raises(RunRefused, match="no number") as refusal:
-        train_tokenizer(wild, "scenes", Place(out=folder / "wild", cache=folder / "cache", quiet=True))
-    assert "optim.lr" in refusal.value.fix
+    with pytest.raises(RunRefused, match="not a finite number") as caught:
+        train_tokenizer(wild, "scenes", options_for(folder, "wild"))
+    assert "optim.lr" in caught.value.fix
 
 
-# Untrained weights: 10.1 dB and ln 128 = 4.85. Nothing but the data set's mean colour gives 13 dB.
-BOUNDS = {"psnr": 17.0, "usage": 0.5, "loss": 2.6}
+@pytest.mark.parametrize(
+    ("share", "psnr", "usage", "loss"),
+    [
+        pytest.param(1 / 3, 15.0, 0.65, 3.6, id="a third of the steps"),
+        pytest.param(1, 17.0, 0.65, 2.6, id="all steps", marks=pytest.mark.slow),
+    ],
+)
+def test_the_smoke_configurations_learn(tmp_path: Path, share: float, psnr: float, usage: float, loss: float) -> None:
+    """After a single step the bounds are missed. For comparison: images of the mean colour have 13 dB."""
 
+    def tokenizer_run(steps: int, name: str) -> Result:
+        run = load_config(CONFIGS / "smoke_tokenizer.toml", TokenizerRun)
+        run = replace(run, loop=replace(run.loop, steps=steps))
+        return train_tokenizer(run, "scenes", options_for(tmp_path, name))
 
-def test_the_smoke_configurations_learn(tmp_path: Path) -> None:
-    """Both commands, about a minute together: the losses fall below bounds that untrained weights miss."""
+    def transformer_run(steps: int, name: str) -> Result:
+        run = load_config(CONFIGS / "smoke_transformer.toml", TransformerRun)
+        run = replace(run, loop=replace(run.loop, steps=steps))
+        return train_transformer(run, "scenes", tokenizer.path, options_for(tmp_path, name))
 
-    def place(name: str) -> Place:
-        return Place(out=tmp_path / name, cache=tmp_path / "cache", quiet=True)
-
-    short = load_config(CONFIGS / "smoke_tokenizer.toml", TokenizerRun)
-    untrained = train_tokenizer(replace(short, loop=replace(short.loop, steps=1)), "scenes", place("untrained"))
-    tokenizer = train_tokenizer(short, "scenes", place("tokenizer"))
-    assert untrained.metrics["psnr"] < BOUNDS["psnr"] < tokenizer.metrics["psnr"]
-    assert tokenizer.metrics["usage"] > BOUNDS["usage"]
-    run = load_config(CONFIGS / "smoke_transformer.toml", TransformerRun)
-    untrained = train_transformer(
-        replace(run, loop=replace(run.loop, steps=1)), "scenes", tokenizer.path, place("untrained_2")
-    )
-    transformer = train_transformer(run, "scenes", tokenizer.path, place("transformer"))
-    assert transformer.metrics["loss"] < BOUNDS["loss"] < untrained.metrics["loss"]
+    untrained, tokenizer = tokenizer_run(1, "untrained"), tokenizer_run(round(120 * share), "tokenizer")
+    assert untrained.metrics["psnr"] < psnr < tokenizer.metrics["psnr"]
+    assert untrained.metrics["usage"] < usage < tokenizer.metrics["usage"]
+    first, transformer = transformer_run(1, "first"), transformer_run(round(150 * share), "transformer")
+    assert transformer.metrics["loss"] < loss < first.metrics["loss"]
     losses = [
         row["loss"]
         for row in map(json.loads, (tmp_path / "transformer" / "metrics.jsonl").read_text().splitlines())
@@ -384,12 +391,12 @@ def test_the_smoke_configurations_learn(tmp_path: Path) -> None:
 
 
 def test_sharded_training_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint of the main process would hold one shard only."""
+    """Its checkpoints would hold one shard only."""
 
     class Sharded:
         distributed_type = DistributedType.FSDP
 
     monkeypatch.setattr(trainer, "Accelerator", lambda **options: Sharded())
-    with pytest.raises(Unsupported, match="FSDP") as refusal:
+    with pytest.raises(Unsupported, match="FSDP") as caught:
         trainer.make_accelerator()
-    assert refusal.value.exit_code == 4
+    assert caught.value.exit_code == 4
