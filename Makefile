@@ -13,7 +13,7 @@ EXTRAS := cpu,openvino,export,tensorrt-rtx,train,bench,dev
 VENV_HOLDS := flexvar-deploy and everything that its tests need (torch is large: this takes minutes)
 DEMO_STAMP := $(DEMO_VENV)/.installed
 DEMO_EXTRAS := cpu,export
-DEMO_HOLDS := flexvar-deploy[$(DEMO_EXTRAS)]: ONNX Runtime to generate, torch and onnx to export (about 1 GB; this takes minutes)
+DEMO_HOLDS := flexvar-deploy[$(DEMO_EXTRAS)]: ONNX Runtime to generate, torch and onnx to export (1.2 GB with torch for CPUs, more with CUDA; this takes minutes)
 REQUIREMENTS := pyproject.toml constraints.txt runtime/_version.py
 PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:export flexvar_bench:benchmarks
 # How mypy sees the packages: by import name, although the folders are called otherwise.

@@ -40,7 +40,7 @@ def main() -> None:
     ours, theirs = (load_file(path) for path in trained_together(arguments.tokenizer, arguments.transformer))
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise SystemExit(
-            f"The transformer was not trained on the tokenizer in {arguments.tokenizer}. Pass the run of its own tokenizer."
+            f"The transformer was not trained on the tokenizer in {arguments.tokenizer}. Pass the run of its tokenizer."
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     pack(arguments.tokenizer, "vae", arguments.out)

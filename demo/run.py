@@ -89,7 +89,8 @@ def main() -> None:
     show_parity(verified["parity"]["rows"], f"parity with the reference on {verified['parity']['backend']}")
 
     sheet: dict[str, list[Path]] = {}
-    times = Table("schedule", "backend", "s per image", "decoder, s", "sampling, s", title="one image at a time, without the first")
+    columns = "schedule", "backend", "s per image", "decoder, s", "sampling, s"
+    times = Table(*columns, title="one image at a time, without the first")
     for backend in BACKENDS:
         for name, (schedule, labels) in SHEET.items():
             target = out / "images" / name.replace(" ", "_").replace(":", "_")
