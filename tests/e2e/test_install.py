@@ -43,6 +43,9 @@ def test_the_quick_start(tmp_path: Path) -> None:
     assert "==> .venv-demo: installing" in output and "\nbundle: demo/out/demo.bundle\n" in output
     clone = tmp_path / "flexvar-deploy"
     assert len(list((clone / "images").glob("*.png"))) == 2
+    assert "\n. .venv-demo/bin/activate\n" in README
+    activated = run("bash", "-e", "-c", ". .venv-demo/bin/activate\ncommand -v flexvar", cwd=clone)
+    assert Path(activated.strip()) == clone / ".venv-demo" / "bin" / "flexvar"
     installed = packages(clone / ".venv-demo" / "bin")
     assert installed & {"torch", "onnx", "onnxruntime"} == {"torch", "onnx", "onnxruntime"}
     assert not installed & {"accelerate", "matplotlib", "mypy", "openvino", "pytest", "ruff", "tensorboard"}

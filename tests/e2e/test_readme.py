@@ -21,6 +21,7 @@ PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("generating", "editing",
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 ELSEWHERE = {
     "git": "test_install.py",
+    ".": "test_install.py",
     "make": "test_install.py",
     ".venv-demo/bin/flexvar": "test_demo.py and test_install.py",
     "pip": "test_install.py",
@@ -84,6 +85,8 @@ def test_every_command_and_python_block_runs(desk: Path) -> None:
     assert set(ran) == {"export", "build", "generate", "doctor", "inspect", "verify", "edit"}
     original, again = (desk / folder / "000001_class0980.png" for folder in ("images", "again"))
     assert original.read_bytes() == again.read_bytes()
+    assert (desk / "inpainted.png").read_bytes() == (desk / "same.png").read_bytes()
+    assert (desk / "inpainted.png").read_bytes() != (desk / "another.png").read_bytes()
     assert (desk / "first.png").is_file()
     if find_spec("tensorrt_rtx_bindings") is not None:
         needs_a_gpu(desk)
