@@ -72,6 +72,7 @@ def run_commands(text: str, desk: Path) -> list[str]:
     return ran
 
 
+@pytest.mark.timeout(900)  # some thirty commands, two exports and a build among them
 def test_every_command_and_python_block_runs(desk: Path) -> None:
     """In one test, because a block uses what the blocks before it have left on the desk."""
     ran = []
