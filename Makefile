@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= demo/out
 BENCH_OUT ?= build/bench
 REHEARSAL_OUT ?= build/gpu-rehearsal
@@ -8,6 +9,12 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := cpu,openvino,export,tensorrt-rtx,train,bench,dev
+VENV_HOLDS := flexvar-deploy and everything that its tests need (torch is large: this takes minutes)
+DEMO_STAMP := $(DEMO_VENV)/.installed
+DEMO_EXTRAS := cpu,export
+DEMO_HOLDS := flexvar-deploy[$(DEMO_EXTRAS)]: ONNX Runtime to generate, torch and onnx to export (1.2 GB with torch for CPUs, more with CUDA; this takes minutes)
+REQUIREMENTS := pyproject.toml constraints.txt runtime/_version.py
 PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:export flexvar_bench:benchmarks
 # How mypy sees the packages: by import name, although the folders are called otherwise.
 LINKS := .mypy_cache/packages
@@ -15,20 +22,28 @@ LINKS := .mypy_cache/packages
 .DELETE_ON_ERROR:
 .PHONY: help venv lint test test-slow test-engines demo bench gpu-rehearsal clean
 
-help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
-venv: $(STAMP) ## the virtual environment, made anew when its requirements change
+# Make a virtual environment: $(call install,FOLDER,EXTRAS,WHAT IT HOLDS)
+define install
+@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python %d.%d is too old. Name Python 3.11 or later: make PYTHON=python3.11" % sys.version_info[:2])'
+@echo "==> $(1): installing $(3)"
+@"$(PYTHON)" -m venv "$(1)"
+@"$(1)/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+@"$(1)/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[$(2)]"
+@touch "$(1)/.installed"
+endef
 
-$(STAMP): pyproject.toml constraints.txt runtime/_version.py
-	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("got Python %d.%d; expected 3.11 or later; fix: make PYTHON=python3.11" % sys.version_info[:2])'
-	@echo "==> $(VENV): installing (minutes the first time: torch is large)"
-	@"$(PYTHON)" -m venv "$(VENV)"
-	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
-	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[cpu,openvino,export,tensorrt-rtx,train,bench,dev]"
-	@touch "$@"
+venv: $(STAMP) ## make the development environment .venv, again when its requirements change
 
-lint: venv ## ruff, its formatter and mypy
+$(STAMP): $(REQUIREMENTS)
+	$(call install,$(VENV),$(EXTRAS),$(VENV_HOLDS))
+
+$(DEMO_STAMP): $(REQUIREMENTS)
+	$(call install,$(DEMO_VENV),$(DEMO_EXTRAS),$(DEMO_HOLDS))
+
+lint: venv ## run ruff, its formatter and mypy
 	@echo "==> ruff"
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
@@ -37,20 +52,20 @@ lint: venv ## ruff, its formatter and mypy
 	@for pair in $(PACKAGES); do ln -sfn "../../$${pair#*:}" "$(LINKS)/$${pair%%:*}"; done
 	@"$(BIN)/mypy"
 
-test: lint ## lint, then every test that is not marked slow or engines
+test: lint ## run the linters, then every test that is not marked slow or engines
 	@echo "==> pytest"
 	@OMP_NUM_THREADS=1 "$(BIN)/pytest" --quiet -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-slow: venv ## the tests marked slow
+test-slow: venv ## run the tests marked slow
 	@"$(BIN)/pytest" --quiet -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
 
-test-engines: venv ## the tests marked engines: d16 for every published schedule, with TensorRT-RTX, no GPU needed
+test-engines: venv ## run the tests marked engines: they build d16 for every published schedule with TensorRT-RTX; no GPU needed
 	@"$(BIN)/pytest" --quiet -m engines $(PYTEST_ARGS)
 
-demo: venv ## the whole way with the demo model, into DEMO_OUT (demo/out)
-	@"$(BIN)/python" demo/run.py --out "$(DEMO_OUT)"
+demo: $(DEMO_STAMP) ## export, verify and run the demo model, into DEMO_OUT (demo/out); makes an environment of its own, .venv-demo
+	@"$(DEMO_VENV)/bin/python" demo/run.py --out "$(DEMO_OUT)"
 
-bench: venv ## the models of benchmarks/standard.toml measured and drawn, into BENCH_OUT (build/bench); up to half an hour
+bench: venv ## measure the models of benchmarks/standard.toml and draw the report, into BENCH_OUT (build/bench); up to half an hour
 	@mkdir -p "$(BENCH_OUT)"
 	@"$(BIN)/flexvar" bench run --suite benchmarks/standard.toml -o "$(BENCH_OUT)/results.jsonl" --force
 	@"$(BIN)/flexvar" bench report "$(BENCH_OUT)/results.jsonl" -o "$(BENCH_OUT)/page"
@@ -58,6 +73,6 @@ bench: venv ## the models of benchmarks/standard.toml measured and drawn, into B
 gpu-rehearsal: venv ## rehearse gpu_check.py on this CPU; results in REHEARSAL_OUT (build/gpu-rehearsal); takes about two minutes
 	@OMP_NUM_THREADS=1 "$(BIN)/python" benchmarks/gpu_check.py --rehearse --out "$(REHEARSAL_OUT)"
 
-clean: ## remove what was generated, except the virtual environment
+clean: ## remove what was generated, except the virtual environments
 	@rm -rf build dist demo/out flexvar_deploy.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find flexvar_ref runtime export benchmarks tests demo -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,7 @@
-"""`make demo`: the trained demo model becomes a verified bundle and a contact sheet, with the commands a user types."""
+"""What `make demo` runs: export the demo model to a bundle, verify it, generate images and draw a contact sheet.
+
+It calls the `flexvar` command beside this Python interpreter, as a user would. The extras `cpu` and `export` suffice.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from rich.table import Table
 
 MODEL = Path(__file__).parent / "model"
 ALL, SOME = tuple(range(12)), (0, 1, 2, 4, 9, 11)
-SHEET = {  # schedule and classes of a row; the model was trained at 16x16 tokens, 64 pixels
+SHEET = {  # schedule and classes of each row; the model was trained at 16x16 tokens (64 pixels)
     "6 steps": ("1_2_4_6_10_16", ALL),
     "8 steps": ("1_2_3_5_7_10_13_16", ALL),
     "10 steps": ("1_2_3_4_5_6_8_10_13_16", ALL),
@@ -32,7 +35,7 @@ console = Console()
 
 
 def flexvar(*arguments: str | Path) -> dict[str, Any]:
-    """Run one `flexvar` command, shown as typed, and return its JSON result. Ends the demo with its exit code."""
+    """Print a `flexvar` command, run it and return its JSON result. If it fails, the demo ends with its exit code."""
     command = ["flexvar", *map(str, arguments)]
     console.print(f"$ {shlex.join(command)}", style="bold", highlight=False, markup=False, soft_wrap=True)
     here = Path(sys.executable).parent
@@ -45,7 +48,7 @@ def flexvar(*arguments: str | Path) -> dict[str, Any]:
 
 
 def contact_sheet(rows: dict[str, list[Path]], path: Path) -> None:
-    """One row a schedule, one column a class."""
+    """Write one picture: a row for each schedule, a column for each class."""
     pictures = {name: [Image.open(file) for file in files] for name, files in rows.items()}
     width = max(sum(p.width + GAP for p in row) for row in pictures.values()) + GAP
     height = sum(row[0].height + LABEL + GAP for row in pictures.values()) + GAP
@@ -73,7 +76,7 @@ def show_parity(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder to write to")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
 
@@ -86,7 +89,8 @@ def main() -> None:
     show_parity(verified["parity"]["rows"], f"parity with the reference on {verified['parity']['backend']}")
 
     sheet: dict[str, list[Path]] = {}
-    times = Table("schedule", "backend", "s per image", "of it decoder", "of it sampling", title="batch 1 image, warm")
+    columns = "schedule", "backend", "s per image", "decoder, s", "sampling, s"
+    times = Table(*columns, title="one image at a time, without the first")
     for backend in BACKENDS:
         for name, (schedule, labels) in SHEET.items():
             target = out / "images" / name.replace(" ", "_").replace(":", "_")
@@ -111,12 +115,12 @@ def main() -> None:
     (out / "parity.json").write_text(json.dumps(verified, indent=1) + "\n")
     console.print(times)
     for what, where in (
-        ("contact sheet", "contact_sheet.png"),
-        ("images", "images/"),
-        ("parity", "parity.json"),
-        ("bundle", "demo.bundle/"),
+        ("contact sheet", out / "contact_sheet.png"),
+        ("images", out / "images"),
+        ("parity", out / "parity.json"),
+        ("bundle", bundle),
     ):
-        console.print(f"{what}: {out / where}", highlight=False, soft_wrap=True)
+        console.print(f"{what}: {where}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""`make demo` leaves what it promises."""
+"""`make demo` leaves what it promises, and the README's quick start generates from it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,15 +31,22 @@ def with_tiny_weights(folder: Path) -> Path:
     return folder
 
 
+def quick_start() -> list[str]:
+    """The lines of the README's first block of commands."""
+    [block, *_] = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    return block.splitlines()
+
+
 @pytest.mark.parametrize("weights", ["tiny", pytest.param("trained", marks=pytest.mark.slow)])
 def test_demo_leaves_pictures_and_a_parity_table(weights: str, graph_cache: GraphCache, tmp_path: Path) -> None:
     demo, environment = ROOT / "demo", dict(os.environ)
     if weights == "tiny":
         demo, environment = with_tiny_weights(tmp_path / "demo"), environment | graph_cache.environment
-    command = [sys.executable, str(demo / "run.py"), "--out", str(tmp_path / "out")]
+    out = tmp_path / "demo" / "out"
+    command = [sys.executable, str(demo / "run.py"), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    out = tmp_path / "out"
+    assert done.stdout.split()[-1] == str(out / "demo.bundle")
     parity = json.loads((out / "parity.json").read_text())["parity"]
     assert parity["passed"]
     assert {row["graph"] for row in parity["rows"]} == {"condition", "step", "prefill", "decode", "encode"}
@@ -51,3 +60,8 @@ def test_demo_leaves_pictures_and_a_parity_table(weights: str, graph_cache: Grap
     assert sheet.width > 12 * 64
     for word in ("relative_err", "s per image", "contact_sheet.png"):
         assert word in done.stdout
+
+    generate = shlex.split(quick_start()[-1])
+    assert generate.pop(0) == ".venv-demo/bin/flexvar"
+    subprocess.run([Path(sys.executable).with_name("flexvar"), *generate], cwd=tmp_path, check=True)
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2

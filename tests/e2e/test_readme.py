@@ -1,4 +1,4 @@
-"""Everything the README says is run: its commands in order, then its Python."""
+"""Everything that the README and the pages it links to say is run: their commands and their Python, in order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ import pytest
 from graph_cache import GraphCache
 from PIL import Image
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("generating", "editing", "precision", "gpu", "deadlines"))
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+ELSEWHERE = {
+    "git": "test_install.py",
+    ".": "test_install.py",
+    "make": "test_install.py",
+    ".venv-demo/bin/flexvar": "test_demo.py and test_install.py",
+    "pip": "test_install.py",
+}
+"""Programs of the README that another test runs."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def commands(language: str = "bash") -> list[list[str]]:
-    return [shlex.split(line) for block in blocks(language) for line in block.splitlines()]
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for name, text in BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +44,27 @@ def desk(graph_cache: GraphCache, tmp_path_factory: pytest.TempPathFactory) -> I
     transformer.rename(folder / "FlexVARd16-epo179.pth")
     vae.rename(folder / "FlexVAE.pth")
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(folder / "photo.jpg")
+    for name, size in (("photo", (48, 64)), ("small", (16, 16))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{name}.jpg")
     mask = np.zeros((48, 64), np.uint8)
     mask[16:32, 16:32] = 255
     Image.fromarray(mask).save(folder / "mask.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))  # receipts of engines
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))  # costs
         for name, value in graph_cache.environment.items():
             patch.setenv(name, value)
         yield folder
 
 
-@pytest.fixture(scope="module")
-def ran(desk: Path) -> list[str]:
-    """The subcommands of the README, all run in its order: what the other tests find on the desk."""
+def run_commands(text: str, desk: Path) -> list[str]:
+    """Run the `flexvar` commands of a block. Returns their subcommands."""
     ran = []
-    for program, *arguments in commands():
-        if program == "pip":
-            continue  # test_install.py runs these
-        assert program == "flexvar"
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        if program in ELSEWHERE:
+            continue
+        assert program == "flexvar", line
         command = [str(Path(sys.executable).parent / program), *arguments]
         done = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
@@ -63,34 +72,73 @@ def ran(desk: Path) -> list[str]:
     return ran
 
 
-def test_every_command_runs(desk: Path, ran: list[str]) -> None:
+@pytest.mark.timeout(900)  # some thirty commands, two exports and a build among them
+def test_every_command_and_python_block_runs(desk: Path) -> None:
+    """In one test, because a block uses what the blocks before it have left on the desk."""
+    ran = []
+    for page in (README, *PAGES):
+        for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+            if language == "bash":
+                ran += run_commands(text, desk)
+                continue
+            done = subprocess.run([sys.executable, "-c", text], cwd=desk, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{page.name}\n{text}\n{done.stderr}"
     assert set(ran) == {"export", "build", "generate", "doctor", "inspect", "verify", "edit"}
     original, again = (desk / folder / "000001_class0980.png" for folder in ("images", "again"))
     assert original.read_bytes() == again.read_bytes()
-    assert (desk / "filled.png").read_bytes() == (desk / "filled_again.png").read_bytes()
+    assert (desk / "inpainted.png").read_bytes() == (desk / "same.png").read_bytes()
+    assert (desk / "inpainted.png").read_bytes() != (desk / "another.png").read_bytes()
+    assert (desk / "first.png").is_file()
+    if find_spec("tensorrt_rtx_bindings") is not None:
+        needs_a_gpu(desk)
 
 
-@pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
-def test_what_needs_a_gpu_says_so(desk: Path, ran: list[str]) -> None:
-    """Without one: the right exit code and the fix, and no image from elsewhere."""
-    for program, *arguments in commands("console"):
+def needs_a_gpu(desk: Path) -> None:
+    """Without one: the right exit code and the reason, and no image from elsewhere."""
+    gpu = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"^```console\n(.*?)^```", gpu, flags=re.MULTILINE | re.DOTALL)
+    for line in block.splitlines():
+        program, *arguments = shlex.split(line)
         again = ["--force"] if arguments[0] == "generate" else []
         command = [str(Path(sys.executable).parent / program), *arguments, *again]
         done = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            assert done.returncode == 4 and "no working NVIDIA driver" in done.stderr, done.stderr
+            assert done.returncode == 4 and "NVIDIA driver" in done.stderr, done.stderr
 
 
-def test_every_python_block_runs(desk: Path, ran: list[str]) -> None:
-    for block in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", block], cwd=desk, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
-    assert (desk / "first.png").is_file()
+def test_it_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= 1200
+
+
+def test_its_speeds_are_those_of_the_pages() -> None:
+    """Where they have their conditions; test_gpu_results.py compares the page on GPUs with the results."""
+    table = README.read_text(encoding="utf-8").partition("## Speed")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    precision, gpu = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("precision", "gpu"))
+    shown = [(machine, cell) for machine, _, cell in rows[2:]]
+    assert len(shown) == 6
+    page = precision
+    for machine, cell in shown:
+        page = gpu if "NVIDIA" in machine else page
+        number, unit = cell.rsplit(" ", 1)
+        assert (f"{number} s" if " to " in number else number) in page and unit in {"s", "ms"}, cell
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings have on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_make_targets_and_links_exist() -> None:
-    makefile = (README.parent / "Makefile").read_text()
-    for target in re.findall(r"`make ([a-z-]+)`", README.read_text()):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for link in re.findall(r"\]\((?!https|#)([^)]+)\)", README.read_text()):
-        assert (README.parent / link).exists(), link
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"`make ([a-z-]+)`", text):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"

@@ -39,7 +39,7 @@ DEPENDENCIES = {
     "openvino": {"openvino"},
     "export": {"onnx", "onnxscript", "polygraphy", "safetensors", "torch"},
     "train": {"accelerate", "safetensors", "tensorboard", "torch"},
-    "bench": {"jinja2", "matplotlib", "psutil"},
+    "bench": {"jinja2", "matplotlib"},
     "dev": {
         "build",
         "hypothesis",
