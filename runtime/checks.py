@@ -68,12 +68,12 @@ def check_seed(seed: Any) -> int:
 
 
 def check_index(image_index: Any) -> int:
-    """The place of an image in the stream of its seed, as an int from 0 to 2**64 - 1. Raises InvalidInput."""
-    return check_whole("image index", image_index, 0, 2**64 - 1)
+    """The index of an image in the stream of its seed, as an int from 0 to 2**64 - 1. Raises InvalidInput."""
+    return check_whole("first_index", image_index, 0, 2**64 - 1)
 
 
 def require(ok: bool, field: str, value: object, expected: str) -> None:
-    """Raise ArtifactRefused unless `ok`. For fields of files; `strict_json.decode` adds the place and the advice."""
+    """Raise ArtifactRefused unless `ok`. For fields of files: `strict_json.decode` adds the place and its own `fix`."""
     if not ok:
         got = f"{field} is {short(value)}, but it must be {expected}."
         raise ArtifactRefused(got, expected=expected, fix=_REMAKE)
@@ -91,5 +91,5 @@ def require_match(pattern: re.Pattern[str], field: str, value: str, expected: st
 
 def require_file_name(field: str, name: str) -> None:
     """Raise ArtifactRefused unless a field is a plain relative name of at most 200 characters, without `..`."""
-    require_match(_FILE_NAME, field, name, "a relative name: parts of letters, digits, _ - . joined by /")
+    require_match(_FILE_NAME, field, name, "a relative name whose parts are made of letters, digits and _ - .")
     require(len(name) <= 200, field, name, "a name of at most 200 characters")

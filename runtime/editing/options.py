@@ -17,7 +17,7 @@ ANCHORS = {
     "left": (0.5, 0.0),
     "right": (0.5, 1.0),
 }
-"""Shares of the free height above a picture and of the free width left of it, by anchor."""
+"""Shares of the free height above the picture and of the free width left of it, by anchor."""
 MAX_FEATHER = 1024
 _OWN = {
     "strength": ("refine",),
@@ -108,7 +108,7 @@ class Edit:
         return Edit(**{**kept, **given})
 
     def to_json(self) -> dict[str, Any]:
-        """The options of this task."""
+        """The task and its options as JSON values."""
         values = {name: value for name, value in asdict(self).items() if self.task in _OWN.get(name, TASKS)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

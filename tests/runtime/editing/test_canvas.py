@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flexvar_runtime import InvalidInput
-from flexvar_runtime.editing.canvas import Canvas, _grown, _whitest, check_sides, make_canvas, natural_size
+from flexvar_runtime.editing.canvas import Canvas, _dilated, _resized_mask, check_sides, make_canvas, natural_size
 from flexvar_runtime.editing.options import Edit
 from flexvar_runtime.pictures.photo import Photo
 
@@ -178,8 +178,8 @@ def test_no_thin_line_of_a_mask_is_lost(fit: str) -> None:
     mask=arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40))),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
 )
-def test_a_pixel_of_a_mask_is_as_white_as_the_whitest_it_covers(mask: np.ndarray, size: tuple[int, int]) -> None:
-    made = _whitest(mask, size)
+def test_a_pixel_of_a_mask_is_as_white_as_the_resized_mask_it_covers(mask: np.ndarray, size: tuple[int, int]) -> None:
+    made = _resized_mask(mask, size)
     assert made.shape == size and made.max() == mask.max()
     for (i, j), value in np.ndenumerate(made):
         rows, columns = (
@@ -191,7 +191,7 @@ def test_a_pixel_of_a_mask_is_as_white_as_the_whitest_it_covers(mask: np.ndarray
 
 @given(mask=arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12))), by=st.integers(0, 15))
 def test_a_mask_grows_by_as_much_as_asked(mask: np.ndarray, by: int) -> None:
-    grown = _grown(mask, by)
+    grown = _dilated(mask, by)
     for (i, j), value in np.ndenumerate(grown):
         assert value == mask[max(0, i - by) : i + by + 1, max(0, j - by) : j + by + 1].max()
 
