@@ -106,7 +106,9 @@ class Sampling:
         if not isinstance(values, dict) or not set(values) <= set(known):
             expected = f"an object with no other keys than {', '.join(known)}"
             raise InvalidInput(
-                f"sampling is {values!r:.200}, but it must be {expected}.", expected=expected, fix="Remove the other keys."
+                f"sampling is {values!r:.200}, but it must be {expected}.",
+                expected=expected,
+                fix="Remove the other keys.",
             )
         return cls(**values)
 
