@@ -39,7 +39,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, workers: int | None = None) -> Bundle:
-        """Check a bundle and open it. workers: number of threads that hash files. Raises ArtifactRefused, InvalidInput."""
+        """Check a bundle and open it. workers: threads that hash files. Raises ArtifactRefused, InvalidInput."""
         root = bundle_root(path)
         data = read_manifest(root)
         manifest = Manifest.from_bytes(data)

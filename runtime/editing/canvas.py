@@ -77,7 +77,7 @@ def make_canvas(photo: Photo, mask: Pixels | None, edit: Edit, factor: int, area
 
 
 def natural_size(size: Size, factor: int, area: int) -> Size:
-    """The size in the proportions of `size` with sides in multiples of `factor`, as near to `area` tokens as possible."""
+    """The size with the proportions of `size`, sides in multiples of `factor`, and about `area` tokens."""
     height, width = size
     ratio = math.sqrt(height / width)
     side = math.sqrt(area)

@@ -48,7 +48,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, with the same suffix. At the end the file written there is renamed to `path`.
+    """Yield a temporary name beside `path` with its suffix. At the end the file of that name is renamed to `path`.
 
     The file is fsynced first. After an exception in the body neither name exists. Without `force` an existing `path` is
     refused, also if it appears while the body runs. A link at `path` is replaced, never followed. Raises InvalidInput.

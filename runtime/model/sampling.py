@@ -225,7 +225,7 @@ def _kept(logits_RV: NDArray[np.float32], top_k: int, top_p: float) -> Iterator[
         bad = np.flatnonzero(~np.isfinite(top_R1))  # NaN, +inf, or -inf alone
         if bad.size:
             raise InvalidInput(
-                f"logits has the maximum {top_R1[bad[0], 0]} in row {start + bad[0]}, but every row must have a finite one.",
+                f"The maximum of row {start + bad[0]} of the logits is {top_R1[bad[0], 0]}, but it must be finite.",
                 expected="no NaN, no +inf and at least one finite logit in every row",
                 fix="Look for an overflow in the model: try a bundle exported in bf16 or fp32.",
             )
