@@ -419,7 +419,7 @@ def test_writers_at_once_leave_one_whole_bundle(tmp_path: Path, manifest: Manife
 
 
 def test_where_bundles_cannot_be_written(tmp_path: Path, manifest: Manifest) -> None:
-    with pytest.raises(InvalidInput, match="none/b .*mkdir -p "):
+    with pytest.raises(InvalidInput, match=r"none/b .*mkdir -p "):
         _write(tmp_path / "none" / "b", manifest, b"")
     with pytest.raises(InvalidInput, match=r"^/ "):
         _write(Path("/"), manifest, b"")

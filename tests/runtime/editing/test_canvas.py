@@ -97,7 +97,7 @@ def test_masks_that_are_refused() -> None:
     ):
         with pytest.raises(InvalidInput, match=named):
             canvas(photo(64, 64), mask, task="inpaint")
-    with pytest.raises(InvalidInput, match="mask .*refine"):
+    with pytest.raises(InvalidInput, match=r"mask .*refine"):
         canvas(photo(64, 64), np.full((64, 64), 255, np.uint8), task="refine")
 
 
@@ -112,7 +112,7 @@ def test_sides_are_added_and_masked() -> None:
     assert made.size == (80, 88) and made.cut == (0, 0, 80, 88) and made.mask is not None
     assert np.array_equal(made.pixels[4:68, 16:80], picture.pixels)
     assert not made.mask[4:68, 16:80].any() and (made.mask == 255).sum() == 80 * 88 - 64 * 64
-    with pytest.raises(InvalidInput, match="size .*64x67"):
+    with pytest.raises(InvalidInput, match=r"size .*64x67"):
         canvas(picture, task="outpaint", sides=(0, 3, 0, 0))
     filled = canvas(photo(64, 128), task="outpaint", size=(64, 64), fit="pad", sides=(4, 0, 0, 0))
     assert filled.mask is not None and (filled.mask == 0).sum() == 32 * 64  # its padding is generated too

@@ -77,7 +77,7 @@ def test_settings_with_a_spoiled_edit_are_refused(change: Any) -> None:
     assert Settings.from_json(data, "x").edit is None
     record = EditRecord(EDITS[0], "a", None).to_json()
     assert Settings.from_json({**data, "edit": record}, "x").edit == EditRecord(EDITS[0], "a", None)
-    with pytest.raises(ArtifactRefused, match="^x "):
+    with pytest.raises(ArtifactRefused, match=r"^x "):
         Settings.from_json({**data, "edit": {**record, **change} if isinstance(change, dict) else change}, "x")
 
 

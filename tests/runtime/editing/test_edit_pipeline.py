@@ -79,13 +79,13 @@ def test_one_picture_in_many_ways_and_many_pictures_at_once(pipe: FlexVARPipelin
     both = pipe.edit(pictures, "inpaint", mask=[hole(), hole()[::-1]], **options)
     second = pipe.edit(pictures[1], "inpaint", mask=hole()[::-1], **{**options, "labels": [2]}, first_index=1)
     assert np.array_equal(both.images[1], second.images[0])
-    with pytest.raises(InvalidInput, match="2 pictures .*3 classes"):
+    with pytest.raises(InvalidInput, match=r"2 pictures .*3 classes"):
         pipe.edit(pictures, "inpaint", mask=hole(), **{**options, "labels": [1, 2, 3]})
-    with pytest.raises(InvalidInput, match="2 pictures .*1 masks"):
+    with pytest.raises(InvalidInput, match=r"2 pictures .*1 masks"):
         pipe.edit(pictures, "inpaint", mask=[hole()], **options)
-    with pytest.raises(InvalidInput, match="pictures .*sizes"):
+    with pytest.raises(InvalidInput, match=r"pictures .*sizes"):
         pipe.edit([picture(), picture(32, 24)], "refine", labels=[1, 2])
-    with pytest.raises(InvalidInput, match="pictures .*sizes"):  # what is left of them without padding
+    with pytest.raises(InvalidInput, match=r"pictures .*sizes"):  # what is left of them without padding
         pipe.edit([picture(), picture(32, 24)], "refine", labels=[1, 2], size=(32, 32), fit="pad")
 
 
@@ -139,9 +139,9 @@ def test_sizes_and_schedules_are_derived(pipe: FlexVARPipeline) -> None:
     assert wide.images.shape[1:3] == (32, 128) and len(wide.settings[0].schedule) == 6
     grown = pipe.edit(picture(64, 64), "outpaint", sides=(0, 32, 0, 32), seed=1)
     assert grown.images.shape[1:3] == (64, 128)
-    with pytest.raises(InvalidInput, match="schedule .*1_2_4 .*6x8"):
+    with pytest.raises(InvalidInput, match=r"schedule .*1_2_4 .*6x8"):
         edit(pipe, schedule="1_2_4")
-    with pytest.raises(InvalidInput, match="schedule .*steps"):
+    with pytest.raises(InvalidInput, match=r"schedule .*steps"):
         edit(pipe, steps=4)
 
 

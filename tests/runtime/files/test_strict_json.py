@@ -12,7 +12,6 @@ from flexvar_runtime.checks import short
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.files.strict_json import decode, encode, loads
 
-
 FIX = "Plant it again."
 
 
