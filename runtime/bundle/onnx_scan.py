@@ -88,11 +88,8 @@ def scan(path: Path) -> Scan:
             elif number == _MODEL_FUNCTION:
                 found.nodes += [_node(node, found, 0) for field, node in _fields(value) if field == _FUNCTION_NODE]
     except (IndexError, ValueError, RecursionError) as error:
-        raise ArtifactRefused(
-            f"{path.name} cannot be read as ONNX ({error}).",
-            expected="a graph in ONNX format",
-            fix="Export the bundle again.",
-        ) from error
+        problem, fix = f"{path.name} cannot be read as ONNX ({error}).", "Export the bundle again."
+        raise ArtifactRefused(problem, expected="a graph in ONNX format", fix=fix) from error
     return Scan(tuple(found.nodes), frozenset(found.files), frozenset(found.constants), found.kinds, found.opset)
 
 

@@ -47,22 +47,21 @@ class Bundle:
         for name, record in hash_files(root, manifest.files, workers).items():
             expected = manifest.files[name]
             if record != expected:
-                problem = f"has the sha256 {record.sha256}, but the manifest says {expected.sha256}"
-                _refuse(name, problem, f"sha256 {expected.sha256}", _COPY_AGAIN)
+                _refuse(name, f"has the wrong sha256 {record.sha256}", f"sha256 {expected.sha256}", _COPY_AGAIN)
         return cls(path=root, manifest=manifest, sha256=hashlib.sha256(data).hexdigest())
 
     def file(self, name: str) -> Path:
         """The path of a file of the manifest. Raises ArtifactRefused for any other name."""
         if name not in self.manifest.files:
             known = f"one of {', '.join(self.manifest.files)}"
-            _refuse(name, f"is not a file of the bundle, but it must be {known}", known, _EXPORT_AGAIN)
+            _refuse(name, f"must be a file of the bundle: {known}", known, _EXPORT_AGAIN)
         return self.path / name
 
     def graph(self, name: str) -> GraphSpec:
         """Inputs and outputs of a graph. Raises ArtifactRefused if the bundle has no such graph."""
         if name not in self.manifest.graphs:
             known = f"one of {', '.join(self.manifest.graphs)}"
-            _refuse(name, f"is not a graph of the bundle, but it must be {known}", known, _EXPORT_AGAIN)
+            _refuse(name, f"must be a graph of the bundle: {known}", known, _EXPORT_AGAIN)
         return self.manifest.graphs[name]
 
     def graph_files(self, name: str) -> tuple[str, ...]:
@@ -78,8 +77,7 @@ class Bundle:
         """
         path = self.file(self.graph(name).file)
         if ENGINES.encode() in path.read_bytes().lower():
-            problem = f"names {ENGINES}/, but its weights must be in files of the manifest"
-            _refuse(path.name, problem, "weights in files of the manifest", _EXPORT_AGAIN)
+            _refuse(path.name, f"names {ENGINES}/, a folder that is not checked", "no such name", _EXPORT_AGAIN)
         return path
 
 
@@ -138,8 +136,7 @@ def check_listing(root: Path, manifest: Manifest) -> None:
         if name not in found:
             _refuse(name, "is missing", f"a file of {record.size} bytes", _COPY_AGAIN)
         if found[name] != record.size:
-            problem = f"has {found[name]} bytes, but the manifest says {record.size}"
-            _refuse(name, problem, f"{record.size} bytes", _COPY_AGAIN)
+            _refuse(name, f"has {found[name]} bytes instead of {record.size}", f"{record.size} bytes", _COPY_AGAIN)
 
 
 def hash_files(root: Path, names: Iterable[str], workers: int | None = None) -> dict[str, FileRecord]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from ..checks import invalid
 from ..errors import InvalidInput
 from ..model.schedule import MAX_SIDE
 from ..pictures.photo import Photo
@@ -89,12 +90,8 @@ def check_sides(size: Size, factor: int) -> None:
     """Raise InvalidInput unless both sides are multiples of `factor` and small enough for a schedule."""
     if any(side < factor or side % factor or side > MAX_SIDE * factor for side in size):
         near = "x".join(str(min(MAX_SIDE, max(1, round(side / factor))) * factor) for side in size)
-        expected = f"multiples of {factor}, up to {MAX_SIDE * factor}"
-        raise InvalidInput(
-            f"The size is {size[0]}x{size[1]} pixels, but height and width must be {expected}.",
-            expected=expected,
-            fix=f"Use {near}, the nearest size.",
-        )
+        expected = f"height x width in multiples of {factor}, up to {MAX_SIDE * factor}"
+        raise invalid(f"The size is {size[0]}x{size[1]} pixels", expected, f"Use {near}, the nearest size.")
 
 
 def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict
 
-from ..checks import check_choice, check_number, check_whole
+from ..checks import check_choice, check_number, check_whole, invalid
 from ..errors import InvalidInput
 
 TASKS = ("refine", "inpaint", "outpaint", "expand")
@@ -140,9 +140,5 @@ class EditRecord:
 
 def _whole_numbers(name: str, values: object, count: int, least: int) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) != count:
-        raise InvalidInput(
-            f"{name} is {values!r:.100}, but it must be {count} whole numbers.",
-            expected=f"{count} whole numbers",
-            fix=f"Pass {count} numbers.",
-        )
+        raise invalid(f"{name} is {values!r:.100}", f"{count} whole numbers", f"Pass {count} numbers.")
     return tuple(check_whole(name, value, least, 2**20) for value in values)

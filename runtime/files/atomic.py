@@ -28,11 +28,8 @@ def existing(final: Path) -> InvalidInput:
 def require_parent(final: Path) -> None:
     """Raise InvalidInput unless `final` is a name in an existing directory."""
     if not final.name or not final.parent.is_dir():
-        raise InvalidInput(
-            f"{final} is not a name in an existing directory.",
-            expected="a name in an existing directory",
-            fix=f"Run: {shlex.join(['mkdir', '-p', str(final.parent)])}",
-        )
+        expected, fix = "a name in an existing directory", f"Run: {shlex.join(['mkdir', '-p', str(final.parent)])}"
+        raise InvalidInput(f"{final} is not {expected}.", expected=expected, fix=fix)
 
 
 def fsync(path: Path) -> None:
@@ -56,9 +53,7 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterat
     final = Path(os.path.abspath(path))
     require_parent(final)
     if final.is_dir() and not final.is_symlink():
-        raise InvalidInput(
-            f"{final} is a directory, not a file.", expected="the name of a file", fix="Name a file in it."
-        )
+        raise InvalidInput(f"{final} is a directory.", expected="the name of a file", fix="Name a file in it.")
     if not force and os.path.lexists(final):
         raise existing(final)
     temporary = sibling(final, "partial", final.suffix)

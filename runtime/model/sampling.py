@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import check_number, check_whole
+from ..checks import check_number, check_whole, invalid
 from ..errors import InvalidInput
 from .noise import DRAW_BITS, to_uniform
 
@@ -105,11 +105,7 @@ class Sampling:
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or not set(values) <= set(known):
             expected = f"an object with no other keys than {', '.join(known)}"
-            raise InvalidInput(
-                f"sampling is {values!r:.200}, but it must be {expected}.",
-                expected=expected,
-                fix="Remove the other keys.",
-            )
+            raise invalid(f"sampling is {values!r:.200}", expected, "Remove the other keys.")
         return cls(**values)
 
 
@@ -129,12 +125,8 @@ def _parse_greedy(value: Any) -> str | tuple[tuple[int, int], ...]:
     else:
         pairs = [()]
     if any(len(pair) != 2 for pair in pairs):
-        expected = '"upstream", "none" or scales such as "7,12x20"'
-        raise InvalidInput(
-            f"greedy_scales is {value!r:.100}, but it must be {expected}.",
-            expected=expected,
-            fix="Separate scales with commas: 7 is a square, 12x20 is height and width.",
-        )
+        fix = "Separate scales with commas: 7 is a square, 12x20 is height and width."
+        raise invalid(f"greedy_scales is {value!r:.100}", '"upstream", "none" or scales such as "7,12x20"', fix)
     return tuple(sorted({(_check_side(h), _check_side(w)) for h, w in pairs})) or "none"
 
 
@@ -179,13 +171,11 @@ def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> 
     fits = len(shape) == 2 and draws_R.shape == shape[:1] and draws_R.dtype.kind in "iu"
     low, high = (draws_R.min(), draws_R.max()) if fits and draws_R.size else (0, 0)
     if not fits or low < 0 or high >= 2**DRAW_BITS:
-        span = f", from {low} to {high}" if fits else ""
-        expected = f"one integer from 0 to 2**{DRAW_BITS} - 1 for each row of logits (rows, V)"
-        raise InvalidInput(
-            f"draws has shape {draws_R.shape} and dtype {draws_R.dtype}{span}, and logits has shape {shape}, but draws "
-            f"must be {expected}.",
-            expected=expected,
-            fix="Pass the draws of flexvar_runtime.model.noise.draws.",
+        span = f", from {low} to {high}," if fits else ""
+        raise invalid(
+            f"draws for logits {shape} has shape {draws_R.shape} and dtype {draws_R.dtype}{span}",
+            f"one integer from 0 to 2**{DRAW_BITS} - 1 for each row of logits (rows, V)",
+            "Pass the draws of flexvar_runtime.model.noise.draws.",
         )
     tokens_R = np.empty(shape[0], dtype=np.int32)
     for block, columns, weights in _kept(logits_RV, _check_top_k(top_k), _check_top_p(top_p)):
@@ -199,11 +189,10 @@ def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> 
 def _as_rows(logits: ArrayLike) -> tuple[NDArray[np.float32], tuple[int, ...]]:
     array = np.asarray(logits)
     if array.ndim == 0 or array.dtype.kind not in "fiu" or not 0 < array.shape[-1] < 2**_INDEX_BITS:
-        expected = f"real numbers of shape (..., V), with V from 1 to 2**{_INDEX_BITS} - 1"
-        raise InvalidInput(
-            f"logits has shape {array.shape} and dtype {array.dtype}, but it must be {expected}.",
-            expected=expected,
-            fix="Pass float32 logits with the vocabulary as the last axis.",
+        raise invalid(
+            f"logits has shape {array.shape} and dtype {array.dtype}",
+            f"real numbers of shape (..., V), with V from 1 to 2**{_INDEX_BITS} - 1",
+            "Pass float32 logits with the vocabulary as the last axis.",
         )
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which `_kept` refuses
         array = np.ascontiguousarray(array, dtype=np.float32)

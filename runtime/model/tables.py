@@ -40,16 +40,13 @@ class Tables:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise ArtifactRefused(
-                f"{path.name} cannot be read ({error}).", expected="arrays in npz form", fix=_EXPORT_AGAIN
-            ) from error
+            problem = f"{path.name} cannot be read ({error})."
+            raise ArtifactRefused(problem, expected="arrays in npz form", fix=_EXPORT_AGAIN) from error
         got = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
         if got != {name: ("float32", shape) for name, shape in shapes.items()}:
-            raise ArtifactRefused(
-                f"{path.name} holds {got}, but it must hold float32 arrays {shapes}.",
-                expected=f"float32 arrays {shapes}",
-                fix=_EXPORT_AGAIN,
-            )
+            expected = f"float32 arrays {shapes}"
+            problem = f"{path.name} holds {got}, but it must hold {expected}."
+            raise ArtifactRefused(problem, expected=expected, fix=_EXPORT_AGAIN)
         return cls(**arrays)
 
     def save(self, path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..checks import invalid
 from ..errors import InvalidInput
 
 Pixels = NDArray[np.uint8]
@@ -95,10 +96,7 @@ def _too_large(name: str) -> InvalidInput:
 
 
 def _too_deep(name: str, pixels: str) -> InvalidInput:
-    expected = "8 or 16 bits a channel"
-    return InvalidInput(
-        f"{name} has {pixels}, but it must have {expected}.", expected=expected, fix="Convert the picture to 8 bits."
-    )
+    return invalid(f"{name} has {pixels}", "a picture of 8 or 16 bits a channel", "Convert it to 8 bits.")
 
 
 def _normalised(image: Image.Image, name: str) -> Photo:
@@ -137,11 +135,7 @@ def _eight_bits(grey: NDArray[np.generic], name: str) -> Pixels:
 def _of_array(array: NDArray[np.generic]) -> Photo:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
-        expected = "(H, W), (H, W, 3) or (H, W, 4) uint8"
-        raise InvalidInput(
-            f"The picture has shape {array.shape} and dtype {array.dtype}, but it must be {expected}.",
-            expected=expected,
-            fix="Convert the array.",
-        )
+        problem = f"The picture has shape {array.shape} and dtype {array.dtype}"
+        raise invalid(problem, "(H, W), (H, W, 3) or (H, W, 4) uint8", "Convert the array.")
     pixels = np.ascontiguousarray(array.reshape(*array.shape[:2], channels)).astype(np.uint8)
     return _over_white(pixels) if channels == 4 else Photo(np.repeat(pixels, 3 // channels, axis=2))

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ..errors import ArtifactRefused, InvalidInput
+from ..checks import invalid
+from ..errors import ArtifactRefused
 
 
 def to_uint8(decoded_BCHW: NDArray[np.float32], value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.uint8]:
@@ -55,10 +56,9 @@ def check_images(image: Image.Image | ArrayLike, factor: int) -> NDArray[np.uint
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     colour = pixels.ndim == 4 and pixels.shape[3] == 3 and pixels.dtype == np.uint8 and len(pixels) > 0
     if not colour or any(side < factor or side % factor for side in pixels.shape[1:3]):
-        expected = f"(B, H, W, 3) uint8 with sides in multiples of {factor}"
-        raise InvalidInput(
-            f"image has shape {pixels.shape} and dtype {pixels.dtype}, but it must be {expected}.",
-            expected=expected,
-            fix="Resize or pad the image first.",
+        raise invalid(
+            f"image has shape {pixels.shape} and dtype {pixels.dtype}",
+            f"(B, H, W, 3) uint8 with sides in multiples of {factor}",
+            "Resize or pad the image first.",
         )
     return pixels

@@ -218,7 +218,7 @@ def test_no_parser_runs_before_the_refusal(bundle_dir: Path, monkeypatch: pytest
         monkeypatch.setattr(name, parser)
     Bundle.open(bundle_dir)
     (bundle_dir / "tables.npz").write_bytes(b"PK\x03\x04".ljust(600))
-    assert _refusal(bundle_dir).startswith("tables.npz has the sha256 ")
+    assert _refusal(bundle_dir).startswith("tables.npz has the wrong sha256 ")
 
 
 @pytest.mark.parametrize("workers", [None, 1, 3])
