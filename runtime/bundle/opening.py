@@ -77,7 +77,12 @@ class Bundle:
         """
         path = self.file(self.graph(name).file)
         if ENGINES.encode() in path.read_bytes().lower():
-            _refuse(path.name, f"names {ENGINES}/, a folder that is not checked", "no such name", _EXPORT_AGAIN)
+            _refuse(
+                path.name,
+                f"names {ENGINES}/, a folder that is not checked",
+                "weights in files of the manifest",
+                _EXPORT_AGAIN,
+            )
         return path
 
 

@@ -20,7 +20,7 @@ def sibling(final: Path, kind: str, suffix: str = "") -> Path:
     return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(6)}{suffix}")
 
 
-def existing(final: Path) -> InvalidInput:
+def already_exists(final: Path) -> InvalidInput:
     """The error for a name that is taken."""
     return InvalidInput(f"{final} exists already.", expected="a new name", fix="Choose another name, or pass --force.")
 
@@ -55,7 +55,7 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterat
     if final.is_dir() and not final.is_symlink():
         raise InvalidInput(f"{final} is a directory.", expected="the name of a file", fix="Name a file in it.")
     if not force and os.path.lexists(final):
-        raise existing(final)
+        raise already_exists(final)
     temporary = sibling(final, "partial", final.suffix)
     try:
         yield temporary
@@ -78,7 +78,7 @@ def _rename_new(temporary: Path, final: Path) -> None:
         else:
             os.link(temporary, final)
     except FileExistsError:
-        raise existing(final) from None
+        raise already_exists(final) from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -95,4 +95,4 @@ def _claim(final: Path) -> None:
     try:
         os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except FileExistsError:
-        raise existing(final) from None
+        raise already_exists(final) from None
