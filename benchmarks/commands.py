@@ -65,7 +65,7 @@ def run(
 ) -> None:
     """Measure bundles: the machine's limit first, then model after model every variant in turns, each in a process of
     its own."""
-    from flexvar_runtime.files.atomic import existing, require_parent
+    from flexvar_runtime.files.atomic import already_exists, require_parent
 
     from .plans import Extent
     from .session import run_session
@@ -78,7 +78,7 @@ def run(
         raise InvalidInput("--suite with a bundle or its options", expected="one of them", fix="name it in the suite")
     require_parent(output)
     if output.exists() and not (append or force):
-        raise existing(output)
+        raise already_exists(output)
     entries = (
         read_suite(suite)
         if suite is not None

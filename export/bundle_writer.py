@@ -23,7 +23,7 @@ from pathlib import Path
 from flexvar_runtime.bundle.manifest import MANIFEST, Manifest
 from flexvar_runtime.bundle.opening import Bundle, check_listing, hash_files, inventory, read_manifest
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.files.atomic import atomic_write, existing, fsync, require_parent, sibling
+from flexvar_runtime.files.atomic import already_exists, atomic_write, fsync, require_parent, sibling
 from flexvar_runtime.files.strict_json import loads
 
 if sys.platform != "win32":
@@ -84,7 +84,7 @@ def _publish(partial: Path, final: Path, force: bool) -> None:
             if aside is not None and not taken and os.path.lexists(aside):
                 os.rename(aside, final)
             if aside is None and taken and isinstance(error, OSError):  # it came up since the check: no locks here
-                raise existing(final) from None
+                raise already_exists(final) from None
             raise
         fsync(final.parent)
         if aside is not None:
@@ -97,7 +97,7 @@ def _check_target(final: Path, force: bool) -> None:
     if not os.path.lexists(final):
         return
     if not force:
-        raise existing(final)
+        raise already_exists(final)
     if final.is_symlink() or not _looks_like_bundle(final):
         expected, fix = "a bundle, the only thing that --force replaces", "choose another name, or remove it"
         raise ArtifactRefused(f"{final}, which is no bundle", expected=expected, fix=fix)

@@ -12,7 +12,7 @@ import typer
 from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
-from flexvar_runtime.files.atomic import existing
+from flexvar_runtime.files.atomic import already_exists
 from flexvar_runtime.model.signatures import GRAPHS
 
 from .build_command import build
@@ -91,7 +91,7 @@ def export(
         if not path.is_file():  # said before torch is imported, which takes seconds
             raise ArtifactRefused(f"no file {path}", expected="a checkpoint", fix="check the path")
     if output.exists() and not force:
-        raise existing(output)
+        raise already_exists(output)
     _require_torch()
     from .bundle import export_bundle
     from .facts import PUBLISHED_DEFAULTS, read_defaults

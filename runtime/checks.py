@@ -20,6 +20,11 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def invalid(problem: str, expected: str, fix: str) -> InvalidInput:
+    """The error for an argument that must be something else. problem: begins with the argument, as in "top_k is -1"."""
+    return InvalidInput(f"{problem}, but it must be {expected}.", expected=expected, fix=fix)
+
+
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value as an int, if it is a Python or NumPy integer (not a bool) from `low` to `high`, both included.
 
@@ -29,11 +34,8 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int
     if whole and low <= int(value) and (high is None or int(value) <= high):
         return int(value)
     expected = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
-    raise InvalidInput(
-        f"{name} is {value!r:.100}{'' if whole else f' ({type(value).__name__})'}, but it must be {expected}.",
-        expected=expected,
-        fix=f"Pass {name} as an integer in that range.",
-    )
+    kind = "" if whole else f" ({type(value).__name__})"
+    raise invalid(f"{name} is {value!r:.100}{kind}", expected, f"Pass {name} as an integer in that range.")
 
 
 def check_number(name: str, value: Any, low: float, high: float, fix: str) -> float:
@@ -44,22 +46,15 @@ def check_number(name: str, value: Any, low: float, high: float, fix: str) -> fl
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if number and low <= value <= high:  # NaN compares false
         return float(value)
-    expected = f"a number from {low:g} to {high:g}"
-    raise InvalidInput(
-        f"{name} is {value!r:.100}{'' if number else f' ({type(value).__name__})'}, but it must be {expected}.",
-        expected=expected,
-        fix=fix,
-    )
+    kind = "" if number else f" ({type(value).__name__})"
+    raise invalid(f"{name} is {value!r:.100}{kind}", f"a number from {low:g} to {high:g}", fix)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """The value, if it is one of `choices`. Raises InvalidInput."""
     if isinstance(value, str) and value in choices:
         return value
-    expected = f"one of {', '.join(choices)}"
-    raise InvalidInput(
-        f"{name} is {value!r:.100}, but it must be {expected}.", expected=expected, fix="Name one of them."
-    )
+    raise invalid(f"{name} is {value!r:.100}", f"one of {', '.join(choices)}", "Name one of them.")
 
 
 def check_seed(seed: Any) -> int:
@@ -68,12 +63,12 @@ def check_seed(seed: Any) -> int:
 
 
 def check_index(image_index: Any) -> int:
-    """The place of an image in the stream of its seed, as an int from 0 to 2**64 - 1. Raises InvalidInput."""
-    return check_whole("image index", image_index, 0, 2**64 - 1)
+    """The index of an image in the stream of its seed, as an int from 0 to 2**64 - 1. Raises InvalidInput."""
+    return check_whole("first_index", image_index, 0, 2**64 - 1)
 
 
 def require(ok: bool, field: str, value: object, expected: str) -> None:
-    """Raise ArtifactRefused unless `ok`. For fields of files; `strict_json.decode` adds the place and the advice."""
+    """Raise ArtifactRefused unless `ok`. For fields of files: `strict_json.decode` adds the place and its own `fix`."""
     if not ok:
         got = f"{field} is {short(value)}, but it must be {expected}."
         raise ArtifactRefused(got, expected=expected, fix=_REMAKE)
@@ -91,5 +86,5 @@ def require_match(pattern: re.Pattern[str], field: str, value: str, expected: st
 
 def require_file_name(field: str, name: str) -> None:
     """Raise ArtifactRefused unless a field is a plain relative name of at most 200 characters, without `..`."""
-    require_match(_FILE_NAME, field, name, "a relative name: parts of letters, digits, _ - . joined by /")
+    require_match(_FILE_NAME, field, name, "a relative name whose parts are made of letters, digits and _ - .")
     require(len(name) <= 200, field, name, "a name of at most 200 characters")

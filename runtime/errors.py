@@ -32,8 +32,10 @@ class InvalidInput(FlexVARError, ValueError):
 
 
 class CostUnknown(InvalidInput):
-    """A deadline for generations whose time was not measured. schedule: the first one of which it has to be known; ""
-    after it was sent between processes."""
+    """A deadline was given, but the time of a schedule was not measured.
+
+    schedule: the first such schedule; "" after the error was sent between processes.
+    """
 
     def __init__(self, got: str, *, expected: str, fix: str, schedule: str = "") -> None:
         super().__init__(got, expected=expected, fix=fix)
@@ -47,13 +49,13 @@ class ParityFailed(FlexVARError):
 
 
 class EnvironmentFailed(FlexVARError):
-    """The machine is at fault, not the request: a full disk, a missing permission or library."""
+    """The machine is at fault, not the request. Examples: a full disk, a missing permission, a missing library."""
 
     exit_code = 4
 
 
 class BackendUnavailable(EnvironmentFailed):
-    """A backend that was asked for cannot run here, or cannot run this bundle."""
+    """A backend cannot run here, or cannot run this bundle."""
 
 
 class DeviceFailed(EnvironmentFailed):

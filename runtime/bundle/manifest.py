@@ -1,6 +1,6 @@
-"""The manifest of a bundle: what the model is, what its graphs take and give, and what every file must be.
+"""The manifest of a bundle: the model, its graphs, its defaults, and size and hash of every file.
 
-Every class checks itself on construction, so an exporter cannot write what a reader would refuse.
+Every class checks its fields when it is made, so an exporter cannot write a manifest that a reader would refuse.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..model.facts import ModelFacts
 from ..model.guidance import RULES
 from ..model.precision import Precision
 from ..model.schedule import ScaleSchedule
-from ..model.tensors import NAME, GraphSpec
+from ..model.tensors import NAME, NAME_FORM, GraphSpec
 
 READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
-ENGINES = "engines"  # at the top of a bundle, outside the manifest
+ENGINES = "engines"  # a folder in a bundle whose files are not in the manifest
 MAX_MANIFEST_BYTES = 16 * 2**20
 PLAIN, PHASES, TRANSPOSED = DECODERS = ("plain", "phases", "transposed")
 
@@ -42,10 +42,11 @@ def _parsed(field: str, text: str) -> ScaleSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What `None` means in a request. `max_side`: largest side, in tokens, at which the published rules still hold.
+    """The values that a request takes where the caller gives none. Raises ArtifactRefused.
 
-    quality_order: schedules to the size of the default one, best first, among which a deadline chooses; where there are
-    none, and in manifests without the key, `deadlines.choice.quality_order` has a rule.
+    max_side: largest side, in tokens, for which the published rules were made. quality_order: schedules that end like
+    the default one, best first, for the choice at a deadline. If it is empty, the order comes from
+    `deadlines.choice.quality_order`.
     """
 
     schedule: str
@@ -58,31 +59,30 @@ class Defaults:
     quality_order: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require_match(_SCHEDULE, "schedule", self.schedule, "scales as in 1_2_3x5_12x20")
+        require_match(_SCHEDULE, "schedule", self.schedule, "scales such as 1_2_3x5_12x20")
         require_range("guidance_scale", self.guidance_scale, 0, 1000)
         require(self.guidance_rule in RULES, "guidance_rule", self.guidance_rule, " or ".join(RULES))
         require_range("top_k", self.top_k, 0, 2**20)
         require_range("top_p", self.top_p, 0, 1)
-        require_match(_GREEDY, "greedy_scales", self.greedy_scales, "upstream, none or sides as in 7,9")
+        require_match(_GREEDY, "greedy_scales", self.greedy_scales, "upstream, none or sides such as 7,9")
         require_range("max_side", self.max_side, 1, 1024)
         if self.quality_order:
             last = _parsed("schedule", self.schedule)[-1]
             order = [_parsed("quality_order", text) for text in self.quality_order]
             for schedule in order:
-                require(
-                    schedule[-1] == last, "quality_order", str(schedule), f"schedules that end like {self.schedule}"
-                )
-            require(len(set(order)) == len(order), "quality_order", self.quality_order, "every schedule once")
+                alike = schedule[-1] == last
+                require(alike, "quality_order", str(schedule), f"schedules that end like {self.schedule}")
+            require(len(set(order)) == len(order), "quality_order", self.quality_order, "schedules that differ")
 
     @property
     def size(self) -> tuple[int, int]:
-        """(h, w) tokens of the images that the default schedule makes."""
+        """(h, w) of the default schedule's images, in tokens."""
         return _parsed("schedule", self.schedule)[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """The checkpoints the bundle was made from, and the versions of the tools that made it."""
+    """Hashes of the checkpoints that the bundle was made from, and versions of the tools that made it."""
 
     transformer_sha256: str
     tokenizer_sha256: str
@@ -95,7 +95,7 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRow:
-    """One comparison with the reference. A metric that can be infinite (PSNR of equal images) is recorded capped."""
+    """One comparison with the reference. The caller caps metrics that can be infinite (PSNR of equal images)."""
 
     graph: str
     scale: str | None
@@ -105,13 +105,13 @@ class ParityRow:
     bound: float
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.value), "value", self.value, "a finite number: cap the metric before recording it")
+        require(math.isfinite(self.value), "value", self.value, "a finite number")
         require(math.isfinite(self.bound), "bound", self.bound, "a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRecord:
-    """Agreement with the reference on one backend; `emulated` where that backend widened the precision."""
+    """Agreement with the reference on one backend. emulated: whether the backend computed in a wider precision."""
 
     backend: str
     emulated: bool
@@ -126,7 +126,7 @@ class ParityRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The largest absolute activation seen in a graph, and the tensor it was seen in."""
+    """The largest absolute activation in a graph, and the tensor that had it."""
 
     value: float
     where: str
@@ -149,12 +149,12 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything `manifest.json` says. `files` is empty until the bundle is sealed.
+    """The content of `manifest.json`. Raises ArtifactRefused.
 
-    float32_parts: parts of the step that a bundle in another precision computes in float32 (`blocks.I.attention`,
-    `blocks.I.mlp`), because the gate asked for it; manifests without the key have none.
-    decoder: how the decoder doubles a map and convolves it, as the reference does, in four phases or in one transposed
-    convolution; without the key plain.
+    files: empty until the bundle is sealed. float32_parts: parts of the step (`blocks.I.attention`, `blocks.I.mlp`)
+    that a bundle in another precision computes in float32, because its parity check failed without them. decoder: form
+    of the decoder's upsampling. "plain" is that of the reference, "phases" uses four phases, and "transposed" one
+    transposed convolution.
     """
 
     schema_version: int
@@ -173,30 +173,31 @@ class Manifest:
         readable = " or ".join(map(str, READABLE_VERSIONS))
         require(self.schema_version in READABLE_VERSIONS, "schema_version", self.schema_version, readable)
         require(self.precision in set(Precision), "precision", self.precision, f"one of {', '.join(Precision)}")
-        object.__setattr__(self, "precision", Precision(self.precision))  # a plain string is taken too
+        object.__setattr__(self, "precision", Precision(self.precision))  # callers may pass a plain string
         for name in self.graphs:
-            require_match(NAME, "graphs: name", name, "letters, digits, _ - .")
+            require_match(NAME, "a name in graphs", name, NAME_FORM)
         for name in self.float32_parts:
             part = _BLOCK_PART.fullmatch(name)
             known = part is not None and int(part[1]) < self.model.depth
             require(known, "float32_parts", name, f"blocks.I.attention or blocks.I.mlp, I < {self.model.depth}")
         parts = self.float32_parts
-        require(self.precision is not Precision.FP32 or not parts, "float32_parts", parts, "none in fp32")
-        require(len(set(parts)) == len(parts), "float32_parts", parts, "every part once")
-        require(self.decoder in DECODERS, "decoder", self.decoder, ", ".join(DECODERS))
+        require(self.precision is not Precision.FP32 or not parts, "float32_parts", parts, "empty in fp32")
+        require(len(set(parts)) == len(parts), "float32_parts", parts, "parts that differ")
+        require(self.decoder in DECODERS, "decoder", self.decoder, f"one of {', '.join(DECODERS)}")
         for name in self.largest_activation:
-            require(name in self.graphs, "largest_activation: graph", name, f"one of {', '.join(self.graphs)}")
+            require(name in self.graphs, "a graph in largest_activation", name, f"one of {', '.join(self.graphs)}")
         for name in self.files:
-            require_file_name("files: name", name)
+            require_file_name("a name in files", name)
             reserved = name == MANIFEST or name.split("/")[0] == ENGINES
-            require(not reserved, "files: name", name, f"neither {MANIFEST} nor {ENGINES}/")
+            require(not reserved, "a name in files", name, f"neither {MANIFEST} nor {ENGINES}/")
         folded = {name.casefold() for name in self.files}
         require(len(folded) == len(self.files), "files", sorted(self.files), "names that differ in more than case")
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Parse `manifest.json`; the schema version is looked at first. Raises ArtifactRefused."""
-        require(len(data) <= MAX_MANIFEST_BYTES, f"{MANIFEST}: bytes", len(data), f"at most {MAX_MANIFEST_BYTES}")
+        """The manifest in the bytes of `manifest.json`. The schema version is checked first. Raises ArtifactRefused."""
+        size = f"The size of {MANIFEST} in bytes"
+        require(len(data) <= MAX_MANIFEST_BYTES, size, len(data), f"at most {MAX_MANIFEST_BYTES}")
         document = loads(data, where=MANIFEST, fix=_EXPORT_AGAIN)
         version = document.get("schema_version") if isinstance(document, dict) else None
         if type(version) is not int or version not in READABLE_VERSIONS:
@@ -213,9 +214,9 @@ class Manifest:
         return manifest
 
     def to_bytes(self) -> bytes:
-        """Stable: equal manifests give equal bytes."""
+        """The bytes of `manifest.json`. Equal manifests give equal bytes."""
         return (json.dumps(encode(self), sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
 
     def file_bytes(self, file: str) -> int:
-        """Bytes of a file of the bundle together with the weights beside it."""
+        """Size in bytes of a file and its weight file."""
         return sum(record.size for path, record in self.files.items() if path == file or path.startswith(f"{file}."))

@@ -1,7 +1,7 @@
-"""What an ONNX file asks for, read off its protobuf: operators, their inputs, outputs and types, and weight files.
+"""A reader of ONNX files that needs no onnx: nodes with their inputs and outputs, types, and weight files.
 
-It is read where onnx is not installed: by the builder, because TensorRT's parser drops some inputs without a word, and
-by backends that must know what a node is for. Field numbers are those of onnx.proto.
+The engine builder uses it because TensorRT's parser silently drops some inputs. Backends use it to find the purpose of
+a node. Field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import ArtifactRefused
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTION = 7, 8, 25
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
-_GRAPH_VALUES = (11, 12, 13)  # inputs, outputs and what lies between
+_GRAPH_VALUES = (11, 12, 13)  # inputs, outputs and inner tensors
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_KIND = 1, 2, 1, 1
 _FUNCTION_NODE = 7
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
@@ -30,7 +30,7 @@ _FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: floa
 
 @dataclass(frozen=True)
 class Node:
-    """One operator. inputs: names, "" for one left out. domain: "" for ONNX's own."""
+    """One node. inputs: names, "" for an input that is left out. domain: "" for ONNX's own operators."""
 
     name: str
     operator: str
@@ -41,10 +41,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Scan:
-    """All nodes, those of subgraphs and functions included, and the files that weights are taken from.
+    """Content of an ONNX file.
 
-    constants: names of the tensors that the file holds. kinds: element types (numbers of the ONNX format) of the
-    tensors that it states them for. opset: version of ONNX's own operators, 0 where none is stated.
+    nodes: all nodes, also those of subgraphs and functions. weight_files: files that hold weights. constants: names of
+    the tensors in the file. kinds: element types (numbers of the ONNX format) by tensor, if the file has them. opset:
+    version of ONNX's own operators, 0 if the file has none.
     """
 
     nodes: tuple[Node, ...]
@@ -54,10 +55,7 @@ class Scan:
     opset: int = 0
 
     def shape_arithmetic(self) -> frozenset[str]:
-        """Names of the tensors that hold sizes and are computed from nothing but shapes and constants.
-
-        A tensor in floating point is none of them, whatever it is computed from.
-        """
+        """Names of the tensors that are computed from shapes, or from shapes and constants, and not floating-point."""
         shapes, constants = set[str](), {"", *self.constants}
         for node in self.nodes:
             given = set(node.inputs) - constants
@@ -68,8 +66,8 @@ class Scan:
         return frozenset(shapes)
 
 
-class _Reading:
-    """What was found so far."""
+class _Found:
+    """The content found so far."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -79,47 +77,46 @@ class _Reading:
 
 
 def scan(path: Path) -> Scan:
-    """Read an ONNX file without its weights. Raises ArtifactRefused where it is none."""
-    read = _Reading()
+    """Read an ONNX file without its weights. Raises ArtifactRefused if it is not an ONNX file."""
+    found = _Found()
     try:
         for number, value in _fields(memoryview(path.read_bytes())):
             if number == _MODEL_GRAPH:
-                _graph(value, read, 0)
+                _graph(value, found, 0)
             elif number == _MODEL_OPSET and not any(field == _OPSET_DOMAIN and text for field, text in _fields(value)):
-                read.opset = _numbers(value).get(_OPSET_VERSION, 0)
+                found.opset = _numbers(value).get(_OPSET_VERSION, 0)
             elif number == _MODEL_FUNCTION:
-                read.nodes += [_node(node, read, 0) for field, node in _fields(value) if field == _FUNCTION_NODE]
+                found.nodes += [_node(node, found, 0) for field, node in _fields(value) if field == _FUNCTION_NODE]
     except (IndexError, ValueError, RecursionError) as error:
-        raise ArtifactRefused(
-            f"{path.name} ({error})", expected="a graph in ONNX form", fix="export the bundle again"
-        ) from error
-    return Scan(tuple(read.nodes), frozenset(read.files), frozenset(read.constants), read.kinds, read.opset)
+        problem, fix = f"{path.name} cannot be read as ONNX ({error}).", "Export the bundle again."
+        raise ArtifactRefused(problem, expected="a graph in ONNX format", fix=fix) from error
+    return Scan(tuple(found.nodes), frozenset(found.files), frozenset(found.constants), found.kinds, found.opset)
 
 
-def _graph(data: memoryview, read: _Reading, depth: int) -> None:
+def _graph(data: memoryview, found: _Found, depth: int) -> None:
     if depth > _MAX_DEPTH:
-        raise ValueError("graphs in graphs in graphs")
+        raise ValueError("its graphs are nested too deep")
     for number, value in _fields(data):
         if number == _GRAPH_NODE:
-            read.nodes.append(_node(value, read, depth))
+            found.nodes.append(_node(value, found, depth))
         elif number == _GRAPH_INITIALIZER:
-            read.files |= _weight_files(value)
-            read.constants |= {_text(part) for field, part in _fields(value) if field == _TENSOR_NAME}
+            found.files |= _weight_files(value)
+            found.constants |= {_text(part) for field, part in _fields(value) if field == _TENSOR_NAME}
         elif number in _GRAPH_VALUES:
-            _value(value, read)
+            _value(value, found)
         elif number == _GRAPH_SPARSE:
-            raise ValueError("sparse weights")
+            raise ValueError("it has sparse weights")
 
 
-def _value(data: memoryview, read: _Reading) -> None:
-    """The element type of a tensor, where it is stated."""
+def _value(data: memoryview, found: _Found) -> None:
+    """Record the element type of a tensor, if the file has it."""
     parts = dict(_fields(data))
     tensor = dict(_fields(parts.get(_VALUE_TYPE, memoryview(b"")))).get(_TYPE_TENSOR)
     if tensor is not None and _VALUE_NAME in parts:
-        read.kinds[_text(parts[_VALUE_NAME])] = _numbers(tensor).get(_TENSOR_KIND, 0)
+        found.kinds[_text(parts[_VALUE_NAME])] = _numbers(tensor).get(_TENSOR_KIND, 0)
 
 
-def _node(data: memoryview, read: _Reading, depth: int) -> Node:
+def _node(data: memoryview, found: _Found, depth: int) -> Node:
     name = operator = domain = ""
     inputs: list[str] = []
     outputs: list[str] = []
@@ -137,9 +134,9 @@ def _node(data: memoryview, read: _Reading, depth: int) -> Node:
         elif number == _NODE_ATTRIBUTE:
             for field, part in _fields(value):
                 if field in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-                    read.files |= _weight_files(part)
+                    found.files |= _weight_files(part)
                 elif field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-                    _graph(part, read, depth + 1)
+                    _graph(part, found, depth + 1)
     return Node(name, operator, tuple(inputs), tuple(outputs), domain)
 
 
@@ -155,17 +152,17 @@ def _text(value: memoryview) -> str:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of the texts, bytes and messages in a message."""
+    """Field number and content of the texts, bytes and messages in a message."""
     return ((number, value) for number, value in _all_fields(data) if isinstance(value, memoryview))
 
 
 def _numbers(data: memoryview) -> dict[int, int]:
-    """The whole numbers in a message, by field; of a repeated one the last."""
+    """The whole numbers in a message by field number. Of a repeated field, the last."""
     return {number: value for number, value in _all_fields(data) if isinstance(value, int)}
 
 
 def _all_fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Field number and content of everything in a message; numbers of a fixed size are passed over."""
+    """Field number and content of every field of a message, except numbers of a fixed size."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -173,7 +170,7 @@ def _all_fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
         if wire == _BYTES:
             size, at = _varint(data, at)
             if size > len(data) - at:
-                raise ValueError("cut")
+                raise ValueError("it ends too early")
             yield number, data[at : at + size]
             at += size
         elif wire == 0:
@@ -182,9 +179,9 @@ def _all_fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
         elif wire in (1, 5):
             at += 8 if wire == 1 else 4
         else:
-            raise ValueError(f"wire type {wire}")
+            raise ValueError(f"it has a field of type {wire}")
     if at != len(data):
-        raise ValueError("cut")
+        raise ValueError("it ends too early")
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -195,4 +192,4 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         result |= (byte & 0x7F) << shift
         if byte < 0x80:
             return result, at
-    raise ValueError("a number without an end")
+    raise ValueError("it has a number without an end")

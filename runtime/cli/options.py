@@ -13,7 +13,7 @@ import typer
 
 from ..bundle.manifest import MANIFEST
 from ..errors import ArtifactRefused, InvalidInput
-from ..files.atomic import existing
+from ..files.atomic import already_exists
 from ..model.signatures import TABLES_FILE
 from ..output import Settings
 from ..pictures.png import read_metadata
@@ -104,7 +104,7 @@ def check_targets(paths: list[Path], force: bool) -> None:
         if any(_is_bundle(parent) for parent in path.resolve().parents):
             raise InvalidInput(f"{path}, inside a bundle", expected="a place outside", fix="choose another directory")
         if os.path.lexists(path) and not force:
-            raise existing(path)
+            raise already_exists(path)
         if path.is_dir():
             raise InvalidInput(f"{path}, a directory", expected="the name of a file", fix="choose another name")
     for directory in dict.fromkeys(path.parent for path in paths):

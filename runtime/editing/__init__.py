@@ -1,1 +1,1 @@
-"""Editing: pictures and masks go in, given tokens for every scale come out."""
+"""Editing: from pictures and masks to given tokens of every scale."""

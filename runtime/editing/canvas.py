@@ -1,4 +1,4 @@
-"""A picture on the canvas it is edited on: brought to size, placed, with a mask of what is to be made anew."""
+"""The canvas of an edit: the picture, resized and placed, with a mask of the part to generate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from ..checks import invalid
 from ..errors import InvalidInput
 from ..model.schedule import MAX_SIDE
 from ..pictures.photo import Photo
@@ -21,9 +22,12 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(frozen=True)
 class Canvas:
-    """pixels (H, W, 3) uint8, sides in multiples of the downsampling; mask (H, W) uint8, 255 where all is made anew,
-    None where nothing is masked; cut: what of the result is returned; resolved: sides (h, w) that the canvas would have
-    in the picture's own pixels, for refinement."""
+    """A picture that is ready to be edited.
+
+    pixels (H, W, 3) uint8; sides are multiples of the downsampling. mask (H, W) uint8: 255 where pixels are generated,
+    0 where they are kept; None for refinement. cut: the box of the result that is returned. resolved: size (h, w) of
+    the canvas in pixels of the picture, for refinement.
+    """
 
     pixels: Pixels
     mask: Pixels | None
@@ -35,20 +39,23 @@ class Canvas:
         return self.pixels.shape[0], self.pixels.shape[1]
 
     def blend(self, made_HW3: Pixels, feather: int) -> Pixels:
-        """The picture's own pixels where nothing is masked; over `feather` pixels around the mask they fade in."""
+        """The generated pixels in the mask, the picture's own outside it, blended over `feather` pixels around it."""
         assert self.mask is not None
         share = _feathered(self.mask, feather)[..., None].astype(np.float32) / 255
         mixed = made_HW3 * share + self.pixels * (1 - share)
         return (mixed + np.float32(0.5)).astype(np.uint8)
 
     def returned(self, made_HW3: Pixels) -> Pixels:
-        """What of a result is the picture: without padding."""
+        """The part of a result that is returned: without padding."""
         top, left, height, width = self.cut
         return np.ascontiguousarray(made_HW3[top : top + height, left : left + width])
 
 
 def make_canvas(photo: Photo, mask: Pixels | None, edit: Edit, factor: int, area: int) -> Canvas:
-    """factor: pixels a token side; area: tokens of the bundle's default image. Raises InvalidInput."""
+    """The canvas of an edit. Raises InvalidInput.
+
+    factor: pixels per side of a token. area: number of tokens of the bundle's default image.
+    """
     mask = _mask_of(photo, mask, edit)
     if edit.task == "expand":
         return _expanded(photo, edit, factor)
@@ -60,7 +67,9 @@ def make_canvas(photo: Photo, mask: Pixels | None, edit: Edit, factor: int, area
     masked = None if mask is None else _fitted_mask(mask, size, edit.fit, placed)
     if masked is not None and not (masked >= 128).any():
         raise InvalidInput(
-            "a mask without white", expected="white where the picture is to be made anew", fix="check it, or invert it"
+            "mask has no white pixels.",
+            expected="white where the picture is repainted",
+            fix="Paint the part to repaint white, or invert the mask.",
         )
     resolved = tuple(
         max(1, round(whole * source / shown)) for whole, source, shown in zip(size, placed[2:], cut[2:], strict=True)
@@ -69,7 +78,7 @@ def make_canvas(photo: Photo, mask: Pixels | None, edit: Edit, factor: int, area
 
 
 def natural_size(size: Size, factor: int, area: int) -> Size:
-    """Sides in multiples of `factor` in the proportions of `size`, of `area` tokens as nearly as they can be."""
+    """The size with the proportions of `size`, sides in multiples of `factor`, and about `area` tokens."""
     height, width = size
     ratio = math.sqrt(height / width)
     side = math.sqrt(area)
@@ -78,40 +87,43 @@ def natural_size(size: Size, factor: int, area: int) -> Size:
 
 
 def check_sides(size: Size, factor: int) -> None:
-    """Raise InvalidInput unless both sides are multiples of `factor` that a schedule can reach."""
+    """Raise InvalidInput unless both sides are multiples of `factor` and small enough for a schedule."""
     if any(side < factor or side % factor or side > MAX_SIDE * factor for side in size):
         near = "x".join(str(min(MAX_SIDE, max(1, round(side / factor))) * factor) for side in size)
-        raise InvalidInput(
-            f"a size of {size[0]}x{size[1]} pixels",
-            expected=f"height x width in multiples of {factor}, up to {MAX_SIDE * factor}",
-            fix=f"{near} is the nearest",
-        )
+        expected = f"height x width in multiples of {factor}, up to {MAX_SIDE * factor}"
+        raise invalid(f"The size is {size[0]}x{size[1]} pixels", expected, f"Use {near}, the nearest size.")
 
 
 def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:
-    """The mask of an inpainting, by default what of the picture is transparent. Raises InvalidInput."""
+    """The mask of an inpainting, by default the transparent part of the picture. Raises InvalidInput."""
     if edit.task != "inpaint":
         if mask is not None:
-            raise InvalidInput(f"a mask for {edit.task}", expected="a mask with inpaint only", fix="leave it out")
+            raise InvalidInput(
+                f"mask cannot be used with {edit.task}. It belongs to inpaint.",
+                expected="mask with inpaint only",
+                fix="Leave out mask.",
+            )
         return None
     if mask is None:
         if photo.opacity is None:
             raise InvalidInput(
-                "inpaint without a mask", expected="a mask, or a picture with transparency", fix="say what is to be new"
+                "Inpainting needs a mask.",
+                expected="a mask, or a picture with transparency",
+                fix="Pass mask (--mask FILE): white pixels are repainted.",
             )
         return (255 - photo.opacity).astype(np.uint8)
     if mask.shape != photo.size:
         raise InvalidInput(
-            f"a mask of {mask.shape[0]}x{mask.shape[1]} pixels",
-            expected=f"{photo.size[0]}x{photo.size[1]}, the picture's size",
-            fix="make it as large as the picture",
+            f"mask has {mask.shape[0]}x{mask.shape[1]} pixels, but the picture has {photo.size[0]}x{photo.size[1]}.",
+            expected=f"{photo.size[0]}x{photo.size[1]}, the size of the picture",
+            fix="Pass a mask of the size of the picture.",
         )
     return mask
 
 
 def _fitted(pixels: Pixels, size: Size, fit: str) -> tuple[Pixels, Box, Box]:
-    """A picture on a canvas of `size`: its pixels, the box of the source that is used, the box of the result that is
-    the picture."""
+    """A picture on a canvas of `size`: its pixels, the box of the picture that is used, and the box of the canvas that
+    shows it."""
     whole = (0, 0, *size)
     height, width = pixels.shape[:2]
     if fit == "resize" or height * size[1] == width * size[0]:
@@ -127,7 +139,7 @@ def _fitted(pixels: Pixels, size: Size, fit: str) -> tuple[Pixels, Box, Box]:
 
 
 def _proportional(wanted: Size, space: Size) -> Box:
-    """The largest box of the proportions of `wanted` in the middle of `space`."""
+    """The largest box in the middle of `space` with the proportions of `wanted`."""
     scale = min(space[0] / wanted[0], space[1] / wanted[1])
     h, w = (min(full, max(1, round(side * scale))) for side, full in zip(wanted, space, strict=True))
     return (space[0] - h) // 2, (space[1] - w) // 2, h, w
@@ -140,30 +152,30 @@ def _resized(pixels: Pixels, size: Size) -> Pixels:
 
 
 def _fitted_mask(mask: Pixels, size: Size, fit: str, used: Box) -> Pixels:
-    """A mask brought to size as its picture was; padding is kept, for it is cut off."""
+    """A mask resized and placed like its picture. Padding is not masked, because it is cut off."""
     top, left, h, w = used
     source = mask[top : top + h, left : left + w]
     if fit != "pad":
-        return _whitest(source, size)
+        return _resized_mask(source, size)
     top, left, h, w = _proportional((h, w), size)
     placed = np.zeros(size, np.uint8)
-    placed[top : top + h, left : left + w] = _whitest(source, (h, w))
+    placed[top : top + h, left : left + w] = _resized_mask(source, (h, w))
     return placed
 
 
-def _whitest(mask: Pixels, size: Size) -> Pixels:
-    """A mask brought to size: every pixel as white as the whitest of those it covers, so that no thin line is lost."""
+def _resized_mask(mask: Pixels, size: Size) -> Pixels:
+    """A resized mask. Every pixel is the maximum of the pixels that it covers, so that no thin line is lost."""
     for axis, cells in enumerate(size):
         side, cell = mask.shape[axis], np.arange(cells)
         first, end = cell * side // cells, -(-(cell + 1) * side // cells)
-        closed = np.pad(mask, [(0, int(axis == i)) for i in (0, 1)])  # reduceat takes no index behind the last
+        closed = np.pad(mask, [(0, int(axis == i)) for i in (0, 1)])  # reduceat takes no index after the last
         reduced = np.maximum.reduceat(closed, np.stack([first, end], 1).ravel(), axis=axis)
         mask = reduced.take(2 * cell, axis=axis)
     return mask
 
 
 def _outpainted(pixels: Pixels, cut: Box, edit: Edit, factor: int) -> Canvas:
-    """`sides` more on every side of the picture; padding of its fit is made anew as well, and returned."""
+    """A canvas with `sides` added around the picture. Padding from its fit is generated and returned too."""
     up, right, down, left = edit.sides
     top, beside, h, w = cut
     size = pixels.shape[0] + up + down, pixels.shape[1] + left + right
@@ -175,7 +187,7 @@ def _outpainted(pixels: Pixels, cut: Box, edit: Edit, factor: int) -> Canvas:
 
 
 def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
-    """The picture as large as it goes on the canvas, at its anchor."""
+    """A canvas of `edit.size` with the picture at its anchor, as large as possible."""
     assert edit.size is not None
     check_sides(edit.size, factor)
     height, width = edit.size
@@ -183,9 +195,9 @@ def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
     _, _, h, w = _proportional(photo.size, edit.size)
     if (h, w) == edit.size:
         raise InvalidInput(
-            f"a picture of {photo.size[0]}x{photo.size[1]} to be expanded to {height}x{width}",
+            f"size is {height}x{width}, but a picture of {photo.size[0]}x{photo.size[1]} fills that completely.",
             expected="a canvas of other proportions",
-            fix="refine makes a picture larger; outpaint adds to its sides",
+            fix="Use refine to enlarge the picture, or outpaint to add to its sides.",
         )
     down, along = ANCHORS[edit.anchor]
     top, left = round((height - h) * down), round((width - w) * along)
@@ -197,17 +209,20 @@ def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
 
 
 def _feathered(mask: Pixels, feather: int) -> Pixels:
-    """The mask, whole where it is white, fading to nothing `feather` pixels outside."""
+    """The mask, with a border of `feather` pixels around it in which it fades to 0."""
     if feather == 0:
         return mask
     grown, blurred = (feather + 1) // 2, feather // 2
-    image = Image.fromarray(_grown(mask, grown))
+    image = Image.fromarray(_dilated(mask, grown))
     faded: Pixels = np.maximum(np.asarray(image.filter(ImageFilter.BoxBlur(blurred))), mask)
     return faded
 
 
-def _grown(mask: Pixels, by: int) -> Pixels:
-    """Every pixel as white as the whitest within `by` rows and columns: axis by axis, in windows that double."""
+def _dilated(mask: Pixels, by: int) -> Pixels:
+    """A mask in which every pixel is the maximum within `by` rows and columns.
+
+    It is computed axis by axis, in windows that double: that takes a logarithmic number of steps.
+    """
     for axis in (0, 1):
         mask, covered = np.pad(mask, [(by * (axis == i),) * 2 for i in (0, 1)]), 1
         while covered < 2 * by + 1:

@@ -1,4 +1,4 @@
-"""What an edit keeps of an image: its own tokens at every scale, and which of them a mask lets stay.
+"""The given tokens of an edit: the picture's own tokens at every scale, and which of them are kept.
 
 The rules are those of `flexvar_ref.editing`.
 """
@@ -21,27 +21,29 @@ Mask = NDArray[np.bool_]
 
 
 def refined(tables: Tables, latent_BDhw: Float32, schedule: ScaleSchedule, forced: int) -> Given:
-    """The first `forced` scales whole, nothing of the others."""
+    """Given tokens that keep all of the first `forced` scales and nothing of the others."""
     tokens = tuple(tables.quantize(latent_BDhw, size) for size in schedule)
     return Given(tokens, tuple(np.full(scale.shape, i < forced) for i, scale in enumerate(tokens)))
 
 
 def masked(tables: Tables, latent_BDhw: Float32, mask_BHW: Mask, schedule: ScaleSchedule) -> Given:
-    """What lies outside a mask of pixels, true where the image is to be made anew."""
+    """Given tokens that keep the part of the image outside a mask of pixels, true where it is generated."""
     kept = np.float32(1) - _share(mask_BHW, latent_BDhw.shape[2:]).astype(np.float32)
     tokens = tuple(tables.quantize(latent_BDhw, size, kept) for size in schedule)
     return Given(tokens, keep_maps(mask_BHW, schedule))
 
 
 def keep_maps(mask_BHW: Mask, schedule: Sequence[tuple[int, int]] | ScaleSchedule) -> tuple[Mask, ...]:
-    """Which tokens stay, (B, h, w) a scale: those of which at most half is masked; of the last scale, the image itself,
-    those that are not masked at all."""
+    """Masks (B, h, w) of the tokens that are kept, one for each scale.
+
+    A token is kept if at most half of it is masked. In the last scale it is kept if nothing of it is masked.
+    """
     last = len(schedule) - 1
     return tuple(_share(mask_BHW, size) <= (0.5 if i < last else 0.0) for i, size in enumerate(schedule))
 
 
 def _share(mask_BHW: Mask, size: tuple[int, ...]) -> NDArray[np.float64]:
-    """Masked share of every cell of an (h, w) grid, from whole numbers: exactly one half is one half."""
+    """Masked share of every cell of an (h, w) grid. It is a ratio of whole numbers, so one half is exact."""
     rows, columns = (area_matrix(side, cells) > 0 for side, cells in zip(mask_BHW.shape[1:], size, strict=True))
     counts = rows.astype(np.float64) @ mask_BHW.astype(np.float64) @ columns.T.astype(np.float64)
     share: NDArray[np.float64] = counts / (rows.sum(1)[:, None] * columns.sum(1)[None, :])

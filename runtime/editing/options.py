@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict
 
-from ..checks import check_choice, check_number, check_whole
+from ..checks import check_choice, check_number, check_whole, invalid
 from ..errors import InvalidInput
 
 TASKS = ("refine", "inpaint", "outpaint", "expand")
@@ -17,7 +17,7 @@ ANCHORS = {
     "left": (0.5, 0.0),
     "right": (0.5, 1.0),
 }
-"""Shares of the free height above a picture and of the free width left of it, by anchor."""
+"""Shares of the free height above the picture and of the free width left of it, by anchor."""
 MAX_FEATHER = 1024
 _OWN = {
     "strength": ("refine",),
@@ -108,7 +108,7 @@ class Edit:
         return Edit(**{**kept, **given})
 
     def to_json(self) -> dict[str, Any]:
-        """The options of this task."""
+        """The task and its options as JSON values."""
         values = {name: value for name, value in asdict(self).items() if self.task in _OWN.get(name, TASKS)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -140,9 +140,5 @@ class EditRecord:
 
 def _whole_numbers(name: str, values: object, count: int, least: int) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) != count:
-        raise InvalidInput(
-            f"{name} is {values!r:.100}, but it must be {count} whole numbers.",
-            expected=f"{count} whole numbers",
-            fix=f"Pass {count} numbers.",
-        )
+        raise invalid(f"{name} is {values!r:.100}", f"{count} whole numbers", f"Pass {count} numbers.")
     return tuple(check_whole(name, value, least, 2**20) for value in values)

@@ -1,1 +1,1 @@
-"""Files: written as a whole, kept private, and JSON read strictly."""
+"""Files: atomic writing, private folders and strict JSON."""

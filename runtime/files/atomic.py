@@ -1,10 +1,11 @@
-"""Single files that appear whole under their final name, or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,25 +16,26 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 def sibling(final: Path, kind: str, suffix: str = "") -> Path:
-    """A hidden name beside `final` that nobody else uses: `.<name>.<kind>-<pid>-<random><suffix>`."""
+    """An unused hidden name beside `final`: `.<name>.<kind>-<pid>-<random><suffix>`."""
     return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(6)}{suffix}")
 
 
-def existing(final: Path) -> InvalidInput:
-    """The refusal to replace what the user did not ask to replace."""
-    return InvalidInput(f"{final}, which exists", expected="a new name", fix="choose another name, or pass --force")
+def already_exists(final: Path) -> InvalidInput:
+    """The error for a name that is taken."""
+    return InvalidInput(f"{final} exists already.", expected="a new name", fix="Choose another name, or pass --force.")
 
 
 def require_parent(final: Path) -> None:
-    """Raises InvalidInput unless `final` names something in a directory that exists."""
+    """Raise InvalidInput unless `final` is a name in an existing directory."""
     if not final.name or not final.parent.is_dir():
-        raise InvalidInput(f"{final}", expected="a name in a directory that exists", fix=f"mkdir -p '{final.parent}'")
+        expected, fix = "a name in an existing directory", f"Run: {shlex.join(['mkdir', '-p', str(final.parent)])}"
+        raise InvalidInput(f"{final} is not {expected}.", expected=expected, fix=fix)
 
 
 def fsync(path: Path) -> None:
     """Make a file's bytes, or a directory's entries, survive a power cut."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows keeps no handle on directories
+        return  # Windows cannot open directories
     fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -43,17 +45,17 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, with its suffix; what the body wrote there becomes `path` at the end.
+    """Yield a temporary name beside `path` with its suffix. At the end the file of that name is renamed to `path`.
 
-    The file is fsynced first. After an exception in the body neither name exists. Without `force` an existing
-    `path` is refused, without a race; a link at `path` is replaced, never followed. Raises InvalidInput.
+    The file is fsynced first. After an exception in the body neither name exists. Without `force` an existing `path` is
+    refused, also if it appears while the body runs. A link at `path` is replaced, never followed. Raises InvalidInput.
     """
     final = Path(os.path.abspath(path))
     require_parent(final)
     if final.is_dir() and not final.is_symlink():
-        raise InvalidInput(f"{final}, a directory", expected="the name of a file", fix="name a file in it")
+        raise InvalidInput(f"{final} is a directory.", expected="the name of a file", fix="Name a file in it.")
     if not force and os.path.lexists(final):
-        raise existing(final)
+        raise already_exists(final)
     temporary = sibling(final, "partial", final.suffix)
     try:
         yield temporary
@@ -69,14 +71,14 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterat
 
 
 def _rename_new(temporary: Path, final: Path) -> None:
-    """Rename unless `final` exists. rename(2) would replace it; link(2) fails, but not every file system has links."""
+    """Rename unless `final` exists. link(2) does not replace a file, but some file systems have no links."""
     try:
         if os.name == "nt":
             os.rename(temporary, final)
         else:
             os.link(temporary, final)
     except FileExistsError:
-        raise existing(final) from None
+        raise already_exists(final) from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -89,8 +91,8 @@ def _rename_new(temporary: Path, final: Path) -> None:
 
 
 def _claim(final: Path) -> None:
-    """Take the name with an empty file: a kill before the replacement leaves that, and only on such file systems."""
+    """Create `final` as an empty file. If the process is killed before it is replaced, the empty file stays."""
     try:
         os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except FileExistsError:
-        raise existing(final) from None
+        raise already_exists(final) from None

@@ -1,6 +1,6 @@
-"""Folders of this user alone, for files that are trusted. They are refused if somebody else could write in them.
+"""Folders and files that only this user can write. Trusted files, such as engines, are read from nowhere else.
 
-Nothing here follows a link, so the file that was checked is the file that is read.
+No function here follows a link, so the file that was checked is the file that is read.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def user_folder(variable: str, default: str, environ: Mapping[str, str] = os.env
 
 
 def check_private(folder: Path) -> None:
-    """Raise ArtifactRefused if somebody else could write in a folder; OSError if there is none."""
+    """Raise ArtifactRefused if another user can write in a folder, OSError if it does not exist."""
     info = os.lstat(folder)
     if not stat.S_ISDIR(info.st_mode):
-        got, fix = "is no directory", "Remove it."
+        got, fix = "is not a directory", "Remove it."
     elif hasattr(os, "geteuid") and info.st_uid != os.geteuid():
         got, fix = f"belongs to user {info.st_uid}", "Set XDG_STATE_HOME and XDG_CACHE_HOME to folders of your own."
     elif os.name != "nt" and info.st_mode & 0o022:
@@ -66,7 +66,7 @@ def make_private(folder: Path) -> None:
 
 @contextmanager
 def open_unlinked(path: Path) -> Iterator[tuple[BufferedReader, os.stat_result]]:
-    """Open a file without following a link, with the status of the opened file. Raises OSError."""
+    """Open a file without following a link. Yields the file and its status. Raises OSError."""
     fd = os.open(path, _READ_FLAGS)
     try:
         yield BufferedReader(FileIO(fd, closefd=False)), os.fstat(fd)
@@ -80,8 +80,8 @@ def read_private(path: Path, limit: int) -> bytes:
         foreign = hasattr(os, "geteuid") and info.st_uid != os.geteuid()
         if not stat.S_ISREG(info.st_mode) or foreign or (os.name != "nt" and info.st_mode & 0o022):
             raise ArtifactRefused(
-                f"{path.name} is no regular file of this user alone.",
-                expected="a regular file of this user alone",
+                f"{path.name} is not a regular file that only this user can write.",
+                expected="a regular file that only this user can write",
                 fix="Remove it.",
             )
         return file.read(limit)

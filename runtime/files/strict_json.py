@@ -1,8 +1,8 @@
-"""A strict codec between JSON and frozen dataclasses: what is not exactly as declared is refused.
+"""A strict codec between JSON and frozen dataclasses.
 
 `loads` refuses duplicate keys, NaN and Infinity. `decode` refuses unknown keys, missing keys without a default, and
-wrong types (`true` is no int, but `1` is a float). Their errors name the place, such as `manifest.json: model.depth`,
-and give the advice `fix` of the caller.
+wrong types (`true` is not an int, but `1` is a float). Their errors name the place, such as
+`manifest.json: model.depth`, and have the `fix` of the caller.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def loads(text: str | bytes, *, where: str, fix: str) -> object:
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
         return cast(object, json.loads(text, object_pairs_hook=pairs, parse_constant=constant))
-    except (ValueError, RecursionError) as error:  # cut or malformed text, bad UTF-8, absurd integers or nesting
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, huge integers, deep nesting
         raise ArtifactRefused(f"{where} is not valid JSON: {error}.", expected="valid JSON in UTF-8", fix=fix) from None
 
 
@@ -57,8 +57,7 @@ def decode(cls: type[T], data: object, *, where: str, fix: str) -> T:
 
 
 def encode(obj: object) -> object:
-    """The JSON form of a dataclass. Raises ArtifactRefused for NaN and Infinity, TypeError for what has no JSON
-    form."""
+    """The JSON form of a dataclass. Raises ArtifactRefused for NaN and Infinity, TypeError for unknown types."""
     if is_dataclass(obj) and not isinstance(obj, type):
         return {field.name: encode(getattr(obj, field.name)) for field in fields(obj)}
     if isinstance(obj, dict) and all(isinstance(key, str) for key in obj):
@@ -73,7 +72,7 @@ def encode(obj: object) -> object:
         return str(obj)
     if obj is None or isinstance(obj, (str, int, bool)):
         return obj
-    raise TypeError(f"{type(obj).__name__} has no JSON form here")
+    raise TypeError(f"{type(obj).__name__} has no JSON form")
 
 
 _NAMES = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false", type(None): "null"}

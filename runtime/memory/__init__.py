@@ -1,1 +1,1 @@
-"""Memory: what a generation needs, and what the machine has left."""
+"""Memory: the need of a generation, and what is available."""

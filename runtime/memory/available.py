@@ -1,4 +1,4 @@
-"""How much memory the machine has left for this process."""
+"""The memory that is available to this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Memory this process may still take (the kernel's estimate, within control groups v2), else None."""
+    """Bytes that this process can still take, or None if that is unknown.
+
+    The kernel's estimate, limited by the control groups (version 2) of the process.
+    """
     try:
         lines = (proc / "meminfo").read_text().splitlines()
         kernel = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -18,9 +21,9 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
 
 
 def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
-    """Bytes left in this process's control group and those around it, where they have a limit.
+    """Bytes left in this process's control group and its parents, as far as they have a limit.
 
-    File cache is charged to a group, a bundle's own weights among it, but freed when memory is asked for.
+    File cache counts as left, although it is charged to a group: the kernel frees it when memory is needed.
     """
     try:
         own = next(line[3:] for line in (proc / "self/cgroup").read_text().splitlines() if line.startswith("0::"))

@@ -1,8 +1,9 @@
 """The memory that a library takes on a CPU to run a graph: a model with measured constants.
 
 Every constant was measured (`benchmarks/LOG.md`) and has a margin, so that a plan is never below the peak. The
-constants of a library are in its backend. Not measured: OpenVINO's decoder in bfloat16 on processors without that
-arithmetic."""
+constants of a library are in its backend. OpenVINO's decoder in bfloat16 was not measured on processors without
+bfloat16 instructions.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from ..bundle.manifest import PHASES, PLAIN, TRANSPOSED, Manifest
 from ..model.precision import TOKENIZER_GRAPHS, Precision
 from ..model.signatures import DECODE, STEP
 
-MLP_MAPS = 23  # maps that are alive in the feed-forward part of a block
-ATTENTION_MAPS = 14  # maps that are alive in its attention, beside scores, keys and values
-SAMPLING = 16 * 64  # rows of logits sampled at once, times bytes for each code of the vocabulary
+MLP_MAPS = 23  # maps alive in the MLP of a block
+ATTENTION_MAPS = 14  # maps alive in its attention, besides scores, keys and values
+SAMPLING = 16 * 64  # rows of logits that are sampled at once, times bytes for each code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class LibraryMemory:
         return int(manifest.file_bytes(f"{graph}.onnx") * factor)
 
     def step(self, manifest: Manifest, sequences: int, new: int, tokens: int) -> int:
-        """Working memory in bytes of the largest scale, and of sampling its tokens."""
+        """Working memory in bytes of the largest scale, including the sampling of its tokens."""
         model = manifest.model
         one = sequences * new * model.width * 4
         joined = 2 * sequences * tokens * model.width * 4  # keys and values of a block: past and new in one
@@ -65,7 +66,7 @@ class LibraryMemory:
     def image(self, manifest: Manifest, size: tuple[int, int], channels: tuple[int, int]) -> int:
         """Working memory in bytes of decoding one image of (h, w) tokens. Encoding takes less.
 
-        channels: of the decoder, at the size of the image and one level below.
+        channels: the decoder's channels at the size of the image, and one level below.
         """
         pixels = size[0] * size[1] * manifest.model.downsampling**2
         alive = {PLAIN: self.plain_maps, PHASES: self.phase_maps, TRANSPOSED: self.transposed_maps}[manifest.decoder]

@@ -1,7 +1,7 @@
-"""How much memory a generation needs on a CPU, known before any graph is opened.
+"""The memory that a generation needs on a CPU, computed before any graph is opened.
 
-Keys, values and everything else that is bound to a graph follow exactly from the declared tensors. What a library takes
-beside them on a CPU comes from `library.LibraryMemory`.
+The sizes of keys, values and all other inputs and outputs follow from the declared tensors. The memory that a library
+takes besides them comes from `library.LibraryMemory`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..model.signatures import CONDITION, DECODE, STEP, TABLES_FILE, graph_specs
 from ..model.tensors import GraphSpec
 from .library import LibraryMemory
 
-IMAGES_PER_RUN = 8  # of decoder and encoder, at the most
+IMAGES_PER_RUN = 8  # at most, in one run of decoder or encoder
 PYTHON = 30 * 2**20  # the interpreter and NumPy
-PUBLISHED_DECODER = (128, 128)  # channels at the image's size, and of the level below
+PUBLISHED_DECODER = (128, 128)  # channels at the size of the image, and one level below
 MAX_BATCH = 2**20
 
 _MIB = 2**20
@@ -29,12 +29,12 @@ _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes that generating `images` at once takes, part by part; mappings are by graph.
+    """The parts of the memory of generating `images` at once, in bytes. Mappings are by graph.
 
-    runtime: the process with its libraries. weights: as the runtime holds them. kv: keys and values of all scales.
-    bindings: inputs and logits of the largest scale. tables: offsets of every scale, and the classes' conditions.
-    pixels: decoded images, as floats and as bytes. scratch: working memory inside a graph. again: what a second run
-    of the decoder takes more. kept: graphs that stay open although they have done their part.
+    runtime: the process with its libraries. weights: of each graph, in memory. kv: keys and values of all scales.
+    bindings: inputs and logits of the largest scale. tables: offsets of every scale, and conditions of the classes.
+    pixels: decoded images, as floats and as bytes. scratch: working memory of each graph. again: additional working
+    memory of the decoder from its second run on. kept: graphs that stay open after their use.
     """
 
     schedule: ScaleSchedule
@@ -53,24 +53,24 @@ class MemoryPlan:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes held at the height of each phase. The condition is gone before the loop if it is not kept; the loop
-        stays for the decoder.
+        """Peak of each phase in bytes.
 
-        "next": of a pipeline that goes on to other classes, with everything else still there.
+        The condition graph is closed before the loop, unless it is kept. The buffers of the loop stay while the decoder
+        runs. "next" is the condition of a next request, with everything else still in memory.
         """
         return self._phases(())
 
     @property
     def total(self) -> int:
-        """Peak of one generation in a fresh process."""
+        """Peak in bytes of one generation in a fresh process."""
         return _peak(self.phases)
 
     def needed(self, opened: Collection[str] = ()) -> int:
-        """Bytes that a process which runs already, with these graphs open, has still to take."""
+        """Bytes that a running process with these open graphs must still take."""
         return _peak(self._phases(opened)) - self.runtime
 
     def parts(self, opened: Collection[str] = ()) -> dict[str, int]:
-        """What the decoder's phase takes in few words, `runtime` left out: the highest of nearly every generation."""
+        """Bytes of the decoder's phase by part, without `runtime`, for messages. It is nearly always the peak."""
         held = {STEP, DECODE, *self.kept} - {*opened}
         weights = sum(size for graph, size in self.weights.items() if graph in held)
         return {
@@ -98,7 +98,7 @@ class MemoryPlan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Sizes in bytes."""
+        """The plan as JSON values, in bytes."""
         return {
             "schedule": str(self.schedule),
             "images": self.images,
@@ -131,7 +131,8 @@ def plan(
 ) -> MemoryPlan:
     """The memory of generating `images` at once on a CPU. A guided image takes two sequences.
 
-    libraries: the memory of the library that runs each graph, as `HostBackend.libraries` returns it.
+    libraries: the constants of the library that runs each graph, from `backends.libraries`. decoder_channels: at the
+    size of the image, and one level below.
     """
     model = manifest.model
     graphs = graph_specs(model, manifest.precision, manifest.schema_version)
@@ -171,13 +172,16 @@ def plan(
 
 
 def tensor_bytes(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of every input and output of a graph, given the sizes of its named axes."""
+    """Bytes of every input and output of a graph for given sizes of its named axes."""
     tensors = (*spec.inputs, *spec.outputs)
     return {tensor.name: math.prod(tensor.shape(sizes)) * _ITEMSIZE[tensor.dtype] for tensor in tensors}
 
 
 def largest_batch(needed: Callable[[int], int], available: int) -> int:
-    """The most images whose `needed` bytes, which grow with their number, are available; 0 where one does not fit."""
+    """The largest number of images whose `needed` bytes are available, 0 if not even one fits.
+
+    needed: bytes for a number of images, which grow with the number.
+    """
     fits, refused = 0, MAX_BATCH
     while refused - fits > 1:
         middle = min(max(2 * fits, 1), (fits + refused) // 2)
@@ -188,9 +192,9 @@ def largest_batch(needed: Callable[[int], int], available: int) -> int:
 def require_fits(
     plans: Callable[[int], MemoryPlan], images: int, available: int | None, opened: Collection[str] = ()
 ) -> None:
-    """Raise OutOfMemory where the plan of `images` does not fit in what is left: its parts, and the batch that fits.
+    """Raise OutOfMemory, with the parts and the largest batch that fits, if the plan of `images` needs too much.
 
-    plans: images to plan; opened: graphs whose weights are held already.
+    plans: returns the plan of a number of images. available: bytes, None if unknown. opened: graphs that are open.
     """
     wanted = plans(images)
     if available is None or wanted.needed(opened) <= available:
@@ -213,10 +217,9 @@ def batch_that_fits(
     opened: Collection[str],
     library: LibraryMemory,
 ) -> int:
-    """Images to decode or encode in one run. They take half of what is left beside the weights, because a second run
-    takes as much again.
+    """Number of images to decode or encode in one run. Raises OutOfMemory if not even one fits.
 
-    Raises OutOfMemory where not even one fits.
+    They take at most half of the memory that the weights leave, because a second run takes as much again.
     """
     if available is None:
         return IMAGES_PER_RUN
@@ -234,7 +237,7 @@ def batch_that_fits(
 
 
 def _peak(phases: Mapping[str, int]) -> int:
-    """Of one generation."""
+    """The peak of one generation."""
     return max(phases[phase] for phase in (CONDITION, "loop", DECODE))
 
 

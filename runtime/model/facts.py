@@ -9,10 +9,11 @@ from ..checks import require, require_range
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Sizes of the transformer and the tokenizer. `class_names` are in label order, `null_class` means "no class".
+    """Sizes of the transformer and the tokenizer. Raises ArtifactRefused.
 
-    `downsampling`: pixels per token side; `value_range`: what the decoder's output means, black to white;
-    `position_side`: side of the learned position table, in tokens.
+    class_names: in label order. null_class: the label that means "no class". downsampling: pixels per side of a token.
+    value_range: the decoder's output for black and for white. position_side: side of the learned position table, in
+    tokens.
     """
 
     depth: int
@@ -34,15 +35,16 @@ class ModelFacts:
         require_range("head_size", self.head_size, 1, 1024)
         require(self.width == self.heads * self.head_size, "width", self.width, "heads times head_size")
         require_range("classes", self.classes, 1, 2**20)
-        named = self.classes if self.class_names is None else len(self.class_names)
-        require(named == self.classes, "class_names of length", named, f"one name for each of {self.classes} classes")
+        names = self.class_names
+        named = names is None or len(names) == self.classes
+        require(named, "class_names", names, f"one name for each of {self.classes} classes")
         require_range("null_class", self.null_class, 0, self.classes)
         require_range("vocabulary", self.vocabulary, 1, 2**20)
         require_range("code_dim", self.code_dim, 1, 2**14)
         power_of_two = 1 <= self.downsampling <= 64 and self.downsampling & (self.downsampling - 1) == 0
         require(power_of_two, "downsampling", self.downsampling, "a power of two up to 64")
         low, high = self.value_range
-        require(-1e4 <= low < high <= 1e4, "value_range", self.value_range, "low < high, within ±10000")
+        require(-1e4 <= low < high <= 1e4, "value_range", self.value_range, "low < high, both from -10000 to 10000")
         require_range("position_side", self.position_side, 1, 1024)
 
     @classmethod

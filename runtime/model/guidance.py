@@ -14,11 +14,11 @@ RAMP_STEPS = 9  # the published ramp reaches the guidance scale at the tenth ste
 
 @dataclass(frozen=True)
 class Guidance:
-    """logits = cond + t · (cond − uncond), with t per scale.
+    """logits = cond + t · (cond − uncond), with a weight t for each scale. Raises InvalidInput.
 
-    rule "ramp" (published evaluation): t = scale · i / min(n − 1, 9) at scale i of n, and t = scale where a side is
-    above `max_side`; one scale alone has t = 0. rule "constant" (published demo): t = scale − 1 everywhere.
-    Where t is 0 at every scale (ramp 0, constant 1) guidance is off and a single batch is run. Raises InvalidInput.
+    rule "ramp" (published evaluation): t = scale · i / min(n − 1, 9) at scale i of n. t = scale where a side is above
+    `max_side`. A schedule of one scale has t = 0. rule "constant" (published demo): t = scale − 1 at every scale.
+    If t is 0 at every scale (ramp 0, constant 1), guidance is off and an image takes one sequence.
     """
 
     scale: float = 2.5
@@ -43,7 +43,7 @@ class Guidance:
         )
 
     def acts(self, schedule: ScaleSchedule) -> bool:
-        """Whether the weight of any scale differs from 0. Then an image takes two sequences."""
+        """Whether the weight of any scale is not 0. Then an image takes two sequences."""
         return any(t != 0 for t in self.weights(schedule))
 
     def to_json(self) -> dict[str, float | str | int]:

@@ -1,8 +1,8 @@
 """Random numbers as data: the draw of every token is a pure function of (seed, image, scale, position).
 
 Philox4x32-10 is a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
-ten rounds of integer arithmetic turn a 128-bit counter and a 64-bit key into 128 random bits. There is no state, so
-batch size, order of evaluation and machine cannot change a draw, and any image can be made again alone.
+ten rounds of integer arithmetic turn a 128-bit counter and a 64-bit key into 128 random bits. There is no state, so a
+draw does not depend on the batch, the order of evaluation or the machine, and any image can be generated again alone.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
 def draws(seed: int, image_index: int, scale: int, positions: int) -> NDArray[np.uint32]:
     """The 24-bit draws of one scale of one image: (positions,) uint32, each from 0 to 2**24 - 1.
 
-    key = the seed, low word first; counter = (position in the scale, scale index, image index low word, high word);
-    a draw is the upper 24 bits of the first output word. Raises InvalidInput for a number out of its range.
+    The key is the seed, low word first. The counter is (position in the scale, scale index, low word of the image
+    index, high word). A draw is the upper 24 bits of the first output word. Raises InvalidInput for a number out of its
+    range.
     """
     seed, image_index = check_seed(seed), check_index(image_index)
-    scale = check_whole("scale index", scale, 0, 2**32 - 1)
+    scale = check_whole("scale", scale, 0, 2**32 - 1)
     counter = np.empty((check_whole("positions", positions, 0, 2**32), 4), dtype=np.uint32)
     counter[:, 0] = np.arange(positions)
     counter[:, 1:] = scale, image_index & 0xFFFFFFFF, image_index >> 32

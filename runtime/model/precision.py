@@ -1,4 +1,4 @@
-"""The precisions of a bundle, and what each of its graphs computes in."""
+"""The precisions of bundles and graphs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Precision(StrEnum):
 
     @property
     def dtype(self) -> str:
-        """The dtype of keys and values, which is also what the step graph computes in."""
+        """The dtype of keys and values, in which the step graph computes."""
         return _DTYPES.get(self, "float32")
 
     @property

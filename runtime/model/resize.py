@@ -1,4 +1,4 @@
-"""Area and bicubic resizing as small matrices: linear, separable, the same on every backend."""
+"""Area and bicubic resizing as products with small matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CUBIC_A = -0.75
 
 @lru_cache(maxsize=4096)
 def area_matrix(inputs: int, outputs: int) -> NDArray[np.float32]:
-    """(outputs, inputs): adaptive average pooling; output i averages inputs floor(i·n/m) … ceil((i+1)·n/m) − 1."""
+    """Adaptive average pooling (m outputs, n inputs): output i averages inputs floor(i·n/m) … ceil((i+1)·n/m) − 1."""
     matrix = np.zeros((outputs, inputs), np.float64)
     for i in range(outputs):
         start, end = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
@@ -22,7 +22,7 @@ def area_matrix(inputs: int, outputs: int) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=4096)
 def bicubic_matrix(inputs: int, outputs: int) -> NDArray[np.float32]:
-    """(outputs, inputs): cubic convolution, a = −0.75, half-pixel centres, edges repeated, no antialias."""
+    """Cubic convolution (outputs, inputs): a = −0.75, half-pixel centres, edges repeated, no antialias."""
     matrix = np.zeros((outputs, inputs), np.float64)
     for i in range(outputs):
         centre = (i + 0.5) * inputs / outputs - 0.5
@@ -49,9 +49,9 @@ def _frozen(matrix: NDArray[np.float64]) -> NDArray[np.float32]:
 def resize(
     maps_BhwD: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Maps (B, h, w, D) to (B, h', w', D) by matrices (h', h) and (w', w).
+    """Maps (B, h, w, D) resized to (B, h', w', D) by the matrices (h', h) and (w', w).
 
-    Every image goes through products of the same shape, so its result does not depend on its batch.
+    The products of an image have the same shapes in any batch, so its result does not depend on the batch.
     """
     B, h, w, D = maps_BhwD.shape
     tall = np.matmul(rows, maps_BhwD.reshape(B, h, w * D)).reshape(B * len(rows), w, D)

@@ -2,22 +2,23 @@
 
 The rules, per row of V float32 logits:
 
-1. weight = floor(2**40 * exp(float64(l - max))), with l - max subtracted in float32 and exp as `_scaled_exp` has it.
-2. top-k keeps every logit >= the k-th largest, so ties at the threshold are kept and more than k may remain.
-3. top-p acts on what top-k left. S = the sum of its weights; in ascending order of (weight, index), so that the lower
-   index goes first among equal weights, tokens are dropped while their cumulative weight <= floor((1 - p) * S). The
-   last of that order, the top token, always stays.
-4. draw: r = floor(u * S') with S' the sum of what is left; the token is the first index whose cumulative weight,
-   in vocabulary order, exceeds r.
+1. weight = floor(2**40 * exp(float64(l - max))). l - max is subtracted in float32; exp is that of `_scaled_exp`.
+2. top-k keeps every logit >= the k-th largest. Ties at the threshold are kept, so more than k may remain.
+3. top-p acts on what top-k kept. S is the sum of its weights. In ascending order of (weight, index), tokens are dropped
+   while their cumulative weight <= floor((1 - p) * S). Among equal weights the lower index is dropped first. The last
+   of that order, the top token, always stays.
+4. draw: r = floor(u * S'), where S' is the sum of the weights that are left. The token is the first index whose
+   cumulative weight, in vocabulary order, exceeds r.
 
-Top-k 0 or >= V, top-p 0 and top-p 1 mean off. Why integers: their sum is the same in every order of summation, so
-equal logits give equal tokens on every backend, whether it adds up one by one, in SIMD lanes or in blocks. Libraries
-and processors disagree on the last bit of exp, so it is spelled out in additions and multiplications of IEEE doubles:
-these give the same bits everywhere, as long as no compiler fuses them.
+Top-k 0 or >= V, top-p 0 and top-p 1 mean off.
 
-Why no row is left without a token: the maximum has weight 2**40, hence S' >= 2**40; u <= 1 - 2**-25, so u * S' lies
-at least 2**15 below S', more than two float64 roundings of a number < 2**62 can move it; hence r < S'. The token
-drawn has a weight > 0, so -inf is never drawn.
+Why integers: their sum is the same in every order of summation, so equal logits give equal tokens on every backend.
+Libraries and processors disagree on the last bit of exp. So `_scaled_exp` uses only additions and multiplications of
+IEEE doubles, which give the same bits everywhere if no compiler fuses them.
+
+Why every row has a token: the maximum has weight 2**40, hence S' >= 2**40. u <= 1 - 2**-25, so u * S' is at least 2**15
+below S'. Two float64 roundings of a number < 2**62 move it by less, hence r < S'. The token drawn has a weight > 0, so
+-inf is never drawn.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import check_whole
+from ..checks import check_number, check_whole, invalid
 from ..errors import InvalidInput
 from .noise import DRAW_BITS, to_uniform
 
-# Square sides that the published implementation does not sample greedily (its condition, made visible)
+# The published implementation samples square scales of all other sides greedily
 UPSTREAM_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
 
 WEIGHT_BITS = 40
 _INDEX_BITS = 22  # (weight, index) packs into one int64: 2**40 << 22 | index < 2**63
-_ROWS_PER_BLOCK = 16  # keeps the working set in cache; results do not depend on it
+_ROWS_PER_BLOCK = 16  # small enough for the cache; results do not depend on it
 
-# The constants of exp. They stand in cuda/kernels.cu too, and both must have the same bits.
+# The constants of exp. cuda/kernels.cu has them too, with the same bits.
 _LOWEST = -28.0  # 2**40 * exp(-28) < 1: below it every weight is 0
 _LOG2_E = 1.4426950408889634
 _ROUND = 1.5 * 2.0**52  # added and subtracted: rounds to a whole number, ties to even
@@ -57,13 +58,12 @@ _SCALE = re.compile(rf"{_SIDE}(?:x{_SIDE})?")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from logits; defaults are those of the published evaluation.
+    """How tokens are drawn from logits. The defaults are those of the published evaluation. Raises InvalidInput.
 
-    top_k: how many tokens to keep, 0 for all. top_p: probability mass to keep, 0 or 1 for all.
-    greedy_scales: scales sampled with top_k = 1: "upstream" (the published rule), "none", or scales as text ("7,12x20")
-    or as a tuple of sides and (h, w) pairs; held as a sorted tuple of (h, w).
+    top_k: number of tokens to keep; 0 keeps all. top_p: probability mass to keep; 0 or 1 keeps all.
+    greedy_scales: scales that are sampled with top_k = 1. "upstream" is the published rule. Other values are "none",
+    text such as "7,12x20", or a tuple of sides and (h, w) pairs. The field then holds a sorted tuple of (h, w).
     max_side: the published rule is greedy at square scales above this side.
-    Raises InvalidInput.
     """
 
     top_k: int = 900
@@ -89,7 +89,7 @@ class Sampling:
 
     @property
     def filters(self) -> str:
-        """What limits the tokens kept, and so how long drawing takes: "top-k", "top-p", "top-k, top-p" or "none"."""
+        """The filters that are on, which decide how long drawing takes: "top-k, top-p", "top-k", "top-p" or "none"."""
         on = [name for name, acts in (("top-k", self.top_k > 0), ("top-p", 0 < self.top_p < 1)) if acts]
         return ", ".join(on) or "none"
 
@@ -105,7 +105,7 @@ class Sampling:
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or not set(values) <= set(known):
             expected = f"an object with no other keys than {', '.join(known)}"
-            raise InvalidInput(f"sampling options {values!r}", expected=expected, fix="remove what is not listed")
+            raise invalid(f"sampling is {values!r:.200}", expected, "Remove the other keys.")
         return cls(**values)
 
 
@@ -114,7 +114,7 @@ def _scale_text(h: int, w: int) -> str:
 
 
 def _parse_greedy(value: Any) -> str | tuple[tuple[int, int], ...]:
-    """Text or tuple of scales -> sorted (h, w) pairs; "upstream" and "none" as they are; no scale at all is "none"."""
+    """The field that `Sampling.greedy_scales` describes; "none" for an empty tuple. Raises InvalidInput."""
     if isinstance(value, str) and value in ("upstream", "none"):
         return value
     matches = [_SCALE.fullmatch(part.strip()) for part in value.split(",")] if isinstance(value, str) else []
@@ -125,11 +125,8 @@ def _parse_greedy(value: Any) -> str | tuple[tuple[int, int], ...]:
     else:
         pairs = [()]
     if any(len(pair) != 2 for pair in pairs):
-        raise InvalidInput(
-            f"greedy_scales {value!r}",
-            expected='"upstream", "none" or scales such as "7,9" or "7,12x20"',
-            fix="separate scales with commas; one number is a square, HxW is height and width",
-        )
+        fix = "Separate scales with commas: 7 is a square, 12x20 is height and width."
+        raise invalid(f"greedy_scales is {value!r:.100}", '"upstream", "none" or scales such as "7,12x20"', fix)
     return tuple(sorted({(_check_side(h), _check_side(w)) for h, w in pairs})) or "none"
 
 
@@ -138,27 +135,21 @@ def _check_side(side: Any) -> int:
 
 
 def _check_top_k(value: Any) -> int:
-    """A whole number; a float that is one (a row of a table of options) is taken too."""
+    """top_k as an int. A float that is a whole number is allowed."""
     whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
     return check_whole("top_k", int(value) if whole else value, 0)
 
 
 def _check_top_p(value: Any) -> float:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if number and 0 <= value <= 1:  # NaN compares false
-        return float(value)
-    raise InvalidInput(
-        f"top_p {value!r}" + ("" if number else f" ({type(value).__name__})"),
-        expected="a number from 0 to 1",
-        fix="pass the probability mass to keep, such as 0.95; 0 or 1 keeps all",
-    )
+    return check_number("top_p", value, 0, 1, "Pass the probability mass to keep, such as 0.95.")
 
 
 def probabilities(logits: ArrayLike, top_k: int, top_p: float) -> NDArray[np.float64]:
-    """The distribution sampled from: integer weight over their sum for what top-k and top-p keep, 0 for the rest.
+    """The distribution that `sample` draws from.
 
-    logits: (..., V) float32; other number types are rounded to float32 first. Returns (..., V) float64, > 0 exactly for
-    the tokens that can be drawn. Raises InvalidInput for options out of range and rows with NaN, +inf or only -inf.
+    logits: (..., V) float32; other number types are rounded to float32 first. Returns (..., V) float64: the weight of
+    each token over the sum of the weights that are kept, and 0 for tokens that cannot be drawn. Raises InvalidInput for
+    options out of range, and for rows with NaN, +inf or only -inf.
     """
     logits_RV, shape = _as_rows(logits)
     out_RV = np.empty(logits_RV.shape, dtype=np.float64)
@@ -170,21 +161,21 @@ def probabilities(logits: ArrayLike, top_k: int, top_p: float) -> NDArray[np.flo
 
 
 def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> NDArray[np.int32]:
-    """One token per row.
+    """One token for each row.
 
-    logits: (rows, V) float32; draws: (rows,) 24-bit integers, as `noise.draws` gives. Returns (rows,) int32. The token
-    of a row depends on that row and its draw only. Raises InvalidInput as `probabilities` does, and for bad draws.
+    logits: (rows, V) float32. draws: (rows,) 24-bit integers from `noise.draws`. Returns (rows,) int32. The token of a
+    row depends only on that row and its draw. Raises InvalidInput as `probabilities` does, and for draws out of range.
     """
     logits_RV, shape = _as_rows(logits)
     draws_R = np.asarray(draws)
     fits = len(shape) == 2 and draws_R.shape == shape[:1] and draws_R.dtype.kind in "iu"
     low, high = (draws_R.min(), draws_R.max()) if fits and draws_R.size else (0, 0)
     if not fits or low < 0 or high >= 2**DRAW_BITS:
-        span = f" from {low} to {high}" if fits else ""
-        raise InvalidInput(
-            f"logits of shape {shape} and {draws_R.dtype} draws of shape {draws_R.shape}{span}",
-            expected=f"logits (rows, V) and as many integer draws, each from 0 to 2**{DRAW_BITS} - 1",
-            fix="pass one draw of flexvar_runtime.noise.draws for each row",
+        span = f", from {low} to {high}," if fits else ""
+        raise invalid(
+            f"draws for logits {shape} has shape {draws_R.shape} and dtype {draws_R.dtype}{span}",
+            f"one integer from 0 to 2**{DRAW_BITS} - 1 for each row of logits (rows, V)",
+            "Pass the draws of flexvar_runtime.model.noise.draws.",
         )
     tokens_R = np.empty(shape[0], dtype=np.int32)
     for block, columns, weights in _kept(logits_RV, _check_top_k(top_k), _check_top_p(top_p)):
@@ -198,12 +189,12 @@ def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> 
 def _as_rows(logits: ArrayLike) -> tuple[NDArray[np.float32], tuple[int, ...]]:
     array = np.asarray(logits)
     if array.ndim == 0 or array.dtype.kind not in "fiu" or not 0 < array.shape[-1] < 2**_INDEX_BITS:
-        raise InvalidInput(
-            f"logits of shape {array.shape}, {array.dtype}",
-            expected=f"real numbers of shape (..., V), V from 1 to 2**{_INDEX_BITS} - 1",
-            fix="pass float32 logits with the vocabulary as last axis",
+        raise invalid(
+            f"logits has shape {array.shape} and dtype {array.dtype}",
+            f"real numbers of shape (..., V), with V from 1 to 2**{_INDEX_BITS} - 1",
+            "Pass float32 logits with the vocabulary as the last axis.",
         )
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which `_kept` judges
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which `_kept` refuses
         array = np.ascontiguousarray(array, dtype=np.float32)
     return array.reshape(math.prod(array.shape[:-1]), array.shape[-1]), array.shape
 
@@ -212,19 +203,20 @@ _Kept = tuple[slice, NDArray[np.int64], NDArray[np.int64]]
 
 
 def _kept(logits_RV: NDArray[np.float32], top_k: int, top_p: float) -> Iterator[_Kept]:
-    """For each block of rows: (its slice, vocabulary indices (rows, N) ascending, weights (rows, N) after top-p).
+    """For each block of rows: its slice, ascending vocabulary indices (rows, N), and weights (rows, N) after top-p.
 
-    N is the largest count top-k left in the block; shorter rows are padded with index V and weight 0.
+    N is the largest number of tokens that top-k keeps in a row of the block. Shorter rows are padded with index V and
+    weight 0.
     """
     for start in range(0, len(logits_RV), _ROWS_PER_BLOCK):
         block = slice(start, start + _ROWS_PER_BLOCK)
         top_R1 = logits_RV[block].max(axis=1, keepdims=True)
-        bad = np.flatnonzero(~np.isfinite(top_R1))  # the maximum is NaN, +inf or -inf exactly for the rows refused
+        bad = np.flatnonzero(~np.isfinite(top_R1))  # NaN, +inf, or -inf alone
         if bad.size:
             raise InvalidInput(
-                f"a maximum of {top_R1[bad[0], 0]} in row {start + bad[0]} of the logits",
+                f"The maximum of row {start + bad[0]} of the logits is {top_R1[bad[0], 0]}, but it must be finite.",
                 expected="no NaN, no +inf and at least one finite logit in every row",
-                fix="look for overflow upstream: try a bundle exported in bf16 or fp32",
+                fix="Look for an overflow in the model: try a bundle exported in bf16 or fp32.",
             )
         columns, logits_RN = _top_k(logits_RV[block], top_R1, top_k)
         with np.errstate(over="ignore", under="ignore"):  # a difference beyond float32 is -inf: weight 0
@@ -233,10 +225,11 @@ def _kept(logits_RV: NDArray[np.float32], top_k: int, top_p: float) -> Iterator[
 
 
 def _scaled_exp(differences: NDArray[np.float32]) -> NDArray[np.float64]:
-    """2**40 * exp(x) of every x <= 0, by additions and multiplications only; below -28 and for -inf that of -28.
+    """2**40 * exp(x) of every x <= 0, by additions and multiplications only. x below -28 counts as -28.
 
-    exp(x) = 2**k * exp(r), with k the whole number nearest to x / ln 2, r = x - k * ln 2 in two steps, and exp(r) =
-    1 + (r + r * r * (1/2! + r/3! + ... + r**11/13!)) by Horner's rule. Within 1 ulp of the exact value; exact at 0.
+    exp(x) = 2**k * exp(r). k is the whole number nearest to x / ln 2, and r = x - k * ln 2 is computed in two steps.
+    exp(r) = 1 + (r + r * r * (1/2! + r/3! + ... + r**11/13!)) by Horner's rule. The result is within 1 ulp of the exact
+    value, and exact at 0.
     """
     flat = np.ascontiguousarray(differences).reshape(-1)
     scaled = np.empty(flat.shape)
@@ -270,7 +263,7 @@ def _scaled_exp(differences: NDArray[np.float32]) -> NDArray[np.float64]:
 def _top_k(
     logits_RV: NDArray[np.float32], top_R1: NDArray[np.float32], top_k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Compacts each row to the logits >= its k-th largest, in vocabulary order; pads with index V, logit -inf."""
+    """Vocabulary indices and logits of each row that are >= its k-th largest, padded with index V and logit -inf."""
     rows, V = logits_RV.shape
     if top_k == 0 or top_k >= V:
         return np.broadcast_to(np.arange(V), (rows, V)), logits_RV
@@ -287,7 +280,7 @@ def _top_k(
 
 
 def _top_p(columns: NDArray[np.int64], weights: NDArray[np.int64], top_p: float) -> NDArray[np.int64]:
-    """The weights with those of dropped tokens set to 0."""
+    """The weights, with 0 for the tokens that top-p drops."""
     keys = weights << _INDEX_BITS | columns  # one integer orders by (weight, index)
     ascending = np.sort(keys, axis=1)
     cumulative = np.cumsum(ascending >> _INDEX_BITS, axis=1)

@@ -11,8 +11,9 @@ from typing import TypeAlias
 from ..checks import check_whole
 from ..errors import InvalidInput
 
-MAX_SIDE = 128  # tokens; position tables are defined for any side, beyond this a request is surely a mistake
+MAX_SIDE = 128  # tokens; the model has no limit, but a larger side is surely a mistake
 MAX_SCALES = 64
+_FORM = "Write the schedule like 1_2_4_8_16 or 1_2_3x5_12x20."
 _SCALE = re.compile(r"([0-9]{1,6})(?:x([0-9]{1,6}))?")
 
 PUBLISHED = {
@@ -23,49 +24,38 @@ PUBLISHED = {
     "13": "1_2_3_4_5_6_7_8_9_10_12_14_16",
     "512px": "1_2_3_4_5_6_7_8_9_10_12_14_16_23_32",
 }
-"""The schedules of the published evaluation, by number of steps at 256 px, and the one for 512 px."""
+"""The schedules of the published evaluation: by number of steps for 256 px, and the one for 512 px."""
 
 ScheduleLike: TypeAlias = "ScaleSchedule | str | Iterable[int | tuple[int, int]]"
 
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """(h, w) of every scale, in tokens. The first is 1 × 1; the last is the image.
-
-    Raises InvalidInput.
-    """
+    """(h, w) of every scale, in tokens. The first is 1 × 1, the last is the image. Raises InvalidInput."""
 
     scales: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", _pairs(self.scales))
         if not 1 <= len(self.scales) <= MAX_SCALES:
-            raise self._refusal(f"{len(self.scales)} scales", f"1 to {MAX_SCALES} scales")
+            raise _refusal(f"has {len(self.scales)} scales, but it must have", f"1 to {MAX_SCALES} scales")
         for h, w in self.scales:
             if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
-                raise self._refusal(f"a scale of {h}x{w}", f"sides from 1 to {MAX_SIDE} tokens")
+                raise _refusal(f"has a scale of {h}x{w}, but it must have", f"sides from 1 to {MAX_SIDE} tokens")
         if self.scales[0] != (1, 1):
-            raise self._refusal(f"first scale {_text(self.scales[0])}", "1 as the first scale")
-
-    def _refusal(self, got: str, expected: str) -> InvalidInput:
-        return InvalidInput(
-            f"a schedule with {got}", expected=expected, fix="write it like 1_2_4_8_16 or 1_2_3x5_12x20"
-        )
+            raise _refusal(f"begins with {_text(self.scales[0])}, but it must have", "1 as the first scale")
 
     @classmethod
     def parse(cls, value: ScheduleLike) -> ScaleSchedule:
-        """From text ("1_2_3x5_12x20"), sides and pairs ([1, 2, (3, 5)]), a published name ("512px"), or itself."""
+        """A schedule from text ("1_2_3x5_12x20"), sides and pairs ([1, 2, (3, 5)]), a published name ("512px") or a
+        schedule. Raises InvalidInput."""
         if isinstance(value, ScaleSchedule):
             return value
         if isinstance(value, str):
             value = PUBLISHED.get(value, value) if value.endswith("px") else value
             matches = [_SCALE.fullmatch(part) for part in value.split("_")]
             if not all(matches):
-                raise InvalidInput(
-                    f"schedule {value[:100]!r}",
-                    expected="sides joined by _",
-                    fix="write it like 1_2_4_8_16 or 1_2_3x5_12x20",
-                )
+                raise _refusal(f"is {value!r:.100}, but it must be", "sides joined by _")
             return cls(tuple((int(m[1]), int(m[2] or m[1])) for m in matches if m))
         return cls(_pairs(value))
 
@@ -83,12 +73,13 @@ class ScaleSchedule:
 
     @classmethod
     def for_size(cls, size: tuple[int, int], steps: int, trained_side: int = 16) -> ScaleSchedule:
-        """`steps` scales up to `size`, (h, w) in tokens.
+        """A schedule of at most `steps` scales up to `size`, (h, w) in tokens. Raises InvalidInput.
 
-        The rule: a side is the square root of h · w. Up to `trained_side` the scales are those of the published
-        schedule of so many steps, or grow geometrically where there is none, in proportion to the target; beyond it
-        each is √2 times the one before, as many as are needed. So 15 steps to 32×32 are the published 512 px: its 13
-        steps to 16, then 23 and 32. Small targets have fewer scales, for all differ. Raises InvalidInput.
+        Let the side of a scale be the square root of h · w. Up to `trained_side` the scales are those of the published
+        schedule with that number of steps. If there is none, they grow geometrically. All have the proportions of the
+        target. Beyond `trained_side` each scale is √2 times the one before, with as many scales as that needs. So 15
+        steps to 32×32 are the published 512 px schedule: 13 steps to 16, then 23 and 32. Small targets have fewer
+        scales, because all scales differ.
         """
         h, w = size
         last = cls(((1, 1), (h, w)))[-1]
@@ -97,9 +88,9 @@ class ScaleSchedule:
         beyond = max(0, math.ceil(2 * math.log2(side / trained_side) - 1e-9))
         if steps <= beyond:
             raise InvalidInput(
-                f"{steps} steps to {h}x{w} tokens",
+                f"steps is {steps}, but {h}x{w} tokens need at least {beyond + 1} steps.",
                 expected=f"at least {beyond + 1}",
-                fix="take more, or a smaller size",
+                fix="Use more steps, or a smaller size.",
             )
         reached = min(side, trained_side)
         sides = [base * reached / 16 for base in _base(steps - beyond)]
@@ -109,40 +100,46 @@ class ScaleSchedule:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all scales together."""
+        """Number of tokens of all scales."""
         return sum(h * w for h, w in self.scales)
 
     @property
     def largest(self) -> int:
-        """Tokens of the largest scale."""
+        """Number of tokens of the largest scale."""
         return max(h * w for h, w in self.scales)
 
 
 def _base(steps: int) -> list[int]:
-    """Sides of a square schedule to 16: the published one of so many steps, else a geometric one without repeats."""
+    """Sides of a square schedule up to 16: the published one with that number of steps, or a geometric one."""
     published = PUBLISHED.get(str(steps))
     if published is not None:
         return [int(side) for side in published.split("_")]
     if steps == 1:
         return [16]
     if steps > 16:
-        raise InvalidInput(f"{steps} steps up to the trained size", expected="at most 16", fix="take fewer steps")
+        raise InvalidInput(
+            f"steps gives {steps} scales up to the trained size, but there can be at most 16.",
+            expected="at most 16",
+            fix="Use fewer steps.",
+        )
     sides = [1]
     for i in range(1, steps):
-        left = steps - 1 - i  # each of them needs a side of its own
+        left = steps - 1 - i  # scales still to come, each with a side of its own
         sides.append(min(16 - left, max(sides[-1] + 1, round(16 ** (i / (steps - 1))))))
     return sides
 
 
+def _refusal(problem: str, expected: str) -> InvalidInput:
+    return InvalidInput(f"schedule {problem} {expected}.", expected=expected, fix=_FORM)
+
+
 def _pairs(value: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Sides and pairs to (h, w) pairs. Raises InvalidInput for anything else."""
+    """(h, w) pairs of sides and pairs. Raises InvalidInput for anything else."""
     try:
         pairs = [side if isinstance(side, tuple | list) else (side, side) for side in value]
         return tuple((_whole(h), _whole(w)) for h, w in pairs)
     except (TypeError, ValueError) as error:
-        raise InvalidInput(
-            f"schedule {value!r:.100}", expected="text, or sides and (h, w) pairs", fix="write it like [1, 2, (3, 5)]"
-        ) from error
+        raise _refusal(f"is {value!r:.100}, but it must be", "text, or sides and (h, w) pairs") from error
 
 
 def _whole(value: object) -> int:

@@ -1,12 +1,12 @@
-"""The graphs of a bundle and their tensors, declared once: export, manifest, backends and checks derive from here.
+"""The graphs of a bundle and their tensors. Export, manifest and backends take them from here.
 
-Axes: labels M, sequences N (2B under guidance), images B, new tokens L, past tokens P, height × width of a token map;
-`height_x16` is 16 times `height`: a side of the image. `prefill` takes all given scales at once; `scale` says to which
-of them a token belongs, and it attends to those of its own and of smaller scales.
+Axes: labels M, sequences N (2B with guidance), images B, new tokens L, past tokens P, height × width of a token map.
+`height_x16` is 16 times `height`: a side of the image. `prefill` takes all given scales at once. Its input `scale` has
+the scale of every token; a token attends to the tokens of its own scale and of the scales before.
 
-What `condition` computes goes to the inputs of the same names in `step` and `prefill`: the modulation of every block
-and of the head, one tensor (N, 1, C) for each part, so that no graph has to slice it. In bundles of schema version 1
-the parts of all blocks are one tensor, and those of the head another.
+The outputs of `condition` are inputs of the same names in `step` and `prefill`: the modulation of every block and of
+the head. Each part is one tensor (N, 1, C), so that no graph has to slice it. In bundles of schema version 1 the parts
+of all blocks are one tensor, and those of the head another.
 """
 
 from __future__ import annotations
@@ -21,38 +21,37 @@ JOINED_MODULATION = (1,)  # schema versions whose graphs pass the modulation of 
 CONDITION, STEP, DECODE, ENCODE = REQUIRED = ("condition", "step", "decode", "encode")
 PREFILL = "prefill"
 GRAPHS = (*REQUIRED, PREFILL)
-"""`prefill` only makes given scales faster: what lacks it runs `step` over them."""
+"""`prefill` only makes given scales faster. Without it `step` runs over them."""
 WEIGHTS_OF = {PREFILL: STEP}
-"""Graphs that take their weights from another's file."""
+"""Graphs that use the weight file of another graph."""
 TABLES_FILE = "tables.npz"
-DEVICE_LABELS = 16  # labels in every run of the condition graph on a device; engines are built for it
+DEVICE_LABELS = 16  # labels in every run of the condition graph on a GPU; engines are built for this number
 OPSET = 23
-"""Version of the ONNX operators in every graph: the first with Attention; every runtime in use takes it."""
+"""Version of the ONNX operators in every graph: the first with Attention."""
 MODULATION = ("gamma1", "gamma2", "scale1", "scale2", "shift1", "shift2")
-"""Parts of a block's modulation, 1 of its attention and 2 of its MLP, in the order in which a checkpoint has them."""
+"""Parts of a block's modulation, in the order of a checkpoint. 1 is of the attention, 2 of the MLP."""
 HEAD_MODULATION = ("head_scale", "head_shift")
 
 
 def past_names(depth: int) -> tuple[str, ...]:
-    """Inputs of `step` that hold the past: keys of every block, then values of every block."""
+    """Inputs of `step` with the past: keys of every block, then values of every block."""
     return tuple(f"past_{part}_{i}" for part in "kv" for i in range(depth))
 
 
 def new_names(depth: int) -> tuple[str, ...]:
-    """Outputs of `step` that go to the tail of the same buffers, in the order of `past_names`."""
+    """Outputs of `step` with the new keys and values, in the order of `past_names`."""
     return tuple(f"new_{part}_{i}" for part in "kv" for i in range(depth))
 
 
 def modulation_names(depth: int) -> tuple[str, ...]:
-    """Outputs of `condition` and inputs of `step`: each part of every block, part by part."""
+    """Outputs of `condition` and inputs of `step`: the first part of every block, then the second, and so on."""
     return tuple(f"{part}_{i}" for part in MODULATION for i in range(depth))
 
 
 def graph_specs(model: ModelFacts, precision: str, schema_version: int = SCHEMA_VERSION) -> dict[str, GraphSpec]:
-    """Inputs and outputs of every graph of a model at a precision, as bundles of a
-    schema version have them.
+    """Inputs and outputs of every graph of a model at a precision, in bundles of a schema version.
 
-    Only keys and values travel in half precision; everything else that crosses a graph's border is float32 or int32.
+    Only keys and values can be in half precision. All other inputs and outputs are float32 or int32.
     """
     C, D, V, depth = model.width, model.code_dim, model.vocabulary, model.depth
     kv = Precision(precision).dtype
@@ -68,8 +67,8 @@ def graph_specs(model: ModelFacts, precision: str, schema_version: int = SCHEMA_
         return TensorSpec(name=name, dtype=kv, axes=(tokens, "sequences", model.heads, model.head_size))
 
     def modulation(axis: str, keys_only: bool = False) -> tuple[TensorSpec, ...]:
-        """keys_only: for `prefill`. Of the last block only scale1 and shift1 stay, which its keys and values depend on.
-        With a single block all parts stay, because each part needs at least one tensor."""
+        """keys_only: for `prefill`, which computes keys and values only. They need scale1 and shift1 of the last block,
+        not its other parts. A single block has all parts, because each part needs at least one tensor."""
         if schema_version in JOINED_MODULATION:
             return (f32("modulation", axis, depth, 6, C),)
         last = f"_{depth - 1}" if keys_only and depth > 1 else "none"

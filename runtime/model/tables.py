@@ -1,4 +1,4 @@
-"""The host's share of the model: codebook, position table and input bias, and what is computed from them."""
+"""The parts of the model that run outside the graphs: codebook, position table and input bias."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from .resize import area_matrix, bicubic_matrix, resize
 
 Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int32]
+_EXPORT_AGAIN = "Export the bundle again."
 
 
 @dataclass(frozen=True)
 class Tables:
-    """codebook (V, D), l2-normalised rows; position_table (C, S, S); input_bias (C,) of the code embedding; float32."""
+    """Tables of a model, all float32.
+
+    codebook (V, D) with l2-normalised rows. position_table (C, S, S). input_bias (C,) of the code embedding."""
 
     codebook: Float32
     position_table: Float32
@@ -27,7 +30,7 @@ class Tables:
 
     @classmethod
     def load(cls, path: Path, model: ModelFacts) -> Tables:
-        """Read `tables.npz` of a checked bundle. Raises ArtifactRefused where it does not fit the model."""
+        """Read `tables.npz` of a checked bundle. Raises ArtifactRefused if it does not fit the model."""
         shapes = {
             "codebook": (model.vocabulary, model.code_dim),
             "position_table": (model.width, model.position_side, model.position_side),
@@ -37,31 +40,32 @@ class Tables:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise ArtifactRefused(
-                f"{path.name} ({error})", expected="arrays in npz form", fix="export again"
-            ) from error
+            problem = f"{path.name} cannot be read ({error})."
+            raise ArtifactRefused(problem, expected="arrays in npz form", fix=_EXPORT_AGAIN) from error
         got = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
         if got != {name: ("float32", shape) for name, shape in shapes.items()}:
-            raise ArtifactRefused(f"{path.name} with {got}", expected=f"float32 arrays {shapes}", fix="export again")
+            expected = f"float32 arrays {shapes}"
+            problem = f"{path.name} holds {got}, but it must hold {expected}."
+            raise ArtifactRefused(problem, expected=expected, fix=_EXPORT_AGAIN)
         return cls(**arrays)
 
     def save(self, path: Path) -> None:
         np.savez(path, codebook=self.codebook, position_table=self.position_table, input_bias=self.input_bias)
 
     def positions(self, h: int, w: int) -> Float32:
-        """Position embedding (h·w, C): the table resized by adaptive average pooling, above its side too."""
+        """Position embedding (h·w, C): the table resized by adaptive average pooling, also to larger sizes."""
         side = self.position_table.shape[1]
         table = self.position_table.transpose(1, 2, 0)[None]
         resized: Float32 = resize(np.ascontiguousarray(table), area_matrix(side, h), area_matrix(side, w))
         return resized.reshape(h * w, -1)
 
     def offset(self, h: int, w: int) -> Float32:
-        """What is added to the embedded codes of a scale after the first: positions + bias, (h·w, C)."""
+        """Positions + bias (h·w, C), which is added to the embedded codes of every scale but the first."""
         offset: Float32 = self.positions(h, w) + self.input_bias
         return offset
 
     def next_codes(self, tokens_Bhw: Tokens, size: tuple[int, int]) -> Float32:
-        """Codes (B, h'·w', D) fed to scale `size`: the codes of the scale before, resized bicubically."""
+        """Codes (B, h'·w', D) that are the input of scale `size`: those of the scale before, resized bicubically."""
         B, h, w = tokens_Bhw.shape
         codes = self.codebook[tokens_Bhw]
         resized = resize(codes, bicubic_matrix(h, size[0]), bicubic_matrix(w, size[1]))
@@ -70,7 +74,8 @@ class Tables:
     def quantize(self, latent_BDhw: Float32, size: tuple[int, int], kept_Bhw: Float32 | None = None) -> Tokens:
         """Tokens (B, *size) of a latent: area resize, then l2-normalise, then the nearest code.
 
-        kept_Bhw: weights 0 … 1 of the latent's cells; the mean is then over what is kept, and plain where nothing is.
+        kept_Bhw: weights of the latent's cells, from 0 to 1. With them the resize is a weighted mean. Where all weights
+        are 0 it is the plain mean.
         """
         maps = np.ascontiguousarray(latent_BDhw.transpose(0, 2, 3, 1))
         rows, columns = area_matrix(maps.shape[1], size[0]), area_matrix(maps.shape[2], size[1])

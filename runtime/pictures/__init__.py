@@ -1,1 +1,1 @@
-"""Pictures: reading them, writing them, and the one rule that rounds pixels."""
+"""Pictures: reading and writing them, and the conversion to and from pixels."""

@@ -1,4 +1,4 @@
-"""Any picture a user has, as 8-bit RGB and its opacity: orientation, depth and colour model made one."""
+"""Reading of pictures and masks: every format becomes 8-bit RGB and an opacity."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..checks import invalid
 from ..errors import InvalidInput
 
 Pixels = NDArray[np.uint8]
 PictureLike: TypeAlias = "Image.Image | NDArray[Any] | str | os.PathLike[str]"
 
-MOST_PIXELS = 2**27  # 11,585 a side; beyond, a picture is refused before its pixels are read
+MOST_PIXELS = 2**27  # a square of 11,585; larger pictures are refused before their pixels are read
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
 class Photo:
-    """pixels (H, W, 3) uint8; opacity (H, W) uint8 where the picture has any, 0 for transparent."""
+    """pixels (H, W, 3) uint8. opacity (H, W) uint8, 0 for transparent; None if every pixel is opaque."""
 
     pixels: Pixels
     opacity: Pixels | None = None
@@ -36,7 +37,7 @@ class Photo:
 
     @property
     def sha256(self) -> str:
-        """Of what is seen: the same whatever file it came in."""
+        """Hash of pixels and opacity. It does not depend on the format of the file."""
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         digest.update(np.ascontiguousarray(self.pixels).tobytes())
         if self.opacity is not None:
@@ -45,22 +46,22 @@ class Photo:
 
 
 def read_photo(picture: PictureLike) -> Photo:
-    """A file, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) uint8.
+    """The picture in a file, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) uint8.
 
-    Rotated as its EXIF data says, 16 bits brought to 8, CMYK and palettes to RGB; what is transparent is laid over
-    white. Raises InvalidInput.
+    It is rotated as its EXIF data says. 16 bits a channel become 8. Every colour model becomes RGB. Transparent parts
+    are laid over white. Raises InvalidInput.
     """
     if isinstance(picture, str | os.PathLike):
         return _read_file(Path(picture))
     if isinstance(picture, Image.Image):
-        return _normalised(picture, "the picture")
+        return _normalised(picture, "The picture")
     return _of_array(np.asarray(picture))
 
 
 def read_mask(mask: PictureLike) -> Pixels:
-    """A mask (H, W) uint8 from a file, a PIL image or an array (H, W): white, or true, is what is to be made anew.
+    """A mask (H, W) uint8 from a file, a PIL image or an array. White (or true) marks the part to repaint.
 
-    Colours become grey; of a picture with transparency, white stays white only where it is opaque. Raises InvalidInput.
+    Colours become grey. In a picture with transparency, white counts only where it is opaque. Raises InvalidInput.
     """
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype == np.bool_:
         return mask.astype(np.uint8) * np.uint8(255)
@@ -78,30 +79,35 @@ def _read_file(path: Path) -> Photo:
             with Image.open(path) as image:
                 return _normalised(image, path.name)
     except FileNotFoundError as error:
-        raise InvalidInput(f"no file {path}", expected="a picture", fix="check the path") from error
+        raise InvalidInput(f"There is no file {path}.", expected="a picture", fix="Check the path.") from error
     except Image.DecompressionBombError as error:
         raise _too_large(path.name) from error
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise InvalidInput(
-            f"{path} ({error})", expected="a readable picture: PNG, JPEG, WebP …", fix="save it again as PNG"
+            f"{path} cannot be read as a picture ({error}).",
+            expected="a readable picture: PNG, JPEG, WebP …",
+            fix="Save it again as PNG.",
         ) from error
 
 
-def _too_large(what: str) -> InvalidInput:
-    return InvalidInput(what, expected=f"at most {MOST_PIXELS:,} pixels", fix="make it smaller first")
+def _too_large(name: str) -> InvalidInput:
+    limit = f"{MOST_PIXELS:,} pixels"
+    return InvalidInput(f"{name} has more than {limit}.", expected=f"at most {limit}", fix="Make the picture smaller.")
+
+
+def _too_deep(name: str, pixels: str) -> InvalidInput:
+    return invalid(f"{name} has {pixels}", "a picture of 8 or 16 bits a channel", "Convert it to 8 bits.")
 
 
 def _normalised(image: Image.Image, name: str) -> Photo:
     width, height = image.size
     if width * height > MOST_PIXELS:
-        raise _too_large(f"{name} of {width}x{height} pixels")
+        raise _too_large(name)
     turned = ImageOps.exif_transpose(image)
     if turned.mode in _SIXTEEN_BITS or turned.mode == "I":
         return Photo(_eight_bits(np.asarray(turned), name))
     if turned.mode == "F":
-        raise InvalidInput(
-            f"{name} with floating-point pixels", expected="8 or 16 bits a channel", fix="convert it to 8 bits first"
-        )
+        raise _too_deep(name, "floating-point pixels")
     if turned.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in turned.info:
         rgba = np.asarray(turned.convert("RGBA"))
         return _over_white(rgba)
@@ -109,7 +115,7 @@ def _normalised(image: Image.Image, name: str) -> Photo:
 
 
 def _over_white(rgba_HW4: Pixels) -> Photo:
-    """Laid over white; fully opaque pictures have no opacity."""
+    """The picture laid over white, with its opacity."""
     opacity = np.ascontiguousarray(rgba_HW4[..., 3])
     if (opacity == 255).all():
         return Photo(np.ascontiguousarray(rgba_HW4[..., :3]))
@@ -119,20 +125,17 @@ def _over_white(rgba_HW4: Pixels) -> Photo:
 
 
 def _eight_bits(grey: NDArray[np.generic], name: str) -> Pixels:
-    """16 bits a pixel to 8, three times."""
+    """8-bit RGB of 16-bit grey."""
     values = grey.astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise InvalidInput(f"{name} with 32 bits a pixel", expected="8 or 16 bits", fix="convert it to 8 bits first")
+        raise _too_deep(name, "32 bits a channel")
     return np.repeat(((values * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _of_array(array: NDArray[np.generic]) -> Photo:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
-        raise InvalidInput(
-            f"a picture of shape {array.shape} {array.dtype}",
-            expected="(H, W), (H, W, 3) or (H, W, 4) uint8",
-            fix="convert it first",
-        )
+        problem = f"The picture has shape {array.shape} and dtype {array.dtype}"
+        raise invalid(problem, "(H, W), (H, W, 3) or (H, W, 4) uint8", "Convert the array.")
     pixels = np.ascontiguousarray(array.reshape(*array.shape[:2], channels)).astype(np.uint8)
     return _over_white(pixels) if channels == 4 else Photo(np.repeat(pixels, 3 // channels, axis=2))

@@ -1,4 +1,4 @@
-"""The rule that turns the decoder's output into pixels, and pixels into the encoder's input."""
+"""Pixels from the decoder's output, and the encoder's input from pixels."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ..errors import ArtifactRefused, InvalidInput
+from ..checks import invalid
+from ..errors import ArtifactRefused
 
 
 def to_uint8(decoded_BCHW: NDArray[np.float32], value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.uint8]:
-    """Decoder output (B, 3, H, W) to pixels (B, H, W, 3).
+    """Pixels (B, H, W, 3) of the decoder's output (B, 3, H, W).
 
-    The published rule for −1…1: x · 127.5 + 127.5 + 0.5, clamped to 0…255, truncated. Rounding moves FID, so it is
-    here and nowhere else.
+    The published rule for −1…1: x · 127.5 + 127.5 + 0.5, clamped to 0…255, truncated. Rounding changes FID, so no other
+    code rounds pixels.
     """
     low, high = value_range
     gain = np.float32(255 / (high - low))
@@ -40,23 +41,24 @@ def require_finite(decoded_BCHW: NDArray[np.float32]) -> None:
 
 
 def from_uint8(images_BHWC: NDArray[np.uint8], value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.float32]:
-    """Pixels (B, H, W, 3) to what the encoder takes, (B, 3, H, W)."""
+    """The encoder's input (B, 3, H, W) of pixels (B, H, W, 3)."""
     low, high = value_range
     scaled = images_BHWC.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
 def check_images(image: Image.Image | ArrayLike, factor: int) -> NDArray[np.uint8]:
-    """An image, or images (B, H, W, 3) uint8, as a batch. Raises InvalidInput unless sides are multiples of
-    `factor`."""
+    """One image or a batch of images as an array (B, H, W, 3) uint8.
+
+    Raises InvalidInput for other arrays, and for sides that are not multiples of `factor`.
+    """
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     colour = pixels.ndim == 4 and pixels.shape[3] == 3 and pixels.dtype == np.uint8 and len(pixels) > 0
     if not colour or any(side < factor or side % factor for side in pixels.shape[1:3]):
-        expected = f"(B, H, W, 3) uint8 with sides in multiples of {factor}"
-        raise InvalidInput(
-            f"image has shape {pixels.shape} and dtype {pixels.dtype}, but it must be {expected}.",
-            expected=expected,
-            fix="Resize or pad the image first.",
+        raise invalid(
+            f"image has shape {pixels.shape} and dtype {pixels.dtype}",
+            f"(B, H, W, 3) uint8 with sides in multiples of {factor}",
+            "Resize or pad the image first.",
         )
     return pixels

@@ -16,7 +16,7 @@ from ..files.atomic import atomic_write
 from ..files.strict_json import loads
 
 METADATA_KEY = "flexvar"
-PNG_LEVEL = 1  # takes a fifth of the time of the default level, for files a few per cent larger
+PNG_LEVEL = 1  # five times faster than the default level; files are a few per cent larger
 _USE_ORIGINAL = (
     "Pass a PNG file that flexvar generate or flexvar edit wrote, not a copy that another program has saved."
 )
@@ -43,11 +43,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(text, str):
         raise ArtifactRefused(
-            f"{path} holds no generation settings.", expected="a PNG file of flexvar", fix=_USE_ORIGINAL
+            f"{path} has no generation settings.", expected="a PNG file of flexvar", fix=_USE_ORIGINAL
         )
     metadata = loads(text, where=f"{path.name}: {METADATA_KEY}", fix=_USE_ORIGINAL)
     if not isinstance(metadata, dict):
         raise ArtifactRefused(
-            f"The generation settings in {path} are no JSON object.", expected="a JSON object", fix=_USE_ORIGINAL
+            f"The generation settings in {path} are not a JSON object.", expected="a JSON object", fix=_USE_ORIGINAL
         )
     return metadata

@@ -1,4 +1,4 @@
-"""Reading: every refusal, with its text. Writing: whole or not at all, whoever else writes, whenever it is killed."""
+"""Reading: every refusal names the file. Writing: whole or not at all, also with other writers and when killed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ Edit = Callable[[Callable[[dict[str, Any]], object]], None]
 
 
 def _refusal(path: Path) -> str:
+    """What `Bundle.open` says is wrong."""
     with pytest.raises(ArtifactRefused) as refusal:
         Bundle.open(path)
     assert refusal.value.exit_code == 5
-    return str(refusal.value)
+    return refusal.value.got
 
 
 def _names(folder: Path) -> list[str]:
@@ -62,53 +63,56 @@ def test_engines_are_not_looked_at(bundle_dir: Path) -> None:
 
 def test_unknown_names_are_refused(bundle_dir: Path) -> None:
     bundle = Bundle.open(bundle_dir)
-    with pytest.raises(ArtifactRefused, match=r"got \.\./x: no such file in the manifest; expected one of deco"):
+    with pytest.raises(ArtifactRefused, match=r"^\.\./x .*decoder"):
         bundle.file("../x")
-    with pytest.raises(ArtifactRefused, match="got edit: no such graph in the bundle; expected one of decoder, step"):
+    with pytest.raises(ArtifactRefused, match=r"^edit .*decoder, step"):
         bundle.graph("edit")
 
 
-@pytest.mark.parametrize("name", ["step.onnx", "weights/step.bin"])
-@pytest.mark.parametrize("position", [0, -1])
-def test_flipped_bit(bundle_dir: Path, name: str, position: int) -> None:
-    data = bytearray((bundle_dir / name).read_bytes())
-    data[position] ^= 1
-    (bundle_dir / name).write_bytes(data)
-    text = _refusal(bundle_dir)
-    assert f"got {name}: sha256 {hashlib.sha256(data).hexdigest()}; expected sha256 " in text
-    assert "fix: copy the whole bundle again" in text
+def test_flipped_bit(bundle_dir: Path) -> None:
+    for name in ("step.onnx", "weights/step.bin"):
+        whole = (bundle_dir / name).read_bytes()
+        for position in (0, -1):
+            data = bytearray(whole)
+            data[position] ^= 1
+            (bundle_dir / name).write_bytes(data)
+            text = _refusal(bundle_dir)
+            assert text.startswith(f"{name} ") and hashlib.sha256(data).hexdigest() in text
+        (bundle_dir / name).write_bytes(whole)
+    Bundle.open(bundle_dir)
 
 
 def test_cut_and_grown_file(bundle_dir: Path) -> None:
     path = bundle_dir / "step.onnx"
     os.truncate(path, 3999)
-    assert "got step.onnx: 3999 bytes; expected 4000 bytes; fix: copy the whole bundle" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("step.onnx has 3999 bytes")
     path.write_bytes(b"step" * 1000 + b"+")
-    assert "got step.onnx: 4001 bytes; expected 4000 bytes" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("step.onnx has 4001 bytes")
 
 
-@pytest.mark.parametrize("name", ["extra.onnx", "weights/extra.bin", ".DS_Store", "new/deep/er", "x\ny"])
-def test_extra_file(bundle_dir: Path, name: str) -> None:
-    (bundle_dir / name).parent.mkdir(parents=True, exist_ok=True)
-    (bundle_dir / name).write_bytes(b"")
-    shown = name if name.isprintable() else r"'x\ny'"
-    assert f"got {shown}: a file that the manifest does not list; expected only" in _refusal(bundle_dir)
+def test_extra_file(bundle_dir: Path) -> None:
+    for name in ("extra.onnx", "weights/extra.bin", ".DS_Store", "x\ny", "new/deep/er"):
+        (bundle_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundle_dir / name).write_bytes(b"")
+        text = _refusal(bundle_dir)
+        assert text.startswith(name if name.isprintable() else r"'x\ny'") and "manifest" in text
+        (bundle_dir / name).unlink()
 
 
 def test_empty_directory(bundle_dir: Path) -> None:
     (bundle_dir / "weights" / "cache").mkdir()
-    assert "got weights/cache: an empty directory; expected only the files" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("weights/cache is an empty directory")
 
 
 def test_missing_file(bundle_dir: Path) -> None:
     (bundle_dir / "tables.npz").unlink()
-    assert "got tables.npz: no such file; expected a file of 600 bytes; fix: copy" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("tables.npz is missing")
 
 
 def test_a_directory_in_place_of_a_file(bundle_dir: Path) -> None:
     (bundle_dir / "tables.npz").unlink()
     (bundle_dir / "tables.npz" / "engines").mkdir(parents=True)
-    assert "got tables.npz/engines: an empty directory" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("tables.npz/engines is an empty directory")
 
 
 @pytest.mark.parametrize("name", ["step.onnx", "weights", "weights/step.bin", "manifest.json", "engines"])
@@ -116,70 +120,58 @@ def test_links(bundle_dir: Path, tmp_path: Path, name: str) -> None:
     (bundle_dir / "engines").mkdir()
     (bundle_dir / name).rename(tmp_path / "elsewhere")
     (bundle_dir / name).symlink_to(tmp_path / "elsewhere")
-    assert f"got {name}: a link; expected a regular file; fix: copy the bundle with its links" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith(f"{name} is a link")
 
 
 def test_a_dangling_link(bundle_dir: Path) -> None:
     (bundle_dir / "dangling").symlink_to("nowhere")
-    assert "got dangling: a link" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("dangling is a link")
 
 
 @pytest.mark.parametrize("name", ["step.onnx", "manifest.json", "extra"])
 def test_fifo(bundle_dir: Path, name: str) -> None:
     (bundle_dir / name).unlink(missing_ok=True)
     os.mkfifo(bundle_dir / name)
-    assert f"got {name}: a special file; expected a regular file" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith(f"{name} is a special file")
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a\\b", "weights/../step.onnx", "C:/x"])
-def test_paths_out_of_the_bundle(bundle_dir: Path, edit_manifest: Edit, name: str) -> None:
-    edit_manifest(lambda document: document["files"].update({name: document["files"]["step.onnx"]}))
-    assert f"got manifest.json: files: name = {name!r}; expected a plain relative name" in _refusal(bundle_dir)
+def test_a_path_out_of_the_bundle(bundle_dir: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda document: document["files"].update({"../outside": document["files"]["step.onnx"]}))
+    text = _refusal(bundle_dir)
+    assert text.startswith("manifest.json: ") and "'../outside'" in text
 
 
 def test_a_graph_in_an_unchecked_file(bundle_dir: Path, edit_manifest: Edit) -> None:
     edit_manifest(lambda document: document["graphs"]["step"].update(file="engines/step.onnx"))
-    assert "got manifest.json: graphs['step'].file = 'engines/step.onnx'; expected neither" in _refusal(bundle_dir)
+    assert "graphs['step'].file is 'engines/step.onnx'" in _refusal(bundle_dir)
 
 
-@pytest.mark.parametrize(
-    ("change", "got"),
-    [
-        (lambda document: document.update(author="me"), "got manifest.json: unknown key 'author'"),
-        (lambda document: document["model"].update(layers=2), "got manifest.json: model: unknown key 'layers'"),
-        (lambda document: document.pop("parity"), "got manifest.json: no key 'parity'"),
-        (lambda document: document["model"].update(depth="2"), "got manifest.json: model.depth = '2'; expected an int"),
-        (
-            lambda document: document.update(schema_version=7),
-            "got manifest.json: schema version 7; expected 1 or 2; fix:",
-        ),
-        (lambda document: document["defaults"].update(top_p=float("nan")), "got manifest.json: the constant NaN"),
-    ],
-)
-def test_manifest_refusals(bundle_dir: Path, edit_manifest: Edit, change: Any, got: str) -> None:
-    edit_manifest(change)
-    assert got in _refusal(bundle_dir)
+def test_a_manifest_that_does_not_fit_its_schema(bundle_dir: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda document: document["model"].update(layers=2))
+    assert _refusal(bundle_dir).startswith("manifest.json: model has the unknown key 'layers'")
+    edit_manifest(lambda document: document.update(schema_version=7))
+    assert _refusal(bundle_dir).startswith("manifest.json has schema version 7")
 
 
 def test_duplicate_key(bundle_dir: Path) -> None:
     path = bundle_dir / "manifest.json"
     path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 2,\n "schema_version": 2'))
-    assert "got manifest.json: the key 'schema_version' twice; expected every key once" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("manifest.json has the key 'schema_version' twice")
 
 
 def test_huge_manifest(bundle_dir: Path) -> None:
     os.truncate(bundle_dir / "manifest.json", 2**40)  # sparse: reading it whole would take a terabyte
-    assert "got manifest.json: bytes = 16777217; expected at most 16777216" in _refusal(bundle_dir)
+    text = _refusal(bundle_dir)
+    assert "manifest.json" in text and "16777217" in text
 
 
 def test_no_bundle_at_all(tmp_path: Path) -> None:
-    assert "got nothing at " in _refusal(tmp_path / "none")
+    assert _refusal(tmp_path / "none").startswith(f"{tmp_path / 'none'} does not exist")
     (tmp_path / "file").write_bytes(b"")
-    assert "got a file at " in _refusal(tmp_path / "file")
+    assert _refusal(tmp_path / "file").startswith(f"{tmp_path / 'file'} is a file")
     (tmp_path / "loop").symlink_to("loop")
-    assert "got nothing at " in _refusal(tmp_path / "loop")
-    text = _refusal(tmp_path)
-    assert "without manifest.json; expected a bundle; fix: name the directory that flexvar export wrote" in text
+    assert _refusal(tmp_path / "loop").startswith(f"{tmp_path / 'loop'} does not exist")
+    assert _refusal(tmp_path).startswith(f"{tmp_path} has no manifest.json")
 
 
 def test_unreadable_file(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +183,7 @@ def test_unreadable_file(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", denied)
-    assert "got step.onnx: a file that cannot be read (Permission denied)" in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("step.onnx cannot be read (Permission denied)")
 
 
 def _spy_on_open(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
@@ -226,7 +218,7 @@ def test_no_parser_runs_before_the_refusal(bundle_dir: Path, monkeypatch: pytest
         monkeypatch.setattr(name, parser)
     Bundle.open(bundle_dir)
     (bundle_dir / "tables.npz").write_bytes(b"PK\x03\x04".ljust(600))
-    assert "got tables.npz: sha256 " in _refusal(bundle_dir)
+    assert _refusal(bundle_dir).startswith("tables.npz has the wrong sha256 ")
 
 
 @pytest.mark.parametrize("workers", [None, 1, 3])
@@ -240,7 +232,7 @@ def test_parallel_hashing_equals_serial(tmp_path: Path, workers: int | None) -> 
 
 
 def test_hashing_wants_a_worker(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="got 0 workers; expected at least 1"):
+    with pytest.raises(InvalidInput, match="threads is 0"):
         hash_files(tmp_path, [], 0)
 
 
@@ -297,30 +289,30 @@ def test_what_was_not_sealed_is_not_published(tmp_path: Path, manifest: Manifest
             seal(directory, manifest)
             (directory / "late.bin").write_bytes(b"1")
 
-    with pytest.raises(ArtifactRefused, match=r"without manifest\.json"):
+    with pytest.raises(ArtifactRefused, match=r"manifest\.json"):
         unsealed()
-    with pytest.raises(ArtifactRefused, match=r"late\.bin: a file that the manifest does not list"):
+    with pytest.raises(ArtifactRefused, match=r"^late\.bin "):
         late()
     assert _names(tmp_path) == []
 
 
 def test_seal_refuses_what_a_reader_would(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "step.onnx").write_bytes(b"1")
-    with pytest.raises(ArtifactRefused, match=r"graphs\['decoder'\]\.file = 'decoder\.onnx'; expected a name in files"):
+    with pytest.raises(ArtifactRefused, match=r"graphs\['decoder'\]\.file is 'decoder\.onnx'"):
         seal(tmp_path, manifest)
     (tmp_path / "decoder.onnx").symlink_to("step.onnx")
-    with pytest.raises(ArtifactRefused, match=r"decoder\.onnx: a link"):
+    with pytest.raises(ArtifactRefused, match=r"^decoder\.onnx is a link"):
         seal(tmp_path, manifest)
     (tmp_path / "decoder.onnx").unlink()
     (tmp_path / "with space.onnx").write_bytes(b"")
-    with pytest.raises(ArtifactRefused, match=r"'with space\.onnx'; expected a plain relative name"):
+    with pytest.raises(ArtifactRefused, match=r"'with space\.onnx'"):
         seal(tmp_path, manifest)
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_an_existing_bundle_is_replaced_only_by_force(bundle_dir: Path, manifest: Manifest) -> None:
     old = Bundle.open(bundle_dir)
-    with pytest.raises(InvalidInput, match=r"tiny\.bundle, which exists; expected a new name; fix: .*--force"):
+    with pytest.raises(InvalidInput, match=r"tiny\.bundle .*--force"):
         _write(bundle_dir, manifest, b"new")
     assert Bundle.open(bundle_dir) == old
     _write(bundle_dir, manifest, b"new", force=True)
@@ -348,7 +340,7 @@ def test_force_replaces_nothing_but_bundles(tmp_path: Path, bundle_dir: Path, ma
             (final / "manifest.json").write_text(text)
         if kind == "photos":
             (final / "me.jpg").write_bytes(b"")
-    with pytest.raises(ArtifactRefused, match="precious, which is no bundle; expected a bundle, the only thing that"):
+    with pytest.raises(ArtifactRefused, match="precious"):
         _write(final, manifest, b"new", force=True)
     assert os.path.lexists(final)
     assert _names(tmp_path) == ["precious", "tiny.bundle"]
@@ -381,7 +373,7 @@ def test_a_bundle_that_appears_meanwhile_is_not_replaced(tmp_path: Path, manifes
             seal(directory, manifest)
             _write(tmp_path / "b", manifest, b"theirs")
 
-    with pytest.raises(InvalidInput, match="which exists"):
+    with pytest.raises(InvalidInput, match=r"/(b|tiny\.bundle) .*--force"):
         overtaken()
     assert Bundle.open(tmp_path / "b").file("step.onnx").read_bytes() == b"theirs"
     assert _names(tmp_path) == ["b"]
@@ -427,15 +419,15 @@ def test_writers_at_once_leave_one_whole_bundle(tmp_path: Path, manifest: Manife
 
 
 def test_where_bundles_cannot_be_written(tmp_path: Path, manifest: Manifest) -> None:
-    with pytest.raises(InvalidInput, match="a name in a directory that exists; fix: mkdir -p "):
+    with pytest.raises(InvalidInput, match=r"none/b .*mkdir -p "):
         _write(tmp_path / "none" / "b", manifest, b"")
-    with pytest.raises(InvalidInput, match="a name in a directory that exists"):
+    with pytest.raises(InvalidInput, match=r"^/ "):
         _write(Path("/"), manifest, b"")
 
 
 WRITER = """
     import os, shutil, sys, time
-    from flexvar_runtime.bundle_writer import write_bundle
+    from flexvar_export.bundle_writer import write_bundle
     final, moment = sys.argv[1:]
     if moment == "renaming":  # stop between moving the old bundle aside and renaming the new one
         rename = os.rename
@@ -496,7 +488,7 @@ def test_kill_while_replacing_loses_nothing(bundle_dir: Path, manifest: Manifest
         _write(bundle_dir, manifest, b"next", force=True)
         assert Bundle.open(bundle_dir).sha256 != old.sha256
     else:
-        with pytest.raises(InvalidInput, match="which exists"):
+        with pytest.raises(InvalidInput, match=r"/(b|tiny\.bundle) .*--force"):
             _write(bundle_dir, manifest, b"next")
         assert Bundle.open(bundle_dir) == old  # the next writer put it back before it looked
     assert _names(bundle_dir.parent) == ["tiny.bundle"]

@@ -1,4 +1,4 @@
-"""The options of an edit: what a task has, what it refuses, and that they survive JSON."""
+"""The options of an edit: which a task has, which are refused, and that they survive JSON."""
 
 from __future__ import annotations
 
@@ -30,41 +30,33 @@ def test_options_survive_json(edit: Edit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("named", "options"),
     [
-        ({"task": "paint"}, "got task 'paint'; expected one of refine, inpaint, outpaint, expand"),
-        ({"task": "refine", "fit": "squeeze"}, "got fit 'squeeze'; expected one of resize, crop, pad"),
-        ({"task": "expand", "size": (8, 8), "anchor": "middle"}, "got anchor 'middle'"),
-        ({"task": "refine", "strength": 1.5}, "got strength 1.5; expected a number from 0 to 1"),
-        ({"task": "refine", "strength": float("nan")}, "got strength nan"),
-        ({"task": "refine", "strength": True}, "got strength True"),
-        ({"task": "refine", "size": (8,)}, r"got size \(8,\); expected 2 whole numbers"),
-        ({"task": "refine", "size": (8, 0)}, "got size 0; expected a whole number from 1"),
-        ({"task": "outpaint", "sides": (0, 0, 0, -4)}, "got sides -4"),
-        ({"task": "outpaint"}, "got outpaint without sides"),
-        ({"task": "expand"}, "got expand without a size"),
-        ({"task": "expand", "size": (8, 16), "fit": "crop"}, "got fit for expand"),
-        ({"task": "inpaint", "feather": 3}, "got a feather without paste"),
-        ({"task": "inpaint", "paste": True, "feather": 5000}, "got feather 5000"),
+        ("task is 'paint'", {"task": "paint"}),
+        ("fit is 'squeeze'", {"task": "refine", "fit": "squeeze"}),
+        ("anchor is 'middle'", {"task": "expand", "size": (8, 8), "anchor": "middle"}),
+        ("strength is 1.5", {"task": "refine", "strength": 1.5}),
+        ("strength is nan", {"task": "refine", "strength": float("nan")}),
+        ("strength is True", {"task": "refine", "strength": True}),
+        ("size is (8,)", {"task": "refine", "size": (8,)}),
+        ("size is 0", {"task": "refine", "size": (8, 0)}),
+        ("sides is -4", {"task": "outpaint", "sides": (0, 0, 0, -4)}),
+        ("feather is 5000", {"task": "inpaint", "paste": True, "feather": 5000}),
+        ("sides", {"task": "outpaint"}),
+        ("size", {"task": "expand"}),
+        ("feather", {"task": "inpaint", "feather": 3}),
+        ("fit cannot be used with expand", {"task": "expand", "size": (8, 16), "fit": "crop"}),
+        ("strength cannot be used with inpaint", {"task": "inpaint", "strength": 0.5}),
+        ("paste cannot be used with refine", {"task": "refine", "paste": True}),
+        ("sides cannot be used with refine", {"task": "refine", "sides": (0, 4, 0, 0)}),
+        ("anchor cannot be used with outpaint", {"task": "outpaint", "sides": (0, 4, 0, 0), "anchor": "top"}),
     ],
 )
-def test_what_is_wrong_is_refused(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(InvalidInput, match=text):
+def test_invalid_options_are_refused(named: str, options: dict[str, Any]) -> None:
+    """Also options of another task: they are never ignored."""
+    with pytest.raises(InvalidInput) as refusal:
         Edit(**options)
-
-
-@pytest.mark.parametrize(
-    ("task", "options"),
-    [
-        ("inpaint", {"strength": 0.5}),
-        ("refine", {"paste": True}),
-        ("refine", {"sides": (0, 4, 0, 0)}),
-        ("outpaint", {"sides": (0, 4, 0, 0), "anchor": "top"}),
-    ],
-)
-def test_an_option_of_another_task_is_not_ignored(task: str, options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput, match=f"{list(options)[-1]} for {task}"):
-        Edit(task=task, **options)
+    assert named in refusal.value.got and refusal.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -85,17 +77,17 @@ def test_settings_with_a_spoiled_edit_are_refused(change: Any) -> None:
     assert Settings.from_json(data, "x").edit is None
     record = EditRecord(EDITS[0], "a", None).to_json()
     assert Settings.from_json({**data, "edit": record}, "x").edit == EditRecord(EDITS[0], "a", None)
-    with pytest.raises(ArtifactRefused, match="settings that cannot be used"):
+    with pytest.raises(ArtifactRefused, match=r"^x "):
         Settings.from_json({**data, "edit": {**record, **change} if isinstance(change, dict) else change}, "x")
 
 
-def test_a_changed_edit_leaves_behind_what_it_has_no_use_for() -> None:
+def test_a_changed_edit_drops_options_of_other_tasks() -> None:
     pasted = Edit(task="inpaint", paste=True, feather=7, fit="pad", size=(64, 64))
     assert pasted.changed(task="refine", strength=0.5) == Edit(task="refine", strength=0.5, fit="pad", size=(64, 64))
     assert pasted.changed(paste=False) == Edit(task="inpaint", fit="pad", size=(64, 64))
     assert pasted.changed(task="expand") == Edit(task="expand", size=(64, 64), paste=True, feather=7)
     assert pasted.changed() == pasted
-    with pytest.raises(InvalidInput, match="a feather without paste"):
+    with pytest.raises(InvalidInput, match="feather"):
         pasted.changed(paste=False, feather=3)
-    with pytest.raises(InvalidInput, match="strength for inpaint"):
+    with pytest.raises(InvalidInput, match=r"strength .*inpaint"):
         pasted.changed(strength=0.5)

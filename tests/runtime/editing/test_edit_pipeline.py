@@ -79,13 +79,13 @@ def test_one_picture_in_many_ways_and_many_pictures_at_once(pipe: FlexVARPipelin
     both = pipe.edit(pictures, "inpaint", mask=[hole(), hole()[::-1]], **options)
     second = pipe.edit(pictures[1], "inpaint", mask=hole()[::-1], **{**options, "labels": [2]}, first_index=1)
     assert np.array_equal(both.images[1], second.images[0])
-    with pytest.raises(InvalidInput, match="2 pictures and 3 classes"):
+    with pytest.raises(InvalidInput, match=r"2 pictures .*3 classes"):
         pipe.edit(pictures, "inpaint", mask=hole(), **{**options, "labels": [1, 2, 3]})
-    with pytest.raises(InvalidInput, match="2 pictures and 1 masks"):
+    with pytest.raises(InvalidInput, match=r"2 pictures .*1 masks"):
         pipe.edit(pictures, "inpaint", mask=[hole()], **options)
-    with pytest.raises(InvalidInput, match="pictures of several sizes"):
+    with pytest.raises(InvalidInput, match=r"pictures .*sizes"):
         pipe.edit([picture(), picture(32, 24)], "refine", labels=[1, 2])
-    with pytest.raises(InvalidInput, match="pictures of several sizes"):  # what is left of them without padding
+    with pytest.raises(InvalidInput, match=r"pictures .*sizes"):  # what is left of them without padding
         pipe.edit([picture(), picture(32, 24)], "refine", labels=[1, 2], size=(32, 32), fit="pad")
 
 
@@ -120,7 +120,7 @@ def test_a_small_picture_forces_half_the_octaves(pipe: FlexVARPipeline, monkeypa
 
 def test_pictures_that_would_keep_other_scales_are_not_edited_at_once(pipe: FlexVARPipeline) -> None:
     pictures, options = [picture(), picture()[:1, :1]], {"size": (24, 32), "schedule": SCHEDULE, "seed": 1}
-    with pytest.raises(InvalidInput, match=r"pictures of which 1 or 3 scales are kept.*fix: give a strength"):
+    with pytest.raises(InvalidInput, match=r"1 or 3 scales .*strength"):
         pipe.edit(pictures, "refine", labels=[1, 2], **options)
     both = pipe.edit(pictures, "refine", labels=[1, 2], strength=0.5, **options)
     alone = pipe.edit(pictures[1], "refine", labels=[2], strength=0.5, first_index=1, **options)
@@ -139,9 +139,9 @@ def test_sizes_and_schedules_are_derived(pipe: FlexVARPipeline) -> None:
     assert wide.images.shape[1:3] == (32, 128) and len(wide.settings[0].schedule) == 6
     grown = pipe.edit(picture(64, 64), "outpaint", sides=(0, 32, 0, 32), seed=1)
     assert grown.images.shape[1:3] == (64, 128)
-    with pytest.raises(InvalidInput, match="expected 6x8 as the last scale"):
+    with pytest.raises(InvalidInput, match=r"schedule .*1_2_4 .*6x8"):
         edit(pipe, schedule="1_2_4")
-    with pytest.raises(InvalidInput, match="a schedule and steps"):
+    with pytest.raises(InvalidInput, match=r"schedule .*steps"):
         edit(pipe, steps=4)
 
 
@@ -165,22 +165,22 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("last", range(4))
 @pytest.mark.parametrize("task", ["inpaint", "refine"])
-def test_a_cancelled_edit_leaves_nothing(pipe: FlexVARPipeline, task: str, last: int) -> None:
+def test_a_cancelled_edit_leaves_nothing(pipe: FlexVARPipeline, task: str) -> None:
     expected, plain = edit(pipe, task), pipe([3], SCHEDULE, seed=1)
+    for last in range(4):
 
-    def stop(step: ScaleStep) -> None:
-        if step.index == last:
-            raise Stop
+        def stop(step: ScaleStep, last: int = last) -> None:
+            if step.index == last:
+                raise Stop
 
-    with pytest.raises(Stop):
-        edit(pipe, task, on_scale=stop)
-    assert np.array_equal(edit(pipe, task).images, expected.images)
-    for step in pipe.iter_scales([3], SCHEDULE, seed=1):
-        if step.index == last:
-            break
-    assert np.array_equal(pipe([3], SCHEDULE, seed=1).images, plain.images)
+        with pytest.raises(Stop):
+            edit(pipe, task, on_scale=stop)
+        assert np.array_equal(edit(pipe, task).images, expected.images)
+        for step in pipe.iter_scales([3], SCHEDULE, seed=1):
+            if step.index == last:
+                break
+        assert np.array_equal(pipe([3], SCHEDULE, seed=1).images, plain.images)
 
 
 def test_a_failed_edit_leaves_nothing(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +189,9 @@ def test_a_failed_edit_leaves_nothing(pipe: FlexVARPipeline, monkeypatch: pytest
         patch.setattr(pipe.generator, "encode", _out_of_memory)
         with pytest.raises(OutOfMemory):
             edit(pipe)
-    with pytest.raises(InvalidInput, match="class 99"):
+    with pytest.raises(InvalidInput, match="class is 99"):
         edit(pipe, labels=[99])
-    with pytest.raises(InvalidInput, match="a mask without white"):
+    with pytest.raises(InvalidInput, match="mask has no white"):
         edit(pipe, mask=np.zeros((24, 32), bool))
     assert np.array_equal(edit(pipe).images, expected.images)
 
@@ -225,7 +225,7 @@ def test_memory_does_not_grow_over_200_edits(pipe: FlexVARPipeline) -> None:
 def test_a_bundle_without_the_graph_runs_scale_by_scale(
     pipe: FlexVARPipeline, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    """Bundles of before: the same tokens."""
+    """Older bundles have no such graph. The tokens are the same."""
     manifest = Manifest.from_bytes((tiny_bundle / "manifest.json").read_bytes())
     graphs = {name: spec for name, spec in manifest.graphs.items() if name != "prefill"}
     with write_bundle(tmp_path / "old.bundle") as directory:

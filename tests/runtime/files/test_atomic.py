@@ -1,3 +1,5 @@
+"""Files appear whole or not at all, whoever else writes them and however writing ends."""
+
 from __future__ import annotations
 
 import errno
@@ -47,7 +49,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path, force: bool) -> None:
 def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
-    with pytest.raises(InvalidInput, match=r"a\.png, which exists; expected a new name; fix: .*--force"):
+    with pytest.raises(InvalidInput, match=r"a\.png .*--force"):
         atomic_write(path).__enter__()
     assert path.read_bytes() == b"old"
     with atomic_write(path, force=True) as temporary:
@@ -65,7 +67,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
             temporary.write_bytes(b"mine")
             path.write_bytes(b"theirs")
 
-    with pytest.raises(InvalidInput, match="which exists"):
+    with pytest.raises(InvalidInput, match=r"a\.png "):
         overtaken()
     assert path.read_bytes() == b"theirs"
     assert len(list(tmp_path.iterdir())) == 1
@@ -138,7 +140,7 @@ def test_the_bytes_are_on_disk_before_the_name(tmp_path: Path, monkeypatch: pyte
 def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"target")
     (tmp_path / "a.png").symlink_to(tmp_path / "target")
-    with pytest.raises(InvalidInput, match="which exists"):
+    with pytest.raises(InvalidInput, match=r"a\.png "):
         atomic_write(tmp_path / "a.png").__enter__()
     with atomic_write(tmp_path / "a.png", force=True) as temporary:
         temporary.write_bytes(b"new")
@@ -147,7 +149,7 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
 
 
 def test_directories_are_refused_and_missing_ones_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="a directory; expected the name of a file"):
+    with pytest.raises(InvalidInput, match=tmp_path.name):
         atomic_write(tmp_path, force=True).__enter__()
-    with pytest.raises(InvalidInput, match="a name in a directory that exists; fix: mkdir -p "):
+    with pytest.raises(InvalidInput, match=r"a\.png .*mkdir -p .*none"):
         atomic_write(tmp_path / "none" / "a.png").__enter__()

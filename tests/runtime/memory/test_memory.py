@@ -1,4 +1,4 @@
-"""How much memory the machine has left."""
+"""The memory that is available to this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIB = 2**20
 
 @pytest.fixture
 def system(tmp_path: Path) -> tuple[Path, Path]:
-    """/proc and /sys/fs/cgroup of a machine with 800 MiB left, and a process in the group /work/job, without limits."""
+    """/proc and /sys/fs/cgroup: 800 MiB are available, and the process is in the group /work/job without limits."""
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text("MemTotal:    2048000 kB\nMemFree:  1000 kB\nMemAvailable:   819200 kB\n")
@@ -46,7 +46,7 @@ def test_a_limit_of_the_group(system: tuple[Path, Path]) -> None:
 
 
 def test_file_cache_is_not_taken(system: tuple[Path, Path]) -> None:
-    """Checking the hashes of a bundle fills the group with file cache: that memory is still there to be had."""
+    """Checking the hashes of a bundle fills the group with file cache, which the kernel frees when needed."""
     proc, groups = system
     limit(groups / "work" / "job", str(500 * MIB), current=500, cache=400)
     assert available_bytes(proc, groups) == 400 * MIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -51,46 +52,40 @@ def test_a_single_scale_has_no_ramp() -> None:
     assert weights("1", 4.0, "ramp", 1) == [0.0]
 
 
-@pytest.mark.parametrize(("scale", "rule"), [(0, "ramp"), (1, "constant")])
-def test_off(scale: float, rule: str) -> None:
-    assert weights("512px", scale, rule) == [0.0] * 15
+def test_off() -> None:
+    for scale, rule in ((0, "ramp"), (1, "constant")):
+        assert weights("512px", scale, rule) == [0.0] * 15
+        assert not Guidance(scale, rule).acts(ScaleSchedule.parse("512px"))
 
 
 @pytest.mark.parametrize("rule", ["ramp", "constant"])
-@pytest.mark.parametrize("schedule", [*PUBLISHED.values(), "1", "1_2x3_17x2_12x20"])
-@pytest.mark.parametrize("max_side", [16, 3])
-def test_the_reference_has_the_same_weights(rule: str, schedule: str, max_side: int) -> None:
-    parsed = ScaleSchedule.parse(schedule)
-    expected = [guidance_weight(rule, 2.5, i, len(parsed), size, max_side) for i, size in enumerate(parsed)]
-    assert weights(schedule, 2.5, rule, max_side) == expected
+def test_the_reference_has_the_same_weights(rule: str) -> None:
+    for schedule in (*PUBLISHED.values(), "1", "1_2x3_17x2_12x20"):
+        for max_side in (16, 3):
+            parsed = ScaleSchedule.parse(schedule)
+            expected = [guidance_weight(rule, 2.5, i, len(parsed), size, max_side) for i, size in enumerate(parsed)]
+            assert weights(schedule, 2.5, rule, max_side) == expected
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("name", "options"),
     [
-        ({"scale": float("nan")}, "got guidance scale nan; expected a number from 0 to 1000; fix: 2.5 is the"),
-        ({"scale": float("inf")}, "got guidance scale inf"),
-        ({"scale": -0.1}, "got guidance scale -0.1"),
-        ({"scale": MAX_SCALE + 1}, "got guidance scale 1001"),
-        ({"scale": 10**400}, "got guidance scale 1000"),
-        ({"scale": True}, "got guidance scale True"),
-        ({"scale": "2.5"}, "got guidance scale '2.5'"),
-        ({"scale": None}, "got guidance scale None"),
-        ({"rule": "linear"}, "got guidance rule 'linear'; expected ramp or constant; fix: name one of them"),
-        ({"rule": None}, "got guidance rule None"),
-        ({"max_side": 0}, "got max_side 0; expected a whole number, 1 or more"),
-        ({"max_side": 16.0}, "got max_side 16.0 (float)"),
+        *(
+            ("guidance scale", {"scale": bad})
+            for bad in (math.nan, math.inf, -0.1, MAX_SCALE + 1, 10**400, True, "2.5")
+        ),
+        *(("guidance rule", {"rule": bad}) for bad in ("linear", None)),
+        *(("max_side", {"max_side": bad}) for bad in (0, 16.0)),
     ],
 )
-def test_refusals(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(InvalidInput) as refusal:
+def test_refusals(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=name) as refusal:
         Guidance(**options)
-    assert text in str(refusal.value)
-    assert refusal.value.exit_code == 2
+    assert repr(*options.values())[:80] in refusal.value.got and refusal.value.exit_code == 2
 
 
-@pytest.mark.parametrize("scale", [3, 3.0, np.float64(3), np.float32(3), np.int64(3)])
-def test_numbers_of_numpy_are_numbers(scale: Any) -> None:
-    guidance = Guidance(scale)
-    assert guidance == Guidance(3.0) and type(guidance.scale) is float
+def test_numbers_of_numpy_are_numbers() -> None:
+    for scale in (3, 3.0, np.float64(3), np.float32(3), np.int64(3)):
+        guidance = Guidance(scale)
+        assert guidance == Guidance(3.0) and type(guidance.scale) is float
     assert guidance.to_json() == {"scale": 3.0, "rule": "ramp", "max_side": 16}

@@ -72,15 +72,15 @@ def test_the_published_sampler_keeps_the_same_tokens() -> None:
         assert np.abs(ours - published).max() < 1e-6  # the record is float32
 
 
-@pytest.mark.parametrize("case", json.loads(VECTORS.read_text()), ids=lambda case: case["name"])
-def test_committed_vectors(case: dict[str, Any]) -> None:
-    row, top_k, top_p = [float(value) for value in case["logits"]], case["top_k"], case["top_p"]
-    assert kept(row, top_k, top_p) == case["kept"]
-    weights = oracle_weights(row, top_k, top_p)
-    assert [i for i, weight in enumerate(weights) if weight] == case["kept"]
-    logits = np.tile(np.array(row, np.float32), (len(case["draws"]), 1))
-    assert sample(logits, case["draws"], top_k=top_k, top_p=top_p).tolist() == case["tokens"]
-    assert [oracle_token(weights, draw) for draw in case["draws"]] == case["tokens"]
+def test_committed_vectors() -> None:
+    for case in json.loads(VECTORS.read_text()):
+        row, top_k, top_p = [float(value) for value in case["logits"]], case["top_k"], case["top_p"]
+        assert kept(row, top_k, top_p) == case["kept"], case["name"]
+        weights = oracle_weights(row, top_k, top_p)
+        assert [i for i, weight in enumerate(weights) if weight] == case["kept"], case["name"]
+        logits = np.tile(np.array(row, np.float32), (len(case["draws"]), 1))
+        assert sample(logits, case["draws"], top_k=top_k, top_p=top_p).tolist() == case["tokens"], case["name"]
+        assert [oracle_token(weights, draw) for draw in case["draws"]] == case["tokens"], case["name"]
 
 
 LOGIT = st.sampled_from([-math.inf, -0.0, 0.0, 1.0, 1.0, 2.5, -27.75, -200.0]) | st.floats(-60, 60, width=32)
@@ -152,15 +152,12 @@ def test_exp_keeps_the_order() -> None:
     assert (sampling._scaled_exp(np.nextafter(x, np.float32(-99))) <= sampling._scaled_exp(x)).all()
 
 
-@pytest.mark.parametrize(
-    ("x", "weight"),
-    [
+def test_known_weights() -> None:
+    for x, weight in (
         *((0.0, 2**40), (-0.0, 2**40), (-1e-45, 2**40), (-1.0, 404487723187), (-10.0, 49917750), (-27.5, 1)),
         *((-27.725885391235352, 1), (-27.725887298583984, 0), (-28.5, 0), (-3e38, 0), (-math.inf, 0)),
-    ],
-)
-def test_known_weights(x: float, weight: int) -> None:
-    assert int(sampling._scaled_exp(np.array([x], np.float32))[0]) == weight
+    ):
+        assert int(sampling._scaled_exp(np.array([x], np.float32))[0]) == weight
 
 
 def test_exp_of_any_shape_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,39 +314,38 @@ INF, NAN = math.inf, math.nan
 @pytest.mark.parametrize("bad", [[0, NAN], [0, INF], [-INF, -INF], [NAN, -INF], [1e39, 0]])
 def test_rows_without_a_distribution_are_refused(bad: list[float]) -> None:
     rows = [[0.0, 1.0]] * 20 + [bad]
-    expected = r"row 20 of the logits; expected no NaN, no \+inf and at least one finite logit"
-    with pytest.raises(InvalidInput, match=expected):
-        probabilities(rows, 0, 0.0)
-    with pytest.raises(InvalidInput, match=expected):
-        sample(rows, [0] * 21, top_k=1, top_p=0.5)
+    for call in (lambda: probabilities(rows, 0, 0.0), lambda: sample(rows, [0] * 21, top_k=1, top_p=0.5)):
+        with pytest.raises(InvalidInput, match="row 20"):
+            call()
 
 
 def test_bad_shapes_and_draws_are_refused() -> None:
     logits = np.zeros((2, 5), dtype=np.float32)
     for draws in ([0], [0, 2**24], [0, -1], [0.5, 0.5], [[0, 0]]):
-        with pytest.raises(InvalidInput, match=r"expected logits \(rows, V\) and as many integer draws, each from 0"):
+        with pytest.raises(InvalidInput, match=r"^draws "):
             sample(logits, draws, top_k=0, top_p=0.0)
     for shape in [(), (3, 0)]:
-        with pytest.raises(InvalidInput, match=r"expected real numbers of shape \(\.\.\., V\)"):
+        with pytest.raises(InvalidInput, match=r"^logits "):
             probabilities(np.zeros(shape, dtype=np.float32), 0, 0.0)
 
 
-@pytest.mark.parametrize("top_k", [-1, 1.5, float("nan"), True, "9", None])
-def test_bad_top_k_is_refused(top_k: Any) -> None:
-    for call in (lambda: Sampling(top_k=top_k), lambda: probabilities([0.0], top_k, 0.0)):
-        with pytest.raises(InvalidInput) as refusal:
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *(("top_k", bad) for bad in (-1, 1.5, NAN, True, "9", None)),
+        *(("top_p", bad) for bad in (-0.1, 1.1, NAN, INF, True, "0.9", None)),
+    ],
+)
+def test_bad_top_k_and_top_p_are_refused(name: str, bad: Any) -> None:
+    options: dict[str, Any] = {"top_k": 0, "top_p": 0.0} | {name: bad}
+    for call in (
+        lambda: Sampling(**options),
+        lambda: probabilities([0.0], **options),
+        lambda: sample([[0.0]], [0], **options),
+    ):
+        with pytest.raises(InvalidInput, match=rf"^{name} is") as refusal:
             call()
-        assert f"got top_k {top_k!r}" in str(refusal.value)
-        assert "expected a whole number, 0 or more; fix: pass top_k as an integer" in str(refusal.value)
-
-
-@pytest.mark.parametrize("top_p", [-0.1, 1.1, math.nan, math.inf, True, "0.9", None])
-def test_bad_top_p_is_refused(top_p: Any) -> None:
-    for call in (lambda: Sampling(top_p=top_p), lambda: sample([[0.0]], [0], top_k=0, top_p=top_p)):
-        with pytest.raises(InvalidInput) as refusal:
-            call()
-        assert f"got top_p {top_p!r}" in str(refusal.value)
-        assert "expected a number from 0 to 1" in str(refusal.value)
+        assert repr(bad) in refusal.value.got
 
 
 # --- options
@@ -387,7 +383,7 @@ def test_named_greedy_scales(scales: Any) -> None:
     assert options.top_k_at(12, 20) == 1
 
 
-BAD_SCALES = ["", "7,", "x7", "7x", "0", "-1", "seven", "7x9x2", "Upstream", (0,), (True,), ((7,),), (7.0,)]
+BAD_SCALES = ["", "7,", "x7", "7x", "0", "seven", "7x9x2", "Upstream", (0,), (True,), ((7,),), (7.0,), [7]]
 
 
 @pytest.mark.parametrize("bad", BAD_SCALES)
@@ -396,10 +392,8 @@ def test_bad_greedy_scales_are_refused(bad: Any) -> None:
         Sampling(greedy_scales=bad)
 
 
-def test_other_bad_options_are_refused_with_the_suggest_backend() -> None:
-    with pytest.raises(InvalidInput, match=r'got greedy_scales \[7\]; expected "upstream", "none" or scales such as'):
-        Sampling(greedy_scales=[7])  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="got max_side 0; expected a whole number, 1 or more"):
+def test_a_bad_max_side_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"^max_side is 0"):
         Sampling(max_side=0)
 
 
@@ -410,10 +404,15 @@ def test_json_round_trip(scales: Any) -> None:
     assert Sampling.from_json({}) == Sampling()
 
 
-@pytest.mark.parametrize("bad", [{"top_k": 9, "temperature": 1.0}, [900], None, {"top_k": "900"}])
-def test_bad_json_is_refused(bad: Any) -> None:
-    with pytest.raises(InvalidInput, match=r"expected (an object with no other keys than top_k, top_p|a whole number)"):
-        Sampling.from_json(bad)
+def test_bad_json_is_refused() -> None:
+    for bad, named in (({"top_k": 9, "temperature": 1.0}, "temperature"), ([900], "900"), ({"top_k": "900"}, "top_k")):
+        with pytest.raises(InvalidInput, match=named):
+            Sampling.from_json(bad)  # type: ignore[arg-type]
+
+
+def test_filters_that_act() -> None:
+    options = [(900, 0.95), (900, 0), (0, 0.95), (0, 1), (0, 0)]
+    assert [Sampling(*each).filters for each in options] == ["top-k, top-p", "top-k", "top-p", "none", "none"]
 
 
 # --- the committed vectors
@@ -444,11 +443,3 @@ def make_vectors() -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     VECTORS.write_text("[\n" + ",\n".join(json.dumps(case) for case in make_vectors()) + "\n]\n")
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "filters"),
-    [(900, 0.95, "top-k, top-p"), (900, 0, "top-k"), (0, 0.95, "top-p"), (0, 1, "none"), (0, 0, "none")],
-)
-def test_filters_that_act(top_k: int, top_p: float, filters: str) -> None:
-    assert Sampling(top_k, top_p).filters == filters

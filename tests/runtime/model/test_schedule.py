@@ -1,4 +1,4 @@
-"""Schedules: what is read, what is refused and with which words."""
+"""Schedules: every way to write one, what is refused, and the schedules of any size."""
 
 from __future__ import annotations
 
@@ -42,13 +42,10 @@ def test_a_schedule_is_a_value() -> None:
     assert flexvar_runtime.ScaleSchedule is ScaleSchedule
 
 
-@pytest.mark.parametrize(("name", "steps", "last", "tokens"), [("6", 6, 16, 413), ("8", 8, 16, 613), ("9", 9, 16, 629)])
-def test_published_schedules(name: str, steps: int, last: int, tokens: int) -> None:
-    schedule = ScaleSchedule.parse(PUBLISHED[name])
-    assert (len(schedule), schedule[-1], schedule.tokens) == (steps, (last, last), tokens)
-
-
-def test_published_names() -> None:
+def test_published_schedules() -> None:
+    for steps, tokens in ((6, 413), (8, 613), (9, 629)):
+        schedule = ScaleSchedule.parse(PUBLISHED[str(steps)])
+        assert (len(schedule), schedule[-1], schedule.tokens) == (steps, (16, 16), tokens)
     assert PUBLISHED["10"] == "1_2_3_4_5_6_8_10_13_16" and ScaleSchedule.parse(PUBLISHED["10"]).tokens == 680
     assert PUBLISHED["13"] == "1_2_3_4_5_6_7_8_9_10_12_14_16"
     assert str(ScaleSchedule.parse("512px")) == "1_2_3_4_5_6_7_8_9_10_12_14_16_23_32"
@@ -56,44 +53,37 @@ def test_published_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("value", "named"),
     [
-        ("", "got schedule ''; expected sides joined by _; fix: write it like 1_2_4_8_16 or 1_2_3x5_12x20"),
-        ("1_2_", "got schedule '1_2_'; expected sides joined by _"),
-        ("1,2,3", "got schedule '1,2,3'"),
-        ("1_2x", "got schedule '1_2x'"),
-        ("1_2_-3", "got schedule '1_2_-3'"),
-        ("1_2 ", "got schedule '1_2 '"),
-        ("1_٣", "got schedule '1_٣'"),
-        ("256px", "got schedule '256px'"),
-        ("1_2.5", "got schedule '1_2.5'"),
-        ("9" * 5000, "got schedule '9999"),
-        ("2_4", "got a schedule with first scale 2; expected 1 as the first scale"),
-        ("1x2_4", "got a schedule with first scale 1x2; expected 1 as the first scale"),
-        ("1_0", "got a schedule with a scale of 0x0; expected sides from 1 to 128 tokens"),
-        ("1_129", "got a schedule with a scale of 129x129"),
-        ("_".join(["1"] * (MAX_SCALES + 1)), "got a schedule with 65 scales; expected 1 to 64 scales"),
-        ([], "got a schedule with 0 scales"),
-        (5, "got schedule 5; expected text, or sides and (h, w) pairs; fix: write it like [1, 2, (3, 5)]"),
-        ([1, 2.0], "got schedule [1, 2.0]"),
-        ([1, True], "got schedule [1, True]"),
-        ([1, "2"], "got schedule [1, '2']"),
-        ([1, (2, 3, 4)], "got schedule [1, (2, 3, 4)]"),
-        ([1, None], "got schedule [1, None]"),
-        ([1, 10**30], "got a schedule with a scale of 10000000"),
+        ("1_2_", "1_2_"),
+        ("1_2_-3", "1_2_-3"),
+        ("1_٣", "1_٣"),  # a digit, but not of ASCII
+        ("256px", "256px"),
+        ("9" * 5000, "9999"),
+        ("1x2_4", "1x2"),
+        ("1_0", "0x0"),
+        ("1_129", "129x129"),
+        ([1, 10**30], "10000000"),
+        ("_".join(["1"] * (MAX_SCALES + 1)), "65 scales"),
+        ([], "0 scales"),
+        (5, "5"),
+        ([1, 2.0], "2.0"),
+        ([1, True], "True"),
+        ([1, "2"], "'2'"),
+        ([1, (2, 3, 4)], "(2, 3, 4)"),
     ],
 )
-def test_refusals(value: Any, text: str) -> None:
+def test_refusals(value: Any, named: str) -> None:
     with pytest.raises(InvalidInput) as refusal:
         ScaleSchedule.parse(value)
-    assert text in str(refusal.value)
+    assert refusal.value.got.startswith("schedule ") and named in refusal.value.got
     assert len(str(refusal.value)) < 400 and refusal.value.exit_code == 2
 
 
-@pytest.mark.parametrize("scales", [((1, 1), (2.5, 2.5)), ((1, 1), 5.0), "1_2", None, ((1, 1), ("2", "2"))])
-def test_the_constructor_takes_whole_sides_only(scales: Any) -> None:
-    with pytest.raises(InvalidInput, match="got schedule"):
-        ScaleSchedule(scales)
+def test_the_constructor_takes_whole_sides_only() -> None:
+    for scales in (((1, 1), (2.5, 2.5)), ((1, 1), 5.0), "1_2", None, ((1, 1), ("2", "2"))):
+        with pytest.raises(InvalidInput, match=r"^schedule "):
+            ScaleSchedule(scales)  # type: ignore[arg-type]
 
 
 def test_the_limits_are_allowed() -> None:
@@ -114,11 +104,10 @@ def test_text_and_back(sizes: list[tuple[int, int]]) -> None:
     assert schedule.tokens == 1 + sum(h * w for h, w in sizes)
 
 
-@pytest.mark.parametrize(
-    ("steps", "text"), [(int(steps), text) for steps, text in PUBLISHED.items() if "px" not in steps]
-)
-def test_derived_schedules_are_the_published_ones(steps: int, text: str) -> None:
-    assert str(ScaleSchedule.for_size((16, 16), steps)) == text
+def test_derived_schedules_are_the_published_ones() -> None:
+    for steps, text in PUBLISHED.items():
+        if steps != "512px":
+            assert str(ScaleSchedule.for_size((16, 16), int(steps))) == text
     assert str(ScaleSchedule.for_size((32, 32), 15)) == PUBLISHED["512px"]
 
 
@@ -128,8 +117,9 @@ def test_a_derived_schedule_grows_to_its_size(h: int, w: int, steps: int) -> Non
     side = math.sqrt(h * w)
     beyond = max(0, math.ceil(2 * math.log2(side / 16) - 1e-9))
     if steps <= beyond:
-        with pytest.raises(InvalidInput, match=f"expected at least {beyond + 1}"):
+        with pytest.raises(InvalidInput, match=r"^steps ") as refusal:
             ScaleSchedule.for_size((h, w), steps)
+        assert refusal.value.expected == f"at least {beyond + 1}"
         return
     schedule = ScaleSchedule.for_size((h, w), steps)
     assert schedule[0] == (1, 1) and schedule[-1] == (h, w) and len(schedule) <= steps
@@ -144,6 +134,6 @@ def test_a_derived_schedule_grows_to_its_size(h: int, w: int, steps: int) -> Non
 
 def test_what_cannot_be_derived() -> None:
     assert str(ScaleSchedule.for_size((1, 1), 1)) == "1"
-    for size, steps, text in (((16, 16), 1, "steps 1"), ((16, 16), 17, "17 steps up to"), ((129, 4), 8, "129x4")):
+    for size, steps, text in (((16, 16), 1, "steps is 1"), ((16, 16), 17, "steps .*17"), ((129, 4), 8, "129x4")):
         with pytest.raises(InvalidInput, match=text):
             ScaleSchedule.for_size(size, steps)

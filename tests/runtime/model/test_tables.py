@@ -1,4 +1,4 @@
-"""The host's share of the model equals the reference's."""
+"""Codebook, positions and quantisation equal those of the reference."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ def tables(reference: Pair) -> Tables:
     return Tables(*(array.detach().numpy() for array in arrays))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_positions(tables: Tables, reference: Pair, size: tuple[int, int]) -> None:
-    expected = reference[0].positions(*size).detach().numpy()
-    got = tables.positions(*size)
-    assert got.shape == (size[0] * size[1], 128) and got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, rtol=0, atol=ROUNDING)
-    np.testing.assert_array_equal(tables.offset(*size), got + tables.input_bias)
+def test_positions(tables: Tables, reference: Pair) -> None:
+    for h, w in SIZES:
+        got = tables.positions(h, w)
+        assert got.shape == (h * w, 128) and got.dtype == np.float32
+        np.testing.assert_allclose(got, reference[0].positions(h, w).detach().numpy(), rtol=0, atol=ROUNDING)
+        np.testing.assert_array_equal(tables.offset(h, w), got + tables.input_bias)
 
 
 def test_a_shift_of_the_positions_is_seen(tables: Tables, reference: Pair) -> None:
@@ -64,16 +63,17 @@ def test_next_codes(tables: Tables, reference: Pair, size: tuple[int, int], want
 
 
 @pytest.mark.parametrize("latent_size", [(8, 8), (12, 20), (5, 3)])
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8), (16, 16)])
-def test_quantize(tables: Tables, reference: Pair, latent_size: tuple[int, int], size: tuple[int, int]) -> None:
+def test_quantize(tables: Tables, reference: Pair, latent_size: tuple[int, int]) -> None:
     latent = np.random.default_rng(1).standard_normal((4, 8, *latent_size)).astype(np.float32)
+    sizes = [(1, 1), (3, 5), (8, 8), (16, 16)]
     with torch.inference_mode():
-        [expected] = reference[1].quantize(torch.from_numpy(latent), [size])
-    got = tables.quantize(latent, size)
-    assert got.dtype == np.int32
-    np.testing.assert_array_equal(got, expected.numpy())
-    for i in range(4):
-        np.testing.assert_array_equal(tables.quantize(latent[i : i + 1], size)[0], got[i])
+        expected = reference[1].quantize(torch.from_numpy(latent), sizes)
+    for size, tokens in zip(sizes, expected, strict=True):
+        got = tables.quantize(latent, size)
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, tokens.numpy())
+        for i in range(4):
+            np.testing.assert_array_equal(tables.quantize(latent[i : i + 1], size)[0], got[i])
 
 
 def test_quantize_resizes_before_it_normalises(tables: Tables) -> None:
@@ -118,26 +118,26 @@ def test_save_and_load(model: ModelFacts, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "named"),
     [
-        (lambda arrays: arrays.pop("codebook"), "expected float32 arrays {'codebook': (64, 8)"),
-        (lambda arrays: arrays.update(extra=np.zeros(1)), "'extra': ('float64', (1,))"),
-        (lambda arrays: arrays.update(codebook=arrays["codebook"][:5]), "'codebook': ('float32', (5, 8))"),
-        (lambda arrays: arrays.update(codebook=arrays["codebook"].astype("f8")), "'codebook': ('float64', (64, 8))"),
+        (lambda arrays: arrays.pop("codebook"), "codebook"),
+        (lambda arrays: arrays.update(extra=np.zeros(1)), "extra"),
+        (lambda arrays: arrays.update(codebook=arrays["codebook"][:5]), "(5, 8)"),
+        (lambda arrays: arrays.update(codebook=arrays["codebook"].astype("f8")), "float64"),
         (lambda arrays: arrays.update(codebook=np.array([{}])), "Object arrays cannot be loaded"),
     ],
 )
-def test_tables_of_another_model(model: ModelFacts, tmp_path: Path, change: Callable[[Any], Any], text: str) -> None:
+def test_tables_of_another_model(model: ModelFacts, tmp_path: Path, change: Callable[[Any], Any], named: str) -> None:
     arrays = arrays_of(model)
     change(arrays)
     np.savez(tmp_path / "tables.npz", **arrays)
-    with pytest.raises(ArtifactRefused) as refusal:
+    with pytest.raises(ArtifactRefused, match=r"^tables\.npz") as refusal:
         Tables.load(tmp_path / "tables.npz", model)
-    assert text in str(refusal.value) and "tables.npz" in str(refusal.value)
+    assert named in refusal.value.got
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut off", b"\x80\x04N."])
-def test_what_is_no_npz(model: ModelFacts, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tables.npz").write_bytes(content)
-    with pytest.raises(ArtifactRefused, match=r"got tables\.npz .*; expected arrays in npz form; fix: export again"):
-        Tables.load(tmp_path / "tables.npz", model)
+def test_a_file_that_is_not_npz(model: ModelFacts, tmp_path: Path) -> None:
+    for content in (b"", b"no zip", b"PK\x03\x04 cut off", b"\x80\x04N."):
+        (tmp_path / "tables.npz").write_bytes(content)
+        with pytest.raises(ArtifactRefused, match=r"^tables\.npz"):
+            Tables.load(tmp_path / "tables.npz", model)

@@ -48,12 +48,9 @@ def test_the_middle_between_two_values_goes_up() -> None:
     assert pixel(0.0) == 128  # 127.5 is a middle
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(-1, 0), (1, 255), (-1.001, 0), (1.001, 255), (-3.35, 0), (3.35, 255), (1e30, 255), (-1e30, 0), (-0.9961, 0)],
-)
-def test_edges(value: float, expected: int) -> None:
-    assert pixel(value) == expected
+def test_edges() -> None:
+    values = (-1, 1, -1.001, 1.001, -3.35, 3.35, 1e30, -1e30, -0.9961)
+    assert [pixel(value) for value in values] == [0, 255, 0, 255, 0, 255, 255, 0, 0]
 
 
 def test_the_published_rule_in_its_own_order_of_operations() -> None:
@@ -98,7 +95,7 @@ def test_png_comes_back_exactly(tmp_path: Path, pixels: NDArray[np.uint8]) -> No
 def test_an_existing_image_is_kept(tmp_path: Path, pixels: NDArray[np.uint8]) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
-    with pytest.raises(InvalidInput, match="which exists; expected a new name; fix: choose another name, or pass"):
+    with pytest.raises(InvalidInput, match=r"a\.png .*--force"):
         save_png(path, pixels, {})
     assert path.read_bytes() == b"mine"
     save_png(path, pixels, {}, force=True)
@@ -120,23 +117,20 @@ def with_text(path: Path, text: str | None) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "got"),
+    ("text", "named"),
     [
-        (None, "got {path} without generation settings; expected a PNG of flexvar generate; fix: pass a PNG that"),
-        ("", "got a.png: flexvar: Expecting value"),
-        ('{"seed": "1"', "got a.png: flexvar: Expecting ',' delimiter"),
-        ('{"seed": NaN}', "got a.png: flexvar: the constant NaN"),
-        ('{"a": 1, "a": 2}', "got a.png: flexvar: the key 'a' twice"),
-        ("[" * 100_000, "got a.png: flexvar: "),
-        ("[1]", "got {path} with settings that are no object; expected a JSON object"),
+        (None, "settings"),
+        ("", "Expecting value"),
+        ('{"seed": NaN}', "NaN"),
+        ('{"a": 1, "a": 2}', "'a' twice"),
+        ("[" * 100_000, "recursion depth"),
+        ("[1]", "object"),
     ],
 )
-def test_damaged_settings(tmp_path: Path, text: str | None, got: str) -> None:
-    path = with_text(tmp_path / "a.png", text)
+def test_damaged_settings(tmp_path: Path, text: str | None, named: str) -> None:
     with pytest.raises(ArtifactRefused) as refusal:
-        read_metadata(path)
-    assert got.format(path=path) in str(refusal.value)
-    assert refusal.value.fix.startswith("pass a PNG that flexvar generate wrote, not a copy")
+        read_metadata(with_text(tmp_path / "a.png", text))
+    assert named in refusal.value.got and "a.png" in refusal.value.got
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -163,21 +157,21 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 )
 def test_what_is_no_png(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ArtifactRefused, match="expected a readable PNG") as refusal:
+    with pytest.raises(ArtifactRefused, match=r"a\.png") as refusal:
         read_metadata(tmp_path / "a.png")
-    assert refusal.value.exit_code == 5
+    assert refusal.value.exit_code == 5 and refusal.value.expected == "a readable PNG file"
 
 
 def test_another_format_with_the_name_of_a_png(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", format="JPEG")
-    with pytest.raises(ArtifactRefused, match="expected a readable PNG"):
+    with pytest.raises(ArtifactRefused, match=r"a\.png"):
         read_metadata(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize(("name", "text"), [("none.png", "got no file .*none.png"), (".", "expected a readable PNG")])
-def test_no_file(tmp_path: Path, name: str, text: str) -> None:
-    with pytest.raises(ArtifactRefused, match=text):
-        read_metadata(tmp_path / name)
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(ArtifactRefused, match=path.name):
+            read_metadata(path)
 
 
 def test_settings_as_another_program_would_write_them(tmp_path: Path) -> None:

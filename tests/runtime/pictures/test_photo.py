@@ -1,7 +1,8 @@
-"""Pictures as users have them: every depth, colour model, orientation and transparency, and what is no picture."""
+"""Pictures of every depth, colour model, orientation and transparency, and files that are not pictures."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,12 @@ def colours() -> np.ndarray:
     return np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr", "HSV", "LAB"])
-def test_every_colour_model_becomes_rgb(mode: str) -> None:
-    image = Image.fromarray(colours()).convert(mode)
-    photo = read_photo(image)
-    assert photo.pixels.dtype == np.uint8 and photo.size == (3, 4) and photo.opacity is None
-    assert np.array_equal(photo.pixels, np.asarray(image.convert("RGB")))
+def test_every_colour_model_becomes_rgb() -> None:
+    for mode in ("RGB", "L", "P", "1", "CMYK", "YCbCr", "HSV", "LAB"):
+        image = Image.fromarray(colours()).convert(mode)
+        photo = read_photo(image)
+        assert photo.pixels.dtype == np.uint8 and photo.size == (3, 4) and photo.opacity is None
+        assert np.array_equal(photo.pixels, np.asarray(image.convert("RGB"))), mode
 
 
 def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
@@ -34,10 +35,10 @@ def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
     assert np.array_equal(photo.pixels, np.repeat(RAMP[..., None], 3, axis=2))
 
 
-@pytest.mark.parametrize("values", [np.full((2, 2), 70000, np.int32), np.full((2, 2), 0.5, np.float32)])
-def test_deeper_ones_are_refused(values: np.ndarray) -> None:
-    with pytest.raises(InvalidInput, match="expected 8 or 16 bits"):
-        read_photo(Image.fromarray(values))
+def test_deeper_ones_are_refused() -> None:
+    for values in (np.full((2, 2), 70000, np.int32), np.full((2, 2), 0.5, np.float32)):
+        with pytest.raises(InvalidInput, match="8 or 16 bits"):
+            read_photo(Image.fromarray(values))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -84,11 +85,11 @@ def test_an_opaque_picture_has_no_opacity() -> None:
     assert opacity is not None and opacity[0].tolist() == [255, 0, 255, 255]
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff", "gif"])
-def test_files(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"picture.{suffix}"
-    Image.fromarray(colours()).save(path)
-    assert read_photo(path).size == read_photo(str(path)).size == (3, 4)
+def test_files(tmp_path: Path) -> None:
+    for suffix in ("png", "jpg", "webp", "bmp", "tiff", "gif"):
+        path = tmp_path / f"picture.{suffix}"
+        Image.fromarray(colours()).save(path)
+        assert read_photo(path).size == read_photo(str(path)).size == (3, 4)
 
 
 def test_arrays() -> None:
@@ -97,39 +98,36 @@ def test_arrays() -> None:
     assert read_photo(np.zeros((1, 1, 1), np.uint8)).size == (1, 1)
 
 
-@pytest.mark.parametrize(
-    "array",
-    [np.zeros((2, 2, 2), np.uint8), np.zeros((2, 2, 3), np.float32), np.zeros(4, np.uint8), np.zeros((0, 3), np.uint8)],
-)
-def test_arrays_that_are_no_pictures(array: np.ndarray) -> None:
-    with pytest.raises(InvalidInput, match=r"expected \(H, W\), \(H, W, 3\) or \(H, W, 4\) uint8"):
-        read_photo(array)
+def test_arrays_that_are_not_pictures() -> None:
+    for shape, dtype in (((2, 2, 2), np.uint8), ((2, 2, 3), np.float32), ((4,), np.uint8), ((0, 3), np.uint8)):
+        with pytest.raises(InvalidInput, match=re.escape(f"{shape}")):
+            read_photo(np.zeros(shape, dtype))
 
 
-def test_files_that_are_no_pictures(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="got no file"):
+def test_files_that_are_not_pictures(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"nothing\.png"):
         read_photo(tmp_path / "nothing.png")
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     for name, content in (("text.png", b"hello"), ("empty.png", b""), ("cut.png", whole[: len(whole) // 2])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InvalidInput, match="expected a readable picture"):
+        with pytest.raises(InvalidInput, match=name):
             read_photo(tmp_path / name)
-    with pytest.raises(InvalidInput, match="expected a readable picture"):
+    with pytest.raises(InvalidInput, match=tmp_path.name):
         read_photo(tmp_path)
 
 
 def test_a_file_so_large_that_pillow_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (64, 64)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    with pytest.raises(InvalidInput, match=f"got large.png; expected at most {MOST_PIXELS:,} pixels; fix: make it sm"):
+    with pytest.raises(InvalidInput, match=rf"large\.png .*{MOST_PIXELS:,}"):
         read_photo(tmp_path / "large.png")
 
 
 def test_a_picture_too_large_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("1", (2**14, MOST_PIXELS // 2**14 + 1))
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("its pixels were read"))
-    with pytest.raises(InvalidInput, match=f"expected at most {MOST_PIXELS:,}"):
+    with pytest.raises(InvalidInput, match=f"{MOST_PIXELS:,}"):
         read_photo(image)
 
 
