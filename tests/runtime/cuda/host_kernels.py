@@ -22,9 +22,7 @@ from flexvar_runtime.cuda.kernels import KernelConfig, Launch, kernel_source
 HERE = Path(__file__).parent
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 # A fortified longjmp cannot leave the stack of a fiber
-FLAGS = (
-    "-std=gnu11 -O1 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wno-unused-function"
-)
+FLAGS = "-std=gnu11 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wno-unused-function"
 _SIGNATURE = re.compile(r"^KERNEL\(\w+\)\s+(\w+)\(([^)]*)\)\s*\{", re.MULTILINE)
 _TYPES = {
     "u32": ctypes.c_uint32,
@@ -50,7 +48,7 @@ class HostKernels:
     """The kernels for one configuration, compiled in `directory`.
 
     block: threads in a block of `sample_rows`, instead of those of the configuration. source: instead of `kernels.cu`.
-    Skips the test if there is no C compiler.
+    level: the compiler's optimisation. Skips the test if there is no C compiler.
     """
 
     def __init__(
@@ -60,6 +58,7 @@ class HostKernels:
         *,
         block: int | None = None,
         source: str | None = None,
+        level: str = "-O1",
     ) -> None:
         if COMPILER is None:
             pytest.skip("no C compiler here")
@@ -70,7 +69,7 @@ class HostKernels:
         (directory / "kernels.c").write_text(f'#include "host_shim.h"\n#line 1 "kernels.cu"\n{source}\n{self._table()}')
         library = directory / "kernels.so"
         defines = [f"-D{name}={value}" for name, value in config.defines(self.block).items()]
-        command = [COMPILER, *FLAGS.split(), f"-I{HERE}", *defines]
+        command = [COMPILER, level, *FLAGS.split(), f"-I{HERE}", *defines]
         built = subprocess.run(
             [*command, "-o", str(library), str(directory / "kernels.c"), "-lm"],
             capture_output=True,

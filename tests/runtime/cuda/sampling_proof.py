@@ -59,9 +59,17 @@ def make_rows(seed: int, B: int, L: int, V: int) -> Float32:
     return rows.reshape(B, L, V)
 
 
-def host_tokens(logits_BLV: Float32, images: list[int], top_k: int, top_p: float, scale: int = SCALE) -> Any:
+def seeds_of(images: list[int]) -> list[int]:
+    """A seed for each image, all different. The first is SEED."""
+    return [SEED - i for i in range(len(images))]
+
+
+def host_tokens(
+    logits_BLV: Float32, images: list[int], top_k: int, top_p: float, scale: int = SCALE, *, one_seed: bool = False
+) -> Any:
     B, L, V = logits_BLV.shape
-    draws = np.concatenate([noise.draws(SEED, index, scale, L) for index in images])
+    seeds = [SEED] * B if one_seed else seeds_of(images)
+    draws = np.concatenate([noise.draws(seed, index, scale, L) for seed, index in zip(seeds, images, strict=True)])
     return sampling.sample(logits_BLV.reshape(B * L, V), draws, top_k=top_k, top_p=top_p).reshape(B, L)
 
 
@@ -82,11 +90,12 @@ def kernel_tokens(
     *,
     scale: int = SCALE,
     order: int = 0,
+    one_seed: bool = False,
 ) -> tuple[NDArray[np.int32], Refusal | None]:
     B, L, V = logits_BLV.shape
     guarded = np.full((B + 2, L), -1, np.int32)
     status = np.zeros(STATUS_WORDS, np.uint32)
-    streams = stream_block([SEED] * B, images)
+    streams = stream_block([SEED] * B if one_seed else seeds_of(images), images)
     arrays = logits_BLV, streams, guarded[1:-1], status, *option_words(top_k, top_p, V)
     launch = kernels.sample_rows(*map(device_array, arrays), scale=scale)
     host.run(launch, order=order)
@@ -147,19 +156,20 @@ RIGHT, BARRIER = "as it is", "__syncthreads();"
 
 def disagrees(host: HostKernels) -> bool:
     """Whether a row gets another token than on the host, or the kernel fails."""
-    ties = np.tile(np.array([0.0] * 3 + [-1.0] * 250 + [-2.0] * 259, np.float32), (1, 4, 1))
+    ties = np.tile(np.array([0.0] * 3 + [-1.0] * 250 + [-2.0] * 259, np.float32), (1, 5, 1))
     zeros = np.tile(np.array([0.0, -0.0] * 256, np.float32), (1, 4, 1))
     dense = (np.random.default_rng(0).standard_normal((1, 4, 512)) * 0.4).astype(np.float32)
     boundary, _ = row_on_a_boundary(512, image=5)
     logits = np.concatenate([boundary, make_rows(3, 1, 10, 512), ties, zeros, dense, 10 * dense], axis=1)
+    logits, images = logits.reshape(2, 14, 512), [5, 6]
     steps = np.linspace(0.1, 0.9, 3)
     choices = [(0, 0.0), (0, 1e-300), (1, 0.5), *((k, float(p)) for k in (0, 2, 50, 129, 400) for p in steps)]
     for order, (top_k, top_p) in itertools.product(range(3), choices):
         try:
-            tokens, _ = kernel_tokens(host, logits, [5], top_k, top_p, order=order)
+            tokens, _ = kernel_tokens(host, logits, images, top_k, top_p, order=order)
         except KernelFailed:
             return True
-        if not np.array_equal(tokens, host_tokens(logits, [5], top_k, top_p)):
+        if not np.array_equal(tokens, host_tokens(logits, images, top_k, top_p)):
             return True
     return False
 
@@ -193,6 +203,6 @@ def run_apart(host: HostKernels) -> bool:
 if __name__ == "__main__":
     found = {}
     for number, (name, source) in enumerate(mutants().items()):
-        host = HostKernels(config(512), Path(sys.argv[1]) / str(number), block=128, source=source)
+        host = HostKernels(config(512), Path(sys.argv[1]) / str(number), block=128, source=source, level="-O0")
         found[name] = run_apart(host)
     print(json.dumps(found))
