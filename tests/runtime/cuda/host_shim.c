@@ -2,8 +2,8 @@
    table of kernels (`shim_kernels`) that host_kernels.py writes.
 
    Between two barriers the warps run one after another, each time in a new random order, so that a kernel that depends
-   on the order fails. Shared memory is filled with rubbish before every block. Errors: a thread that returns while others
-   wait, threads at different barriers, and a warp operation that not all lanes reach. */
+   on the order fails. Shared memory is filled with rubbish before every block. Errors: a thread that returns while
+   others wait, threads at different barriers, and a warp operation that not all lanes reach. */
 
 enum { SHIM_LIMIT = 1024, SHIM_STACK = 1 << 16 };
 enum { SHIM_READY, SHIM_IN_WARP, SHIM_AT_BARRIER, SHIM_LEFT };

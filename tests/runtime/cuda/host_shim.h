@@ -1,4 +1,4 @@
-/* CUDA's additions to C, for a block whose threads are fibers. This file is included before the kernels, and host_shim.c
+/* CUDA's additions to C, for a block whose threads are fibers. This file is included before the kernels. host_shim.c
    runs them. At a warp operation a lane waits for the other lanes of its warp, at a barrier for the whole block. */
 
 #define _GNU_SOURCE
