@@ -38,12 +38,12 @@ def probe(name: str) -> Availability:
 
 
 def precisions(name: str) -> frozenset[Precision]:
-    """The precisions of the bundles that a backend runs."""
+    """The precisions that the bundles of a backend may have."""
     return _module(name).PRECISIONS
 
 
 def suggest_backend(precision: Precision) -> str:
-    """Advice for a bundle whose precision the backend at hand does not run: the CPU backend that runs it."""
+    """A sentence that names the CPU backend for bundles of a precision, and how to install it if it is missing."""
     name = next(name for name in BACKENDS if name in CPU_BACKENDS and precision in precisions(name))
     state = probe(name)
     return f"Use backend {name}." if state.available else f"Use backend {name}. To install it: {state.fix}"
@@ -89,13 +89,13 @@ def create(
         raise BackendUnavailable(
             f"Backend {name} does not work here: {state.detail}.",
             expected="a backend that works here",
-            fix=state.fix or "Run: flexvar doctor",
+            fix=state.advice or "Run: flexvar doctor",
         )
     return _module(name).create(name, device=device, threads=threads, engines=engines)
 
 
 def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> str:
-    """The first backend that works and is ready for the bundle. One that works but is not ready is logged."""
+    """The first backend that works here and can run the bundle. Logs each one that works but cannot run it."""
     kind = (device or "").partition(":")[0]
     for name in BACKENDS:
         state = probe(name)
@@ -108,7 +108,7 @@ def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> 
             log.info("backend %s chosen", name)
             return name
         level = logging.DEBUG if name in CPU_BACKENDS else logging.WARNING  # on the CPU nothing is lost
-        log.log(level, "backend %s works here but is passed over: %s. %s", name, ready.detail, ready.fix)
+        log.log(level, "backend %s works here but is passed over: %s. %s", name, ready.detail, ready.advice)
     if kind == "cuda":
         raise BackendUnavailable(
             f"No backend for device {device} works here and runs this bundle.",

@@ -1,4 +1,4 @@
-"""What a backend is. It knows graphs and arrays, and nothing of classes, schedules or sampling."""
+"""The protocols of a backend. A backend knows graphs and arrays, but no classes, schedules or sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.opening import Bundle
-from ..errors import InvalidInput
+from ..errors import FlexVARError, InvalidInput, OutOfMemory
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
 from ..model.tensors import GraphSpec, host_dtype
@@ -19,27 +19,43 @@ from ..model.tensors import GraphSpec, host_dtype
 if TYPE_CHECKING:
     from ..cuda.device import Device
 
+EXPORT_AGAIN = "Export the bundle again with this version."
+
 Array: TypeAlias = Any
-"""An array of the backend: contiguous, with `shape`; `array[i]`, `array[i:j]` (first axis), `reshape` are views."""
+"""A contiguous array of the backend. `array[i]`, `array[i:j]` (first axis) and `array.reshape` are views."""
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend works here. detail: what was found, or why it does not work. fix: what to do about it."""
+    """Whether a backend works here.
+
+    detail: the versions and hardware found, or the reason why it does not work; without a full stop. fix: a sentence
+    that says what to do, or a command to run.
+    """
 
     available: bool
     detail: str
     fix: str | None = None
 
+    @property
+    def advice(self) -> str:
+        """`fix` as a sentence."""
+        return f"Run: {self.fix}" if (self.fix or "").startswith(("pip ", "flexvar ")) else self.fix or ""
+
+    @classmethod
+    def of_error(cls, error: FlexVARError) -> Availability:
+        """The availability of what raised an error."""
+        return cls(False, error.got.removesuffix("."), error.fix.removeprefix("Run: "))
+
 
 class Bound(Protocol):
-    """A graph together with the arrays that it reads and writes. It can run many times, and be captured."""
+    """A graph with the arrays that it reads and writes. It can run many times, and be captured."""
 
     def run(self) -> None:
         """Run the graph. On a GPU this only enqueues it. Raises FlexVARError."""
 
     def close(self) -> None:
-        """Free the resources of the binding. On a GPU it must not be running."""
+        """Free the binding. On a GPU it must not be running."""
 
 
 class Graph(Protocol):
@@ -52,13 +68,13 @@ class Graph(Protocol):
         """The largest number of images in one run; None means any number."""
 
     def holds(self, size: tuple[int, int]) -> bool:
-        """Whether its weights are in memory for images of (h, w) tokens. A memory plan does not count them again."""
+        """Whether the weights for images of (h, w) tokens are in memory already. A memory plan does not count them."""
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
-        """Bind every input, and the outputs that are wanted, without a copy. Raises FlexVARError."""
+        """Bind all inputs and any of the outputs, without a copy. Raises FlexVARError."""
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Bind, run and close in one call."""
+        """Bind, run and close in one call. Raises FlexVARError."""
 
     def close(self) -> None:
         """Free the weights and everything else."""
@@ -74,19 +90,21 @@ class Backend(Protocol):
     precisions: frozenset[Precision]
     threads: int
     labels_per_run: int
-    """Labels in every run of the condition graph. It is constant, so that the row of a label does not depend on how
-    many labels are asked for."""
+    """Number of labels in every run of the condition graph. It is constant, so that the result for a label does not
+    depend on the number of labels in a request."""
 
     @property
     def device(self) -> Device | None:
-        """The device that holds the arrays. None means that arrays are NumPy arrays and every call returns when it is
-        done."""
+        """The device that holds the arrays. None: arrays are NumPy arrays, and no call returns before it is done."""
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        """Open a graph of a checked bundle. once: it will run only a few times, so preparing it does not pay."""
+        """Open a graph of a checked bundle. once: it will run only a few times, so slow preparation does not pay.
+
+        Raises FlexVARError.
+        """
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
-        """Whether an optional graph of the bundle can be opened. TensorRT needs an engine for it."""
+        """Whether an optional graph of the bundle can be opened. TensorRT needs an engine of it."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An uninitialised array of a manifest dtype."""
@@ -95,31 +113,45 @@ class Backend(Protocol):
         """A host array as an array of the backend."""
 
     def download(self, array: Array) -> NDArray[Any]:
-        """An array of the backend as a host array (a view where memory is shared)."""
+        """An array of the backend as a host array. On a CPU it is the array itself."""
 
     def available_bytes(self) -> int | None:
-        """Bytes that are left for buffers; None if unknown."""
+        """Free bytes for buffers; None if unknown."""
 
     def close(self) -> None:
-        """Free the resources of the backend, after its graphs are closed."""
+        """Free the backend. Its graphs must be closed."""
 
 
 class BackendModule(Protocol):
-    """The module of a backend. One module may serve several names, each with another library."""
+    """The functions of a backend's module. One module may serve several backends."""
 
     PRECISIONS: frozenset[Precision]
 
     def libraries(self, precision: Precision) -> Mapping[str, LibraryMemory]:
-        """The memory of the library that runs each graph of a bundle of this precision. Only CPU backends have it."""
+        """The memory of the library that runs each graph of a bundle of this precision. Only CPU backends have this."""
 
     def probe(self, name: str) -> Availability:
         """Whether the backend of that name works here."""
 
     def ready(self, name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-        """Whether the backend can run this bundle now, given that it works here."""
+        """Whether the backend can run this bundle now. `probe` has said that it works here."""
 
     def create(self, name: str, *, device: str | None, threads: int | None, engines: Path | None) -> Backend:
-        """Start the backend. engines: folder of the engines; None means the bundle's own. Raises FlexVARError."""
+        """Start the backend. engines: the folder of the engines; None means that of the bundle. Raises FlexVARError."""
+
+
+def closed_graph(name: str) -> InvalidInput:
+    """The error of a graph that is used after it was closed."""
+    return InvalidInput(f"{name} is closed.", expected="an open graph", fix="Open the bundle again.")
+
+
+def no_memory(name: str, reason: str) -> OutOfMemory:
+    """The error of a graph that ran out of memory."""
+    return OutOfMemory(
+        f"{name} ran out of memory: {reason.removesuffix('.')}.",
+        expected="a request that fits in memory",
+        fix="Use a smaller batch or schedule.",
+    )
 
 
 def runs_precision(name: str, precision: Precision, precisions: frozenset[Precision]) -> Availability:
@@ -128,15 +160,15 @@ def runs_precision(name: str, precision: Precision, precisions: frozenset[Precis
         return Availability(True, f"runs {precision}")
     return Availability(
         False,
-        f"{name} runs {' and '.join(sorted(precisions))} bundles, and this bundle is {precision}.",
-        "Export with --precision fp32, or name a backend that runs it (see flexvar doctor).",
+        f"{name} runs {' and '.join(sorted(precisions))} bundles, but the bundle is {precision}",
+        f"Export the bundle with --precision fp32, or name a backend that runs {precision} (see flexvar doctor).",
     )
 
 
 class BindingCheck:
     """Checks arrays against the declaration of a graph: names, ranks, dtypes, and one size for each named axis.
 
-    It is made once for each graph, because it runs before every step.
+    Made once for each graph, because it runs before every step.
     """
 
     def __init__(self, spec: GraphSpec) -> None:
@@ -148,7 +180,7 @@ class BindingCheck:
     def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
         """The size of every named axis. Outputs may be left out.
 
-        Raises InvalidInput. Arrays are bound by address, so a wrong one would corrupt memory.
+        Raises InvalidInput, because an array that does not fit would corrupt memory: arrays are bound by address.
         """
         sizes: dict[str, int] = {}
         for declared, bound, complete in ((self._inputs, inputs, True), (self._outputs, outputs, False)):
@@ -156,7 +188,7 @@ class BindingCheck:
                 raise InvalidInput(
                     f"The bound tensors are {sorted(bound)}, but the graph declares {sorted(declared)}.",
                     expected=f"{sorted(declared)}",
-                    fix="Bind the tensors that the manifest declares.",
+                    fix="Bind the tensors that the manifest of the bundle declares.",
                 )
             for name, array in bound.items():
                 axes, dtype = declared[name]
@@ -173,13 +205,15 @@ class BindingCheck:
             fits &= size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
         if not fits:
             raise InvalidInput(
-                f"{name} has shape {tuple(shape)}, but its axes are {axes} with {sizes}.",
+                f"The tensor {name} has shape {tuple(shape)}, but its axes are {axes} with {sizes}.",
                 expected=f"axes {axes} with {sizes}",
                 fix="Bind an array of that shape.",
             )
         if array.dtype is not dtype and host_dtype(array.dtype) != dtype:
             raise InvalidInput(
-                f"{name} has dtype {array.dtype}, but it must be {dtype}.", expected=str(dtype), fix="Convert it first."
+                f"The tensor {name} has dtype {array.dtype}, but it must be {dtype}.",
+                expected=str(dtype),
+                fix="Convert the array first.",
             )
 
 

@@ -31,7 +31,7 @@ class DeviceArrays:
         return DeviceArray(memory.address, shape, dtype, memory)
 
     def upload(self, host: NDArray[Any]) -> DeviceArray:
-        """A copy on the device. It waits for the copy, so the host array may be freed."""
+        """A copy on the device. Waits for it, so the host array may be freed."""
         contiguous = np.ascontiguousarray(host)
         array = self.empty(contiguous.shape, str(contiguous.dtype))
         self.device.write(array, contiguous)
@@ -39,7 +39,7 @@ class DeviceArrays:
         return array
 
     def download(self, array: DeviceArray) -> NDArray[Any]:
-        """A copy on the host, after everything that was enqueued before. It waits for the copy."""
+        """A copy on the host, made after all work that was enqueued before. Waits for it."""
         host = np.empty(array.shape, host_dtype(array.dtype))
         self.device.read(host, array)
         self.device.synchronize()
@@ -69,16 +69,15 @@ class DeviceBackend(DeviceArrays, ABC):
 
     @abstractmethod
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        """Open a graph of a checked bundle. once: it will run only a few times, so preparing it does not pay."""
+        """See `Backend.open`."""
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         return True
 
 
 def probe_gpu(device: str | None = None) -> Availability:
-    """Whether a GPU works here: its library, driver and device. Starts no work."""
+    """Whether a GPU works here: cuda.core, the driver and the device. Starts no work."""
     try:
-        facts = find_gpu(device)
+        return Availability(True, str(find_gpu(device)))
     except BackendUnavailable as error:
-        return Availability(False, error.got, error.fix)
-    return Availability(True, str(facts))
+        return Availability.of_error(error)

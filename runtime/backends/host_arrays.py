@@ -30,7 +30,7 @@ def default_threads() -> int:
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The model name of the processor, as far as the system knows it."""
+    """The model name of the processor; "unknown" if the system does not know it."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -59,8 +59,9 @@ def check_options(name: str, device: str | None, threads: int | None, engines: P
 class HostBackend(ABC):
     """A backend whose arrays are in the memory of the process.
 
-    maps_weights: whether a graph that is opened `once` leaves its weights in the file. Then it opens at once and takes
-    no memory for weights, unless they are in half precision, which is widened."""
+    maps_weights: whether a graph that is opened with `once` uses its weights from the mapped file. It then opens fast
+    and takes no memory for float32 weights. Weights in half precision are widened to float32 in memory.
+    """
 
     name: str
     precisions: frozenset[Precision]
@@ -73,7 +74,7 @@ class HostBackend(ABC):
 
     @abstractmethod
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        """Open a graph of a checked bundle. once: it will run only a few times, so preparing it does not pay."""
+        """See `Backend.open`."""
 
     @abstractmethod
     def libraries(self, precision: Precision) -> Mapping[str, LibraryMemory]:
@@ -101,14 +102,14 @@ class HostBackend(ABC):
     def available_bytes(self) -> int | None:
         return available_bytes()
 
-    def close(self) -> None:  # noqa: B027  # a hook: most libraries hold nothing of their own
-        """Free the resources of the backend, after its graphs are closed."""
+    def close(self) -> None:  # noqa: B027  # most libraries hold nothing that a backend must free
+        """See `Backend.close`."""
 
 
 def require_contiguous(array: NDArray[Any]) -> NDArray[Any]:
-    """The array itself. Raises InvalidInput unless it is C-contiguous, because it is bound by address."""
+    """The array itself. Raises InvalidInput unless it is C-contiguous: it is bound by address."""
     if not array.flags.c_contiguous:
         raise InvalidInput(
-            "An array to be bound is not contiguous.", expected="a C-contiguous array", fix="Copy it first."
+            "Only a C-contiguous array can be bound.", expected="a C-contiguous array", fix="Copy the array first."
         )
     return array

@@ -1,6 +1,6 @@
 """ONNX Runtime for the transformer and OpenVINO for the tokenizer, on the CPU.
 
-For int8-bf16 bundles. ONNX Runtime multiplies 8-bit integers as such, and OpenVINO computes in bfloat16, for which ONNX
+It runs int8-bf16 bundles. ONNX Runtime multiplies 8-bit integers, and OpenVINO computes in bfloat16, for which ONNX
 Runtime has no kernels.
 """
 
@@ -40,11 +40,11 @@ def create(name: str, *, device: str | None, threads: int | None, engines: Path 
 
 
 class OrtOpenVino(HostBackend):
-    """Backend on a number of threads. One library runs at a time."""
+    """The backend ort-openvino on `threads` threads. Only one of the two libraries runs at a time."""
 
     name = "ort-openvino"
     precisions = PRECISIONS
-    maps_weights = True  # of the condition graph, which ONNX Runtime runs
+    maps_weights = True  # holds for the condition graph, which ONNX Runtime runs
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)

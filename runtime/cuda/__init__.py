@@ -1,1 +1,1 @@
-"""The device side: memory, kernels, and a whole generation as one CUDA graph."""
+"""The GPU: device, arrays, streams, capture and our kernels."""

@@ -1,4 +1,4 @@
-"""Many arrays in one allocation on a device."""
+"""Many arrays in one allocation of device memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from .array import DeviceArray, aligned
 from .device import Device
 
 Fields: TypeAlias = Mapping[str, tuple[tuple[int, ...], str]]
-"""Shape and dtype of every array, by name."""
+"""The shape and dtype of each array, by name."""
 
 
 class Arena:
-    """Arrays of named shapes in one allocation on the device, each aligned; with `pinned`, mirrored on the host."""
+    """Named arrays in one allocation of device memory, each aligned.
+
+    arrays: the arrays. whole: all bytes as one array. pinned: also make page-locked arrays of the same shapes on the
+    host, as `host` and `host_whole`.
+    """
 
     def __init__(self, device: Device, fields: Fields, *, pinned: bool = False) -> None:
         arrays, end = {}, 0
@@ -40,5 +44,5 @@ class Arena:
 
 
 def nbytes(fields: Fields) -> int:
-    """Bytes of an arena of these fields."""
+    """The size of an arena of these fields in bytes."""
     return sum(aligned(DeviceArray(0, shape, dtype, None).nbytes) for shape, dtype in fields.values())

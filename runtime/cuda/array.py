@@ -1,4 +1,4 @@
-"""Arrays in device memory, as values: where they lie, their shape and type."""
+"""Arrays in device memory as values: address, shape and dtype."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from ..model.tensors import host_dtype
 
-ALIGNMENT = 256  # bytes; what TensorRT asks of every address
+ALIGNMENT = 256  # bytes; TensorRT needs it of every address
 
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A contiguous array at `address`. `memory` owns the bytes: they live as long as any array on them.
+    """A contiguous array at `address`. `memory` owns the bytes, and lives as long as any array that uses it.
 
     `array[i]`, `array[i:j]` (first axis) and `reshape` are views.
     """
@@ -39,17 +39,17 @@ class DeviceArray:
         if isinstance(key, slice):
             start, stop, step = key.indices(self.shape[0])
             if step != 1:
-                raise IndexError(f"step {step}: only whole runs of the first axis are views")
+                raise IndexError(f"a slice has step {step}, but only step 1 gives a view")
             stop = max(start, stop)
             return replace(self, address=self.address + start * row, shape=(stop - start, *self.shape[1:]))
         index = key + self.shape[0] if key < 0 else key
         if not 0 <= index < self.shape[0]:
-            raise IndexError(f"{key} of {self.shape[0]}")
+            raise IndexError(f"index {key} is out of range: the first axis has size {self.shape[0]}")
         return replace(self, address=self.address + index * row, shape=self.shape[1:])
 
     def reshape(self, *shape: int) -> DeviceArray:
         if math.prod(shape) != self.size:
-            raise ValueError(f"{self.shape} as {shape}")
+            raise ValueError(f"an array of shape {self.shape} cannot have shape {shape}")
         return replace(self, shape=shape)
 
 

@@ -1,6 +1,6 @@
-"""The interface of a GPU: one device and one stream, on which everything runs in order.
+"""The protocol of a GPU: one device and one stream, which runs all work in order.
 
-`gpu.CudaDevice` implements it. Only `synchronize` waits for the device.
+`gpu.CudaDevice` implements it. Only `synchronize` and `trim` wait for the device.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def ignore_errors(what: str) -> Iterator[None]:
-    """Log errors as warnings. For closing: after a device has failed, every call on it fails, and the rest must still
-    be freed."""
+    """Log errors as warnings. what: what is done, for the log.
+
+    For closing: after a failure of the device every call fails, but everything must still be freed.
+    """
     try:
         yield
     except Exception as error:
@@ -30,78 +32,81 @@ def ignore_errors(what: str) -> Iterator[None]:
 
 
 class Replay(Protocol):
-    """A captured sequence of work."""
+    """A captured CUDA graph."""
 
     def launch(self) -> None:
-        """Enqueue it as a whole."""
+        """Enqueue the whole graph."""
 
     def close(self) -> None:
-        """Free it; it must not be running."""
+        """Free the graph. It must not be running."""
 
 
 class Device(Protocol):
-    """One GPU and one stream of it. Used by one thread at a time, any thread: `activate` comes first."""
+    """One GPU and one stream. One thread at a time may use it; a thread calls `activate` first."""
 
     name: str
     capability: str
-    """Compute capability, "9.0"."""
+    """Compute capability, such as "9.0"."""
     ordinal: int
 
     @property
     def stream(self) -> int:
-        """Handle of the stream, for libraries."""
+        """The handle of the stream, for libraries."""
 
     def activate(self) -> None:
-        """Make the device current in this thread."""
+        """Make the device the current one of this thread."""
 
     def allocate(self, nbytes: int) -> Any:
-        """Device memory with an `address`, aligned to 256 bytes, freed when dropped. Raises OutOfMemory.
+        """Device memory with an `address` that is aligned to 256 bytes. It is freed when dropped. Raises OutOfMemory.
 
-        A device may keep what was dropped reserved for later; see `trim`.
+        A device may keep freed memory reserved; see `trim`.
         """
 
     def trim(self) -> None:
-        """Wait for the device, then give memory that nobody uses back to the driver. Not while capturing."""
+        """Wait for the device, then return reserved memory to the driver. Must not be called while capturing."""
 
     def pinned(self, nbytes: int) -> NDArray[Any]:
-        """Page-locked host memory, (nbytes,) uint8: copies to and from it do not wait."""
+        """Page-locked host memory, (nbytes,) uint8. Copies to and from it are asynchronous."""
 
     def write(self, array: DeviceArray, host: NDArray[Any]) -> None:
-        """Enqueue a copy to the device. `host` must stay as it is until the device has passed this point."""
+        """Enqueue a copy to the device. `host` must not change until the copy is done."""
 
     def read(self, host: NDArray[Any], array: DeviceArray) -> None:
-        """Enqueue a copy to the host, into contiguous `host`."""
+        """Enqueue a copy to the host. `host` must be contiguous."""
 
     def copy(self, target: DeviceArray, source: DeviceArray) -> None:
         """Enqueue a copy on the device."""
 
     def zero(self, array: DeviceArray) -> None:
-        """Enqueue filling with zero bytes."""
+        """Enqueue filling the array with zero bytes."""
 
     def load(self, config: KernelConfig) -> None:
-        """Compile and load the kernels of a model: what `launch` runs from then on."""
+        """Compile and load the kernels for a model. `launch` needs them. Raises BackendUnavailable, DeviceFailed."""
 
     def launch(self, launch: Launch) -> None:
         """Enqueue a kernel."""
 
     def capture(self, enqueue: Callable[[], None]) -> Replay:
-        """Record what `enqueue` enqueues, without running it. Raises what `enqueue` raises; the stream stays usable."""
+        """Capture the work that `enqueue` enqueues, without running it.
+
+        Raises what `enqueue` raises. The stream stays usable.
+        """
 
     def synchronize(self) -> None:
-        """Wait until everything enqueued is done. Raises DeviceFailed where it failed."""
+        """Wait until all enqueued work is done. Raises DeviceFailed if it failed."""
 
     def elapsed(self, enqueue: Callable[[], None]) -> Callable[[], float]:
-        """Enqueue between two time stamps; the result gives the seconds between them, after `synchronize`."""
+        """Time the work that `enqueue` enqueues. The returned function gives the seconds, after `synchronize`."""
 
     def free_bytes(self) -> int:
-        """Device memory left, with what is reserved and not used: `trim` makes that available to everybody."""
+        """Free device memory in bytes, including memory that is reserved but unused."""
 
     def close(self) -> None:
-        """Free the stream; nothing may be running."""
+        """Free the stream. No work may be running."""
 
 
 def allocate(device: Device, nbytes: int) -> Any:
-    """Device memory, as `Device.allocate` gives it. Where none is left, it is tried once more after a `trim`."""
+    """Device memory from `Device.allocate`. If there is too little, it trims the device and tries once more."""
     with suppress(OutOfMemory):
         return device.allocate(nbytes)
     device.trim()

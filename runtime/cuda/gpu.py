@@ -1,4 +1,4 @@
-"""A real GPU behind the `Device` protocol, through cuda.core and, for plain copies, the driver."""
+"""The `Device` protocol on a real GPU, through cuda.core and, for copies, the CUDA driver."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 from .array import DeviceArray
 from .kernels import KERNEL_NAMES, KernelConfig, Launch, compile_kernels
+from .libraries import first_line
 
-MINIMUM = (1, 0)  # of cuda.core, whose interface is stable from there on
-_INSTALL = "pip install 'flexvar-deploy[gpu]'"
+MINIMUM = (1, 0)  # the first version of cuda.core with a stable interface
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What a probe says of a GPU: name, compute capability ("9.0"), and its memory in bytes."""
+    """A GPU: its number, name, compute capability ("9.0") and memory in bytes."""
 
     ordinal: int
     name: str
@@ -36,30 +36,30 @@ class GpuFacts:
 
 
 def find_gpus() -> tuple[GpuFacts, ...]:
-    """Every GPU of this machine, in CUDA's order. Raises BackendUnavailable where there is none."""
+    """Every GPU of this machine, in CUDA's order. Raises BackendUnavailable if there is none."""
     first = find_gpu()
     _, driver = _libraries()
     return first, *(find_gpu(f"cuda:{i}") for i in range(1, _check(driver, driver.cuDeviceGetCount())))
 
 
 def find_gpu(device: str | None = None) -> GpuFacts:
-    """The GPU named "cuda", "cuda:N" or None (the first). Raises BackendUnavailable, InvalidInput."""
+    """The GPU that `device` names: "cuda:N"; "cuda" or None is the first. Raises BackendUnavailable, InvalidInput."""
     ordinal = _ordinal(device)
     core, driver = _libraries()
     try:
         count = _check(driver, driver.cuInit(0)) or _check(driver, driver.cuDeviceGetCount())
-    except Exception as error:  # without a driver the loader's own error, too long to show
-        reason = f" ({_first_line(error)})" if isinstance(error, RuntimeError) and "CUDA_" in str(error) else ""
+    except Exception as error:  # without a driver it is a long error of the dynamic loader
+        reason = f" ({first_line(error)})" if isinstance(error, RuntimeError) and "CUDA_" in str(error) else ""
         raise BackendUnavailable(
-            f"no working NVIDIA driver{reason}",
+            f"CUDA found no working NVIDIA driver{reason}.",
             expected="a GPU with its driver",
-            fix="install the NVIDIA driver (nvidia-smi must list the GPU), or use --backend ort-cpu",
+            fix="Install the NVIDIA driver, so that nvidia-smi lists the GPU, or use --backend ort-cpu.",
         ) from error
     if ordinal >= count:
         raise BackendUnavailable(
-            f"device cuda:{ordinal} of {count}",
+            f"device is cuda:{ordinal}, but CUDA found only {count} GPU{'s' if count != 1 else ''}.",
             expected="a GPU that nvidia-smi lists",
-            fix="name another device, or look at CUDA_VISIBLE_DEVICES",
+            fix="Name another device, or check the environment variable CUDA_VISIBLE_DEVICES.",
         )
     found = core.Device(ordinal)
     major, minor = found.compute_capability
@@ -70,7 +70,8 @@ def find_gpu(device: str | None = None) -> GpuFacts:
 def _ordinal(device: str | None) -> int:
     kind, _, number = (device or "cuda").partition(":")
     if kind != "cuda" or not (number or "0").isdecimal():
-        raise InvalidInput(f"device {device!r}", expected="cuda or cuda:N", fix="name a GPU, or leave it out")
+        got = f"device is {device!r}, but this backend needs cuda or cuda:N."
+        raise InvalidInput(got, expected="cuda or cuda:N", fix="Name a GPU, or leave out device.")
     return int(number or 0)
 
 
@@ -78,24 +79,24 @@ def _libraries() -> tuple[Any, Any]:
     try:
         core, driver = importlib.import_module("cuda.core"), importlib.import_module("cuda.bindings.driver")
         version = str(core.__version__)
-    except Exception as error:  # a wheel half removed fails in any way
+    except Exception as error:  # a damaged wheel can raise any error
         raise BackendUnavailable(
-            f"no cuda.core ({_first_line(error)})", expected="the Python side of CUDA", fix=_INSTALL
+            f"cuda.core cannot be imported ({first_line(error)}).",
+            expected="the package cuda-core",
+            fix="Run: pip install 'flexvar-deploy[gpu]'",
         ) from error
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))
         raise BackendUnavailable(
-            f"cuda.core {version}", expected=f"{wanted} or later", fix=f"pip install 'cuda-core>={wanted}'"
+            f"cuda.core {version} is older than {wanted}.",
+            expected=f"{wanted} or later",
+            fix=f"Run: pip install 'cuda-core>={wanted}'",
         )
     return core, driver
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def _check(driver: Any, result: tuple[Any, ...]) -> Any:
-    """The value of a driver call, or its error as an exception."""
+    """The value that a driver call returned. Raises its error as RuntimeError."""
     if int(result[0]) == 0:
         return result[1] if len(result) == 2 else result[1:]
     _, name = driver.cuGetErrorName(result[0])
@@ -104,7 +105,7 @@ def _check(driver: Any, result: tuple[Any, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device, given back when the last array on them is dropped."""
+    """Device memory. It is freed when the last array that uses it is dropped."""
 
     buffer: Any
 
@@ -114,7 +115,7 @@ class Memory:
 
 
 class CudaReplay:
-    """A CUDA graph, launched on the stream it was captured from."""
+    """A CUDA graph. It is launched on the stream that it was captured from."""
 
     def __init__(self, device: CudaDevice, graph: Any) -> None:
         self._device, self._graph = device, graph
@@ -128,14 +129,14 @@ class CudaReplay:
 
 
 class CudaDevice:
-    """One GPU and a stream of its own."""
+    """One GPU and one stream on it. See `device.Device`."""
 
     def __init__(self, facts: GpuFacts) -> None:
         self._core, self._driver = _libraries()
         self.ordinal, self.name, self.capability = facts.ordinal, facts.name, facts.capability
         self._pinned: Any = None
         self._kernels: dict[str, Any] = {}
-        with self.translating("starting work on the GPU"):
+        with self.translating("creating a stream"):
             self._device = self._core.Device(facts.ordinal)
             self._device.set_current()
             self.core_stream: Any = self._device.create_stream()
@@ -150,22 +151,22 @@ class CudaDevice:
         self._device.set_current()
 
     def allocate(self, nbytes: int) -> Memory:
-        with self.translating(f"a buffer of {nbytes / 2**20:.0f} MiB"):
+        with self.translating(f"allocating {nbytes / 2**20:.0f} MiB"):
             return Memory(self._device.memory_resource.allocate(max(nbytes, 1), stream=self.core_stream))
 
     def trim(self) -> None:
-        self.synchronize()  # buffers are freed in the order of the stream
+        self.synchronize()  # buffers are freed in stream order
         pool = self._pool()
         if pool is not None:
             self._call("cuMemPoolTrimTo", pool.handle, 0)
 
     def pinned(self, nbytes: int) -> NDArray[Any]:
-        with self.translating(f"{nbytes / 2**20:.0f} MiB of page-locked memory"):
+        with self.translating(f"allocating {nbytes / 2**20:.0f} MiB of page-locked memory"):
             self._pinned = self._pinned or self._core.LegacyPinnedMemoryResource()
             buffer = self._pinned.allocate(max(nbytes, 1), stream=self.core_stream)
-        bytes_there = (ctypes.c_uint8 * max(nbytes, 1)).from_address(int(buffer.handle))
-        bytes_there.owner = buffer  # type: ignore[attr-defined]  # the array keeps the view, the view the buffer
-        return np.ctypeslib.as_array(bytes_there)[:nbytes]
+        memory = (ctypes.c_uint8 * max(nbytes, 1)).from_address(int(buffer.handle))
+        memory.owner = buffer  # type: ignore[attr-defined]  # keeps the buffer alive as long as the array
+        return np.ctypeslib.as_array(memory)[:nbytes]
 
     def write(self, array: DeviceArray, host: NDArray[Any]) -> None:
         _require_same_size(array, host)
@@ -179,14 +180,14 @@ class CudaDevice:
 
     def copy(self, target: DeviceArray, source: DeviceArray) -> None:
         if target.nbytes != source.nbytes:
-            raise ValueError(f"{source.nbytes} bytes into {target.nbytes}")
+            raise ValueError(f"the source has {source.nbytes} bytes, but the target has {target.nbytes}")
         self._call("cuMemcpyDtoDAsync", target.address, source.address, target.nbytes, self.stream)
 
     def zero(self, array: DeviceArray) -> None:
         self._call("cuMemsetD8Async", array.address, 0, array.nbytes, self.stream)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        with self.translating(name):
+        with self.translating(f"calling {name}"):
             _check(self._driver, getattr(self._driver, name)(*arguments))
 
     def load(self, config: KernelConfig) -> None:
@@ -196,7 +197,7 @@ class CudaDevice:
 
     def launch(self, launch: Launch) -> None:
         config = self._core.LaunchConfig(grid=launch.grid, block=launch.block, shmem_size=launch.shared_bytes)
-        with self.translating(f"kernel {launch.name}"):
+        with self.translating(f"launching the kernel {launch.name}"):
             self._core.launch(self.core_stream, config, self._kernels[launch.name], *launch.args)
 
     def capture(self, enqueue: Callable[[], None]) -> CudaReplay:
@@ -208,7 +209,7 @@ class CudaDevice:
                 enqueue()
                 return CudaReplay(self, builder.end_building().complete())
             except BaseException:
-                with suppress(Exception):  # the first error tells; this only leaves the stream usable
+                with suppress(Exception):  # ends the capture, so that the stream stays usable
                     if builder.is_building:
                         builder.end_building()
                 raise
@@ -218,18 +219,18 @@ class CudaDevice:
                     builder.close()
 
     def synchronize(self) -> None:
-        with self.translating("the work on the device"):
+        with self.translating("running the enqueued work"):
             self.core_stream.sync()
 
     def elapsed(self, enqueue: Callable[[], None]) -> Callable[[], float]:
         start, end = self._events
-        with self.translating("a time stamp"):
+        with self.translating("recording a time stamp"):
             self.core_stream.record(start)
             enqueue()
             self.core_stream.record(end)
 
         def seconds() -> float:
-            with self.translating("a time stamp"):
+            with self.translating("reading a time stamp"):
                 return float(end - start) / 1e3
 
         return seconds
@@ -240,14 +241,14 @@ class CudaDevice:
         return int(free) + self._cached_bytes()
 
     def _cached_bytes(self) -> int:
-        """What the pool holds without anyone using it: cuda.core never gives it back by itself."""
+        """Bytes that the pool has reserved but nobody uses. cuda.core never returns them by itself."""
         pool = self._pool()
         if pool is None:
             return 0
         return max(int(pool.attributes.reserved_mem_current) - int(pool.attributes.used_mem_current), 0)
 
     def _pool(self) -> Any:
-        """The memory pool that `allocate` takes from; None where the driver has no pools."""
+        """The memory pool of `allocate`; None if the driver has no pools."""
         resource = self._device.memory_resource
         return resource if hasattr(resource, "attributes") else None
 
@@ -257,7 +258,7 @@ class CudaDevice:
 
     @contextmanager
     def translating(self, what: str) -> Iterator[None]:
-        """CUDA's errors as ours: out of memory, and everything else."""
+        """Raise CUDA's errors as OutOfMemory or DeviceFailed. what: what is done, for the message."""
         try:
             yield
         except (FlexVARError, ValueError):
@@ -265,20 +266,20 @@ class CudaDevice:
         except Exception as error:
             if "OUT_OF_MEMORY" in str(error) or "out of memory" in str(error):
                 raise OutOfMemory(
-                    f"{what} that does not fit on {self.name}",
-                    expected="one that fits",
-                    fix="use a smaller batch or schedule, or free the GPU",
+                    f"{self.name} ran out of memory when {what}.",
+                    expected="a request that fits in its memory",
+                    fix="Use a smaller batch or schedule, or end other programs that use the GPU.",
                 ) from error
             raise DeviceFailed(
-                f"{what}: {_first_line(error)}",
+                f"{self.name} failed when {what} ({first_line(error)}).",
                 expected=f"work that {self.name} can do",
-                fix="run it again; if it persists, compute-sanitizer finds the kernel",
+                fix="Run it again. If it fails again, run it under compute-sanitizer, which names the kernel at fault.",
             ) from error
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Memory freed by a collection in between would be freed on the stream that is being captured, and end that."""
+    """Switch garbage collection off. Memory that it frees on a capturing stream would end the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -290,4 +291,4 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _require_same_size(array: DeviceArray, host: NDArray[Any]) -> None:
     if host.nbytes != array.nbytes or not host.flags.c_contiguous:
-        raise ValueError(f"{host.nbytes} host bytes, contiguous {host.flags.c_contiguous}, for {array.nbytes}")
+        raise ValueError(f"a contiguous host array of {array.nbytes} bytes is needed, not one of {host.nbytes} bytes")

@@ -1,10 +1,10 @@
-// Kernels of the sampling loop. The rules are those of sampling.py, noise.py, tables.py and images.py: same integers,
+// The kernels of the sampling loop. They follow sampling.py, noise.py, tables.py and images.py exactly: same integers,
 // same tokens, same pixels.
 //
-// Configuration, by macros: VOCABULARY (V), CODE_DIM (D), WIDTH (C), and BLOCK, the threads of a block of sample_rows,
-// a multiple of 32 up to 1024. Apart from what CUDA adds to it this file is C, so that a C compiler with stand-ins for
-// these additions can run it where there is no GPU. Floating point that decides anything is written in intrinsics that
-// no compiler fuses.
+// Macros configure them: VOCABULARY (V), CODE_DIM (D), WIDTH (C), and BLOCK, the number of threads in a block of
+// sample_rows (a multiple of 32, at most 1024). The file is C plus CUDA's additions. A C compiler can run it without a
+// GPU if stand-ins replace these additions. Floating-point operations that decide a result are intrinsics, which no
+// compiler fuses.
 
 #ifndef KERNEL
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
@@ -18,26 +18,26 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define WARPS (BLOCK / 32)
-#define ITEMS ((VOCABULARY + BLOCK - 1) / BLOCK)  // values of a thread
+#define ITEMS ((VOCABULARY + BLOCK - 1) / BLOCK)  // values per thread
 #define ALL_LANES 0xffffffffu
 #define INDEX_BITS 22
 #define WEIGHT_BITS 40
 #define BINS 1024       // 32 chunks of 32 bins
-#define LIMBS 3         // a weight is added to a histogram in three parts of 14 bits: 32-bit atomics are native, and
+#define LIMBS 3         // a histogram adds a weight in three parts of 14 bits, because 32-bit atomics are native;
 #define LIMB_BITS 14    // the sum of a part cannot overflow for V < 2**18
-#define CANDIDATES 256  // how many values of one bin are ranked against each other
-#define SLOTS 2048      // how many values that top-k left are moved together
+#define CANDIDATES 256  // most values of one bin that are ranked against each other
+#define SLOTS 2048      // most values kept by top-k that are moved together
 #define LOGITS_REFUSED 1ull
 #define PIXELS_REFUSED 2ull
 
-// --- what may not be finite
+// --- status
 
-// The status word: 0 is fine, else the complement of kind, scale and row, so that the maximum is the first refusal.
+// The status word is 0, or the complement of kind, scale and row. So the maximum is the first refusal.
 DEVICE void refuse(u64 *status, u64 kind, u64 scale, u64 row) { atomicMax(status, ~(kind << 56 | scale << 40 | row)); }
 
 // --- noise
 
-// 24-bit draw of one position: Philox4x32-10. streams: seed low, seed high, index low, index high of every image.
+// The 24-bit draw of one position, by Philox4x32-10. streams: seed low, seed high, index low, index high of each image.
 DEVICE u32 draw_of(const u32 *streams, u32 image, u32 position, u32 scale) {
   u32 c0 = position, c1 = scale, c2 = streams[4 * image + 2], c3 = streams[4 * image + 3];
   u32 k0 = streams[4 * image], k1 = streams[4 * image + 1];
@@ -62,7 +62,7 @@ KERNEL(256) draws(const u32 *__restrict__ streams, u32 *__restrict__ out, u32 co
 
 // --- numbers
 
-// floor(2**40 * exp(x)) for x <= 0, operation by operation as sampling.py has it.
+// floor(2**40 * exp(x)) for x <= 0, with the same operations in the same order as sampling.py.
 DEVICE u64 weight_of(float difference) {
   const double x = fmax((double)difference, -28.0);
   const double rounded = __dadd_rn(__dmul_rn(x, 1.4426950408889634), 6755399441055744.0);
@@ -88,7 +88,7 @@ DEVICE u64 weight_of(float difference) {
   return (u64)__dmul_rn(p, __longlong_as_double((long long)(exponent << 52)));
 }
 
-// Integers in the order of the floats; NaN is above all.
+// An integer that orders as the floats do. NaN is above all.
 DEVICE u32 key_of(float value) {
   const u32 bits = (u32)__float_as_int(value);
   if (value != value) return ALL_LANES;
@@ -97,7 +97,7 @@ DEVICE u32 key_of(float value) {
 
 DEVICE float value_of(u32 key) { return __int_as_float((int)(key >> 31 ? key & 0x7fffffffu : ~key)); }
 
-// --- warps: every lane takes part in each of these, and all lanes get the result
+// --- warps: all lanes of a warp must call each of these, and all get the result
 
 DEVICE u32 warp_max(u32 value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -119,7 +119,7 @@ DEVICE u64 warp_sum(u64 value) {
 #endif
 }
 
-// The sum over this lane and those below.
+// The sum over this lane and all lanes below it.
 DEVICE u64 warp_scan(u64 value) {
   const u32 lane = threadIdx.x & 31;
   UNROLL
@@ -130,10 +130,10 @@ DEVICE u64 warp_scan(u64 value) {
   return value;
 }
 
-// --- top-k and top-p: both ask where, in ascending order, a cumulative sum first exceeds a limit
+// --- top-k and top-p: both need the first value, in ascending order, at which a cumulative sum exceeds a limit
 
-// What the threads of a block share. Every array is written before a barrier and read after it; nothing is written
-// again within one barrier of its last reading.
+// The shared memory of a block. Arrays are written before a barrier and read after it. No array is written again before
+// one more barrier.
 typedef struct {
   u64 chunk_sums[32];
   u64 warp_sums[2][32];
@@ -148,16 +148,16 @@ typedef struct {
   int kept_places[SLOTS];
 } Scratch;
 
-// The values of a thread: `items` in registers; item i of a lane stands 32 places behind its item i - 1, and the items
-// of a warp are one run of places. Reading and writing them is coalesced, and the order of places is that of the row.
+// Each thread holds `items` values in registers. Item i of a lane is 32 places behind its item i - 1, and the items of
+// a warp are consecutive places. So access is coalesced, and places are in the order of the row.
 #define PLACE(i) (((int)(threadIdx.x >> 5) * items + (i)) * 32 + (int)(threadIdx.x & 31))
 #define EACH_ITEM(i) for (int i = 0; i < ITEMS && i < items; i++)
 
-// Without weights `ranks` are keys of logits, and each counts 1; with weights they are the weights, and each counts
-// itself. (rank, place) in one integer orders them as the rules say.
+// Without weights, ranks are keys of logits, and each has mass 1. With weights, ranks are the weights, and each is its
+// own mass. Values are ordered by (rank, place) in one integer.
 DEVICE u64 ordered(u64 rank, int place) { return rank << INDEX_BITS | (u64)place; }
 
-// ordered(rank, place) < bound, without 64-bit integers that a compiler would keep for every item.
+// ordered(rank, place) < bound. Written so that the compiler keeps no 64-bit integer per item.
 DEVICE int before_bound(u64 rank, int place, u64 bound) {
   const u64 bound_rank = bound >> INDEX_BITS;
   return rank < bound_rank || (rank == bound_rank && place < (int)(bound & ((1u << INDEX_BITS) - 1)));
@@ -165,7 +165,7 @@ DEVICE int before_bound(u64 rank, int place, u64 bound) {
 
 DEVICE u64 mass_of(u64 rank, int place, int weighted) { return weighted ? rank : (u64)(place < VOCABULARY); }
 
-// Bins keep the order of ranks. Logits: 32 bins for each unit below the top; weights: 16 bins for each power of 2.
+// Bins have the order of ranks. Logits: 32 bins per unit below the top. Weights: 16 bins per power of 2.
 DEVICE u32 bin_of(u64 rank, float top, int weighted) {
   if (weighted) {
     const int power = 63 - __clzll((long long)rank);
@@ -180,7 +180,7 @@ DEVICE u64 bin_mass(const Scratch *s, u32 bin, int weighted) {
   return s->bins[1][bin] + ((u64)s->bins[2][bin] << LIMB_BITS) + ((u64)s->bins[3][bin] << 2 * LIMB_BITS);
 }
 
-// The sum over a block of what its threads bring. One barrier; `turn` alternates between 0 and 1 from call to call.
+// The sum of `value` over a block. Has one barrier. `turn` must alternate between 0 and 1 from call to call.
 DEVICE u64 block_sum(Scratch *s, u64 value, int turn) {
   const u32 lane = threadIdx.x & 31;
   value = warp_sum(value);
@@ -189,8 +189,8 @@ DEVICE u64 block_sum(Scratch *s, u64 value, int turn) {
   return warp_sum(lane < WARPS ? s->warp_sums[turn][lane] : 0);
 }
 
-// The first (rank, place) in ascending order whose cumulative mass exceeds a limit: V - top_k without weights; with
-// weights floor(drop * their sum), less than the sum so that the last one always qualifies. All threads get it.
+// The first (rank, place) in ascending order whose cumulative mass exceeds a limit. All threads get it. The limit is
+// V - top_k without weights. With weights it is floor(drop * sum), but less than the sum, so that the last exceeds it.
 DEVICE u64 boundary_of(Scratch *s, const u64 *ranks, int items, int weighted, float top, int top_k, double drop) {
   const u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
 
@@ -215,7 +215,7 @@ DEVICE u64 boundary_of(Scratch *s, const u64 *ranks, int items, int weighted, fl
   }
   __syncthreads();
 
-  // Every warp finds the same bin, so that no barrier is needed to tell the others
+  // Every warp finds the bin itself, which saves a barrier
   const u64 chunks = warp_scan(s->chunk_sums[lane]);
   u64 limit = (u64)(VOCABULARY - top_k);
   if (weighted) {
@@ -255,7 +255,7 @@ DEVICE u64 boundary_of(Scratch *s, const u64 *ranks, int items, int weighted, fl
     return s->boundary[weighted];
   }
 
-  // Too many in one bin (a nearly flat row): the answer bit by bit, the largest integer with no more than `limit` below
+  // Too many values in one bin (a nearly flat row): find the largest integer with at most `limit` below, bit by bit
   u64 answer = 0;
   for (int bit = INDEX_BITS + (weighted ? WEIGHT_BITS : 31); bit >= 0; bit--) {
     const u64 trial = answer | 1ull << bit;
@@ -269,9 +269,9 @@ DEVICE u64 boundary_of(Scratch *s, const u64 *ranks, int items, int weighted, fl
 
 // --- sampling
 
-// tokens (rows,) of logits (rows, V): one block for each row; images have `positions` rows each. A row without a finite
-// maximum gets token 0 and is refused. The options are read from device memory, so that one captured graph serves all
-// values: *top_k_option, where 0 is off, and *drop_option = 1 - top_p, where 0 is off.
+// Samples tokens (rows,) from logits (rows, V). One block per row; each image has `positions` rows. A row without a
+// finite maximum gets token 0 and sets the status. *top_k_option and *drop_option = 1 - top_p are in device memory, so
+// that one captured graph serves all values. 0 switches either off.
 KERNEL(BLOCK)
 sample_rows(const float *__restrict__ logits, const u32 *__restrict__ streams, int *__restrict__ tokens,
             u64 *__restrict__ status, const int *__restrict__ top_k_option, const double *__restrict__ drop_option,
@@ -289,7 +289,7 @@ sample_rows(const float *__restrict__ logits, const u32 *__restrict__ streams, i
   UNROLL
   EACH_ITEM(i) {
     const float value = PLACE(i) < VOCABULARY ? logits[PLACE(i)] : lowest;
-    ranks[i] = key_of(__fadd_rn(value, 0.0f));  // -0 becomes 0: they are equal, so must their keys be
+    ranks[i] = key_of(__fadd_rn(value, 0.0f));  // -0 becomes 0, so that both have one key
   }
 
   for (u32 i = thread; i < (1 + LIMBS) * BINS; i += BLOCK) s->bins[i / BINS][i % BINS] = 0;
@@ -387,7 +387,7 @@ sample_rows(const float *__restrict__ logits, const u32 *__restrict__ streams, i
 
 // --- inputs
 
-// Copies a run of floats by a block, 16 bytes at a time where addresses allow it.
+// Copies `count` floats with all threads of a block, 16 bytes at a time if the addresses are aligned.
 DEVICE void copy_floats(float *__restrict__ target, const float *__restrict__ source, u32 count, u32 threads) {
   if ((((u64)target | (u64)source | (u64)count * sizeof(float)) & 15) == 0) {
     for (u32 i = threadIdx.x; i < count / 4; i += threads) ((float4 *)target)[i] = ((const float4 *)source)[i];
@@ -396,9 +396,9 @@ DEVICE void copy_floats(float *__restrict__ target, const float *__restrict__ so
   }
 }
 
-// Input of a scale (h', w') from the tokens (B, h, w) before it: codes (copies * B, h' * w', D), the codebook's rows
-// resized first along columns of the image, then along its rows; offset (copies * B, h' * w', C), the same for all.
-// Blocks: (h' * w', B). *_index, *_weight: (outputs, 4), what an output takes from which input.
+// The input of a scale (h', w') from the tokens (B, h, w) of the scale before it. codes (copies * B, h' * w', D): the
+// codebook's rows, resized first along the columns of the image, then along its rows. offset (copies * B, h' * w', C):
+// the same for all images. Blocks: (h' * w', B). *_index, *_weight: (outputs, 4), the inputs of each output.
 KERNEL(128)
 next_inputs(const int *__restrict__ tokens, const float *__restrict__ codebook, const int *__restrict__ y_index,
             const float *__restrict__ y_weight, const int *__restrict__ x_index, const float *__restrict__ x_weight,
@@ -428,7 +428,7 @@ next_inputs(const int *__restrict__ tokens, const float *__restrict__ codebook, 
   }
 }
 
-// target[k][i] = source[k][rows[i]], rows of `columns` floats, `source_rows` of them in each source[k].
+// target[k][i] = source[k][rows[i]]. A row has `columns` floats, and source[k] has `source_rows` rows.
 // Blocks: (ceil(columns / 4096), target rows, tables).
 KERNEL(256)
 gather_rows(const float *__restrict__ source, const int *__restrict__ rows, float *__restrict__ target, u32 columns,
@@ -438,7 +438,7 @@ gather_rows(const float *__restrict__ source, const int *__restrict__ rows, floa
   copy_floats(target + to * columns + start, source + from * columns + start, count, 256);
 }
 
-// target[k][rows[i]] = source[k][i] for the first gridDim.y rows of each source[k], which has `source_rows`.
+// target[k][rows[i]] = source[k][i] for the first gridDim.y of the `source_rows` rows of source[k].
 // Blocks: (ceil(columns / 4096), rows written, tables).
 KERNEL(256)
 scatter_rows(const float *__restrict__ source, const int *__restrict__ rows, float *__restrict__ target, u32 columns,
@@ -450,8 +450,8 @@ scatter_rows(const float *__restrict__ source, const int *__restrict__ rows, flo
 
 // --- pixels
 
-// image (B, 3, plane) to pixels (B, plane, 3): x * gain - shift + 0.5, clamped to 0...255, truncated. Four pixels a
-// thread; blocks: (ceil(plane / 1024), B). NaN and infinities become 0 and are refused.
+// pixels (B, plane, 3) of image (B, 3, plane): x * gain - shift + 0.5, clamped to 0...255 and truncated. NaN and
+// infinities become 0 and set the status. Four pixels per thread. Blocks: (ceil(plane / 1024), B).
 KERNEL(256)
 to_uint8(const float *__restrict__ image, u8 *__restrict__ pixels, u64 *__restrict__ status, u32 plane, float gain,
          float shift) {

@@ -1,6 +1,6 @@
-"""The kernels of `kernels.cu`: their configuration, and every launch with its arguments as plain data.
+"""The kernels of `kernels.cu`: their configuration, their compilation, and a function per kernel that returns a launch.
 
-CUDA is imported only by `compile_kernels`.
+Only `compile_kernels` and `compile_source` import CUDA.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..errors import BackendUnavailable
 from .array import DeviceArray
 
 KERNEL_NAMES = ("sample_rows", "next_inputs", "gather_rows", "scatter_rows", "to_uint8", "draws")
-TAPS = 4  # the largest number of inputs to one output of a bicubic resize
+TAPS = 4  # most inputs of one output of a bicubic resize
 STATUS_WORDS = 2  # uint32
 
-MOST_THREADS = 1024  # of a block of `sample_rows`
-LARGEST_VOCABULARY = 32 * MOST_THREADS  # 32 values a thread is what registers hold
+MOST_THREADS = 1024  # in a block of `sample_rows`
+LARGEST_VOCABULARY = 32 * MOST_THREADS  # the registers of a thread hold 32 values
 _STATUS_KINDS = {1: "logits", 2: "pixels"}
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """The sizes that the kernels are compiled for: V, D and C of the model. Raises BackendUnavailable."""
+    """The sizes V, D and C of the model, for which the kernels are compiled. Raises BackendUnavailable."""
 
     vocabulary: int
     code_dim: int
@@ -48,7 +48,7 @@ class KernelConfig:
 
     @property
     def block(self) -> int:
-        """Threads in a block of `sample_rows`: one for each code, in whole warps, at most 1024."""
+        """Threads in a block of `sample_rows`: one per code, rounded up to whole warps, at most 1024."""
         return _threads(self.vocabulary)
 
     def defines(self, block: int | None = None) -> dict[str, int]:
@@ -63,9 +63,9 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, blocks and threads along x, y, z, and its arguments in order.
+    """One launch of a kernel. grid, block: number of blocks and threads along x, y, z.
 
-    args: pointers as int, all else as ctypes values of the kernel's types.
+    args: the arguments in order; pointers are int, all others ctypes values of the kernel's types.
     """
 
     name: str
@@ -77,8 +77,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The content of the status words: kind "logits" with the index of the scale and the row (image · positions +
-    position), or kind "pixels" with the image as row."""
+    """What the status words say.
+
+    kind "logits": scale is the index of the scale, and row = image · positions + position. kind "pixels": row is the
+    image.
+    """
 
     kind: str
     scale: int
@@ -86,33 +89,33 @@ class Refusal:
 
 
 def stream_words(images: int) -> int:
-    """Number of uint32 words in the random streams of so many images."""
+    """Number of uint32 words in the random streams of a number of images."""
     return 4 * images
 
 
 def stream_block(seeds: Sequence[int], indices: Sequence[int]) -> NDArray[np.uint32]:
-    """The random streams as the kernels read them: low and high word of the seed and of the index of every image.
+    """The random streams as the kernels read them: for each image the low and high word of its seed and of its index.
 
-    Raises InvalidInput for a seed or an index that is no 64-bit number.
+    Raises InvalidInput if a seed or an index is no unsigned 64-bit number.
     """
     pairs = [(check_seed(seed), check_index(index)) for seed, index in zip(seeds, indices, strict=True)]
     return np.array(pairs, dtype="<u8").reshape(-1).view("<u4").astype(np.uint32)
 
 
 def top_k_option(top_k: int, vocabulary: int) -> int:
-    """top_k as `sample_rows` reads it: 0 where it keeps every token."""
+    """top_k as `sample_rows` reads it: 0 if it keeps every token."""
     return top_k if top_k < vocabulary else 0
 
 
 def drop_option(top_p: float) -> float:
-    """top_p as `sample_rows` reads it: the probability mass to drop, 0 where it keeps every token."""
+    """top_p as `sample_rows` reads it: the probability mass to drop, 0 if it keeps every token."""
     return 0.0 if top_p in (0.0, 1.0) else 1.0 - top_p
 
 
 def read_status(words: NDArray[np.uint32]) -> Refusal | None:
-    """The first refusal in the order of kind, scale and row; None if there is none.
+    """The first refusal, ordered by kind, scale and row; None if there is none.
 
-    words: (STATUS_WORDS,) uint32, zeroed before the first kernel and downloaded after the last.
+    words: (STATUS_WORDS,) uint32, set to zero before the first kernel and downloaded after the last.
     """
     low, high = (int(word) for word in words)
     if not low and not high:
@@ -124,8 +127,9 @@ def read_status(words: NDArray[np.uint32]) -> Refusal | None:
 def taps(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """A resize matrix (outputs, inputs) as `next_inputs` reads it: the inputs of each output and their weights.
 
-    Returns index (outputs, 4) int32 and weight (outputs, 4) float32, inputs ascending. Unused taps have input 0 and
-    weight 0. Raises ValueError for a row with more than 4 numbers other than 0."""
+    Returns index (outputs, 4) int32 in ascending order, and weight (outputs, 4) float32. Unused taps have index 0 and
+    weight 0. Raises ValueError for a row with more than 4 numbers other than 0.
+    """
     outputs = len(matrix)
     index, weight = np.zeros((outputs, TAPS), np.int32), np.zeros((outputs, TAPS), np.float32)
     for i, row in enumerate(matrix):
@@ -148,9 +152,9 @@ def sample_rows(
 ) -> Launch:
     """Tokens (B, h, w) int32 of one scale from its logits (B, h·w, V), as `sampling.sample` draws them.
 
-    streams: `stream_block` on the device. top_k, drop: one number each, `top_k_option` int32 and `drop_option` float64,
-    which are read when the kernel runs. status: STATUS_WORDS uint32. A row without a finite maximum gets token 0 and
-    sets the status.
+    streams: `stream_block` on the device. top_k, drop: one number each, `top_k_option` as int32 and `drop_option` as
+    float64; the kernel reads them when it runs. status: STATUS_WORDS uint32. A row without a finite maximum gets token
+    0 and sets the status. Raises ValueError if shapes do not fit, as all functions here.
     """
     B, L, V = logits_BLV.shape
     fits = streams.shape == (stream_words(B),) and tokens.size == B * L and top_k.size == drop.size == 1
@@ -171,8 +175,8 @@ def next_inputs(
 ) -> Launch:
     """codes (N, L, D) and offset (N, L, C) of a scale (h', w'), L = h'·w', from the tokens (B, h, w) before it.
 
-    N is B, or 2·B with the first half repeated. y_taps, x_taps: `taps` of the matrices (h', h) and (w', w). positions:
-    `Tables.offset`.
+    N is B or 2·B; with 2·B the second half repeats the first. y_taps, x_taps: `taps` of the matrices (h', h) and
+    (w', w). positions: `Tables.offset`.
     """
     (B, h, w), (N, L, D), C = tokens_Bhw.shape, codes_NLD.shape, positions_LC.shape[1]
     new_h, new_w = len(y_taps[0]), len(x_taps[0])
@@ -184,8 +188,10 @@ def next_inputs(
 
 
 def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
-    """target[k, i] = source[k, rows[i]] for every k: source (K, M, …) and target (K, R, …) float32 with rows of one
-    shape, rows (R,) int32."""
+    """target[k, i] = source[k, rows[i]] for every k and i.
+
+    source: (K, M, …) float32. target: (K, R, …) float32, with rows of the same shape. rows: (R,) int32.
+    """
     fits = _same_tables(source, target) and rows.shape == target.shape[1:2]
     _require(fits, "rows", source, rows, target)
     columns = target[0][0].size
@@ -194,8 +200,11 @@ def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> 
 
 
 def scatter_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
-    """target[k, rows[i]] = source[k, i] for every k and every i below R: source (K, M, …), M ≥ R, and target (K, T, …)
-    float32 with rows of one shape, rows (R,) int32, all different."""
+    """target[k, rows[i]] = source[k, i] for every k and every i below R.
+
+    source: (K, M, …) float32 with M ≥ R. target: (K, T, …) float32, with rows of the same shape. rows: (R,) int32, all
+    different.
+    """
     fits = _same_tables(source, target) and len(rows.shape) == 1 and 0 < rows.shape[0] <= source.shape[1]
     _require(fits, "rows", source, rows, target)
     columns = target[0][0].size
@@ -210,7 +219,7 @@ def to_uint8(
     status: DeviceArray,
     value_range: tuple[float, float] = (-1.0, 1.0),
 ) -> Launch:
-    """Decoder output (B, 3, H, W) float32 to pixels (B, H, W, 3) uint8, as `images.to_uint8`.
+    """Pixels (B, H, W, 3) uint8 of decoder output (B, 3, H, W) float32, as `images.to_uint8` computes them.
 
     NaN and infinities become 0 and set the status.
     """
@@ -232,7 +241,7 @@ def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
 
 
 def _same_tables(source: DeviceArray, target: DeviceArray) -> bool:
-    """Whether two arrays (K, rows, …) have the same K and rows of one shape."""
+    """Whether two arrays (K, rows, …) have the same K and rows of the same shape."""
     return len(source) == len(target) and source.shape[2:] == target.shape[2:]
 
 
@@ -241,7 +250,7 @@ def _threads(vocabulary: int) -> int:
 
 
 def _require(fits: bool, what: str, *arrays: DeviceArray) -> None:
-    if not fits:  # the kernel would read or write outside the array
+    if not fits:  # the kernel would access memory outside an array
         raise ValueError(f"{what} do not fit together: shapes {', '.join(str(array.shape) for array in arrays)}")
 
 
@@ -251,15 +260,15 @@ def kernel_source() -> str:
 
 
 def compile_kernels(target: str, config: KernelConfig) -> bytes:
-    """A cubin with every kernel, for a GPU of compute capability `target` ("sm_90"). Needs no GPU.
+    """A cubin with all kernels for a GPU of architecture `target` ("sm_90"). Needs no GPU.
 
-    Raises BackendUnavailable if cuda.core or NVRTC is missing or the compilation fails; the message has the log.
+    Raises BackendUnavailable with the compiler's message if cuda.core or NVRTC is missing or the compilation fails.
     """
     return compile_source(kernel_source(), target, config)[0]
 
 
 def compile_source(source: str, target: str, config: KernelConfig) -> tuple[bytes, str]:
-    """The cubin of a source, and the log of the compiler with registers and spills of every kernel."""
+    """The cubin of a source, and the compiler's log with the registers and spills of every kernel."""
     log = io.StringIO()
     try:
         core = importlib.import_module("cuda.core")

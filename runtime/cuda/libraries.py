@@ -1,7 +1,7 @@
-"""CUDA's libraries, loaded before a library that needs them and would not look everywhere.
+"""Load CUDA's libraries before ONNX Runtime needs them, because it does not find them everywhere.
 
-`onnxruntime.preload_dlls()` looks beside the onnxruntime package and in the system's folders. `cuda.pathfinder` looks
-in this Python's site-packages, in Conda, in the system's folders and below CUDA_PATH.
+`onnxruntime.preload_dlls()` searches beside the onnxruntime package and in the system's folders. `cuda.pathfinder` also
+searches this Python's site-packages, Conda and CUDA_PATH.
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-NAMES = (
-    "cublasLt",
-    "cublas",
-    "curand",
-    "cudart",
-    "cudnn",
-)  # what ONNX Runtime's CUDA provider links; pathfinder's names
+NAMES = ("cublasLt", "cublas", "curand", "cudart", "cudnn")
+"""The libraries that ONNX Runtime's CUDA provider links, as cuda.pathfinder names them."""
 
 
 @dataclass(frozen=True)
 class CudaLibrary:
-    """One library of CUDA: the file it was loaded from, or the problem that kept it from being loaded."""
+    """One library of CUDA. path: the file it was loaded from. problem: why it could not be loaded."""
 
     name: str
     path: str | None
@@ -33,14 +28,14 @@ class CudaLibrary:
 
 
 def load_cuda_libraries(importer: Callable[[str], Any] = importlib.import_module) -> tuple[CudaLibrary, ...]:
-    """Load every library of `NAMES` into this process, in that order. A library that is already loaded is kept.
+    """Load the libraries of `NAMES` into this process, in that order. A library that is loaded already is kept.
 
-    A missing library is reported in the result and in the debug log. It is not an error here: the system may find it.
+    A missing library is no error, because the system may find it. The result and the debug log report it.
     """
     try:
         load = importer("cuda.pathfinder").load_nvidia_dynamic_lib
-    except Exception as error:  # a wheel half removed fails in any way
-        problem = f"cuda.pathfinder cannot be imported ({_first_line(error)})"
+    except Exception as error:  # a damaged wheel can raise any error
+        problem = f"cuda.pathfinder cannot be imported ({first_line(error)})"
         libraries = tuple(CudaLibrary(name, None, problem) for name in NAMES)
     else:
         libraries = tuple(_load(name, load) for name in NAMES)
@@ -50,7 +45,7 @@ def load_cuda_libraries(importer: Callable[[str], Any] = importlib.import_module
 
 
 def describe_missing(libraries: Iterable[CudaLibrary]) -> str:
-    """The names of the libraries that are missing, for an error message: " (cudnn, curand not found)", or ""."""
+    """The names of missing libraries as the end of a message, such as " (cudnn, curand not found)"; "" if none."""
     missing = [library.name for library in libraries if library.path is None]
     return f" ({', '.join(missing)} not found)" if missing else ""
 
@@ -58,10 +53,11 @@ def describe_missing(libraries: Iterable[CudaLibrary]) -> str:
 def _load(name: str, load: Callable[[str], Any]) -> CudaLibrary:
     try:
         loaded = load(name)
-    except Exception as error:  # not found, or a file that the dynamic loader refuses
-        return CudaLibrary(name, None, _first_line(error))
-    return CudaLibrary(name, str(loaded.abs_path or name))  # no path where the system does not tell it
+    except Exception as error:  # not found, or refused by the dynamic loader
+        return CudaLibrary(name, None, first_line(error))
+    return CudaLibrary(name, str(loaded.abs_path or name))  # the system may not know the path
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without a full stop, or its type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].removesuffix(".")

@@ -1,8 +1,8 @@
-"""OpenVINO on the CPU: float32, both half precisions, and bfloat16 arithmetic where the processor has it.
+"""OpenVINO on the CPU, for bundles in float32, float16 and bfloat16.
 
-Arrays are shared with the library: inputs are read and outputs written in place. Asked for float32, the library leaves
-bfloat16 products of a graph as they are where the processor has them, and computes all other half precision in float32:
-what a graph declares float32 is never rounded.
+OpenVINO shares the memory of our arrays: it reads inputs and writes outputs in place. The precision hint is float32.
+OpenVINO then computes bfloat16 products in bfloat16 if the processor can, and all other half precision in float32. It
+never rounds a tensor that the graph declares float32.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.opening import Bundle
-from ...errors import ArtifactRefused, InvalidInput, OutOfMemory
+from ...cuda.libraries import first_line
+from ...errors import ArtifactRefused
 from ...memory.library import LibraryMemory
 from ...model.precision import Precision
 from ...model.signatures import DECODE, GRAPHS
 from ...model.tensors import GraphSpec, host_dtype
-from ..base import Array, Availability, Graph, check_bindings, runs_precision
+from ..base import EXPORT_AGAIN, Array, Availability, Graph, check_bindings, closed_graph, no_memory, runs_precision
 from ..host_arrays import HostBackend, check_options, default_threads, require_contiguous
 from .memory import library_of
 from .norms import keep_layout
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-"""Shapes by name of a tensor."""
+"""The shape of each tensor, by name."""
 
-PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16})  # it would compute int8 in float32, slower
-MINIMUM = (2026, 4)  # what was tested: it reads the Attention of ONNX
+PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16})  # it computes int8 in float32, which is slower
+MINIMUM = (2026, 4)  # the version that was tested; it reads ONNX's Attention
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 _CORE_LOCK = threading.Lock()
@@ -42,13 +43,13 @@ _NO_MEMORY = ("bad_alloc", "allocate", "out of memory")
 
 
 def shared_core() -> Any:
-    """The one core of this process, never given back.
+    """The only `openvino.Core` of this process. It is never freed.
 
-    Every core replaces its thread's stack for signal handlers and, when it goes, restores the one it had found. Of two
-    that go in the order they came, the second restores one that is freed: the next signal with a handler, such as an
-    interrupt, ends the process (OpenVINO 2026.4, Linux).
+    A core replaces its thread's stack for signal handlers, and restores the old stack when it is freed. If two cores
+    are freed in the order in which they were made, the second restores a stack that is freed already. The next signal
+    with a handler, such as an interrupt, then kills the process (OpenVINO 2026.4, Linux).
     """
-    with _CORE_LOCK:  # the cache alone would let two threads make one each
+    with _CORE_LOCK:  # without the lock two threads could make one core each
         return _core()
 
 
@@ -65,14 +66,13 @@ def probe(name: str) -> Availability:
         kinds = set(shared_core().get_property("CPU", _CAPABILITIES)) if number >= MINIMUM else set()
     except ModuleNotFoundError:
         return Availability(False, "openvino is not installed", "pip install 'flexvar-deploy[openvino]'")
-    except Exception as error:  # a wheel half removed or made for another system fails in any way
-        first = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # a damaged wheel can raise any error
         fix = "pip install --force-reinstall openvino"
-        return Availability(False, f"openvino cannot be loaded ({first})", fix)
+        return Availability(False, f"openvino cannot be loaded ({first_line(error)})", fix)
     if number < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))
         return Availability(False, f"openvino {version} is older than {wanted}", f"pip install 'openvino>={wanted}'")
-    arithmetic = "bf16 arithmetic" if "BF16" in kinds else "no bf16 arithmetic here"
+    arithmetic = "bf16 arithmetic" if "BF16" in kinds else "no bf16 arithmetic"
     return Availability(True, f"openvino {version}, {default_threads()} threads, {arithmetic}")
 
 
@@ -97,7 +97,7 @@ def create(name: str, *, device: str | None, threads: int | None, engines: Path 
 
 
 class OpenVino(HostBackend):
-    """Backend on `threads` threads."""
+    """The backend openvino on `threads` threads."""
 
     name = "openvino"
     precisions = PRECISIONS
@@ -110,19 +110,18 @@ class OpenVino(HostBackend):
         return libraries(precision)
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        """`once` changes nothing: a graph is always compiled, its weights always repacked; the decoder in bfloat16 when
-        a call first has its size."""
+        """Compile a graph; `once` changes nothing. The decoder in bfloat16 is compiled when it is first run."""
         path, spec, manifest = bundle.graph_file(graph), bundle.graph(graph), bundle.manifest
         if graph == DECODE and manifest.precision.of(graph) is Precision.BF16:
-            return UsualSizeGraph(spec, manifest.defaults.size, lambda shapes: self._compile(path, spec, shapes))
+            return DefaultSizeGraph(spec, manifest.defaults.size, lambda shapes: self._compile(path, spec, shapes))
         return self._compile(path, spec)
 
     def _compile(self, path: Path, spec: GraphSpec, shapes: Shapes | None = None) -> OpenVinoGraph:
-        """shapes: of the inputs, where it is to be compiled for just these."""
+        """shapes: the only shapes of the inputs; None compiles for all shapes."""
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",  # of what is typed float32; left out, it would be rounded to bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",  # without it OpenVINO rounds float32 tensors to bfloat16
         }
         with _errors(path.name):
             source = self._core.read_model(str(path))
@@ -134,7 +133,7 @@ class OpenVino(HostBackend):
 
 
 class OpenVinoGraph:
-    """A compiled model: where it is one for all shapes, kernels are prepared when a shape is first met, and kept."""
+    """A compiled model. If it takes all shapes, OpenVINO prepares and keeps kernels at the first run of each shape."""
 
     most_images = None  # any number
 
@@ -151,10 +150,10 @@ class OpenVinoGraph:
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound:
         if self._model is None:
-            raise _closed(self.name)
+            raise closed_graph(self.name)
         check_bindings(self.spec, inputs, outputs)
         with _errors(self.name):
-            request = self._model.create_infer_request()  # 0.05 ms; it forgets what an earlier one had bound
+            request = self._model.create_infer_request()  # 0.05 ms; an old request would keep its tensors
             for name, array in (*inputs.items(), *outputs.items()):
                 request.set_tensor(name, self._shared(name, require_contiguous(array)))
         return OpenVinoBound(self, request, (inputs, outputs))
@@ -170,8 +169,10 @@ class OpenVinoGraph:
         return self._library.Tensor(array, self._library.Shape(list(array.shape)), kind)
 
     def _warm_up_with_past(self) -> None:
-        """One run with a single token in the past. A dynamic model whose very first call has none goes on to compute
-        garbage (OpenVINO 2026.4); after one with a past it never does."""
+        """Run once with one past token.
+
+        If the very first run of a dynamic model has no past tokens, later runs compute garbage (OpenVINO 2026.4).
+        """
         inputs, outputs = (
             {
                 tensor.name: np.zeros(
@@ -185,7 +186,7 @@ class OpenVinoGraph:
 
 
 class OpenVinoBound:
-    """A request with its tensors. It keeps the arrays, which they only point into."""
+    """An inference request with its tensors. It keeps the arrays, because the tensors only point into them."""
 
     def __init__(self, graph: OpenVinoGraph, request: Any, arrays: object) -> None:
         self._graph, self._request, self._arrays = graph, request, arrays
@@ -198,34 +199,34 @@ class OpenVinoBound:
         self._request = self._arrays = None
 
 
-class UsualSizeGraph:
-    """The decoder in bfloat16: a model for one image of the size that most calls have, and one for all others.
+class DefaultSizeGraph:
+    """The decoder in bfloat16 as two models: one for a single image of the default size, and one for all other sizes.
 
-    Compiled for just its shapes it is an eighth faster; for every size to have its own would cost a second and its
-    weights in memory. Each is compiled when first asked for. Which one computes a call depends on the call alone.
+    A model for one shape is an eighth faster. A model for every size would cost a second of compilation and a copy of
+    the weights each. Each model is compiled at its first use. The size of the images alone decides which one runs.
     """
 
     most_images = None  # any number
 
     def __init__(
-        self, spec: GraphSpec, usual: tuple[int, int], compiled: Callable[[Shapes | None], OpenVinoGraph]
+        self, spec: GraphSpec, default: tuple[int, int], compiled: Callable[[Shapes | None], OpenVinoGraph]
     ) -> None:
-        """usual: (h, w) tokens. compiled: makes the model for given shapes of inputs, or for any."""
-        self.spec, self._usual, self._compiled = spec, usual, compiled
-        self._graphs: dict[bool, OpenVinoGraph] = {}  # by whether it is that of the usual size
+        """default: size in tokens (h, w). compiled: returns the model for these shapes of the inputs, or for all."""
+        self.spec, self._default, self._compiled = spec, default, compiled
+        self._graphs: dict[bool, OpenVinoGraph] = {}  # True: the model for the default size
         self._open = True
 
     def holds(self, size: tuple[int, int]) -> bool:
-        return (size == self._usual) in self._graphs
+        return (size == self._default) in self._graphs
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound | OneByOne:
         if not self._open:
-            raise _closed(self.spec.file)
+            raise closed_graph(self.spec.file)
         check_bindings(self.spec, inputs, outputs)
         images, *size = inputs["tokens"].shape
-        usual = tuple(size) == self._usual
-        graph = self._graph(usual)
-        if not usual:
+        default = tuple(size) == self._default
+        graph = self._graph(default)
+        if not default:
             return graph.bind(inputs, outputs)
         return OneByOne([graph.bind(_image(inputs, i), _image(outputs, i)) for i in range(images)])
 
@@ -237,21 +238,21 @@ class UsualSizeGraph:
         for graph in self._graphs.values():
             graph.close()
 
-    def _graph(self, usual: bool) -> OpenVinoGraph:
-        if usual not in self._graphs:
-            sizes = {"images": 1, "height": self._usual[0], "width": self._usual[1]}
+    def _graph(self, default: bool) -> OpenVinoGraph:
+        if default not in self._graphs:
+            sizes = {"images": 1, "height": self._default[0], "width": self._default[1]}
             shapes = {tensor.name: tensor.shape(sizes) for tensor in self.spec.inputs}
-            self._graphs[usual] = self._compiled(shapes if usual else None)
-        return self._graphs[usual]
+            self._graphs[default] = self._compiled(shapes if default else None)
+        return self._graphs[default]
 
 
 def _image(arrays: Mapping[str, Array], i: int) -> dict[str, Array]:
-    """One image of a batch, as a batch."""
+    """Image i of a batch, as a batch of one."""
     return {name: array[i : i + 1] for name, array in arrays.items()}
 
 
 class OneByOne:
-    """The images of a batch, each with its own tensors, run one after another."""
+    """The images of a batch, bound one by one and run one after another."""
 
     def __init__(self, images: Sequence[OpenVinoBound]) -> None:
         self._images = images
@@ -265,21 +266,18 @@ class OneByOne:
             image.close()
 
 
-def _closed(name: str) -> InvalidInput:
-    return InvalidInput(f"{name}, closed", expected="an open graph", fix="open the bundle again")
-
-
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
-    """OpenVINO raises RuntimeError for everything: out of memory has a meaning of its own, the rest is the graph's."""
+    """Translate OpenVINO's RuntimeError: OutOfMemory if memory was missing, else ArtifactRefused."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = next((line for line in lines if not line.startswith("Exception from")), type(error).__name__)[:300]
+        text = next((line for line in lines if not line.startswith("Exception from")), type(error).__name__)[:300]
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
-            fix = "use a smaller batch or schedule"
-            raise OutOfMemory(f"{name}: {said}", expected="a request that fits in memory", fix=fix) from error
+            raise no_memory(name, text) from error
         raise ArtifactRefused(
-            f"{name}: {said}", expected="a graph this OpenVINO can run", fix="export the bundle again"
+            f"OpenVINO cannot run {name}: {text.removesuffix('.')}.",
+            expected="a graph this OpenVINO can run",
+            fix=EXPORT_AGAIN,
         ) from error

@@ -1,7 +1,7 @@
 """The memory that OpenVINO takes on a CPU, measured with version 2026.4.
 
-Files stay mapped beside the weights that were repacked. Opening the condition graph repacks its weights, which would
-cost every new class a tenth of a second, so the graph stays open.
+Weight files stay mapped beside the repacked weights. Opening the condition graph repacks its weights, which takes a
+tenth of a second. So the graph stays open, and a new class does not pay for that.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ FLOAT32_ARITHMETIC = LibraryMemory(
     runtime=102 * 2**20,
     arena=1.15,
     products=2.1,
-    half_products=3.1,  # the file, and float32 of twice its size; measured at the tiny size only
-    convolutions=5.5,  # in several layouts at once when they are first run
+    half_products=3.1,  # the file and its float32 copy of twice the size; measured for the tiny model only
+    convolutions=5.5,  # at the first run they exist in several layouts at once
     half_convolutions=11.0,
-    half_step=1.35,  # with keys and values widened
+    half_step=1.35,  # keys and values are widened to float32
     half_decoder=1.25,
     transposed_maps=(7.5, 6.5),
     keeps_condition=True,
@@ -28,13 +28,13 @@ BF16_ARITHMETIC = replace(
     FLOAT32_ARITHMETIC,
     runtime=112 * 2**20,
     arena=1.2,
-    transposed_maps=(9.0, 3.0),  # for any size; less for the default size, which is compiled for its shape
+    transposed_maps=(9.0, 3.0),  # any size; the default size, compiled for its shape, takes less
     half_step=1.0,
     half_products=2.4,
     half_convolutions=2.5,
     half_decoder=0.5,  # maps of two bytes
 )
-"""For bfloat16 on a processor that computes in it: nothing is widened."""
+"""For bfloat16 bundles on a processor that computes in bfloat16. Nothing is widened to float32."""
 
 
 def library_of(precision: Precision, bf16_arithmetic: bool) -> LibraryMemory:

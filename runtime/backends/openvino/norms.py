@@ -1,9 +1,9 @@
-"""Group normalisations of a read OpenVINO model, written so that they leave the layout of the convolutions alone.
+"""Rewrite the group normalisations of an OpenVINO model, so that maps keep the blocked layout of the convolutions.
 
-Bundles of schema version 1 have them as normalisations of instances over the channels of a group, joined by a reshape.
-Around such a reshape OpenVINO takes every map out of the blocks that its convolutions work on, and back. Sums of whole
-channels stay in blocks: of a channel of p pixels with norm n the mean square is n²/p, and a group has the means of its
-channels. Later bundles already sum whole channels: nothing of them is rewritten.
+In bundles of schema version 1 a group normalisation is a reshape that joins the channels of a group, and an instance
+normalisation. For the reshape OpenVINO converts every map from the blocked layout and back. Sums over whole channels
+need no conversion: the mean square of a channel with p pixels and norm n is n²/p, and the mean of a group is the mean
+over its channels. Newer bundles contain such sums already, and nothing in them is rewritten.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 
 
 def keep_layout(model: Any) -> int:
-    """Rewrite every such normalisation of `model`, in place; how many there were. Anything else is left as it is.
+    """Rewrite every such normalisation of `model` in place. Returns how many it rewrote.
 
-    Mean squares less squared means, in float32: for maps in half precision, whose own rounding is far larger.
+    The variance is the mean square minus the squared mean, in float32. Its error is far below the rounding of maps in
+    half precision, for which this is used.
     """
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "MVN"]
     rewritten = sum(map(_rewrite, found))
@@ -48,8 +49,7 @@ def _rewrite(norm: Any) -> bool:
 
 
 def _reshaped_back(norm: Any) -> Any:
-    """The reshape to four axes after `norm` and the gain of one and bias of zero that ONNX asks for; None where there
-    is something else."""
+    """The reshape to four axes that follows `norm` and ONNX's gain of one and bias of zero; None if there is none."""
     node = norm
     for neutral in (1.0, 0.0, None):
         readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
@@ -65,18 +65,19 @@ def _reshaped_back(norm: Any) -> Any:
 
 
 def _is_constant(node: Any, kind: str, value: float) -> bool:
-    """Whether `node` multiplies by or adds nothing but `value`."""
+    """Whether `node` is a Multiply or Add (`kind`) whose other operand is `value` everywhere."""
     return node.get_type_name() == kind and any(_holds(source.get_node(), value) for source in node.input_values())
 
 
 def _holds(node: Any, value: float) -> bool:
+    """Whether `node` is a constant, perhaps reshaped, that equals `value` everywhere."""
     while node.get_type_name() == "Reshape":
         node = node.input_value(0).get_node()
     return node.get_type_name() == "Constant" and bool(np.all(node.get_data() == value))
 
 
 def _normed(x: Any, groups: int, channels: int, eps: float) -> Any:
-    """(x − μ) / √(σ² + eps) of (N, C, H, W), μ and σ² of a group's channels, as x·a − b with a and b of a channel."""
+    """(x − μ) / √(σ² + eps) for x (N, C, H, W), with μ and σ² per group. It is x·a − b, with a and b per channel."""
     op = importlib.import_module("openvino").opset13
 
     def whole(*numbers: int) -> Any:

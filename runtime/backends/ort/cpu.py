@@ -1,6 +1,6 @@
-"""ONNX Runtime on the CPU: the default that works anywhere.
+"""ONNX Runtime on the CPU, the default backend. It works everywhere.
 
-Inputs are read and outputs written in place, nothing is copied. ONNX Runtime maps weight files into memory.
+It reads inputs and writes outputs in place, without a copy, and maps weight files into memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def libraries(precision: Precision) -> dict[str, LibraryMemory]:
 
 
 def exact_products(state: Availability, precision: Precision) -> Availability:
-    """`state`, unless the step of such bundles has products of bytes that cannot be exact here."""
+    """`state`; or why not, if bundles of this precision need exact byte products and cannot have them here."""
     if not state.available or precision.of(STEP) is not Precision.INT8:
         return state
     exact = exact_here(importlib.import_module("onnxruntime"))
@@ -52,7 +52,7 @@ def create(name: str, *, device: str | None, threads: int | None, engines: Path 
 
 
 class OrtCpu(HostBackend):
-    """Backend on `threads` threads."""
+    """The backend ort-cpu on `threads` threads."""
 
     name = "ort-cpu"
     precisions = PRECISIONS
@@ -62,13 +62,15 @@ class OrtCpu(HostBackend):
         return libraries(precision)
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
-        """`once` skips the repacking of weights: they stay mapped from the file and are dropped by `close`."""
+        """Open a session. With `once` the weights are not repacked: they stay in the mapped file until `close`."""
         ort = importlib.import_module("onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
-        options.log_severity_level = 4  # nothing but crashes: errors are raised
-        options.add_session_config_entry("session.prepack.enable_parallel", "1")  # of weights: opens in half the time
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it went on for 45 ms after each run
+        options.log_severity_level = 4  # FATAL only: errors are raised
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")  # halves the time to open
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # threads would spin for 45 ms after a run
         if bundle.manifest.precision.of(graph) is Precision.INT8:
             make_exact(ort, options)
         if once:

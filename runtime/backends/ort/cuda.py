@@ -1,10 +1,10 @@
-"""ONNX Runtime on an NVIDIA GPU, on the stream of the device and on its memory.
+"""ONNX Runtime on an NVIDIA GPU. It works on the stream and in the memory of our device.
 
-If CUDA is missing, ONNX Runtime opens a session on the CPU and only warns. Nodes without a CUDA kernel run on the CPU
-silently. This backend raises BackendUnavailable in both cases. ONNX Runtime's own TensorRT provider is not used: it
+If CUDA is missing, ONNX Runtime only warns and opens a session on the CPU. A node without a CUDA kernel runs on the CPU
+silently. This backend raises BackendUnavailable in both cases. It does not use ONNX Runtime's TensorRT provider, which
 needs an older TensorRT.
 
-A step has hundreds of small kernels, which take longer to launch than to run. So ONNX Runtime captures a CUDA graph for
+A step has hundreds of small kernels that take longer to launch than to run. So ONNX Runtime captures a CUDA graph for
 every binding of the step and of the decoder, and replays it.
 """
 
@@ -35,15 +35,15 @@ from .session import OrtGraph, open_session, probe_onnxruntime
 
 log = logging.getLogger(__name__)
 
-NOT_CAPTURED = -1  # what ONNX Runtime takes for a run outside any CUDA graph
-UNUSED_KEPT = 256  # CUDA graphs of closed bindings, 10 to 15 of a shape, before their session is opened anew
-THREADS_KEPT = 4  # threads that a binding is captured in, before its session is opened anew
-SILENT = 4  # FATAL: ONNX Runtime logs nothing that it raises
+NOT_CAPTURED = -1  # ONNX Runtime's number for a run outside any CUDA graph
+UNUSED_KEPT = 256  # most CUDA graphs of closed bindings (a shape has 10 to 15) before the session is opened again
+THREADS_KEPT = 4  # most threads that capture one binding before the session is opened again
+SILENT = 4  # FATAL: errors are raised, not logged
 
 PRECISIONS = DeviceBackend.precisions
 PROVIDER = "CUDAExecutionProvider"
-MINIMUM = "1.31.1"  # the version that was run on a GPU, and whose CUDA kernels `ort_placement` lists
-CAPTURED = frozenset({STEP, DECODE})  # graphs that are run again and again with the same addresses
+MINIMUM = "1.31.1"  # the version that ran on a GPU, and whose CUDA kernels `placement` lists
+CAPTURED = frozenset({STEP, DECODE})  # graphs that run many times with the same addresses
 _EXTRA = "pip uninstall -y onnxruntime && pip install 'flexvar-deploy[gpu]'"
 
 
@@ -59,13 +59,13 @@ def probe(name: str) -> Availability:
         return state
     gpu = probe_gpu()
     if not gpu.available:
-        return Availability(False, f"{state.detail}, {gpu.detail}", gpu.fix)
+        return Availability(False, f"{state.detail} is installed, but {gpu.detail}", gpu.fix)
     missing = describe_missing(load_cuda_libraries())
-    return Availability(True, f"{state.detail}, {gpu.detail}, refuses graphs with nodes on the CPU{missing}")
+    return Availability(True, f"{state.detail}, {gpu.detail}{missing}")
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    """Whether it runs the bundle's precision and ONNX Runtime has a CUDA kernel for every node of its graphs."""
+    """Whether the precision fits and ONNX Runtime has a CUDA kernel for every node of the bundle's graphs."""
     state = runs_precision(name, bundle.manifest.precision, PRECISIONS)
     if not state.available:
         return state
@@ -73,44 +73,45 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
         missing = without_cuda_kernel(scan(bundle.graph_file(graph)))
         if missing:
             counts = count_operators(node.operator for node in missing)
-            return Availability(False, f"{name} has no CUDA kernel for {counts} of {graph}", EXPORT_FOR_GPU)
+            return Availability(False, f"{name} has no CUDA kernel for {counts} in {graph}", EXPORT_FOR_GPU)
     return state
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> OrtCuda:
-    for what, given in (("threads", threads), ("engines", engines)):
-        if given is not None:
-            raise InvalidInput(f"{what} {given} for {name}", expected="none", fix="leave them out")
+    for option, value in (("threads", threads), ("engines", engines)):
+        if value is not None:
+            got = f"{option} cannot be used with backend {name}, which runs on a GPU without engines."
+            raise InvalidInput(got, expected="none", fix=f"Leave out {option}.")
     return OrtCuda(CudaDevice(find_gpu(device)))
 
 
 class OrtCuda(DeviceBackend):
-    """Backend on a device.
+    """The backend ort-cuda on a device.
 
-    A whole generation is not captured. ONNX Runtime copies through pinned memory that it reuses after the run, so a
-    replay of a CUDA graph that somebody else captured would read overwritten data (its pull requests 32081 and 32121).
-    Its own CUDA graphs are safe.
+    Its graphs cannot be part of our captured CUDA graph. ONNX Runtime copies through pinned memory that it reuses after
+    a run, so our replay would read overwritten data (its pull requests 32081 and 32121). CUDA graphs that ONNX Runtime
+    captures itself are safe.
 
-    Opening it silences ONNX Runtime's default logger in this process: the CUDA provider writes dozens of lines there
-    while it looks for convolutions.
+    Opening the backend silences ONNX Runtime's default logger in this process. The CUDA provider writes dozens of lines
+    there while it searches convolutions.
     """
 
     captures = False
 
     def __init__(self, device: Device) -> None:
         super().__init__("ort-cuda", device)
-        self.libraries = load_cuda_libraries()  # before `preload_dlls`, which looks beside the package
+        self.libraries = load_cuda_libraries()  # first, because `preload_dlls` searches fewer places
         ort = importlib.import_module("onnxruntime")
         ort.set_default_logger_severity(SILENT)
         preload = getattr(ort, "preload_dlls", None)
-        if preload is not None:  # CUDA's libraries from their wheels, where they are not the system's
-            said = io.StringIO()
-            with redirect_stdout(said):
+        if preload is not None:  # loads CUDA's libraries from their wheels
+            printed = io.StringIO()
+            with redirect_stdout(printed):
                 preload()
-            log.debug("%s", said.getvalue().strip())
+            log.debug("%s", printed.getvalue().strip())
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
-        """Open a session that enqueues on the device's stream. `once` makes no difference: weights stay there."""
+        """Open a session that enqueues on the device's stream. `once` changes nothing: weights stay on the GPU."""
         path, spec = bundle.graph_file(graph), bundle.graph(graph)
         captured = graph in CAPTURED
         opened = (CapturingGraph if captured else OrtGraph)(
@@ -128,7 +129,7 @@ class OrtCuda(DeviceBackend):
     def _open_session(self, path: Path, graph: str, captured: bool) -> Any:
         ort = importlib.import_module("onnxruntime")
         options = ort.SessionOptions()
-        options.log_severity_level = SILENT  # errors are raised, and placement is checked below
+        options.log_severity_level = SILENT  # `require_placed` checks what the log would say
         options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
         provider = {
             "device_id": str(self.device.ordinal),
@@ -142,36 +143,36 @@ class OrtCuda(DeviceBackend):
         first = str(session.get_providers()[0])
         if first != PROVIDER:
             raise BackendUnavailable(
-                f"ONNX Runtime that fell back to {first} for {graph}{describe_missing(self.libraries)}",
+                f"ONNX Runtime opened {graph} with {first} instead of CUDA{describe_missing(self.libraries)}.",
                 expected=PROVIDER,
-                fix="flexvar doctor; the provider needs a GPU, CUDA 13 and cuDNN 9: pip install 'flexvar-deploy[gpu]'",
+                fix="Install CUDA 13 and cuDNN 9 with: pip install 'flexvar-deploy[gpu]'",
             )
         require_placed(session, scan(path), graph, PROVIDER)
         return session
 
 
 def run_options(cuda_graph: int) -> Any:
-    """Options of a run that only enqueues. cuda_graph: number of the CUDA graph that it captures or replays."""
-    made = importlib.import_module("onnxruntime").RunOptions()
-    made.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    made.add_run_config_entry("gpu_graph_id", str(cuda_graph))
-    return made
+    """Options of a run that only enqueues. cuda_graph: number of the CUDA graph to capture or replay."""
+    options = importlib.import_module("onnxruntime").RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    options.add_run_config_entry("gpu_graph_id", str(cuda_graph))
+    return options
 
 
 class CapturingGraph(OrtGraph):
     """A graph whose bindings ONNX Runtime captures as CUDA graphs, each at its first run.
 
-    A CUDA graph reads and writes the addresses that it was captured with. So every binding has a number of its own, and
-    no number is given twice. ONNX Runtime captures a number once in every thread that runs it, and frees CUDA graphs
-    only with their session. Once UNUSED_KEPT of them belong to closed bindings, or a binding was captured in
-    THREADS_KEPT threads and another one comes, the session is freed. The next run opens another, and bindings that are
-    still in use are captured again.
+    A CUDA graph reads and writes the addresses that it was captured with. So every binding gets its own number, and a
+    number is never used again. ONNX Runtime captures a number once in every thread that runs it, and frees CUDA graphs
+    only with their session. So this class frees the session when UNUSED_KEPT CUDA graphs belong to closed bindings, or
+    when one more than THREADS_KEPT threads run a binding. The next run opens a new session and captures the bindings
+    that are still in use again.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.wait: Callable[[], None] = lambda: None
-        """Waits for the device, before a session is freed."""
+        """Waits for the device. Called before a session is freed."""
         self._numbers = itertools.count(1)
         self._bounds: weakref.WeakSet[CapturedBound] = weakref.WeakSet()
         self._unused = 0
@@ -188,44 +189,42 @@ class CapturingGraph(OrtGraph):
         """Count CUDA graphs that will not be replayed again."""
         self._unused += cuda_graphs
 
-    def forget(self, bound: CapturedBound) -> None:
-        """Take a closed binding off the list, and free the session where too much of it is unused."""
+    def remove(self, bound: CapturedBound) -> None:
+        """Remove a closed binding. Frees the session if too many of its CUDA graphs are unused."""
         self._bounds.discard(bound)
         if self._unused >= UNUSED_KEPT:
-            self.start_anew()
+            self.free_cuda_graphs()
 
-    def start_anew(self) -> None:
-        """Free the session with all its CUDA graphs."""
+    def free_cuda_graphs(self) -> None:
+        """Free the session with all its CUDA graphs. The next run opens a new one."""
         self.wait()
         for bound in self._bounds:
-            bound.detach()  # a binding keeps its session
-        log.info("%s: its session is opened anew, to free %d unused CUDA graphs", self.name, self._unused)
-        self.renew()
+            bound.detach()  # a binding keeps its session alive
+        log.info("%s: opens its session again, to free %d unused CUDA graphs", self.name, self._unused)
+        self.free_session()
         self._unused = 0
 
 
 class CapturedBound:
-    """Arrays, their addresses bound to the session that the graph has, and the number of the CUDA graph captured for
-    them there."""
+    """Arrays that are bound to the current session of a graph, and the number of their CUDA graph."""
 
     def __init__(self, graph: CapturingGraph, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         self._graph = graph
         self._arrays: tuple[Mapping[str, Array], Mapping[str, Array]] | None = (inputs, outputs)
         self._binding: Any = None
         self._options: Any = None
-        self._threads: set[threading.Thread] = set()  # that have captured it; their numbers are used again
+        self._threads: set[threading.Thread] = set()  # captured in these; objects, because thread ids are reused
         self._attach()
 
     def _attach(self) -> None:
         if self._arrays is None:
-            raise InvalidInput(
-                f"a closed binding of {self._graph.name}", expected="a binding in use", fix="bind the graph again"
-            )
+            got = f"This binding of {self._graph.name} is closed."
+            raise InvalidInput(got, expected="an open binding", fix="Bind the graph again.")
         self._binding = self._graph.binding(*self._arrays)
         self._options = run_options(self._graph.next_number())
 
     def detach(self) -> None:
-        """Give up the binding and its CUDA graphs; the next run makes others."""
+        """Drop the session's binding and its CUDA graphs. The next run makes new ones."""
         self._binding = self._options = None
         self._graph.count_unused(len(self._threads))
         self._threads.clear()
@@ -233,18 +232,18 @@ class CapturedBound:
     def run(self) -> None:
         thread = threading.current_thread()
         if thread not in self._threads and len(self._threads) >= THREADS_KEPT:
-            self._graph.start_anew()
+            self._graph.free_cuda_graphs()
         if self._binding is None:
             self._attach()
         self._threads.add(thread)
         try:
             self._graph.run_binding(self._binding, self._options)
         except FlexVARError:
-            self.detach()  # what was captured of a run that failed must not be replayed
+            self.detach()  # the capture of a failed run must not be replayed
             raise
 
     def close(self) -> None:
         if self._arrays is not None:
             self._arrays = None
             self.detach()
-            self._graph.forget(self)
+            self._graph.remove(self)

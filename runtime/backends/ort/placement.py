@@ -1,7 +1,7 @@
-"""Where ONNX Runtime runs the nodes of a graph, and whether its CUDA provider has a kernel for each of them.
+"""Checks that ONNX Runtime runs every node of a graph on the GPU.
 
-A node without a CUDA kernel runs on the CPU, with a copy there and one back, and ONNX Runtime only says so in a log
-that is usually off. Arithmetic on shapes belongs on the CPU: the sizes it computes are needed there.
+A node without a CUDA kernel runs on the CPU, with a copy of its tensors there and back. ONNX Runtime reports this only
+in a log that is usually off. Nodes that compute shapes are exempt: the CPU needs the sizes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ...bundle.onnx_scan import Node, Scan
 from ...errors import BackendUnavailable
 from ...model.signatures import OPSET
 
-RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"  # the session option without which nothing is recorded
-EXPORT_FOR_GPU = "export the bundle again with flexvar export --target gpu"
+RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"  # session option; `require_placed` needs it
+EXPORT_FOR_GPU = "Export the bundle again with flexvar export --target gpu, or use another backend."
 _FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
 _WIDE = frozenset({_FLOAT, _FLOAT16, _BFLOAT16})
 _NO_BFLOAT16 = frozenset({_FLOAT, _FLOAT16})
@@ -28,19 +28,20 @@ KERNELS: dict[str, frozenset[int]] = {
     **dict.fromkeys(_ANY_TYPE.split(), _WIDE),
     **dict.fromkeys(["Clip", "ConvTranspose", "Pad", "Reciprocal", "ReduceL2", "Resize"], _NO_BFLOAT16),
     **dict.fromkeys(["And", "Constant", "Equal", "GreaterOrEqual", "Not", "Range", "Shape"], _WIDE),  # other types
-    "InstanceNormalization": _NONE,  # the provider has it for opsets up to 21
+    "InstanceNormalization": _NONE,  # the provider has kernels up to opset 21 only
     "GroupNormalization": _NONE,
 }
-"""Floating-point types (numbers of the ONNX format) that ONNX Runtime 1.31's CUDA provider computes an operator in,
-read from the provider itself; operators that no graph of ours has are left out."""
+"""Operator to the floating-point types (ONNX element types) of its kernels in the CUDA provider of ONNX Runtime 1.31.
+
+Read from the provider. Operators that our graphs do not use are left out."""
 
 _MOVES = frozenset({"Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Squeeze", "Unsqueeze"})
 
 
 def without_cuda_kernel(scan: Scan) -> tuple[Node, ...]:
-    """Nodes of a graph that compute something and that the CUDA provider is not known to have a kernel for.
+    """Nodes without a known CUDA kernel, except those that compute shapes.
 
-    All of them where the graph has operators of another version than KERNELS.
+    If the graph's opset is not the one of KERNELS, no kernel is known.
     """
     shapes = scan.shape_arithmetic()
     computing = (node for node in scan.nodes if not shapes.intersection(node.outputs))
@@ -54,23 +55,23 @@ def _has_kernel(node: Node, scan: Scan) -> bool:
 
 
 def require_placed(session: Any, scan: Scan, graph: str, provider: str) -> None:
-    """Raise BackendUnavailable where `session` runs a node that computes something on another provider.
+    """Raise BackendUnavailable if a node runs on another provider, except nodes that compute shapes.
 
-    session: made with the option RECORD_ASSIGNMENT; scan: of the file it was made from; graph: its name, for the
+    session: opened with the option RECORD_ASSIGNMENT. scan: the scan of its file. graph: the graph's name, for the
     message.
     """
     recorded = getattr(session, "get_provider_graph_assignment_info", None)
     if recorded is None:
         raise BackendUnavailable(
-            "an ONNX Runtime that does not say where it runs the nodes of a graph",
+            "This version of ONNX Runtime does not report on which device it runs the nodes of a graph.",
             expected="onnxruntime-gpu 1.31.1 or later",
-            fix="pip install --upgrade 'onnxruntime-gpu>=1.31.1'",
+            fix="Run: pip install --upgrade 'onnxruntime-gpu>=1.31.1'",
         )
     shapes = scan.shape_arithmetic()
     by_name = {node.name: node for node in scan.nodes if node.name}
 
     def computes(operator: str, name: str) -> bool:
-        """A node that ONNX Runtime itself made up, or that has no name, is judged by its operator."""
+        """Whether a node does more than compute shapes. Nodes that the file does not name are judged by operator."""
         node = by_name.get(name)
         return operator not in _MOVES if node is None else not shapes.intersection(node.outputs)
 
@@ -83,13 +84,13 @@ def require_placed(session: Any, scan: Scan, graph: str, provider: str) -> None:
     if elsewhere:
         operator, name = elsewhere[0]
         raise BackendUnavailable(
-            f"graph {graph}, of which {count_operators(each for each, _ in elsewhere)} would run on the CPU; the first "
-            f"is {name or 'without a name'} ({operator})",
+            f"{count_operators(each for each, _ in elsewhere)} of the graph {graph} would run on the CPU (the first is "
+            f"{name or 'without a name'}, {operator}).",
             expected=f"a CUDA kernel for every node in {provider}",
-            fix=f"{EXPORT_FOR_GPU}, or use another backend (flexvar doctor lists those that work)",
+            fix=EXPORT_FOR_GPU,
         )
 
 
 def count_operators(operators: Iterable[str]) -> str:
-    """Operators and how many nodes each has: "39 InstanceNormalization, 1 Pad"."""
+    """The number of nodes of each operator, such as "39 InstanceNormalization, 1 Pad"."""
     return ", ".join(f"{count} {operator}" for operator, count in Counter(operators).most_common())

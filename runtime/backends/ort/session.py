@@ -1,4 +1,4 @@
-"""What both ONNX Runtime backends share: is it installed, a session whose arrays are bound by address, its errors."""
+"""What both ONNX Runtime backends share: the probe, sessions with arrays bound by address, and error translation."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
+from ...cuda.libraries import first_line
+from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError
 from ...model.tensors import GraphSpec
-from ..base import Array, Availability, BindingCheck, Bound
+from ..base import EXPORT_AGAIN, Array, Availability, BindingCheck, Bound, closed_graph, no_memory
 
-MINIMUM = "1.24"  # older ones read weights from anywhere a graph names
-_ONNX_BFLOAT16 = 16  # element type of the ONNX format, for which NumPy has no name
+MINIMUM = "1.24"  # older versions read weights from any path that a graph names
+_ONNX_BFLOAT16 = 16  # ONNX element type; NumPy has no bfloat16
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
 def probe_onnxruntime(extra: str, minimum: str = MINIMUM) -> Availability:
-    """Whether one ONNX Runtime, `minimum` or later, can be loaded; `extra` is the one of ours that installs it."""
+    """Whether one ONNX Runtime of version `minimum` or later can be loaded. extra: our extra that installs it."""
     wheels = _wheels()
     if len(wheels) > 1:
         names = " and ".join(wheels)
         return Availability(
             False,
-            f"{names} are both installed and overwrite each other's files",
+            f"{names} are installed together and overwrite each other's files",
             f"pip uninstall -y {' '.join(wheels)} && pip install 'flexvar-deploy[{extra}]'",
         )
     wheel = next(iter(wheels), None)
     try:
         version = str(importlib.import_module("onnxruntime").__version__)
-    except Exception as error:  # a wheel half removed or made for another system fails in any way
+    except Exception as error:  # a damaged wheel can raise any error
         if wheel is None:
             return Availability(False, "onnxruntime is not installed", f"pip install 'flexvar-deploy[{extra}]'")
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        return Availability(False, f"{wheel} cannot be loaded ({first})", f"pip install --force-reinstall {wheel}")
+        detail = f"{wheel} cannot be loaded ({first_line(error)})"
+        return Availability(False, detail, f"pip install --force-reinstall {wheel}")
     if _numbers(version) < _numbers(minimum):
         return Availability(
             False,
@@ -56,7 +57,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _wheels() -> list[str]:
-    """Wheels in the folder from which Python takes onnxruntime: others, in folders behind it, do no harm."""
+    """The wheels in the folder from which Python imports onnxruntime. Wheels in later folders do no harm."""
     folders: dict[str, list[str]] = {}
     for name in _WHEELS:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -76,7 +77,7 @@ def open_session(path: Path, options: Any, provider: tuple[str, dict[str, str]])
             str(path),
             options,
             providers=[provider],
-            enable_fallback=0,  # else it tries the CPU, and says so on standard output
+            enable_fallback=0,  # or it tries the CPU and prints that to standard output
         )
     except Exception as error:
         raise _translate(error, path.name) from error
@@ -84,7 +85,7 @@ def open_session(path: Path, options: Any, provider: tuple[str, dict[str, str]])
 
 @dataclass
 class _Reused:
-    """A binding that runs of a graph share. It holds addresses, not arrays: every run brings all of them."""
+    """A binding that the runs of a graph share. It does not keep arrays, because every run passes all of them."""
 
     binding: Any
     outputs: set[str]
@@ -92,7 +93,7 @@ class _Reused:
 
 
 class OrtGraph:
-    """One session. Arrays are bound by address: inputs are read and outputs written in place, nothing is copied."""
+    """A graph in one session. Arrays are bound by address: inputs are read and outputs written without a copy."""
 
     most_images = None  # any number
 
@@ -106,8 +107,8 @@ class OrtGraph:
         address: Callable[[Array], int],
         run_options: Any = None,
     ) -> None:
-        """name: for messages; opener: opens a session; place: device type and number as ONNX Runtime names them;
-        address: where an array lies there; run_options: of ONNX Runtime."""
+        """name: the file's name, for messages. opener: opens a session. place: ONNX Runtime's device type and number.
+        address: returns the address of an array. run_options: ONNX Runtime's RunOptions."""
         self.spec, self.name = spec, name
         self._place, self._address, self._run_options = place, address, run_options
         self._opener = opener
@@ -122,15 +123,15 @@ class OrtGraph:
 
     @property
     def session(self) -> Any:
-        """ONNX Runtime's own session. Raises InvalidInput once the graph is closed."""
+        """ONNX Runtime's session. Raises InvalidInput if the graph is closed."""
         if self._closed:
-            raise InvalidInput(f"{self.name}, closed", expected="an open graph", fix="open the bundle again")
+            raise closed_graph(self.name)
         if self._session is None:
             self._session = self._opener()
         return self._session
 
-    def renew(self) -> None:
-        """Free the session and everything it holds; the next use opens another. Nothing of it may be running."""
+    def free_session(self) -> None:
+        """Free the session. The next use opens a new one. It must not be running."""
         self._session = self._reused = None
 
     def holds(self, size: tuple[int, int]) -> bool:
@@ -140,7 +141,7 @@ class OrtGraph:
         return OrtBound(self, self.binding(inputs, outputs), (inputs, outputs))
 
     def binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
-        """ONNX Runtime's binding of these arrays to the session. It does not keep them."""
+        """ONNX Runtime's binding of these arrays to the session. It does not keep the arrays."""
         binding = self._new_binding()
         self._bind(binding, inputs, outputs, {})
         return binding
@@ -153,8 +154,8 @@ class OrtGraph:
             raise _translate(error, self.name) from error
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """A step has a hundred inputs, most of them the same at every scale: only what moved is bound anew."""
-        reused, self._reused = self._reused, None  # what fails half bound is not used again
+        """See `Graph.run`. A step has a hundred inputs. Only those whose address or shape changed are bound again."""
+        reused, self._reused = self._reused, None  # a binding that failed halfway is not reused
         if reused is None or reused.outputs != outputs.keys():
             reused = _Reused(self._new_binding(), set(outputs))
         self._bind(reused.binding, inputs, outputs, reused.bound)
@@ -168,7 +169,7 @@ class OrtGraph:
         outputs: Mapping[str, Array],
         bound: dict[str, tuple[int, tuple[int, ...]]],
     ) -> None:
-        """bound: address and shape of what is bound already, by name; brought up to date."""
+        """Bind arrays. bound: name to the address and shape that are bound already; updated."""
         self._check(inputs, outputs)
         try:
             for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -183,7 +184,7 @@ class OrtGraph:
             raise _translate(error, self.name) from error
 
     def run_binding(self, binding: Any, run_options: Any = None) -> None:
-        """run_options: in place of the graph's own."""
+        """Run the session. run_options replaces those of the graph."""
         session = self.session
         try:
             session.run_with_iobinding(binding, self._run_options if run_options is None else run_options)
@@ -191,12 +192,12 @@ class OrtGraph:
             raise _translate(error, self.name) from error
 
     def close(self) -> None:
-        self.renew()
+        self.free_session()
         self._closed = True
 
 
 class OrtBound:
-    """Addresses bound to a session. It keeps the arrays, which the binding does not."""
+    """A binding of ONNX Runtime. It keeps the arrays, because ONNX Runtime keeps only their addresses."""
 
     def __init__(self, graph: OrtGraph, binding: Any, arrays: object) -> None:
         self._graph, self._binding, self._arrays = graph, binding, arrays
@@ -209,20 +210,16 @@ class OrtBound:
 
 
 def _translate(error: Exception, name: str) -> Exception:
-    """ONNX Runtime raises its own types for everything; out of memory and files it refuses have a meaning here."""
-    text = str(error)
-    first = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+    """An error of ONNX Runtime as OutOfMemory, BackendUnavailable or ArtifactRefused."""
+    text, reason = str(error), first_line(error)
     memory = ("Failed to allocate", "bad_alloc", "bad allocation", "out of memory")
     if isinstance(error, MemoryError) or any(sign in text for sign in memory):
-        return OutOfMemory(
-            f"{name}: {first}", expected="a request that fits in memory", fix="use a smaller batch or schedule"
-        )
+        return no_memory(name, reason)
     if "NOT_IMPLEMENTED" in text or "NotImplemented" in type(error).__name__:
         return BackendUnavailable(
-            f"{name}: {first}",
+            f"ONNX Runtime has no kernel for an operator of {name}: {reason}.",
             expected="operators that this backend has",
-            fix="export with --precision fp32, or name another backend",
+            fix="Export the bundle with --precision fp32, or name another backend.",
         )
-    return ArtifactRefused(
-        f"{name}: {first}", expected="a graph this ONNX Runtime can run", fix="export the bundle again"
-    )
+    got = f"ONNX Runtime cannot run {name}: {reason}."
+    return ArtifactRefused(got, expected="a graph that this ONNX Runtime can run", fix=EXPORT_AGAIN)

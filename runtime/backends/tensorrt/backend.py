@@ -1,7 +1,8 @@
-"""TensorRT and TensorRT-RTX: engines that `flexvar build` made, run on one stream of a GPU.
+"""TensorRT and TensorRT-RTX. They run engines that `flexvar build` made, on one stream of a GPU.
 
-Both have the same interface; the library is injected. An execution context belongs to one set of bindings, so what was
-captured with it stays valid; contexts share one working memory, since they never run at the same time.
+Both libraries have the same interface, and the backend gets one of them as an argument. Each set of bindings has its
+own execution context, so a captured CUDA graph stays valid. Contexts never run at the same time, so they share one
+working memory.
 """
 
 from __future__ import annotations
@@ -26,30 +27,32 @@ from .library import TENSORRT_RTX, TrtLibrary, load, probe_library, require_runs
 
 log = logging.getLogger(__name__)
 
+FREE_GPU = "End other programs that use the GPU, or use a smaller batch or schedule."
 PRECISIONS = DeviceBackend.precisions
-CONTEXTS_KEPT = 8  # of `run`, by shapes; those bound for a generation are its own
+CONTEXTS_KEPT = 8  # contexts that `TrtGraph.run` keeps, by shapes
 
 
 def probe(name: str) -> Availability:
-    """Whether the library is there, and a GPU that it runs on."""
+    """Whether the library is installed and there is a GPU that it runs on."""
     found = probe_library(name)
     if not found.available:
         return found
     try:
         gpus = find_gpus()
     except BackendUnavailable as error:
-        builds = " (engines can be built here all the same)" if name == TENSORRT_RTX else ""
-        return Availability(False, f"{found.detail}, {error.got}{builds}", error.fix)
+        builds = " (it can build engines without a GPU)" if name == TENSORRT_RTX else ""
+        state = Availability.of_error(error)
+        return Availability(False, f"{found.detail} is installed{builds}, but {state.detail}", state.fix)
     library = load(name)
     fit = [gpu for gpu in gpus if runs_on(library, gpu.capability).available]
     if fit:
         return Availability(True, f"{found.detail}, {fit[0]}")
     state = runs_on(library, gpus[0].capability)
-    return Availability(False, f"{state.detail} (here is {gpus[0]})", state.fix)
+    return Availability(False, f"{state.detail} (this GPU is {gpus[0]})", state.fix)
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    """Whether the library runs on this GPU, and engines of every graph are there for both."""
+    """Whether the library runs on this GPU and there is a fitting engine of every graph."""
     runs = runs_precision(name, bundle.manifest.precision, PRECISIONS)
     if not runs.available:
         return runs
@@ -60,30 +63,24 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
             return state
         for graph in REQUIRED:
             find_engine(
-                bundle,
-                graph,
-                flavour=name,
-                version=library.version,
-                target=gpu.capability,
-                engines_dir=engines,
+                bundle, graph, flavour=name, version=library.version, target=gpu.capability, engines_dir=engines
             )
     except FlexVARError as error:
-        return Availability(False, error.got, error.fix)
+        return Availability.of_error(error)
     return Availability(True, "engines are built")
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> TensorRT:
     if threads is not None:
-        raise InvalidInput(
-            f"{threads} threads for {name}", expected="none", fix="leave them out: the GPU does the work"
-        )
+        got = f"threads cannot be used with backend {name}, which runs on a GPU."
+        raise InvalidInput(got, expected="none", fix="Leave out threads.")
     library, gpu = load(name), find_gpu(device)
     require_runs_on(library, gpu.capability)
     return TensorRT(library, CudaDevice(gpu), engines)
 
 
 class TensorRT(DeviceBackend):
-    """Backend on a library, a device and a folder of engines (None: the bundle's own)."""
+    """The backend of a library on a device. engines: the folder of the engines; None means that of the bundle."""
 
     def __init__(self, library: TrtLibrary, device: Device, engines: Path | None) -> None:
         super().__init__(library.flavour, device)
@@ -95,37 +92,34 @@ class TensorRT(DeviceBackend):
         try:
             self._find(bundle, graph)
         except ArtifactRefused as error:
-            log.info("%s: no engine (%s), so given scales run one by one", graph, error.got)
+            log.info("%s is not used, so given scales run one by one. %s", graph, error.got)
             return False
         return True
 
     def _find(self, bundle: Bundle, graph: str) -> Found:
-        return find_engine(
-            bundle,
-            graph,
-            flavour=self.name,
-            version=self._library.version,
-            target=self.device.capability,
-            engines_dir=self._engines,
-        )
+        version, target = self._library.version, self.device.capability
+        return find_engine(bundle, graph, flavour=self.name, version=version, target=target, engines_dir=self._engines)
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> TrtGraph:
-        """Load a graph's engine. `once` makes no difference: an engine is prepared already."""
+        """Load the engine of a graph. `once` changes nothing: an engine needs no preparation."""
         found = self._find(bundle, graph)
-        data = read_engine(found)
+        data, build = read_engine(found), build_line(bundle.path, self.name, self._engines)
         with self._library.messages.reading() as errors:
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
                 reason = errors()
                 if "memory" in reason.lower() and "out of" in reason.lower():
-                    raise OutOfMemory(f"{graph}: {reason}", expected="an engine that fits", fix="free the GPU")
+                    raise OutOfMemory(
+                        f"The engine of {graph} does not fit in the memory of {self.device.name} ({reason}).",
+                        expected="an engine that fits",
+                        fix=FREE_GPU,
+                    )
                 raise ArtifactRefused(
-                    f"{found.path.name}: {self.name} cannot load it ({reason})",
+                    f"{self.name} cannot load {found.path.name} ({reason}).",
                     expected=f"an engine for {self.device.name}, compute capability {self.device.capability}",
-                    fix=f"{build_line(bundle.path, self.name, self._engines)} --force",
+                    fix=f"Run: {build} --force",
                 )
-        fix = build_line(bundle.path, self.name, self._engines)
-        return TrtGraph(self._library, engine, self.device, self.scratch, bundle.graph(graph), found.receipt, fix)
+        return TrtGraph(self._library, engine, self.device, self.scratch, bundle.graph(graph), found.receipt, build)
 
     def close(self) -> None:
         self.scratch.close()
@@ -133,17 +127,18 @@ class TensorRT(DeviceBackend):
 
 
 class Scratch:
-    """Working memory that contexts share. Whoever took a block keeps it: captured work goes on writing there."""
+    """Working memory that contexts share. A context keeps its block, because captured work writes there."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._needed, self._block = 0, DeviceArray(0, (0,), "uint8", None)
 
     def reserve(self, nbytes: int) -> None:
-        """The next block taken has at least this size."""
+        """Make the next block at least this large."""
         self._needed = max(self._needed, nbytes)
 
     def take(self) -> DeviceArray:
+        """A block of the reserved size, allocated if the last one is too small."""
         if self._block.nbytes < self._needed:
             memory = allocate(self._device, self._needed)
             self._block = DeviceArray(memory.address, (self._needed,), "uint8", memory)
@@ -170,23 +165,23 @@ class TrtGraph:
         self.engine: Any = engine
         self._receipt, self._build = receipt, build
         self._runtime_config = _runtime_config(library, engine)
-        self._told: set[int] = set()
+        self._logged: set[int] = set()
         self._contexts: OrderedDict[tuple[tuple[str, int], ...], TrtBound] = OrderedDict()
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         declared = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
         if names != declared or engine.num_optimization_profiles != len(receipt.profiles):
             raise ArtifactRefused(
-                f"{receipt.graph}: an engine with {engine.num_optimization_profiles} profiles and tensors "
-                f"{sorted(names ^ declared)} that only one side knows",
+                f"The engine of {receipt.graph} does not match the bundle: it has {engine.num_optimization_profiles} "
+                f"profiles, not {len(receipt.profiles)}, and differs in the tensors {sorted(names ^ declared)}.",
                 expected=f"{len(receipt.profiles)} profiles and the tensors of the manifest",
-                fix=f"{build} --force",
+                fix=f"Run: {build} --force",
             )
 
     def bind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> TrtBound:
         return TrtBound(self, self.profile(check_bindings(self.spec, inputs, outputs)), inputs, outputs)
 
     def run(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
-        """Run on a context kept for these shapes."""
+        """Run with the context that is kept for these shapes."""
         sizes = check_bindings(self.spec, inputs, outputs)
         key = tuple(sorted(sizes.items()))
         bound = self._contexts.pop(key, None)
@@ -201,34 +196,33 @@ class TrtGraph:
         bound.run()
 
     def profile(self, sizes: Mapping[str, int]) -> int:
-        """The first profile made for these sizes. Raises InvalidInput where there is none."""
+        """Index of the first profile for these sizes. Raises InvalidInput if there is none."""
         index = self._receipt.profile_for(sizes)
         if index is None:
             shape = ", ".join(f"{size} {axis}" for axis, size in sizes.items())
             raise InvalidInput(
-                f"{self._receipt.graph} with {shape}, for which no profile was built",
-                expected=f"one of {len(self._receipt.profiles)}: "
+                f"The engine of {self._receipt.graph} was not built for this request ({shape}).",
+                expected=f"one of {len(self._receipt.profiles)} profiles, such as "
                 + "; ".join(profile.name for profile in self._receipt.profiles[-2:]),
-                fix=f"{self._build} --schedule SCHEDULE --max-batch IMAGES",
+                fix=f"Run: {self._build} --schedule SCHEDULE --max-batch IMAGES",
             )
         profile = self._receipt.profiles[index]
-        if profile.name == WIDE and len(self._receipt.profiles) > 1 and index not in self._told:
-            self._told.add(index)
+        if profile.name == WIDE and len(self._receipt.profiles) > 1 and index not in self._logged:
+            self._logged.add(index)
             log.info(
-                "%s: sizes without a profile of their own run on the wide one, which may be slower; "
-                "flexvar build --schedule prepares for a schedule",
+                "%s: no profile was built for these sizes, so they use the wide profile, which may be slower. To build "
+                "one, run flexvar build with --schedule.",
                 self._receipt.graph,
             )
         return index
 
     def new_context(self) -> Any:
-        """A context whose working memory is ours; None where there is no memory for it."""
-        if self._runtime_config is not None:
-            return self.engine.create_execution_context(self._runtime_config)
-        return self.engine.create_execution_context(self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        """A context that uses our working memory; None if it does not fit."""
+        user_managed = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        return self.engine.create_execution_context(self._runtime_config or user_managed)
 
     def information(self) -> str:
-        """The engine inspector's account of every kernel, as JSON."""
+        """What TensorRT's engine inspector reports of every layer, as JSON."""
         layers = self.library.module.LayerInformationFormat.JSON
         return str(self.engine.create_engine_inspector().get_engine_information(layers))
 
@@ -237,7 +231,7 @@ class TrtGraph:
 
     @property
     def most_images(self) -> int:
-        """Images that the largest profile takes."""
+        """The number of images that the largest profile takes."""
         return max(profile.axes.get("images", (1, 1, 1))[2] for profile in self._receipt.profiles)
 
     def close(self) -> None:
@@ -250,59 +244,56 @@ class TrtGraph:
 
 
 class TrtBound:
-    """An execution context with its profile, shapes, addresses and working memory set."""
+    """An execution context with its profile, shapes, addresses and working memory."""
 
     def __init__(
-        self,
-        graph: TrtGraph,
-        profile: int,
-        inputs: Mapping[str, DeviceArray],
-        outputs: Mapping[str, DeviceArray],
+        self, graph: TrtGraph, profile: int, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
         self._graph, self._device, self._messages = graph, graph.device, graph.library.messages
         with self._messages.reading() as errors:
             self._context: Any = graph.new_context()
             if self._context is None:
-                got = f"an execution context ({errors()})"
-                raise OutOfMemory(got, expected="one that fits", fix="free the GPU")
+                got = f"There is not enough GPU memory to run {graph.spec.file} ({errors()})."
+                raise OutOfMemory(got, expected="an execution context that fits", fix=FREE_GPU)
             ok = self._context.set_optimization_profile_async(profile, self._device.stream)
             self._require(ok, f"profile {profile}", errors())
             for name, array in inputs.items():
                 ok = self._context.set_input_shape(name, array.shape)
-                self._require(ok, f"{name} of {array.shape}", errors())
+                self._require(ok, f"shape {array.shape} of {name}", errors())
             try:
                 missing: Any = self._context.infer_shapes()
             except RuntimeError as error:
                 missing = error
-            self._require(not missing, f"shapes ({missing})", errors())
+            self._require(not missing, f"the shapes ({missing})", errors())
             graph.scratch.reserve(int(self._context.update_device_memory_size_for_shapes()))
         self._block: DeviceArray | None = None
         self.rebind(inputs, outputs)
-        self._device.synchronize()  # the switch of profiles is done
+        self._device.synchronize()  # waits until the profile is set
 
     def rebind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
-        """Other arrays of the same shapes. What was captured before goes on with the old ones."""
+        """Use other arrays of the same shapes. Captured work still uses the old ones."""
         for name, array in (*inputs.items(), *outputs.items()):
             if array.address == 0 or array.address % ALIGNMENT:
+                expected = f"a multiple of {ALIGNMENT}"
                 raise InvalidInput(
-                    f"{name} at address {array.address:#x}",
-                    expected=f"an address that is a multiple of {ALIGNMENT}",
-                    fix="use a batch for which keys of a token fill whole blocks of that size",
+                    f"The tensor {name} is at address {array.address:#x}, but TensorRT needs {expected}.",
+                    expected=expected,
+                    fix=f"Use a batch for which the keys of one token take {expected} bytes.",
                 )
-            self._require(self._context.set_tensor_address(name, array.address), f"address of {name}", "")
+            self._require(self._context.set_tensor_address(name, array.address), f"the address of {name}", "")
         self._arrays = (inputs, outputs)
 
     def run(self) -> None:
-        if self._block is None:  # kept from now on: what is captured goes on writing there
+        if self._block is None:  # kept from now on: captured work writes there
             self._block = self._graph.scratch.take()
             if self._block.nbytes:
                 self._context.set_device_memory(self._block.address, self._block.nbytes)
         with self._messages.reading() as errors:
             if not self._context.execute_async_v3(self._device.stream):
                 raise DeviceFailed(
-                    f"{self._graph.spec.file}: {errors()}",
+                    f"TensorRT failed to run {self._graph.spec.file} ({errors()}).",
                     expected="an engine that runs",
-                    fix="build the engines again with --force; flexvar doctor says whether the GPU works",
+                    fix="Build the engines again with flexvar build --force, and check the GPU with flexvar doctor.",
                 )
 
     def close(self) -> None:
@@ -312,17 +303,18 @@ class TrtBound:
     def _require(self, ok: bool, what: str, reason: str) -> None:
         if not ok:
             raise BackendUnavailable(
-                f"{self._graph.spec.file}: {what} refused ({reason or 'no reason given'})",
-                expected="what its profile was built for",
-                fix="build the engines again with --force",
+                f"TensorRT refused {what} for {self._graph.spec.file} ({reason or 'no reason given'}).",
+                expected="what the profile was built for",
+                fix="Build the engines again with flexvar build --force.",
             )
 
 
 def _runtime_config(library: TrtLibrary, engine: Any) -> Any:
-    """How TensorRT-RTX makes contexts of an engine; None for TensorRT.
+    """The configuration of contexts in TensorRT-RTX; None for TensorRT.
 
-    It finishes kernels for exact shapes at run time, by default beside the first runs: what is captured must be the
-    finished ones, so it is told to wait for them. The cache keeps what it compiled for the next context.
+    TensorRT-RTX compiles kernels for exact shapes at run time. By default the first runs do not wait for them. With
+    EAGER they wait, so that the final kernels are captured. The runtime cache keeps compiled kernels for the next
+    context.
     """
     if not library.rtx:
         return None

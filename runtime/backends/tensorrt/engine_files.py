@@ -1,8 +1,8 @@
-"""Engines of a bundle's graphs: which are fit to be used here, and that a file is the one this user built.
+"""Find the engine of a graph that fits this machine, and check that this user built it.
 
-An engine is native code. It is read only where its sha256 stands in a build receipt of this user. Receipts lie in the
-user's own state folder, never beside the engines, and both are named `<graph>-<key>-<engine sha256>`, shortened: a
-receipt can belong to no other engine. `engine_writer` makes both.
+An engine is native code, so it is used only if its sha256 is in a build receipt of this user. Receipts are in the
+user's own state folder, never beside the engines. An engine and its receipt have the same name,
+`<graph>-<key>-<engine sha256>` with shortened hashes, so a receipt fits one engine only. `flexvar build` writes both.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ...errors import ArtifactRefused, FlexVARError
 from ...files.private import check_private, open_unlinked, read_private
 from ...files.private import user_folder as user_folder
 from ...files.strict_json import decode, encode, loads
+from ...model.signatures import DEVICE_LABELS as DEVICE_LABELS
 from ...model.tensors import GraphSpec, TensorSpec
 
 log = logging.getLogger(__name__)
 
-DEVICE_LABELS = 16  # of the condition graph a run, always: a label's row must not depend on its neighbours
-RECIPE = "1"  # counts changes to how engines are built that show nowhere else in their key
-WIDE = "wide"  # the profile for sizes that have none of their own
-PORTABLE = "portable"  # the target of an engine for whatever GPUs its builder chose
+RECIPE = "1"  # increased when engines are built in another way that no other part of their key shows
+WIDE = "wide"  # name of the profile for sizes without a profile of their own
+PORTABLE = "portable"  # target of an engine that runs on several kinds of GPU
 RECEIPT_SCHEMA = 1
 MAX_RECEIPT_BYTES = 2**20
 
@@ -46,9 +46,9 @@ Sizes = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Sizes an engine was prepared for: smallest, best and largest of every named axis of the graph's inputs.
+    """The sizes that an engine is built for: smallest, best and largest of every named axis of the graph's inputs.
 
-    Derived axes (`height_x16`) are not listed: they follow from their base.
+    Derived axes (`height_x16`) are left out: they follow from their base.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Profile:
             require(0 <= low <= best <= high < 2**31, axis, (low, best, high), "smallest ≤ best ≤ largest")
 
     def covers(self, sizes: Mapping[str, int]) -> bool:
-        """Whether it serves these sizes, one for every axis; others are not looked at."""
+        """Whether the profile can run these sizes. Axes that it does not name are ignored."""
         return all(low <= sizes[axis] <= high for axis, (low, _, high) in self.axes.items())
 
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -77,9 +77,10 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionReport:
-    """In which types the network computes: layers by kind ("matmul", "convolution", "attention") and dtype.
+    """The types that a network computes in.
 
-    fused_attention: attention layers that stay one kernel; share: layers in the claimed dtype over all of these.
+    layers: number of layers by kind ("matmul", "convolution", "attention") and dtype. fused_attention: number of
+    attention layers that are one kernel. share: the part of these layers that computes in the claimed dtype.
     """
 
     claimed: str
@@ -90,9 +91,10 @@ class PrecisionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineId:
-    """What an engine is built from and for. Equal ids, equal keys, and one of such engines does for the others.
+    """What an engine is built from and for. Engines with equal ids are interchangeable.
 
-    target: "portable", or compute capabilities joined by commas ("8.6,8.9"); version: that of the tool.
+    flavour: "tensorrt" or "tensorrt-rtx". version: its version. target: "portable", or compute capabilities joined by
+    commas ("8.6,8.9").
     """
 
     graph: str
@@ -105,24 +107,24 @@ class EngineId:
 
     @property
     def key(self) -> str:
-        """sha256 over everything that decides what the engine is."""
+        """sha256 over everything that the engine depends on."""
         parts = [self.graph_sha256, self.recipe, self.flavour, self.version, self.target]
         shapes = [sorted(profile.axes.items()) for profile in self.profiles]
         return hashlib.sha256(json.dumps([*parts, shapes], separators=(",", ":")).encode()).hexdigest()
 
     @property
     def prefix(self) -> str:
-        """How the names of its engines begin."""
+        """The first part of the names of its engines."""
         return f"{self.graph}-{self.key[:_SHORT]}-"
 
     def profile_for(self, sizes: Mapping[str, int]) -> int | None:
-        """Index of the first profile that serves these sizes: exact ones come before the wide one."""
+        """Index of the first profile for these sizes; None if there is none. The wide profile comes last."""
         return next((i for i, profile in enumerate(self.profiles) if profile.covers(sizes)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt(EngineId):
-    """Proof that this user built an engine. created: UTC, ISO 8601; size in bytes."""
+    """The record that this user built an engine. created: UTC, ISO 8601. size: bytes."""
 
     schema_version: int
     engine_sha256: str
@@ -152,7 +154,7 @@ class Receipt(EngineId):
 
 @dataclass(frozen=True)
 class Found:
-    """An engine file and the receipt that vouches for it; `read_engine` holds one against the other."""
+    """An engine file and its receipt. `read_engine` compares them."""
 
     path: Path
     receipt: Receipt
@@ -168,65 +170,64 @@ def find_engine(
     engines_dir: Path | None = None,
     receipts: Path | None = None,
 ) -> Found:
-    """The newest engine of a graph that this user built and that fits the tool and this machine's GPU (`target`).
+    """The newest engine of a graph that this user built for this version of the library and this GPU (`target`).
 
-    receipts: the folder of this user's receipts, by default `receipts_folder()`. Nothing is written and no engine is
-    read. Raises ArtifactRefused that says why none fits, with the line that builds one.
+    receipts: the folder of this user's receipts, by default `receipts_folder()`. Reads no engine and writes nothing.
+    Raises ArtifactRefused with the reason why no engine fits and the command that builds one.
     """
     folder = engines_folder(bundle, engines_dir)
-    wanted = {
-        "graph_sha256": graph_sha256(bundle, graph),
-        "flavour": flavour,
-        "version": version,
-        "recipe": RECIPE,
-        "target": target,
-    }
+    built = {"graph_sha256": graph_sha256(bundle, graph), "flavour": flavour, "version": version, "recipe": RECIPE}
+    wanted: dict[str, str | None] = {**built, "target": target}
     present = _engine_files(folder, graph)
     known = [r for r in read_receipts(receipts or receipts_folder(), graph) if r.engine in present]
     ranked = sorted(known, key=lambda receipt: (_agreement(receipt, wanted), receipt.created))
     if ranked and _agreement(ranked[-1], wanted) == len(wanted):
         return Found(folder / ranked[-1].engine, ranked[-1])
     raise ArtifactRefused(
-        f"{graph}: {_why_not(graph, folder, present, ranked, wanted)}",
+        _reason(graph, folder, present, ranked, wanted),
         expected=f"an engine of {graph} that this user built with {flavour} {version} for GPU {target or 'unknown'}",
-        fix=build_line(bundle.path, flavour, engines_dir),
+        fix=f"Run: {build_line(bundle.path, flavour, engines_dir)}",
     )
 
 
 def read_engine(found: Found) -> bytes:
-    """The bytes of an engine, read once and checked as they are returned. Raises ArtifactRefused."""
+    """The bytes of an engine. They are read once, and exactly these bytes are checked. Raises ArtifactRefused."""
     receipt, name = found.receipt, found.path.name
-    fix = "remove the file and run flexvar build again"
+    fix = "Delete the file, if it is there, and run flexvar build again."
     if not os.path.lexists(found.path):
-        raise ArtifactRefused(f"{name}: no such file", expected="the engine of its receipt", fix=fix)
+        raise ArtifactRefused(f"The engine {name} does not exist.", expected="the engine of its receipt", fix=fix)
     try:
         with open_unlinked(found.path) as (file, info):
             if not stat.S_ISREG(info.st_mode):
-                raise ArtifactRefused(f"{name}: no regular file", expected="a regular file", fix=fix)
+                raise ArtifactRefused(f"The engine {name} is no regular file.", expected="a regular file", fix=fix)
             data = file.read(receipt.size + 1)
     except OSError as error:
-        what = "a link" if found.path.is_symlink() else f"a file that cannot be read ({error.strerror})"
-        raise ArtifactRefused(f"{name}: {what}", expected="a regular, readable file", fix=fix) from error
+        problem = "is a link" if found.path.is_symlink() else f"cannot be read ({error.strerror})"
+        got = f"The engine {name} {problem}."
+        raise ArtifactRefused(got, expected="a regular, readable file", fix=fix) from error
     sha256 = hashlib.sha256(data).hexdigest()
     if len(data) != receipt.size or sha256 != receipt.engine_sha256:
-        got = f"sha256 {sha256}" if len(data) == receipt.size else f"another size than {receipt.size} bytes"
-        raise ArtifactRefused(f"{name}: {got}", expected=f"sha256 {receipt.engine_sha256}, as it was built", fix=fix)
+        raise ArtifactRefused(
+            f"The engine {name} was changed after it was built.",
+            expected=f"{receipt.size} bytes with sha256 {receipt.engine_sha256}",
+            fix=fix,
+        )
     return data
 
 
 def build_line(bundle: Path, flavour: str, engines_dir: Path | None = None) -> str:
-    """The command that builds what is missing."""
+    """The command that builds the missing engines."""
     words = ["flexvar", "build", str(bundle), "--backend", flavour]
     return shlex.join([*words, "--engines", str(engines_dir)] if engines_dir else words)
 
 
 def engines_folder(bundle: Bundle, engines_dir: Path | None = None) -> Path:
-    """Where the engines of a bundle lie; the folder need not exist."""
+    """The folder of a bundle's engines. It need not exist."""
     return engines_dir if engines_dir is not None else bundle.path / ENGINES
 
 
 def graph_sha256(bundle: Bundle, graph: str) -> str:
-    """One hash for a graph with its weights and its declaration, from what the manifest records."""
+    """One hash of a graph, its weights and its declaration, from the records in the manifest."""
     spec: GraphSpec = bundle.graph(graph)
     records = [[name, bundle.manifest.files[name].sha256] for name in bundle.graph_files(graph)]
     content = json.dumps([bundle.manifest.precision, encode(spec), records], sort_keys=True)
@@ -234,14 +235,14 @@ def graph_sha256(bundle: Bundle, graph: str) -> str:
 
 
 def receipts_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """This user's receipts: `$XDG_STATE_HOME/flexvar/receipts`, by default in `~/.local/state`."""
+    """The folder of this user's receipts: `$XDG_STATE_HOME/flexvar/receipts`, by default in `~/.local/state`."""
     return user_folder("XDG_STATE_HOME", ".local/state", environ) / "receipts"
 
 
 def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
-    """This user's receipts for engines of a graph of that name; what is no receipt of this version is passed over.
+    """This user's receipts for engines of a graph. Files that are no valid receipts are skipped.
 
-    Raises ArtifactRefused where somebody else could have written them.
+    Raises ArtifactRefused if another user could have written into the folder.
     """
     try:
         check_private(folder)
@@ -257,28 +258,28 @@ def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
             data = read_private(folder / name, MAX_RECEIPT_BYTES)
             receipt = decode(Receipt, loads(data, where=name, fix=_BUILD_AGAIN), where=name, fix=_BUILD_AGAIN)
         except (OSError, FlexVARError) as error:
-            log.debug("receipt passed over: %s", error)
+            log.debug("receipt %s skipped: %s", name, error)
             continue
         if receipt.stem == stem:
             yield receipt
 
 
 def _engine_files(folder: Path, graph: str) -> set[str]:
-    """Engines of a graph in a folder. Links are left out, as everything else that is no regular file."""
+    """The names of the engines of a graph in a folder. Only regular files count, so links do not."""
     try:
         with os.scandir(folder) as entries:
             names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except OSError as error:
-        fix = "check its permissions"
-        raise ArtifactRefused(f"{folder} ({error.strerror})", expected="a readable folder", fix=fix) from error
+        got = f"The folder of engines {folder} cannot be read ({error.strerror})."
+        raise ArtifactRefused(got, expected="a readable folder", fix="Check its permissions.") from error
     matches = ((name, _STEM.fullmatch(name.removesuffix(".engine"))) for name in names if name.endswith(".engine"))
     return {name for name, match in matches if match is not None and match["graph"] == graph}
 
 
 def _agreement(receipt: Receipt, wanted: Mapping[str, str | None]) -> int:
-    """How many of the wanted properties hold, counted up to the first that does not."""
+    """The number of wanted properties that a receipt has, counted up to the first that it does not have."""
     for count, (name, value) in enumerate(wanted.items()):
         got = getattr(receipt, name)
         if got != value and not (name == "target" and (got == PORTABLE or value in got.split(","))):
@@ -286,20 +287,22 @@ def _agreement(receipt: Receipt, wanted: Mapping[str, str | None]) -> int:
     return len(wanted)
 
 
-def _why_not(
+def _reason(
     graph: str, folder: Path, present: set[str], ranked: list[Receipt], wanted: Mapping[str, str | None]
 ) -> str:
+    """A sentence that says why no engine fits. It is about the engine that comes nearest."""
     if not present:
         links = [path.name for path in folder.glob(f"{graph}-*.engine") if path.is_symlink()]
-        return f"{links[0]} is a link" if links else f"no engine in {folder}"
+        return f"The engine {links[0]} is a link." if links else f"There is no engine of {graph} in {folder}."
     if not ranked:
-        return f"{min(present)} without a build receipt of this user"
+        return f"The engine {min(present)} has no build receipt of this user."
     nearest = ranked[-1]
     name = list(wanted)[_agreement(nearest, wanted)]
-    return {
-        "graph_sha256": "an engine of another export of the graph",
-        "flavour": f"an engine built with {nearest.flavour}",
-        "version": f"an engine built with {nearest.flavour} {nearest.version}",
-        "recipe": f"an engine built by another flexvar-deploy (recipe {nearest.recipe}, this is {RECIPE})",
-        "target": f"an engine for GPU {nearest.target.replace(',', ' and ')}",
+    difference = {
+        "graph_sha256": "from another export of the graph",
+        "flavour": f"with {nearest.flavour}, not {wanted['flavour']}",
+        "version": f"with {nearest.flavour} {nearest.version}, not {wanted['version']}",
+        "recipe": f"by another version of flexvar-deploy (recipe {nearest.recipe}, not {RECIPE})",
+        "target": f"for GPU {nearest.target.replace(',', ' and ')}, not {wanted['target'] or 'an unknown one'}",
     }[name]
+    return f"The engine of {graph} was built {difference}."

@@ -1,6 +1,6 @@
-"""TensorRT and TensorRT-RTX as one library in two flavours: found, loaded once, its messages sent to `logging`.
+"""Load TensorRT or TensorRT-RTX, the two flavours of one library, and send its messages to `logging`.
 
-Nothing of either is imported before `load` is called.
+Neither is imported before `load` is called.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ...errors import BackendUnavailable, InvalidInput
+from ...checks import check_choice
+from ...cuda.libraries import first_line
+from ...errors import BackendUnavailable
 from ..base import Availability
 
 log = logging.getLogger(__name__)
 
 TENSORRT, TENSORRT_RTX = FLAVOURS = ("tensorrt", "tensorrt-rtx")
-MINIMUM = {TENSORRT: (11, 0), TENSORRT_RTX: (1, 7)}  # the first whose networks are always strongly typed; tested
+MINIMUM = {TENSORRT: (11, 0), TENSORRT_RTX: (1, 7)}  # 11.0: networks are always strongly typed. 1.7: tested
 _MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _PROVIDER = "onnxruntime_ep_nv_tensorrt_rtx"  # the wheel that carries the libraries of TensorRT-RTX
-_BUILD_ONLY = frozenset({"7.5"})  # TensorRT-RTX builds for it by name, but does not list it among those it runs on
-_RUNS_ABOVE = (12, 0)  # "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0", says TensorRT-RTX 1.7.1
-_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")  # in the order in which they need each other
+_BUILD_ONLY = frozenset({"7.5"})  # TensorRT-RTX builds engines for 7.5, but does not run on it
+_RUNS_ABOVE = (12, 0)  # TensorRT-RTX 1.7.1: "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0"
+_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")  # the second needs the first
 
 Importer: TypeAlias = Callable[[str], Any]
 
 
 class Messages:
-    """The last errors a library logged. It logs from threads of its own."""
+    """The errors that a library logs, from any of its threads."""
 
     def __init__(self, kept: int = 32) -> None:
         self._kept, self._lock = kept, threading.Lock()
@@ -49,15 +51,15 @@ class Messages:
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[], str]]:
-        """For a call that may fail: the yielded function gives the errors since then in one line, oldest first.
+        """Collect errors during a call that may fail. The yielded function returns them in one line, oldest first.
 
-        Whoever reads them raises them, so meanwhile they are logged for debugging only.
+        The caller raises them, so meanwhile they are logged at debug level only.
         """
         errors: deque[str] = deque(maxlen=self._kept)
         with self._lock:
             self._readers[id(errors)] = errors
         try:
-            yield lambda: " | ".join(dict.fromkeys(errors)) or "no reason given"
+            yield lambda: " | ".join(dict.fromkeys(errors)).removesuffix(".") or "no reason given"
         finally:
             with self._lock:
                 del self._readers[id(errors)]
@@ -65,8 +67,10 @@ class Messages:
 
 @dataclass(frozen=True, eq=False)
 class TrtLibrary:
-    """A loaded flavour: its Python module, its version, and the one logger that everything made from it shares
-    (TensorRT keeps the first logger it was given, whatever later objects are made with)."""
+    """A loaded flavour: its Python module, its version and its logger.
+
+    All objects of the library share one logger, because TensorRT keeps the first logger that it gets.
+    """
 
     flavour: str
     module: Any
@@ -83,9 +87,8 @@ class TrtLibrary:
 
 
 def load(flavour: str, importer: Importer = importlib.import_module) -> TrtLibrary:
-    """Load a flavour, once a process. Raises BackendUnavailable with the line that installs it."""
-    if flavour not in FLAVOURS:
-        raise InvalidInput(f"flavour {flavour!r}", expected=" or ".join(FLAVOURS), fix="name one of them")
+    """Load a flavour, once per process. Raises InvalidInput, BackendUnavailable with the command that installs it."""
+    check_choice("flavour", flavour, FLAVOURS)
     with _loading:
         library = _loaded.get((flavour, importer))
         if library is None:
@@ -95,26 +98,26 @@ def load(flavour: str, importer: Importer = importlib.import_module) -> TrtLibra
 
 
 def probe_library(flavour: str, importer: Importer = importlib.import_module) -> Availability:
-    """Whether a flavour can be loaded, which says nothing of a GPU."""
+    """Whether a flavour can be loaded. This needs no GPU."""
     try:
         library = load(flavour, importer)
     except BackendUnavailable as error:
-        return Availability(False, error.got, error.fix)
+        return Availability.of_error(error)
     return Availability(True, f"{flavour} {library.version}")
 
 
 def known_targets(library: TrtLibrary) -> tuple[str, ...]:
-    """Compute capabilities that TensorRT-RTX names ("8.6"); TensorRT names none."""
+    """The compute capabilities ("8.6") that TensorRT-RTX can build engines for by name. Empty for TensorRT."""
     members = library.module.ComputeCapability.__members__ if library.rtx else {}
     numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
     return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
 
 
 def runs_on(library: TrtLibrary, capability: str) -> Availability:
-    """Whether a library runs engines on GPUs of a compute capability ("9.0"), whatever the engines were built for.
+    """Whether a library runs engines on GPUs of a compute capability ("9.0").
 
-    TensorRT runs on the GPU that it built for. TensorRT-RTX builds without complaint for a GPU that it does not run on,
-    and refuses every engine there, also a portable one, when the engine is loaded (1.7.1 on 9.0).
+    TensorRT runs on every GPU that it builds for. TensorRT-RTX also builds engines for GPUs that it does not run on. It
+    refuses every engine there when the engine is loaded, even a portable one (1.7.1 on 9.0).
     """
     targets = [name for name in known_targets(library) if name not in _BUILD_ONLY]
     if not library.rtx or capability in targets or _number(capability) > _RUNS_ABOVE:
@@ -123,20 +126,17 @@ def runs_on(library: TrtLibrary, capability: str) -> Availability:
     return Availability(
         False,
         f"{library.flavour} {library.version} does not run on compute capability {capability}{builds}: "
-        f"it runs on {', '.join(targets)} and on capabilities above the last",
-        "use --backend tensorrt, or --backend ort-cuda, which needs no engines",
+        f"it runs on {', '.join(targets)} and later ones",
+        "Use --backend tensorrt, or --backend ort-cuda, which needs no engines.",
     )
 
 
 def require_runs_on(library: TrtLibrary, capability: str, *, given: str = "", instead: str = "") -> None:
-    """Raise BackendUnavailable where `runs_on` says no. given: the option that named the GPU; instead: another fix."""
+    """Raise BackendUnavailable unless `runs_on`. given: the option that named the GPU. instead: added to the advice."""
     state = runs_on(library, capability)
     if not state.available:
-        raise BackendUnavailable(
-            f"{given}{state.detail}",
-            expected=f"a GPU that {library.flavour} runs on",
-            fix=f"{state.fix}{instead}",
-        )
+        fix = f"{state.advice.removesuffix('.')}{instead}."
+        raise BackendUnavailable(f"{given}{state.detail}.", expected=f"a GPU that {library.flavour} runs on", fix=fix)
 
 
 def _number(capability: str) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ _loading = threading.Lock()
 
 
 def _import(flavour: str, importer: Importer) -> Any:
-    """The vendor's own package where it is installed, else the bindings, with libraries from the provider's wheel."""
+    """The vendor's package if it is installed, else the bindings with the libraries of the provider's wheel."""
     broken: list[str] = []
     cause: Exception | None = None
     for name in _MODULES[flavour]:
@@ -156,22 +156,22 @@ def _import(flavour: str, importer: Importer) -> Any:
             if name == "tensorrt_rtx_bindings":
                 _preload(importer)
             return importer(name)
-        except Exception as error:  # a wheel half installed or made for another system fails in any way
+        except Exception as error:  # a damaged wheel can raise any error
             cause = error
             if not (isinstance(error, ModuleNotFoundError) and error.name == name):
-                broken.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
+                broken.append(f"{name}: {first_line(error)}")
     raise BackendUnavailable(
-        f"{flavour} cannot be loaded ({'; '.join(broken)})" if broken else f"{flavour} is not installed",
+        f"{flavour} cannot be loaded ({'; '.join(broken)})." if broken else f"{flavour} is not installed.",
         expected=f"the {flavour} libraries",
-        fix=f"pip install {'--force-reinstall ' if broken else ''}'flexvar-deploy[{flavour}]'",
+        fix=f"Run: pip install {'--force-reinstall ' if broken else ''}'flexvar-deploy[{flavour}]'",
     ) from cause
 
 
 def _preload(importer: Importer) -> None:
-    """Load what the bindings need, so that the dynamic loader finds it by name.
+    """Load the libraries that the bindings need from the provider's wheel, so that the dynamic loader finds them.
 
-    Importing the provider makes links beside its libraries, which TensorRT-RTX looks for when it runs. Where its folder
-    is read-only that fails, and the libraries are loaded all the same; without the wheel the system's own are used.
+    Importing the provider also makes links to its libraries, which TensorRT-RTX looks for at run time. In a read-only
+    folder this fails, but the libraries are loaded anyway. Without the wheel the libraries of the system are used.
     """
     try:
         importer(_PROVIDER)
@@ -193,15 +193,15 @@ def _checked_version(flavour: str, module: Any) -> str:
     if tuple(int(part) for part in re.findall("[0-9]+", version)[:2]) < MINIMUM[flavour]:
         wanted = ".".join(map(str, MINIMUM[flavour]))
         raise BackendUnavailable(
-            f"{flavour} {version or 'without a version'}",
+            f"{flavour} {version or 'of an unknown version'} is older than {wanted}.",
             expected=f"{wanted} or later",
-            fix=f"pip install --upgrade 'flexvar-deploy[{flavour}]'",
+            fix=f"Run: pip install --upgrade 'flexvar-deploy[{flavour}]'",
         )
     return version
 
 
 def _bridge(module: Any, messages: Messages) -> Any:
-    """A logger for the library: its errors are kept, its remarks are for debugging, the verbose ones are dropped."""
+    """A logger for the library. It keeps errors, logs warnings and information at debug level, and drops the rest."""
     errors = {module.ILogger.Severity.INTERNAL_ERROR, module.ILogger.Severity.ERROR}
     remarks = {module.ILogger.Severity.WARNING, module.ILogger.Severity.INFO}
 

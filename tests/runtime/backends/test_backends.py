@@ -1,7 +1,8 @@
-"""Which backends are there, and that ort-cpu reads and writes in place, refuses in words and reads nothing else."""
+"""Choosing a backend, and what all CPU backends do: arrays in place, refused bindings, weights of the bundle only."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -23,9 +24,10 @@ from flexvar_runtime.backends.host_arrays import default_threads
 from flexvar_runtime.backends.openvino.backend import OpenVino
 from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.backends.ort.session import OrtGraph
+from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
-BUNDLE: Any = object()  # what only the fakes of this file look at
+BUNDLE: Any = object()  # only fakes see it
 
 # Choosing ------------------------------------------------------------------------------------------------------------
 
@@ -46,7 +48,7 @@ def test_auto_takes_the_first_that_works_and_says_so(
 
 
 def module(available: bool, ready: bool = True) -> Any:
-    """A backend's file as `auto` sees it."""
+    """The module of a backend, as far as `create` uses it."""
     return SimpleNamespace(
         probe=lambda name: Availability(available, f"{name} detail", f"{name} fix"),
         ready=lambda name, bundle, **_: Availability(ready, f"no engines for {name}", "flexvar build"),
@@ -56,22 +58,22 @@ def module(available: bool, ready: bool = True) -> Any:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The files behind the names, none of which works unless a test says so."""
+    """The modules of all backends. None works unless a test changes it."""
     files = {name: module(False) for name in BACKENDS}
     monkeypatch.setattr(backends, "_module", files.__getitem__)
     monkeypatch.setattr(logging.getLogger("flexvar_runtime"), "propagate", True)
     return files
 
 
-def test_auto_passes_over_what_cannot_run_the_bundle_and_says_why(
+def test_auto_skips_a_backend_that_cannot_run_the_bundle_and_logs_why(
     modules: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     modules |= {"tensorrt": module(True, ready=False), "ort-cuda": module(True), "ort-cpu": module(True)}
     with caplog.at_level(logging.INFO, "flexvar_runtime"):
         assert create("auto", BUNDLE, engines=Path("e")).name == "ort-cuda"
     warning, chosen, unused = (record.message for record in caplog.records)
-    assert "tensorrt works here but is passed over: no engines for tensorrt; fix: flexvar build" in warning
-    assert chosen == "backend ort-cuda chosen" and unused == "engines in e are not used: ort-cuda runs none"
+    assert all(part in warning for part in ("backend tensorrt ", "no engines for tensorrt", "flexvar build"))
+    assert "ort-cuda" in chosen and "engines in e " in unused and "ort-cuda" in unused
 
 
 def test_threads_are_for_processors(modules: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -100,28 +102,31 @@ def test_auto_stays_on_the_device_that_was_asked_for(modules: dict[str, Any], de
 
 def test_a_gpu_that_was_asked_for_is_not_replaced_by_the_processor(modules: dict[str, Any]) -> None:
     modules["ort-cpu"] = module(True)
-    with pytest.raises(BackendUnavailable, match="got no backend for device cuda:0; expected"):
+    with pytest.raises(BackendUnavailable, match="device cuda:0"):
         create("auto", BUNDLE, device="cuda:0")
 
 
 def test_by_name_nothing_is_passed_over(modules: dict[str, Any]) -> None:
     modules |= {"ort-cuda": module(False), "ort-cpu": module(True)}
-    with pytest.raises(BackendUnavailable, match=r"got backend ort-cuda: ort-cuda detail; .*; fix: ort-cuda fix"):
+    with pytest.raises(BackendUnavailable, match=r"Backend ort-cuda .*: ort-cuda detail.*ort-cuda fix"):
         create("ort-cuda", BUNDLE)
 
 
-@pytest.mark.parametrize("name", ["cuda", "ORT-CPU", "", "ort_cpu", "../ort_cpu"])
-def test_unknown_names(name: str) -> None:
-    with pytest.raises(InvalidInput) as refusal:
-        create(name)
-    known = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-cpu, openvino, ort-openvino"
-    assert str(refusal.value).startswith(f"got backend {name!r}; expected {known}; fix: name one of them")
+def test_unknown_names() -> None:
+    for name in ("cuda", "ORT-CPU", "", "ort_cpu", "../ort_cpu"):
+        with pytest.raises(InvalidInput, match=f"backend is {name!r}") as refusal:
+            create(name)
+        assert all(known in refusal.value.got for known in ("auto", *BACKENDS))
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 1025])
-def test_threads(threads: Any) -> None:
-    with pytest.raises(InvalidInput, match=r"got threads .*; expected a whole number from 1 to 1024"):
-        create("ort-cpu", threads=threads)
+def test_options_that_a_cpu_backend_does_not_take() -> None:
+    for threads in (0, -1, 1.5, True, "2", 1025):
+        with pytest.raises(InvalidInput, match=r"threads .* from 1 to 1024"):
+            create("ort-cpu", threads=threads)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"device .*'cuda:0'.* ort-cpu"):
+        create("ort-cpu", device="cuda:0")
+    with pytest.raises(InvalidInput, match=r"engines .* ort-cpu"):
+        create("ort-cpu", engines=Path("e"))
 
 
 IDLE = """
@@ -139,14 +144,9 @@ with FlexVARPipeline.from_bundle(sys.argv[1], backend=sys.argv[2], threads=2) as
 
 @pytest.mark.parametrize("name", ["ort-cpu", "openvino"])
 def test_a_pipeline_at_rest_takes_no_processor(tiny_bundle: Path, name: str) -> None:
-    """Threads that spin on after a call (ONNX Runtime's for 45 of these 100 ms, unless told) take it from others."""
+    """By default ONNX Runtime's threads spin for 45 ms after a call, which takes processor time from others."""
     done = subprocess.run([sys.executable, "-c", IDLE, tiny_bundle, name], capture_output=True, text=True, check=True)
     assert min(map(float, done.stdout.split())) < 0.01
-
-
-def test_a_device_is_not_ignored() -> None:
-    with pytest.raises(InvalidInput, match="got device 'cuda:0' for ort-cpu; expected cpu or none; fix: leave it out"):
-        create("ort-cpu", device="cuda:0")
 
 
 # What is installed ---------------------------------------------------------------------------------------------------
@@ -155,13 +155,14 @@ Install = Callable[..., None]
 CANNOT_LOAD = ImportError("libonnx.so.1: cannot open shared object file\nmore")
 
 
-@pytest.mark.parametrize("wheel", ["onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"])
-@pytest.mark.parametrize("version", ["1.31.1", "1.24.0", "2.0", "1.24.0.dev20261101+cpu", "1.30rc1"])
-def test_one_wheel_that_works(install: Install, wheel: str, version: str) -> None:
-    install(wheel, module=version)
-    state = probe("ort-cpu")
-    assert state.available and state.fix is None
-    assert state.detail == f"{wheel} {version}, {default_threads()} threads"
+def test_one_wheel_that_works(install: Install) -> None:
+    versions = ("1.31.1", "1.24.0", "2.0", "1.24.0.dev20261101+cpu", "1.30rc1")
+    wheels = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml")
+    for wheel, version in itertools.product(wheels, versions):
+        install(wheel, module=version)
+        state = probe("ort-cpu")
+        assert state.available and state.fix is None
+        assert state.detail == f"{wheel} {version}, {default_threads()} threads"
 
 
 def test_built_from_source_there_is_no_wheel(install: Install) -> None:
@@ -170,58 +171,59 @@ def test_built_from_source_there_is_no_wheel(install: Install) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wheels", "module", "detail", "fix"),
+    ("wheels", "module", "named", "fix"),
     [
         ((), ModuleNotFoundError("onnxruntime"), "onnxruntime is not installed", "pip install 'flexvar-deploy[cpu]'"),
         ((), None, "onnxruntime is not installed", "pip install 'flexvar-deploy[cpu]'"),  # an empty folder is left
         (
             ("onnxruntime", "onnxruntime-gpu"),
             "1.31.1",
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            "onnxruntime and onnxruntime-gpu",
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'flexvar-deploy[cpu]'",
         ),
         (
             ("onnxruntime",),
             CANNOT_LOAD,
-            "onnxruntime cannot be loaded (libonnx.so.1: cannot open shared object file)",
+            "libonnx.so.1: cannot open shared object file)",
             "pip install --force-reinstall onnxruntime",
         ),
         (
             ("onnxruntime-gpu",),
             OSError("undefined symbol"),
-            "onnxruntime-gpu cannot be loaded (undefined symbol)",
+            "onnxruntime-gpu cannot be loaded",
             "pip install --force-reinstall onnxruntime-gpu",
         ),
         (
             ("onnxruntime-gpu",),
             None,  # half removed
-            "onnxruntime-gpu cannot be loaded (module 'onnxruntime' has no attribute '__version__')",
+            "__version__",
             "pip install --force-reinstall onnxruntime-gpu",
         ),
         (
             ("onnxruntime",),
             "1.23.2",
-            "onnxruntime 1.23.2 is older than 1.24",
+            "onnxruntime 1.23.2",
             "pip install 'onnxruntime>=1.24'",
         ),
         (
             ("onnxruntime-gpu",),
             "1.9.0",
-            "onnxruntime-gpu 1.9.0 is older than 1.24",
+            "onnxruntime-gpu 1.9.0",
             "pip install 'onnxruntime-gpu>=1.24'",  # never the other wheel beside it
         ),
     ],
 )
 def test_what_does_not_work(
-    install: Install, wheels: tuple[str, ...], module: str | Exception | None, detail: str, fix: str
+    install: Install, wheels: tuple[str, ...], module: str | Exception | None, named: str, fix: str
 ) -> None:
     install(*wheels, module=module)
     state = probe("ort-cpu")
-    assert (state.available, state.detail, state.fix) == (False, detail, fix)
+    assert not state.available and named in state.detail and state.fix == fix
     for name in ("ort-cpu", "auto"):
         with pytest.raises(BackendUnavailable) as refusal:
             create(name)
-        assert str(refusal.value) == f"got backend ort-cpu: {detail}; expected a backend that works here; fix: {fix}"
+        assert refusal.value.got.startswith("Backend ort-cpu ") and refusal.value.got.endswith(f"{state.detail}.")
+        assert refusal.value.fix == f"Run: {fix}"
 
 
 def test_a_wheel_in_a_folder_behind_does_no_harm(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +235,7 @@ def test_a_wheel_in_a_folder_behind_does_no_harm(install: Install, monkeypatch: 
 
 def test_no_library_is_loaded_where_two_wheels_are_mixed(install: Install) -> None:
     install("onnxruntime", "onnxruntime-gpu", module=RuntimeError("it crashed"))
-    assert "both installed" in probe("ort-cpu").detail
+    assert "onnxruntime and onnxruntime-gpu" in probe("ort-cpu").detail
 
 
 # ort-cpu -------------------------------------------------------------------------------------------------------------
@@ -247,8 +249,8 @@ def spec(file: str, dtype: str = "float32", *axes: int | str) -> GraphSpec:
 
 
 def bundle_of(path: Path, declared: GraphSpec) -> Any:
-    """What a backend asks of a bundle, with one graph."""
-    manifest = SimpleNamespace(precision="fp32")
+    """A bundle with one graph, as far as a backend uses it."""
+    manifest = SimpleNamespace(precision=Precision.FP32)
     return SimpleNamespace(graph_file=lambda _: path, graph=lambda _: declared, manifest=manifest)
 
 
@@ -287,12 +289,11 @@ def test_results_are_written_in_place(backend: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(buffer[0], [2, 3, 4, 5])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "stored"), [("float32", "f4"), ("float16", "f2"), ("bfloat16", "u2"), ("int32", "i4"), ("int64", "i8")]
-)
-def test_arrays(backend: Any, dtype: str, stored: str) -> None:
-    array = backend.empty((2, 0, 3), dtype)
-    assert array.shape == (2, 0, 3) and array.dtype == np.dtype(stored)
+def test_arrays(backend: Any) -> None:
+    stored = {"float32": "f4", "float16": "f2", "bfloat16": "u2", "int32": "i4", "int64": "i8"}
+    for dtype, kind in stored.items():
+        array = backend.empty((2, 0, 3), dtype)
+        assert array.shape == (2, 0, 3) and array.dtype == np.dtype(kind)
     host = np.arange(6.0).reshape(2, 3)
     assert backend.upload(host) is host and backend.download(host) is host
     turned = backend.upload(host.T)
@@ -304,12 +305,12 @@ def test_a_closed_graph(backend: Any, tmp_path: Path) -> None:
     graph.close()
     graph.close()
     x = np.zeros(4, np.float32)
-    with pytest.raises(InvalidInput, match=r"got add\.onnx, closed; expected an open graph; fix: open the bundle"):
+    with pytest.raises(InvalidInput, match=r"add\.onnx is closed"):
         graph.run({"x": x}, {"y": x})
 
 
-def test_a_run_meets_other_sizes_and_other_outputs_than_the_one_before(backend: Any, tmp_path: Path) -> None:
-    """Runs share what is bound already: an address met again with another shape is bound anew, and so are outputs."""
+def test_runs_with_other_sizes_and_other_outputs(backend: Any, tmp_path: Path) -> None:
+    """Runs share a binding. A known address with another shape must be bound again, and so must other outputs."""
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xyz"]
     nodes = [helper.make_node("Add", ["x", "x"], ["y"]), helper.make_node("Mul", ["x", "x"], ["z"])]
     graph_proto = helper.make_graph(nodes, "two", infos[:1], infos[1:])
@@ -334,78 +335,63 @@ def test_a_run_meets_other_sizes_and_other_outputs_than_the_one_before(backend: 
 F4, I4 = np.zeros(4, np.float32), np.zeros(4, np.int32)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "text"),
-    [
-        ({"z": F4}, {"y": F4}, r"got bindings \['z'\]; expected \['x'\]"),
-        ({"x": F4}, {"z": F4}, r"got bindings \['z'\]; expected \['y'\]"),
-        ({}, {"y": F4}, r"got bindings \[\]; expected \['x'\]"),
-        ({"x": F4}, {"y": F4[:3]}, r"got y of shape \(3,\); expected axes \('n',\) with {'n': 4}"),
-        ({"x": F4[None]}, {"y": F4}, r"got x of shape \(1, 4\)"),
-        ({"x": I4}, {"y": F4}, r"got x of int32; expected float32"),
-        (
-            {"x": F4},
-            {"y": np.zeros(8, np.float32)[::2]},
-            r"got an array that is not contiguous; expected a C-contiguous array",
-        ),
-    ],
-    ids=["input name", "output name", "no input", "axes of one name", "rank", "type", "strides"],
-)
-def test_bindings_that_are_not_as_declared(
-    backend: Any, tmp_path: Path, inputs: dict[str, Any], outputs: dict[str, Any], text: str
-) -> None:
-    """Bound by address, each of these would read or write beside the array."""
+BAD_BINDINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "input name": ({"z": F4}, {"y": F4}, r"\['z'\].*\['x'\]"),
+    "output name": ({"x": F4}, {"z": F4}, r"\['z'\].*\['y'\]"),
+    "no input": ({}, {"y": F4}, r"\[\].*\['x'\]"),
+    "axes of one name": ({"x": F4}, {"y": F4[:3]}, r" y .*\(3,\).*{'n': 4}"),
+    "rank": ({"x": F4[None]}, {"y": F4}, r" x .*\(1, 4\)"),
+    "type": ({"x": I4}, {"y": F4}, r" x .*int32.*float32"),
+    "strides": ({"x": F4}, {"y": np.zeros(8, np.float32)[::2]}, "contiguous"),
+}
+
+
+def test_bindings_that_are_not_as_declared(backend: Any, tmp_path: Path) -> None:
+    """Arrays are bound by address, so each of these would access memory outside the array."""
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx")), "add")
-    with pytest.raises(InvalidInput, match=text):
-        graph.run(inputs, outputs)
-
-
-def test_sizes_that_are_fixed(backend: Any, tmp_path: Path) -> None:
-    graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx", "float32", 4)), "add")
-    with pytest.raises(InvalidInput, match=r"got x of shape \(3,\); expected axes \(4,\)"):
-        graph.run({"x": F4[:3]}, {"y": F4[:3]})
+    for inputs, outputs, named in BAD_BINDINGS.values():
+        with pytest.raises(InvalidInput, match=named):
+            graph.run(inputs, outputs)
+    fixed = backend.open(bundle_of(tmp_path / "add.onnx", spec("add.onnx", "float32", 4)), "add")
+    with pytest.raises(InvalidInput, match=r" x .*\(3,\).*\(4,\)"):
+        fixed.run({"x": F4[:3]}, {"y": F4[:3]})
 
 
 def test_a_graph_that_is_not_what_its_declaration_says(backend: Any, tmp_path: Path) -> None:
     graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx", axis=4), spec("add.onnx")), "add")
     five = np.zeros(5, np.float32)
-    with pytest.raises(
-        ArtifactRefused, match=r"got add\.onnx: .*; expected a graph this (ONNX Runtime|OpenVINO) can run"
-    ):
+    with pytest.raises(ArtifactRefused, match=r"(ONNX Runtime|OpenVINO) .*add\.onnx"):
         graph.run({"x": five}, {"y": five.copy()})
+    for dtype in ("float16", "int32", "int64"):
+        graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx", dtype)), "add")
+        x = np.zeros(4, dtype)
+        with pytest.raises(ArtifactRefused, match=r"add\.onnx.*(data type|tensor precision)"):
+            graph.run({"x": x}, {"y": x.copy()})
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int32", "int64"])
-def test_a_type_that_is_not_what_its_declaration_says(backend: Any, tmp_path: Path, dtype: str) -> None:
-    graph = backend.open(bundle_of(write_add(tmp_path / "add.onnx"), spec("add.onnx", dtype)), "add")
-    x = np.zeros(4, dtype)
-    with pytest.raises(ArtifactRefused, match=r"data type|tensor precision"):
-        graph.run({"x": x}, {"y": x.copy()})
-
-
-@pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x0a\x12\x03abc", bytes(100)])
-def test_what_is_no_model(backend: Any, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "add.onnx").write_bytes(content)
-    with pytest.raises(ArtifactRefused, match=r"got add\.onnx: ") as refusal:
-        backend.open(bundle_of(tmp_path / "add.onnx", spec("add.onnx")), "add")
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+def test_files_that_are_no_model(backend: Any, tmp_path: Path) -> None:
+    for content in (b"", b"no model", b"\x08\x0a\x12\x03abc", bytes(100)):
+        (tmp_path / "add.onnx").write_bytes(content)
+        with pytest.raises(ArtifactRefused, match=r"add\.onnx") as refusal:
+            backend.open(bundle_of(tmp_path / "add.onnx", spec("add.onnx")), "add")
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
 
 
 def test_an_operator_that_is_not_there(backend: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write_add(tmp_path / "add.onnx", op="NoSuchOperator")
-    with pytest.raises((ArtifactRefused, BackendUnavailable), match=r"got add\.onnx: "):
+    with pytest.raises((ArtifactRefused, BackendUnavailable), match=r"add\.onnx"):
         backend.open(bundle_of(path, spec("add.onnx")), "add")
     assert capfd.readouterr() == ("", "")  # onnxruntime does not write past our logging
 
 
-def test_a_type_without_kernels_is_a_matter_of_the_backend(tmp_path: Path) -> None:
-    """bfloat16 products have no kernel in ONNX Runtime on the CPU; OpenVINO computes them."""
+def test_a_type_without_kernels_needs_another_backend(tmp_path: Path) -> None:
+    """ONNX Runtime has no kernel for bfloat16 products on the CPU. OpenVINO has one."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [4, 4]) for name in "xy")
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "square", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     onnx.save(model, str(tmp_path / "square.onnx"))
     bundle = bundle_of(tmp_path / "square.onnx", spec("square.onnx", "bfloat16", 4, 4))
-    with pytest.raises(BackendUnavailable, match="expected operators that this backend has; fix: export with --prec"):
+    with pytest.raises(BackendUnavailable, match=r"square\.onnx.*--precision fp32"):
         OrtCpu(1).open(bundle, "square")
     two, four = (np.eye(4, dtype=np.uint16) * bits for bits in (0x4000, 0x4080))  # bfloat16 as its bits
     result = np.zeros_like(two)
@@ -424,12 +410,12 @@ def test_out_of_memory_while_running(
 
     held = "_model" if isinstance(backend, OpenVino) else "_session"
     monkeypatch.setattr(graph, held, SimpleNamespace(io_binding=fail, create_infer_request=fail))
-    with pytest.raises(OutOfMemory, match="expected a request that fits in memory; fix: use a smaller batch"):
+    with pytest.raises(OutOfMemory, match=r"add\.onnx"):
         graph.run({"x": F4}, {"y": F4.copy()})
 
 
 def test_out_of_memory_while_allocating(backend: Any) -> None:
-    with pytest.raises(OutOfMemory, match=r"got a buffer of .* float32; expected one that fits"):
+    with pytest.raises(OutOfMemory, match="float32"):
         backend.empty((2**40, 2**10), "float32")
 
 
@@ -438,7 +424,7 @@ def test_out_of_memory_while_allocating(backend: Any) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A bundle's directory, with a file beside it that must stay secret."""
+    """The folder of a bundle. A file beside it must not be read."""
     (tmp_path / "bundle").mkdir()
     for path in (tmp_path / "secret", tmp_path / "bundle" / "w.bin"):
         path.write_bytes(np.array([1, 2, 3, 4], np.float32).tobytes())
@@ -455,11 +441,11 @@ def test_weights_beside_the_graph_are_read(backend: Any, folder: Path) -> None:
     np.testing.assert_array_equal(y, [1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("location", ["../secret", "../../secret", "{parent}/secret", "engines/../../secret", "link"])
-def test_weights_outside_the_bundle_are_not_read(backend: Any, folder: Path, location: str) -> None:
+def test_weights_outside_the_bundle_are_not_read(backend: Any, folder: Path) -> None:
     (folder / "link").symlink_to(folder.parent / "secret")
     (folder / "engines").mkdir()
-    path = write_add(folder / "add.onnx", external(location.format(parent=folder.parent)))
-    with pytest.raises(ArtifactRefused, match=r"got add\.onnx: ") as refusal:
-        backend.open(bundle_of(path, spec("add.onnx")), "add")
-    assert refusal.value.exit_code == 5
+    for location in ("../secret", "../../secret", f"{folder.parent}/secret", "engines/../../secret", "link"):
+        path = write_add(folder / "add.onnx", external(location))
+        with pytest.raises(ArtifactRefused, match=r"add\.onnx") as refusal:
+            backend.open(bundle_of(path, spec("add.onnx")), "add")
+        assert refusal.value.exit_code == 5

@@ -1,4 +1,4 @@
-"""Products of bytes: the built-in graph is what it says, and a processor that saturates is told and put right."""
+"""Byte products: the built-in graph is one product, and a processor whose sums saturate gets the exact option."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.ort.byte_products import PRODUCT, make_exact
 from flexvar_runtime.backends.ort.cpu import exact_products
 from flexvar_runtime.errors import BackendUnavailable
+from flexvar_runtime.model.precision import Precision
 
 
 def test_the_graph_is_one_product() -> None:
@@ -34,7 +35,7 @@ def test_the_graph_is_one_product() -> None:
 
 
 class Saturating:
-    """ONNX Runtime as far as it is asked, on a processor that adds pairs of products in sixteen bits."""
+    """ONNX Runtime, as far as it is used, on a processor that adds pairs of products in 16 bits."""
 
     __version__ = "1.31.1"
     SessionOptions = SimpleNamespace
@@ -50,43 +51,45 @@ class Saturating:
 
 
 class Exact(Saturating):
-    """On one that has dot products of bytes."""
+    """ONNX Runtime on a processor with VNNI."""
 
     class InferenceSession(Saturating.InferenceSession):
         def run(self, _: None, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
             return [feeds["a"].astype(np.int32) @ feeds["b"].astype(np.int32)]
 
 
-@pytest.mark.parametrize(("library", "told"), [(Saturating, {"session.x64quantprecision": "1"}), (Exact, {})])
-def test_only_a_processor_that_saturates_is_told(library: Any, told: dict[str, str]) -> None:
+@pytest.mark.parametrize(("library", "expected"), [(Saturating, {"session.x64quantprecision": "1"}), (Exact, {})])
+def test_the_option_is_set_only_where_sums_saturate(library: Any, expected: dict[str, str]) -> None:
     entries: dict[str, str] = {}
     make_exact(library, SimpleNamespace(add_session_config_entry=entries.__setitem__))
-    assert entries == told
+    assert entries == expected
 
 
 class Old(Saturating):
     __version__ = "1.30.2"
 
 
-def test_one_that_is_too_old_to_be_told_is_refused() -> None:
-    with pytest.raises(BackendUnavailable, match=r"onnxruntime 1.30.2 for int8.*pip install 'onnxruntime>=1.31'"):
+def test_a_version_without_a_safe_option_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match=r"onnxruntime 1\.30\.2.*Run: pip install 'onnxruntime>=1\.31'"):
         make_exact(Old, SimpleNamespace())
 
 
-def test_bundles_that_cannot_be_exact_are_told_before_they_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundles_that_cannot_be_exact_are_refused_before_they_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     state = Availability(True, "runs it")
     for library, exact in ((Exact, True), (Saturating, True), (Old, False)):
         monkeypatch.setattr(importlib, "import_module", lambda name, library=library: library)
-        for precision in ("fp32", "int8", "int8-bf16"):
-            told = exact_products(state, precision)
-            assert told.available == (exact or precision == "fp32")
-            assert told == state or told.fix == "pip install 'onnxruntime>=1.31'"
+        for precision in (Precision.FP32, Precision.INT8, Precision.INT8_BF16):
+            result = exact_products(state, precision)
+            assert result.available == (exact or precision is Precision.FP32)
+            assert result == state or result.fix == "pip install 'onnxruntime>=1.31'"
 
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_products_are_exact_here(forced: bool) -> None:
-    """Whatever this processor is: many rows, a zero point, weights in the graph as in a bundle. Forced: as on one that
-    saturates."""
+    """On this processor, with many rows, a zero point, and weights in the graph as in a bundle.
+
+    forced: with the option, as on a processor whose sums saturate.
+    """
     generator = np.random.default_rng(0)
     weights = generator.choice([-127, 127, 5], (512, 32)).astype(np.int8)
     rows = generator.choice([0, 255], (33, 512)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""OpenVINO: what it needs, that it takes every precision, and that its results are those of the reference."""
+"""OpenVINO: its probe, every precision, and results that equal those of the reference."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from flexvar_runtime.backends import create, probe
 from flexvar_runtime.backends.base import Graph
 from flexvar_runtime.backends.host_arrays import default_threads
 from flexvar_runtime.backends.openvino import backend as backend_module
-from flexvar_runtime.backends.openvino.backend import OpenVino, OpenVinoGraph, UsualSizeGraph, shared_core
+from flexvar_runtime.backends.openvino.backend import DefaultSizeGraph, OpenVino, OpenVinoGraph, shared_core
 from flexvar_runtime.backends.openvino.memory import BF16_ARITHMETIC, FLOAT32_ARITHMETIC
 from flexvar_runtime.backends.openvino.norms import keep_layout
 from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.generation.host import HostGenerator
+from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.signatures import DECODE, STEP
 from flexvar_runtime.request import Shape
 
@@ -39,7 +40,7 @@ FLEXVAR = Path(sys.executable).with_name("flexvar")
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pretend that importing openvino gives this version, on a processor of these capabilities, or raises."""
+    """Pretend that importing openvino gives this version, on a processor with these capabilities, or raises."""
     real = importlib.import_module
 
     def pretend(version: str | Exception, *capabilities: str) -> None:
@@ -52,69 +53,66 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return types.SimpleNamespace(__version__=version, Core=lambda: core)
 
         monkeypatch.setattr(importlib, "import_module", load)
-        monkeypatch.setattr(backend_module, "shared_core", lambda: load("openvino").Core())  # the real one is kept
+        monkeypatch.setattr(backend_module, "shared_core", lambda: load("openvino").Core())  # the real core stays
 
     return pretend
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "said"),
-    [
-        (("FP32", "INT8"), "no bf16 arithmetic here"),
-        (("FP32", "FP16"), "no bf16 arithmetic here"),
+def test_the_probe_says_whether_the_processor_computes_in_bfloat16(library: Callable[..., None]) -> None:
+    for capabilities, arithmetic in (
+        (("FP32", "INT8"), "no bf16 arithmetic"),
+        (("FP32", "FP16"), "no bf16 arithmetic"),
         (("FP32", "FP16", "BF16"), "bf16 arithmetic"),
-    ],
-)
-def test_what_the_processor_computes_in_is_said(
-    library: Callable[..., None], capabilities: tuple[str, ...], said: str
-) -> None:
-    library("2026.4.1-22982-abc", *capabilities)
-    state = probe("openvino")
-    assert state.available and state.detail == f"openvino 2026.4.1, {default_threads()} threads, {said}"
+    ):
+        library("2026.4.1-22982-abc", *capabilities)
+        state = probe("openvino")
+        assert state.available and state.detail == f"openvino 2026.4.1, {default_threads()} threads, {arithmetic}"
 
 
 @pytest.mark.parametrize(
-    ("version", "detail", "fix"),
+    ("version", "named", "fix"),
     [
         (ModuleNotFoundError("x"), "openvino is not installed", "pip install 'flexvar-deploy[openvino]'"),
         ("2025.4.0", "openvino 2025.4.0 is older than 2026.4", "pip install 'openvino>=2026.4'"),
         (
             ImportError("libopenvino.so: cannot open\nmore"),
-            "openvino cannot be loaded (libopenvino.so: cannot open)",
+            "libopenvino.so: cannot open)",
             "pip install --force-reinstall openvino",
         ),
     ],
 )
 def test_what_does_not_work(
-    library: Callable[..., None], version: str | Exception, detail: str, fix: str, tiny_bundle: Path
+    library: Callable[..., None], version: str | Exception, named: str, fix: str, schema1_bundle: Path
 ) -> None:
     library(version)
     state = probe("openvino")
-    assert (state.available, state.detail, state.fix) == (False, detail, fix)
-    with pytest.raises(BackendUnavailable) as refusal:
-        FlexVARPipeline.from_bundle(tiny_bundle, backend="openvino")
-    assert str(refusal.value) == f"got backend openvino: {detail}; expected a backend that works here; fix: {fix}"
+    assert not state.available and state.detail.endswith(named) and state.fix == fix
+    with pytest.raises(BackendUnavailable, match="openvino") as refusal:
+        FlexVARPipeline.from_bundle(schema1_bundle, backend="openvino")
+    assert refusal.value.exit_code == 4 and refusal.value.fix == f"Run: {fix}"
 
 
-def test_auto_takes_it_for_what_onnx_runtime_cannot_run(tiny_bundles: Callable[[str], Path]) -> None:
-    chosen = {name: create("auto", Bundle.open(tiny_bundles(name))).name for name in ("fp32", "fp16", "bf16")}
-    assert chosen == {"fp32": "ort-cpu", "fp16": "ort-cpu", "bf16": "openvino"}
+def test_auto_takes_it_for_precisions_that_onnx_runtime_cannot_run() -> None:
+    expected = {Precision.FP32: "ort-cpu", Precision.FP16: "ort-cpu", Precision.BF16: "openvino"}
+    for precision, name in expected.items():
+        bundle: Any = types.SimpleNamespace(manifest=types.SimpleNamespace(precision=precision))
+        assert create("auto", bundle).name == name
 
 
 SIGNALLED = """
 import gc, signal, sys
 from flexvar_runtime import Bundle
-from flexvar_runtime.backends.openvino import OpenVino
+from flexvar_runtime.backends.openvino.backend import OpenVino
 
 bundle, handled = Bundle.open(sys.argv[1]), []
-signal.signal(signal.SIGUSR1, lambda *_: handled.append(True))  # Python asks for the stack of signal handlers
+signal.signal(signal.SIGUSR1, lambda *_: handled.append(True))  # uses the stack of signal handlers
 graphs = []
 for _ in range(3):
     backend = OpenVino(1)
     graphs.append(backend.open(bundle, "decode"))
 del backend
 while graphs:
-    graphs.pop(0).close()  # in the order they came
+    graphs.pop(0).close()  # in the order in which they were opened
     gc.collect()
     signal.raise_signal(signal.SIGUSR1)
 assert len(handled) == 3
@@ -122,13 +120,13 @@ assert len(handled) == 3
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal on this system")
-def test_signals_are_handled_after_backends_went(tiny_bundle: Path) -> None:
-    """As many cores would free the stack their thread handles signals on: the process would end with SIGSEGV."""
+def test_signals_are_handled_after_backends_were_freed(tiny_bundle: Path) -> None:
+    """With one core per backend the stack of signal handlers would be freed, and the process would end with SIGSEGV."""
     ended = subprocess.run([sys.executable, "-c", SIGNALLED, tiny_bundle], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, (ended.returncode, ended.stderr)
 
 
-def test_threads_that_come_at_once_share_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     made, start = [], threading.Barrier(4)
 
     class SlowCore:
@@ -140,7 +138,7 @@ def test_threads_that_come_at_once_share_one_core(monkeypatch: pytest.MonkeyPatc
         start.wait()
         return backend_module.shared_core()
 
-    backend_module.shared_core()  # the real one is there by now, and stays
+    backend_module.shared_core()  # makes the real core, which stays
     monkeypatch.setattr(backend_module, "_core", functools.cache(SlowCore))
     with ThreadPoolExecutor(4) as pool:
         cores = list(pool.map(ask, range(4)))
@@ -160,7 +158,7 @@ def test_the_first_call_of_a_fresh_process_passes_the_gates(
 
 
 def test_calls_of_any_size_in_any_order(tiny_bundle: Path) -> None:
-    """With and without a past: OpenVINO's own fault is to remember a first call without one."""
+    """With and without past tokens. OpenVINO computes garbage after a first run without them."""
     bundle, random = Bundle.open(tiny_bundle), np.random.default_rng(0)
     spec, graphs = bundle.graph(STEP), [backend.open(bundle, STEP) for backend in (OpenVino(1), OrtCpu(1))]
     for past in (0, 1, 0, 5, 30, 0, 7, 2, 0, 14):
@@ -183,7 +181,7 @@ def test_calls_of_any_size_in_any_order(tiny_bundle: Path) -> None:
 
 
 def test_the_same_tokens_as_onnx_runtime(tiny_bundle: Path) -> None:
-    """Float32 on both: what they differ in is too little to move a draw here, guided or not, alone or in a batch."""
+    """In float32 the two differ too little to change a token here, guided or not, alone or in a batch."""
     made = {}
     for name in ("ort-cpu", "openvino"):
         with FlexVARPipeline.from_bundle(tiny_bundle, backend=name, threads=1) as pipe:
@@ -199,7 +197,7 @@ def test_the_same_tokens_as_onnx_runtime(tiny_bundle: Path) -> None:
 
 
 def test_outputs_that_are_not_wanted_are_not_written(tiny_bundle: Path) -> None:
-    """A request forgets what an earlier one had bound."""
+    """A run must not write into arrays that an earlier run had bound."""
     bundle = Bundle.open(tiny_bundle)
     spec, graph = bundle.graph("condition"), OpenVino(1).open(bundle, "condition")
     every = {
@@ -214,7 +212,7 @@ def test_outputs_that_are_not_wanted_are_not_written(tiny_bundle: Path) -> None:
         np.testing.assert_array_equal(array, kept[name])
 
 
-# The size that most calls have ---------------------------------------------------------------------------------------
+# The default size of the decoder in bfloat16 -------------------------------------------------------------------------
 
 
 def decoded(graph: Graph, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -224,7 +222,7 @@ def decoded(graph: Graph, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     return image
 
 
-def off(got: NDArray[Any], expected: NDArray[Any]) -> float:
+def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
@@ -234,16 +232,16 @@ def half(tiny_bundles: Callable[[str], Path]) -> Bundle:
 
 
 def tokens_of(bundle: Bundle, images: int) -> NDArray[np.int32]:
-    """Of the default size."""
+    """Tokens of the default size."""
     h, w = ScaleSchedule.parse(bundle.manifest.defaults.schedule)[-1]
     return np.random.default_rng(0).integers(0, bundle.manifest.model.vocabulary, (images, h, w), np.int32)
 
 
-def test_the_usual_size_has_a_model_of_its_own(half: Bundle) -> None:
-    """What it computes differs by rounding to bfloat16 at the most; the same alone, in a batch, first or last."""
+def test_the_default_size_has_its_own_model(half: Bundle) -> None:
+    """It differs from the other by bfloat16 rounding only. Images are the same alone, in a batch, first or last."""
     tokens, backend = tokens_of(half, 3), OpenVino(1)
     graph = backend.open(half, DECODE)
-    assert isinstance(graph, UsualSizeGraph)
+    assert isinstance(graph, DefaultSizeGraph)
     batch = decoded(graph, tokens)
     other = decoded(graph, tokens[:2, :3, :5].copy())
     assert np.isfinite(batch).all() and np.isfinite(other).all()
@@ -258,20 +256,20 @@ def test_the_usual_size_has_a_model_of_its_own(half: Bundle) -> None:
         half.graph(DECODE),
     )
     assert set(graph._graphs) == {True, False}
-    assert 0 < off(batch, decoded(plain, tokens)) < 0.03
-    assert off(batch, decoded(plain, tokens_of(half, 3)[::-1].copy())) > 0.1
+    assert 0 < relative_error(batch, decoded(plain, tokens)) < 0.03
+    assert relative_error(batch, decoded(plain, tokens_of(half, 3)[::-1].copy())) > 0.1
 
 
-def test_only_a_model_that_was_compiled_holds_weights(half: Bundle) -> None:
-    """A plan counts those of another size again, and all of them before the first call."""
+def test_only_a_compiled_model_holds_weights(half: Bundle) -> None:
+    """So a memory plan counts the weights of a model that is not compiled yet."""
     tokens, graph = tokens_of(half, 1), OpenVino(1).open(half, DECODE)
-    usual = half.manifest.defaults.size
-    assert not graph.holds(usual) and not graph.holds((3, 5))
+    default = half.manifest.defaults.size
+    assert not graph.holds(default) and not graph.holds((3, 5))
     decoded(graph, tokens)
-    assert graph.holds(usual) and not graph.holds((3, 5))
+    assert graph.holds(default) and not graph.holds((3, 5))
     with FlexVARPipeline.from_bundle(half.path, backend="openvino", threads=1) as pipe:
         pipe([1], seed=0)
-        assert DECODE in pipe.generator.opened(usual) and DECODE not in pipe.generator.opened((3, 5))
+        assert DECODE in pipe.generator.opened(default) and DECODE not in pipe.generator.opened((3, 5))
 
 
 @pytest.mark.parametrize("arithmetic", [False, True])
@@ -288,14 +286,14 @@ def test_plans_know_what_the_processor_computes_in(
     assert planned[0].weights["decode"] == library.weights(half.manifest, "decode") and planned[0] != planned[1]
 
 
-def test_what_is_computed_in_float32_has_one_model(tiny_bundle: Path) -> None:
+def test_the_decoder_in_float32_has_one_model(tiny_bundle: Path) -> None:
     assert isinstance(OpenVino(1).open(Bundle.open(tiny_bundle), DECODE), OpenVinoGraph)
 
 
 def test_a_closed_graph_of_two_models_is_refused(half: Bundle) -> None:
     graph = OpenVino(1).open(half, DECODE)
     graph.close()
-    with pytest.raises(InvalidInput, match="closed; expected an open graph"):
+    with pytest.raises(InvalidInput, match=r"decode\.onnx is closed"):
         decoded(graph, tokens_of(half, 1))
 
 
@@ -303,8 +301,7 @@ def test_a_closed_graph_of_two_models_is_refused(half: Bundle) -> None:
 
 
 def test_normalisations_keep_the_layout(schema1_bundle: Path) -> None:
-    """Of a bundle that has them as instance normalisations: the same to the last digits but one of float32, and none is
-    left as it was."""
+    """In a bundle with instance normalisations all are rewritten, and the image changes by float32 rounding only."""
     bundle, worst = Bundle.open(schema1_bundle), 1e-4
     core, tokens, images = shared_core(), tokens_of(bundle, 2), []
     for rewrite in (False, True):
@@ -316,13 +313,13 @@ def test_normalisations_keep_the_layout(schema1_bundle: Path) -> None:
             assert not any(node.get_type_name() == "MVN" for node in model.get_ops())
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         images.append(decoded(OpenVinoGraph(compiled, "decode.onnx", bundle.graph(DECODE)), tokens))
-    assert 0 < off(images[1], images[0]) < worst
+    assert 0 < relative_error(images[1], images[0]) < worst
 
 
 @pytest.mark.parametrize(
     ("grouped", "gain", "bias", "back", "rewritten"),
     [
-        ((1, 2, -1), 1.0, 0.0, (1, 6, 4, 5), 1),  # what a group normalisation is
+        ((1, 2, -1), 1.0, 0.0, (1, 6, 4, 5), 1),  # a group normalisation
         ((1, 2, -1), 1.0, 0.0, (1, 6, 5, 4), 0),
         ((1, 2, -1), 2.0, 0.0, (1, 6, 4, 5), 0),
         ((1, 2, -1), 1.0, 0.5, (1, 6, 4, 5), 0),
@@ -333,7 +330,7 @@ def test_normalisations_keep_the_layout(schema1_bundle: Path) -> None:
 def test_other_normalisations_are_left_alone(
     tmp_path: Path, grouped: tuple[int, ...], gain: float, bias: float, back: tuple[int, ...], rewritten: int
 ) -> None:
-    """A gain or a bias of the groups themselves would be lost, and what is no group of whole channels be mixed up."""
+    """A rewrite would lose a gain or bias of the groups, and mix up groups that are not whole channels."""
     info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
     groups = grouped[1]
     constants = {"gain": np.full(groups, gain, np.float32), "bias": np.full(groups, bias, np.float32)}

@@ -1,4 +1,4 @@
-"""The kernels on a CPU, compiled once a session for every configuration asked for, and a machine with a fake GPU."""
+"""The kernels on a CPU, compiled once per session and configuration, and a machine with an emulated GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine with an emulated GPU, on which a pipeline runs a bundle through a fake TensorRT."""
+"""A machine with an emulated GPU and a fake TensorRT, on which a pipeline runs a bundle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPORT = PrecisionReport(claimed="fp32", layers={}, fused_attention=0, share=1.0
 
 @dataclass
 class Machine:
-    """The parts, and engines of the bundle for both schedules."""
+    """A bundle, a device, a library, and the folder with engines of the bundle for both schedules."""
 
     bundle: Bundle
     device: FakeDevice
@@ -39,7 +39,7 @@ class Machine:
 
 
 def make_machine(path: Path, host_kernels: Callable[..., HostKernels], folder: Path, receipts: Path) -> Machine:
-    """Engines of the bundle at `path` are written to `folder`, and their receipts to `receipts`."""
+    """Writes engines of the bundle at `path` into `folder`, and their receipts into `receipts`."""
     bundle = Bundle.open(path)
     device = FakeDevice(partial(host_kernels, block=64))
     device.engines = {}  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A session of ONNX Runtime that computes on the processor and behaves as on CUDA, on an emulated device."""
+"""A session of ONNX Runtime that computes on the CPU and behaves as the CUDA provider does on an emulated device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ real_session = onnxruntime.InferenceSession
 
 
 class OnStream:
-    """A session of the processor in the clothes of CUDA: what is run waits on the stream of the device.
+    """A CPU session that behaves like a CUDA session: a run is enqueued on the stream of the device.
 
-    A run with a new number is recorded with the addresses it is bound to; every later run with that number repeats what
-    was recorded, whatever it is bound to, as a CUDA graph does.
+    The first run with a number is recorded with its bound addresses. Every later run with that number repeats the
+    recording, whatever is bound then, as a CUDA graph does.
     """
 
     def __init__(self, device: FakeDevice, path: str, options: Any, providers: Any) -> None:
@@ -37,7 +37,7 @@ class OnStream:
         self.device, self.scan = device, scan(Path(path))
         shapes = self.scan.shape_arithmetic()
         on_cpu = (node.name for node in self.scan.nodes if shapes.intersection(node.outputs))
-        self.elsewhere = frozenset(on_cpu)  # names of nodes on the processor
+        self.elsewhere = frozenset(on_cpu)  # names of nodes on the CPU
         self.failing: Exception | None = None  # raised by the next run
         self._session = real_session(path, options, providers=["CPUExecutionProvider"])
 
@@ -70,7 +70,7 @@ class OnStream:
         self.numbers.append(number)
         if self.failing is not None:
             error, self.failing = self.failing, None
-            if number != -1:  # as ONNX Runtime: what the failed run left is replayed from now on
+            if number != -1:  # as ONNX Runtime, which would replay the capture of the failed run
                 self.captured.setdefault((threading.current_thread(), number), self._session.io_binding())
             raise error
         assert number == -1 or self.captures

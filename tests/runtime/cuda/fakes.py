@@ -1,7 +1,7 @@
-"""A device and a TensorRT that compute on the host: what is enqueued runs later, as it would on a GPU.
+"""A device and a TensorRT that compute on the host. Enqueued work runs later, as on a GPU.
 
-Memory is the host's, kernels are `kernels.cu` compiled by the C compiler, engines are ONNX Runtime sessions. Nothing
-runs before `synchronize`: who reads a result, or changes what a copy still needs, without waiting, is found out.
+Memory is host memory, kernels are `kernels.cu` compiled by a C compiler, and engines are ONNX Runtime sessions. Nothing
+runs before `synchronize`. So code that reads a result too early, or changes the source of a copy too early, fails.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from flexvar_runtime.cuda.array import ALIGNMENT, DeviceArray
 from flexvar_runtime.cuda.kernels import KernelConfig, Launch
 from flexvar_runtime.errors import DeviceFailed, OutOfMemory
 
-GUARD = 256  # bytes on either side of an allocation, which nobody may touch
+GUARD = 256  # bytes on either side of an allocation that must not change
 
 
 @dataclass(frozen=True, eq=False)
 class FakeMemory:
-    """What a program holds of a block: the block is free when this is dropped."""
+    """A program's hold on a block. The block is free when this is dropped."""
 
     address: int
 
 
 class Block:
-    """Memory of the device: in use, or dropped and still reserved."""
+    """Memory of the device, in use or reserved."""
 
     def __init__(self, nbytes: int) -> None:
         self.storage: NDArray[np.uint8] = np.full(nbytes + 2 * GUARD + ALIGNMENT, 0xAB, np.uint8)
@@ -45,7 +45,7 @@ class Block:
 
     def take(self) -> FakeMemory:
         start = self.address - self.storage.ctypes.data
-        self.storage[start : start + self.nbytes] = 0xFF  # NaN as float32: memory that was never written shows
+        self.storage[start : start + self.nbytes] = 0xFF  # NaN as float32, so that reads of unwritten memory show
         memory = FakeMemory(self.address)
         weakref.finalize(memory, self._drop).atexit = False
         self.used = True
@@ -57,7 +57,7 @@ class Block:
     def check_guards(self) -> None:
         start = self.address - self.storage.ctypes.data
         for guard in (self.storage[:start], self.storage[start + self.nbytes :]):
-            assert (guard == 0xAB).all(), "a kernel or a graph wrote beside its array"
+            assert (guard == 0xAB).all(), "a kernel or a graph wrote outside its array"
 
 
 @dataclass
@@ -72,16 +72,16 @@ class FakeReplay:
         self.device.queue.extend(self.work)
 
     def close(self) -> None:
-        assert not self.device.queue, "closed while it runs"
+        assert not self.device.queue, "closed while running"
         self.closed = True
 
 
 @dataclass
 class FakeDevice:
-    """A GPU whose work waits in a queue until somebody synchronises; `events` notes every call in order.
+    """A GPU whose work waits in a queue until `synchronize`. events: every call, in order.
 
-    Its memory is a pool like CUDA's at its worst: what is dropped stays reserved until `trim`, and serves a buffer of
-    exactly its size only.
+    Its memory is a pool like CUDA's at its worst: a dropped block stays reserved until `trim`, and can only be used for
+    a buffer of exactly its size.
     """
 
     kernels: Callable[[KernelConfig], HostKernels]
@@ -104,7 +104,7 @@ class FakeDevice:
         self.events.append(event)
 
     def enqueue(self, event: str, work: Callable[[], None]) -> None:
-        """What a library does on the stream."""
+        """Enqueue the work of a library on the stream."""
         self.note(event)
         (self.queue if self._captured is None else self._captured).append((event, work))
 
@@ -130,12 +130,12 @@ class FakeDevice:
 
     @property
     def used(self) -> int:
-        """Bytes of all buffers that somebody holds."""
+        """Bytes of all blocks in use."""
         return sum(block.nbytes for block in self.blocks if block.used)
 
     @property
     def reserved(self) -> int:
-        """These, and bytes of the buffers that were dropped since the last `trim`."""
+        """Bytes of all blocks, also of those dropped since the last `trim`."""
         return sum(block.nbytes for block in self.blocks)
 
     def trim(self) -> None:
@@ -152,7 +152,7 @@ class FakeDevice:
         kept, source = weakref.ref(host), host.ctypes.data
 
         def move() -> None:
-            assert kept() is not None, "the host's array was dropped before it was copied"
+            assert kept() is not None, "the host array was dropped before it was copied"
             _move(array.address, source, array.nbytes)
 
         self.enqueue("write", move)
@@ -230,7 +230,7 @@ def _fill(address: int, nbytes: int) -> None:
 
 
 class FakeContext:
-    """An execution context that refuses what TensorRT refuses, and runs the graph in ONNX Runtime."""
+    """An execution context that has TensorRT's restrictions and runs the graph in ONNX Runtime."""
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.profile = engine, None
@@ -274,7 +274,7 @@ class FakeContext:
 
 
 class FakeEngine:
-    """What a plan deserialises to: the plan's bytes are the path of the graph."""
+    """An engine. The bytes of its plan are the path of the graph."""
 
     def __init__(self, device: FakeDevice, plan: bytes, profiles: Any, spec: Any) -> None:
         self.device, self.profiles, self.graph = device, profiles, spec.file.removesuffix(".onnx")
@@ -317,7 +317,7 @@ def _size(axis: str, sizes: dict[str, int]) -> int:
 
 
 def fake_trt(device: FakeDevice, describe: Callable[[bytes], tuple[Any, Any]]) -> Any:
-    """A module like `tensorrt`; `describe` gives profiles and declaration of a plan."""
+    """A module like `tensorrt`. describe: returns the profiles and the declaration of a plan."""
 
     class ILogger:
         Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4)

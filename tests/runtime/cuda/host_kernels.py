@@ -1,7 +1,7 @@
-"""`kernels.cu` on a CPU: compiled by the C compiler behind stand-ins for CUDA's additions, run through ctypes.
+"""`kernels.cu` on a CPU: compiled by a C compiler with stand-ins for CUDA's additions, and run through ctypes.
 
-Blocks run one by one, their threads as fibers (host_shim.c), so barriers, warp operations, shared memory and atomics do
-what they do on a GPU, and a thread that misses a barrier is an error. Addresses are those of NumPy arrays.
+Blocks run one by one, and their threads run as fibers (host_shim.c). So barriers, warp operations, shared memory and
+atomics work as on a GPU, and a thread that misses a barrier is an error. Addresses are those of NumPy arrays.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from flexvar_runtime.cuda.kernels import KernelConfig, Launch, kernel_source
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("gcc") or shutil.which("cc")
-# Fortified longjmp refuses to leave a fiber's stack
-FLAGS = (
-    "-std=gnu11 -O1 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wno-unused-function"
-)
+# A fortified longjmp cannot leave the stack of a fiber
+FLAGS = "-std=gnu11 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wno-unused-function"
 _SIGNATURE = re.compile(r"^KERNEL\(\w+\)\s+(\w+)\(([^)]*)\)\s*\{", re.MULTILINE)
 _TYPES = {
     "u32": ctypes.c_uint32,
@@ -35,11 +33,11 @@ _TYPES = {
 
 
 class KernelFailed(AssertionError):
-    """What would hang or corrupt on a GPU: threads that miss a barrier or a warp operation."""
+    """Threads missed a barrier or a warp operation. On a GPU the kernel would hang or corrupt memory."""
 
 
 def parameters(source: str) -> dict[str, list[str]]:
-    """The parameter types of every kernel: "*" for a pointer, else the C type."""
+    """Kernel to the types of its parameters: "*" for a pointer, else the C type."""
     types: dict[str, list[str]] = {}
     for name, text in _SIGNATURE.findall(source):
         types[name] = ["*" if "*" in one else one.split()[-2] for one in text.split(",")]
@@ -49,8 +47,8 @@ def parameters(source: str) -> dict[str, list[str]]:
 class HostKernels:
     """The kernels for one configuration, compiled in `directory`.
 
-    block: threads of a block of `sample_rows`, instead of the configuration's. source: in the place of `kernels.cu`.
-    Skips the test where there is no C compiler.
+    block: threads in a block of `sample_rows`, instead of those of the configuration. source: instead of `kernels.cu`.
+    level: the compiler's optimisation. Skips the test if there is no C compiler.
     """
 
     def __init__(
@@ -60,6 +58,7 @@ class HostKernels:
         *,
         block: int | None = None,
         source: str | None = None,
+        level: str = "-O1",
     ) -> None:
         if COMPILER is None:
             pytest.skip("no C compiler here")
@@ -70,7 +69,7 @@ class HostKernels:
         (directory / "kernels.c").write_text(f'#include "host_shim.h"\n#line 1 "kernels.cu"\n{source}\n{self._table()}')
         library = directory / "kernels.so"
         defines = [f"-D{name}={value}" for name, value in config.defines(self.block).items()]
-        command = [COMPILER, *FLAGS.split(), f"-I{HERE}", *defines]
+        command = [COMPILER, level, *FLAGS.split(), f"-I{HERE}", *defines]
         built = subprocess.run(
             [*command, "-o", str(library), str(directory / "kernels.c"), "-lm"],
             capture_output=True,
@@ -94,9 +93,9 @@ class HostKernels:
         return "\n".join([*lines, '#include "host_shim.c"', ""])
 
     def run(self, launch: Launch, *, order: int = 0) -> None:
-        """Run a launch to its end; `order` decides in which order threads run between barriers.
+        """Run a launch to its end. `order` selects the order in which warps run between barriers.
 
-        Raises KernelFailed where threads do not meet, TypeError where arguments are not the kernel's.
+        Raises KernelFailed if threads miss a barrier, TypeError if the arguments do not fit the kernel.
         """
         values = [self._value(kind, argument) for kind, argument in self._arguments(launch)]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -122,6 +121,6 @@ class HostKernels:
 
 
 def device_array(array: NDArray[Any]) -> DeviceArray:
-    """A NumPy array as the launches take it: its memory, in place."""
+    """A NumPy array as a DeviceArray on the same memory."""
     assert array.flags.c_contiguous
     return DeviceArray(array.ctypes.data, array.shape, str(array.dtype), array)

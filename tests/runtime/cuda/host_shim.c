@@ -1,9 +1,9 @@
-/* Runs a grid block by block, the threads of a block as fibers. Included after the kernels and the table of them
-   (`shim_kernels`), which host_kernels.py writes.
+/* Runs a grid block by block. The threads of a block are fibers. This file is included after the kernels and after the
+   table of kernels (`shim_kernels`) that host_kernels.py writes.
 
-   Between two barriers whole warps run one after the other, in an order drawn anew each time, so that what works in one
-   order only is found; shared memory is filled with rubbish before every block. Refused: a thread that leaves while
-   others wait, threads at different barriers, a warp operation that not all lanes reach. */
+   Between two barriers the warps run one after another, each time in a new random order, so that a kernel that depends
+   on the order fails. Shared memory is filled with rubbish before every block. Errors: a thread that returns while
+   others wait, threads at different barriers, and a warp operation that not all lanes reach. */
 
 enum { SHIM_LIMIT = 1024, SHIM_STACK = 1 << 16 };
 enum { SHIM_READY, SHIM_IN_WARP, SHIM_AT_BARRIER, SHIM_LEFT };
@@ -32,7 +32,7 @@ static void shim_fail(const char *what, unsigned first, unsigned second) {
   if (!shim_message[0]) snprintf(shim_message, sizeof shim_message, what, first, second);
 }
 
-/* The next thread that can run: of this warp, else of the next warp in the order; none is NULL. */
+/* The next thread that can run, of this warp or else of the next warp in the order; NULL if there is none. */
 static ShimFiber *shim_pick(void) {
   while (shim_position < shim_warps) {
     unsigned warp = shim_order[shim_position], mask = shim_ready[warp];
@@ -66,7 +66,7 @@ static __attribute__((noinline)) void shim_barrier(unsigned site) {
 
 static __attribute__((noinline)) ShimExchange *shim_exchange(unsigned mask, unsigned site, unsigned long long value) {
   ShimFiber *self = shim_now;
-  /* Two in turn: a lane that is one operation ahead does not disturb those that still read */
+  /* Two exchanges in turn, so that a lane that is one operation ahead does not overwrite what others still read */
   ShimExchange *exchange = &shim_exchanges[self->warp][self->turn];
   self->turn ^= 1;
   if (exchange->arrived == 0) {
@@ -119,7 +119,7 @@ static void shim_make(unsigned threads) {
   }
 }
 
-/* All threads that are there become ready, in a new order of warps and of lanes. */
+/* Makes all waiting threads ready, in a new order of warps and of lanes. */
 static void shim_release(void) {
   for (unsigned i = shim_warps; i > 1; i--) {
     unsigned j = (unsigned)(shim_next_random() % i), other = shim_order[i - 1];
@@ -134,7 +134,7 @@ static void shim_release(void) {
   shim_position = 0;
 }
 
-/* Whether threads wait at a barrier; complains where that is not all of them at one. */
+/* Whether threads wait at a barrier. Sets the error message unless all of them wait at the same one. */
 static int shim_waiting(void) {
   unsigned left = 0, at = 0, site = 0;
   for (unsigned i = 0; i < shim_threads; i++) {
@@ -157,10 +157,10 @@ static void shim_run_block(void) {
     if (_setjmp(shim_main) == 0) shim_go(shim_pick());
     if (!shim_message[0] && !shim_waiting()) return;
   } while (!shim_message[0]);
-  shim_made = 0; /* threads in the middle of a kernel are given up */
+  shim_made = 0; /* drops threads in the middle of a kernel */
 }
 
-/* Runs a kernel of `shim_kernels`. Returns NULL or what went wrong. */
+/* Runs a kernel of `shim_kernels`. Returns NULL or an error message. */
 const char *shim_run(const char *name, const unsigned *grid, const unsigned *block, void **arguments, uint64_t order) {
   shim_message[0] = 0;
   shim_kernel = NULL;

@@ -1,5 +1,5 @@
-/* What CUDA adds to C, for a block whose threads are fibers of one process. Included before the kernels; host_shim.c
-   runs them. A lane that reaches a warp operation waits for the others of its warp, one at a barrier for the block. */
+/* CUDA's additions to C, for a block whose threads are fibers. This file is included before the kernels. host_shim.c
+   runs them. At a warp operation a lane waits for the other lanes of its warp, at a barrier for the whole block. */
 
 #define _GNU_SOURCE
 #include <math.h>
@@ -23,7 +23,7 @@ typedef struct __attribute__((aligned(16))) {
   float x, y, z, w;
 } float4;
 
-/* One warp operation: what every lane brought, and what can be said of all together. */
+/* One warp operation: the values of all lanes, and their sum, maximum and votes. */
 typedef struct {
   unsigned long long values[32];
   unsigned votes, sum, top, arrived, site;
@@ -45,7 +45,7 @@ static ShimIndex shim_block, shim_grid;
 static void shim_barrier(unsigned site);
 static ShimExchange *shim_exchange(unsigned mask, unsigned site, unsigned long long value);
 
-/* Lanes must meet at the same operation: the line in the source and the kind stand for it. */
+/* All lanes must reach the same operation. It is identified by its source line and its kind. */
 #define SHIM_WARP(name, kind, type, argument, result)                                                     \
   static inline type name(unsigned line, unsigned mask, unsigned long long value, unsigned argument) {   \
     const ShimExchange *exchange = shim_exchange(mask, line * 8 + kind, value);                           \
@@ -93,7 +93,7 @@ SHIM_WARP(shim_shfl_up, 4, unsigned long long, step,
 #define __ffs __builtin_ffs
 #define __clzll(value) ((value) ? __builtin_clzll((unsigned long long)(value)) : 64)
 
-/* The compiler is told not to fuse, so plain operators round as these do. */
+/* The compiler must not fuse (-ffp-contract=off), so plain operators round as these do. */
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }

@@ -1,7 +1,7 @@
-"""The proof of `sample_rows` and of its own sharpness: rows of every kind, and what must notice a wrong kernel.
+"""Rows of every kind for the proof of `sample_rows`, and mutants of the kernel that the proof must notice.
 
-As a program it runs every mutant in a process of its own, since a wrong kernel may read and write anywhere, and prints
-{mutant: noticed} as JSON. It forks, so it is no part of pytest's process, which has threads.
+As a program it prints {mutant: noticed} as JSON. Every mutant runs in its own process, because a wrong kernel may
+access any memory. It forks, so it cannot run in pytest's process, which has threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def config(vocabulary: int) -> KernelConfig:
 
 
 def make_rows(seed: int, B: int, L: int, V: int) -> Float32:
-    """Rows of every kind in turn: spread, flat, with many ties, masked, all equal, one finite, steep, far from 0."""
+    """Ten kinds of rows in turn: spread, flat, many ties, masked, all equal, one finite, steep, far from 0, zeros."""
     rng = np.random.default_rng(seed)
     rows = (rng.standard_normal((B * L, V)) * 3).astype(np.float32)
     for i, row in enumerate(rows):
@@ -53,15 +53,23 @@ def make_rows(seed: int, B: int, L: int, V: int) -> Float32:
             case 7:
                 row *= 20
             case 8:
-                row += np.float32(3000)  # neighbouring floats are 2**-12 apart: ties, and equal differences
+                row += np.float32(3000)  # floats are 2**-12 apart here, which gives ties and equal differences
             case 9:
                 row[:] = rng.integers(-1, 1, V) * np.float32(0.0)  # 0 and -0 are equal
     return rows.reshape(B, L, V)
 
 
-def host_tokens(logits_BLV: Float32, images: list[int], top_k: int, top_p: float, scale: int = SCALE) -> Any:
+def seeds_of(images: list[int]) -> list[int]:
+    """A seed for each image, all different. The first is SEED."""
+    return [SEED - i for i in range(len(images))]
+
+
+def host_tokens(
+    logits_BLV: Float32, images: list[int], top_k: int, top_p: float, scale: int = SCALE, *, one_seed: bool = False
+) -> Any:
     B, L, V = logits_BLV.shape
-    draws = np.concatenate([noise.draws(SEED, index, scale, L) for index in images])
+    seeds = [SEED] * B if one_seed else seeds_of(images)
+    draws = np.concatenate([noise.draws(seed, index, scale, L) for seed, index in zip(seeds, images, strict=True)])
     return sampling.sample(logits_BLV.reshape(B * L, V), draws, top_k=top_k, top_p=top_p).reshape(B, L)
 
 
@@ -82,22 +90,23 @@ def kernel_tokens(
     *,
     scale: int = SCALE,
     order: int = 0,
+    one_seed: bool = False,
 ) -> tuple[NDArray[np.int32], Refusal | None]:
     B, L, V = logits_BLV.shape
     guarded = np.full((B + 2, L), -1, np.int32)
     status = np.zeros(STATUS_WORDS, np.uint32)
-    streams = stream_block([SEED] * B, images)
+    streams = stream_block([SEED] * B if one_seed else seeds_of(images), images)
     arrays = logits_BLV, streams, guarded[1:-1], status, *option_words(top_k, top_p, V)
     launch = kernels.sample_rows(*map(device_array, arrays), scale=scale)
     host.run(launch, order=order)
-    assert (guarded[[0, -1]] == -1).all()  # nothing is written beside the tokens
+    assert (guarded[[0, -1]] == -1).all()  # nothing is written outside the tokens
     return guarded[1:-1], read_status(status)
 
 
 def row_on_a_boundary(V: int, image: int) -> tuple[Float32, int]:
-    """(1, 1, V) logits whose first draw equals a cumulative weight to the last bit, and the token that then follows.
+    """(1, 1, V) logits whose first draw equals a cumulative weight exactly, and the token that the draw must give.
 
-    Some codes first whose weights sum to A = floor(u * (A + 2**40)), the top code last.
+    The first codes have weights with the sum A = floor(u * (A + 2**40)). The top code is the last.
     """
     u = float(noise.uniforms(SEED, image, SCALE, 1)[0])
     left = math.floor(u * 2**40 / (1 - u))
@@ -146,26 +155,27 @@ RIGHT, BARRIER = "as it is", "__syncthreads();"
 
 
 def disagrees(host: HostKernels) -> bool:
-    """Whether some row of a broad choice gets another token than on the host, or the block does not run."""
-    ties = np.tile(np.array([0.0] * 3 + [-1.0] * 250 + [-2.0] * 259, np.float32), (1, 4, 1))
+    """Whether a row gets another token than on the host, or the kernel fails."""
+    ties = np.tile(np.array([0.0] * 3 + [-1.0] * 250 + [-2.0] * 259, np.float32), (1, 5, 1))
     zeros = np.tile(np.array([0.0, -0.0] * 256, np.float32), (1, 4, 1))
     dense = (np.random.default_rng(0).standard_normal((1, 4, 512)) * 0.4).astype(np.float32)
     boundary, _ = row_on_a_boundary(512, image=5)
     logits = np.concatenate([boundary, make_rows(3, 1, 10, 512), ties, zeros, dense, 10 * dense], axis=1)
+    logits, images = logits.reshape(2, 14, 512), [5, 6]
     steps = np.linspace(0.1, 0.9, 3)
     choices = [(0, 0.0), (0, 1e-300), (1, 0.5), *((k, float(p)) for k in (0, 2, 50, 129, 400) for p in steps)]
     for order, (top_k, top_p) in itertools.product(range(3), choices):
         try:
-            tokens, _ = kernel_tokens(host, logits, [5], top_k, top_p, order=order)
+            tokens, _ = kernel_tokens(host, logits, images, top_k, top_p, order=order)
         except KernelFailed:
             return True
-        if not np.array_equal(tokens, host_tokens(logits, [5], top_k, top_p)):
+        if not np.array_equal(tokens, host_tokens(logits, images, top_k, top_p)):
             return True
     return False
 
 
 def mutants() -> dict[str, str]:
-    """Sources that are wrong, by what is wrong with them; the first one is right."""
+    """Name to source of every mutant. The first one is the right source."""
     sources = {RIGHT: kernel_source()}
     sources |= {name: mutated(old, new) for name, (old, new) in MUTATIONS.items()}
     parts = kernel_source().split(BARRIER)
@@ -175,7 +185,7 @@ def mutants() -> dict[str, str]:
 
 
 def run_apart(host: HostKernels) -> bool:
-    """`disagrees` in a child; one that crashes disagrees."""
+    """`disagrees` in a child process. A crash counts as true."""
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -193,6 +203,6 @@ def run_apart(host: HostKernels) -> bool:
 if __name__ == "__main__":
     found = {}
     for number, (name, source) in enumerate(mutants().items()):
-        host = HostKernels(config(512), Path(sys.argv[1]) / str(number), block=128, source=source)
+        host = HostKernels(config(512), Path(sys.argv[1]) / str(number), block=128, source=source, level="-O0")
         found[name] = run_apart(host)
     print(json.dumps(found))

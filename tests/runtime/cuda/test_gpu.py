@@ -1,7 +1,6 @@
-"""The real device behind cuda.core: what is missing is said, errors are ours, and the calls are those that exist.
+"""`CudaDevice` on recorders of cuda.core and of the driver, so no GPU is needed.
 
-No GPU is needed: cuda.core and the driver are replaced by recorders, and what is called on them is looked up in the
-real ones.
+Every name that is called on a recorder must exist in the real library.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ core = pytest.importorskip("cuda.core", reason="cuda-python is not installed")
 
 
 class Recorder:
-    """Stands for an object of cuda.core; notes calls, and refuses names that the real class does not have."""
+    """In place of an object of cuda.core. Records calls, and fails for names that the real class does not have."""
 
     def __init__(self, log: list[str], kind: str, answers: dict[str, Any] | None = None) -> None:
         self._log, self._kind, self._answers = log, kind, answers or {}
@@ -53,7 +52,7 @@ class Buffer:
 
 
 class Driver:
-    """Copies on the host; every name must exist in the real driver."""
+    """A driver that copies on the host. Every name must exist in the real driver."""
 
     def __init__(self, log: list[str]) -> None:
         self._log, self.failure = log, 0
@@ -135,28 +134,28 @@ def test_without_a_driver() -> None:
     state = probe_gpu()
     if state.available:
         pytest.skip("there is a GPU")
-    assert state.detail == "no working NVIDIA driver" and "nvidia-smi" in (state.fix or "")
+    assert "NVIDIA driver" in state.detail and "nvidia-smi" in (state.fix or "")
 
 
 def test_a_driver_without_a_device(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     module, _ = gpu._libraries()
     refusing = SimpleNamespace(cuInit=lambda _: (100,), cuGetErrorName=lambda _: (0, b"CUDA_ERROR_NO_DEVICE"))
     monkeypatch.setattr(gpu, "_libraries", lambda: (module, refusing))
-    assert probe_gpu().detail == "no working NVIDIA driver (CUDA_ERROR_NO_DEVICE)"
+    assert "(CUDA_ERROR_NO_DEVICE)" in probe_gpu().detail
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "0", "cpu"])
-def test_names_of_devices(name: str) -> None:
-    with pytest.raises(InvalidInput, match="expected cuda or cuda:N"):
-        find_gpu(name)
+def test_names_of_devices() -> None:
+    for name in ("gpu", "cuda:x", "cuda:-1", "0", "cpu"):
+        with pytest.raises(InvalidInput, match=f"device is '{name}'"):
+            find_gpu(name)
 
 
 def test_a_library_that_is_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.importlib, "import_module", lambda _: (_ for _ in ()).throw(ImportError("no cuda")))
-    with pytest.raises(BackendUnavailable, match=r"got no cuda.core \(no cuda\).*pip install 'flexvar-deploy\[gpu\]'"):
+    with pytest.raises(BackendUnavailable, match=r"cuda\.core .*\(no cuda\).*pip install 'flexvar-deploy\[gpu\]'"):
         find_gpu()
     monkeypatch.setattr(gpu.importlib, "import_module", lambda _: SimpleNamespace(__version__="0.5.1"))
-    with pytest.raises(BackendUnavailable, match=r"got cuda.core 0.5.1; expected 1.0 or later"):
+    with pytest.raises(BackendUnavailable, match=r"cuda\.core 0\.5\.1 .*1\.0"):
         find_gpu()
 
 
@@ -164,7 +163,7 @@ def test_a_device_that_is_not_there(device: CudaDevice, monkeypatch: pytest.Monk
     module, _ = gpu._libraries()
     counted = SimpleNamespace(cuInit=lambda _: (0,), cuDeviceGetCount=lambda: (0, 1))
     monkeypatch.setattr(gpu, "_libraries", lambda: (module, counted))
-    with pytest.raises(BackendUnavailable, match="got device cuda:3 of 1; expected a GPU that nvidia-smi lists"):
+    with pytest.raises(BackendUnavailable, match=r"cuda:3.* 1 GPU\."):
         find_gpu("cuda:3")
 
 
@@ -196,9 +195,9 @@ def test_memory_is_moved_in_the_order_of_the_stream(device: CudaDevice, log: lis
     device.copy(array[:4], array[4:])
     device.synchronize()
     assert log[-5:] == ["cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuMemsetD8Async", "cuMemcpyDtoDAsync", "Stream.sync"]
-    with pytest.raises(ValueError, match="64 host bytes"):
+    with pytest.raises(ValueError, match="64 bytes"):
         device.write(array[:4], host)
-    with pytest.raises(ValueError, match="32 bytes into 64"):
+    with pytest.raises(ValueError, match=r"32 bytes.* 64"):
         device.copy(array, array[:4])
 
 
@@ -236,24 +235,27 @@ def test_a_capture_that_fails_leaves_the_stream_usable(device: CudaDevice, log: 
 
 
 def test_a_capture_that_the_driver_ends_is_an_error_of_ours(device: CudaDevice, log: list[str]) -> None:
-    """What an unfit library does to a capture shows at its end, as an exception of cuda.core's own."""
+    """If a library breaks a capture, cuda.core raises its own exception at the end of the capture."""
     builder = device.core_stream.create_graph_builder()
     builder._answers["end_building"] = lambda: (_ for _ in ()).throw(
         RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
     )
-    with pytest.raises(DeviceFailed, match="capturing a generation: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"):
+    with pytest.raises(DeviceFailed, match="CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"):
         device.capture(lambda: None)
     assert device.stream == 77 and gc.isenabled()
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "text"),
-    [(2, OutOfMemory, "does not fit on A GPU"), (700, DeviceFailed, "cuMemsetD8Async: CUDA_ERROR_ILLEGAL_ADDRESS")],
+    ("code", "kind", "named"),
+    [
+        (2, OutOfMemory, r"^A GPU .*cuMemsetD8Async"),
+        (700, DeviceFailed, r"cuMemsetD8Async.*CUDA_ERROR_ILLEGAL_ADDRESS"),
+    ],
 )
-def test_errors_of_the_driver(device: CudaDevice, code: int, kind: type[Exception], text: str) -> None:
+def test_errors_of_the_driver(device: CudaDevice, code: int, kind: type[Exception], named: str) -> None:
     array = DeviceArray(256, (4,), "int32", None)
     device.__dict__["driver"].failure = code
-    with pytest.raises(kind, match=text):
+    with pytest.raises(kind, match=named):
         device.zero(array)
 
 
@@ -267,7 +269,7 @@ def test_the_pool_is_trimmed_after_the_device_is_done(device: CudaDevice, log: l
 
 
 def test_without_a_pool_nothing_is_reserved(device: CudaDevice, log: list[str]) -> None:
-    """What cuda.core gives where the driver has no pools."""
+    """If the driver has no pools, cuda.core gives a resource without attributes."""
     real = pytest.importorskip("cuda.core.cu13._memory._legacy")._SynchronousMemoryResource
     assert not hasattr(real, "attributes")
     device._device._answers["memory_resource"] = SimpleNamespace()
@@ -277,12 +279,12 @@ def test_without_a_pool_nothing_is_reserved(device: CudaDevice, log: list[str]) 
 
 def test_a_pool_that_cannot_be_trimmed_is_an_error_of_ours(device: CudaDevice) -> None:
     device.__dict__["driver"].failure = 700
-    with pytest.raises(DeviceFailed, match="cuMemPoolTrimTo: CUDA_ERROR_ILLEGAL_ADDRESS"):
+    with pytest.raises(DeviceFailed, match=r"cuMemPoolTrimTo.*CUDA_ERROR_ILLEGAL_ADDRESS"):
         device.trim()
 
 
 def test_arguments_are_packed_as_the_kernels_take_them() -> None:
-    """cuda.core's own packing: pointers from int, all else from ctypes values."""
+    """cuda.core packs pointers from int, and all other arguments from ctypes values."""
     handler = pytest.importorskip("cuda.core.cu13._kernel_arg_handler")
     streams = DeviceArray(0x7F0000000100, (kernels.stream_words(3),), "uint32", None)
     launch = kernels.draws(streams, DeviceArray(0x7F0000000200, (3, 5), "uint32", None), scale=4)

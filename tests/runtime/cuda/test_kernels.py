@@ -1,4 +1,4 @@
-"""The other kernels against the host's arithmetic, launches that do not fit, and what NVRTC makes of the source."""
+"""All kernels but `sample_rows` against the host, launches that do not fit, and compilation by NVRTC."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_names_are_those_of_the_source() -> None:
 
 
 def test_arguments_of_another_type_are_refused(host_kernels: Build) -> None:
-    """What a GPU would read as garbage: a launch whose arguments are not the kernel's parameters."""
+    """A GPU would read garbage if the arguments of a launch were not the parameters of the kernel."""
     array = device_array(np.zeros((1, 4), np.uint32))
     launch = kernels.draws(device_array(stream_block([0], [0])), array, scale=0)
     for args in [launch.args[:-1], (*launch.args[:-1], ctypes.c_uint64(0)), (ctypes.c_uint32(0), *launch.args[1:])]:
@@ -42,7 +42,7 @@ def test_arguments_of_another_type_are_refused(host_kernels: Build) -> None:
 
 
 def test_vocabularies_too_large_are_refused() -> None:
-    with pytest.raises(BackendUnavailable, match=r"got vocabulary 40000, .* at most 32768.*use --backend ort-cpu"):
+    with pytest.raises(BackendUnavailable, match="vocabulary of 40000"):
         KernelConfig(vocabulary=40000, code_dim=32, width=64)
 
 
@@ -69,7 +69,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         ),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="do not fit: shapes"):
+        with pytest.raises(ValueError, match="do not fit"):
             call()
 
 
@@ -106,7 +106,7 @@ def test_taps_are_the_whole_matrix() -> None:
             again = np.zeros_like(matrix)
             np.add.at(again, (np.arange(outputs)[:, None], index), weight)
             assert np.array_equal(again, matrix)
-    with pytest.raises(ValueError, match="row 1 takes from 5 inputs; at most 4"):
+    with pytest.raises(ValueError, match="row 1 has 5 inputs"):
         kernels.taps(np.array([[0] * 6, [1, 1, 0, 1, 1, 1]], np.float32))
 
 
@@ -151,33 +151,32 @@ def test_next_inputs_equal_the_tables(D: int, C: int, copies: int, host_kernels:
         assert np.array_equal(offset, np.broadcast_to(positions, offset.shape))
 
 
-@pytest.mark.parametrize("columns", [(1,), (24,), (3, 5), (4097,), (2, 6, 1024)])
 @pytest.mark.parametrize("tables", [1, 3])
-def test_gathered_rows(columns: tuple[int, ...], tables: int, host_kernels: Build) -> None:
-    rng = np.random.default_rng(0)
-    source = rng.standard_normal((tables, 5, *columns)).astype(np.float32)
-    rows = np.array([4, 0, 0, 2, 3, 4, 1], np.int32)
-    target = np.zeros((tables, 7, *columns), np.float32)
-    host_kernels(TINY).run(kernels.gather_rows(device_array(source), device_array(rows), device_array(target)))
-    assert np.array_equal(target, source[:, rows])
-    # an address off by 4 bytes
-    memory = np.zeros(target.size + 2, np.float32)
-    shifted = memory[1:-1].reshape(target.shape)
-    host_kernels(TINY).run(kernels.gather_rows(device_array(source), device_array(rows), device_array(shifted)))
-    assert np.array_equal(shifted, source[:, rows]) and memory[0] == memory[-1] == 0
+def test_gathered_rows(tables: int, host_kernels: Build) -> None:
+    rng, rows = np.random.default_rng(0), np.array([4, 0, 0, 2, 3, 4, 1], np.int32)
+    for columns in ((1,), (24,), (3, 5), (4097,), (2, 6, 1024)):
+        source = rng.standard_normal((tables, 5, *columns)).astype(np.float32)
+        target = np.zeros((tables, 7, *columns), np.float32)
+        host_kernels(TINY).run(kernels.gather_rows(device_array(source), device_array(rows), device_array(target)))
+        assert np.array_equal(target, source[:, rows])
+        # an address off by 4 bytes
+        memory = np.zeros(target.size + 2, np.float32)
+        shifted = memory[1:-1].reshape(target.shape)
+        host_kernels(TINY).run(kernels.gather_rows(device_array(source), device_array(rows), device_array(shifted)))
+        assert np.array_equal(shifted, source[:, rows]) and memory[0] == memory[-1] == 0
 
 
-@pytest.mark.parametrize("columns", [(1,), (3, 5), (4097,)])
 @pytest.mark.parametrize("tables", [1, 3])
-def test_scattered_rows(columns: tuple[int, ...], tables: int, host_kernels: Build) -> None:
-    """The first rows of every table go where `rows` says; everything else stays."""
-    rng = np.random.default_rng(0)
-    source = rng.standard_normal((tables, 4, *columns)).astype(np.float32)
-    target = rng.standard_normal((tables, 6, *columns)).astype(np.float32)
-    expected, rows = target.copy(), np.array([5, 0, 3], np.int32)
-    expected[:, rows] = source[:, :3]
-    host_kernels(TINY).run(kernels.scatter_rows(device_array(source), device_array(rows), device_array(target)))
-    assert np.array_equal(target, expected)
+def test_scattered_rows(tables: int, host_kernels: Build) -> None:
+    """Row i of every source goes to row `rows[i]` of its target. All other rows stay."""
+    rng, rows = np.random.default_rng(0), np.array([5, 0, 3], np.int32)
+    for columns in ((1,), (3, 5), (4097,)):
+        source = rng.standard_normal((tables, 4, *columns)).astype(np.float32)
+        target = rng.standard_normal((tables, 6, *columns)).astype(np.float32)
+        expected = target.copy()
+        expected[:, rows] = source[:, :3]
+        host_kernels(TINY).run(kernels.scatter_rows(device_array(source), device_array(rows), device_array(target)))
+        assert np.array_equal(target, expected)
 
 
 # --- pixels
@@ -188,7 +187,7 @@ def pixels_of(host: HostKernels, image: NDArray[np.float32], value_range: tuple[
     memory = np.full(B * H * W * 3 + 2, 77, np.uint8)
     pixels, status = memory[1:-1].reshape(B, H, W, 3), np.zeros(STATUS_WORDS, np.uint32)
     whole = np.zeros((B, H, W, 3), np.uint8)
-    for target in (pixels, whole):  # at an odd address, and at one for whole words
+    for target in (pixels, whole):  # at an odd address, and at an aligned one
         arrays = device_array(image), device_array(target), device_array(status)
         host.run(kernels.to_uint8(*arrays, value_range))
     assert memory[0] == memory[-1] == 77 and np.array_equal(pixels, whole)
@@ -196,7 +195,7 @@ def pixels_of(host: HostKernels, image: NDArray[np.float32], value_range: tuple[
 
 
 def edges(value_range: tuple[float, float]) -> NDArray[np.float32]:
-    """(1, 3, 100, 50): where a pixel changes from one value to the next, eight floats to both sides; and far away."""
+    """(1, 3, 100, 50): every value at which a pixel changes, eight floats to both sides of it, and values far away."""
     low, high = value_range
     exact = (low + (np.arange(-3, 259) - 0.5) / 255 * (high - low)).astype(np.float32)
     near = (exact + np.arange(-8, 9, dtype=np.float32)[:, None] * np.spacing(exact)).reshape(-1)
@@ -217,31 +216,31 @@ def test_pixels_equal_the_host_at_every_edge(value_range: tuple[float, float], h
     assert set(np.unique(pixels)) == set(range(256))
 
 
-@pytest.mark.parametrize("plane", [(1, 1), (3, 3), (5, 7), (16, 65)])
-def test_planes_of_any_size(plane: tuple[int, int], host_kernels: Build) -> None:
-    image = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 3, *plane)).astype(np.float32)
-    pixels, refusal = pixels_of(host_kernels(TINY), image, (-1.0, 1.0))
-    assert refusal is None and np.array_equal(pixels, images.to_uint8(image))
+def test_planes_of_any_size(host_kernels: Build) -> None:
+    for plane in ((1, 1), (3, 3), (5, 7), (16, 65)):
+        image = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 3, *plane)).astype(np.float32)
+        pixels, refusal = pixels_of(host_kernels(TINY), image, (-1.0, 1.0))
+        assert refusal is None and np.array_equal(pixels, images.to_uint8(image))
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_pixels_that_are_not_finite_are_refused(bad: float, host_kernels: Build) -> None:
-    image = np.zeros((4, 3, 3, 5), np.float32)
-    image[3, 0, 0, 0] = image[2, 1, 2, 4] = bad
-    pixels, refusal = pixels_of(host_kernels(TINY), image, (-1.0, 1.0))
-    assert refusal == Refusal("pixels", 0, 2)
-    assert pixels[2, 2, 4].tolist() == [128, 0, 128]
+def test_pixels_that_are_not_finite_are_refused(host_kernels: Build) -> None:
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        image = np.zeros((4, 3, 3, 5), np.float32)
+        image[3, 0, 0, 0] = image[2, 1, 2, 4] = bad
+        pixels, refusal = pixels_of(host_kernels(TINY), image, (-1.0, 1.0))
+        assert refusal == Refusal("pixels", 0, 2)
+        assert pixels[2, 2, 4].tolist() == [128, 0, 128]
 
 
 def test_another_rounding_is_noticed(host_kernels: Build) -> None:
-    """What a compiler that fuses would do."""
+    """A compiler that fuses operations would give this kernel."""
     source = kernel_source().replace("__fsub_rn(__fmul_rn(value, gain), shift)", "fmaf(value, gain, -shift)")
     host = host_kernels(TINY, source=source)
     pairs = [(pixels_of(host, edges(r), r)[0], images.to_uint8(edges(r), r)) for r in RANGES]
     assert not all(np.array_equal(got, expected) for got, expected in pairs)
 
 
-def test_the_status_tells_the_first_refusal() -> None:
+def test_the_status_is_the_first_refusal() -> None:
     assert read_status(np.zeros(2, np.uint32)) is None
     code = ~(1 << 56 | 13 << 40 | 2**40 - 2) & 2**64 - 1
     assert read_status(np.array([code & 0xFFFFFFFF, code >> 32], np.uint32)) == Refusal("logits", 13, 2**40 - 2)
@@ -254,8 +253,12 @@ FUNCTION = re.compile(
 )
 
 
-@pytest.mark.parametrize("vocabulary", [512, 8912, 16384])
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("target", "vocabulary"), [*((target, 8912) for target in TARGETS), ("sm_90", 512), ("sm_80", 16384)]
+)
 def test_every_kernel_compiles(target: str, vocabulary: int) -> None:
     pytest.importorskip("cuda.core", reason="needs cuda.core and NVRTC, no GPU: pip install 'flexvar-deploy[gpu]'")
     config = KernelConfig(vocabulary=vocabulary, code_dim=32, width=1536)
@@ -264,20 +267,20 @@ def test_every_kernel_compiles(target: str, vocabulary: int) -> None:
     found = {name: (int(stores), int(loads), int(used)) for name, stores, loads, used in FUNCTION.findall(log)}
     assert set(found) == set(kernels.KERNEL_NAMES)
     for name, (stores, loads, registers) in found.items():
-        assert registers <= 64  # 1024 threads of 64 registers are all a multiprocessor has
+        assert registers <= 64  # a multiprocessor has registers for 1024 threads with 64 each
         assert max(stores, loads) <= (32 if name == "sample_rows" and vocabulary > 8912 else 0)
 
 
-def test_a_source_that_does_not_compile_is_told_with_the_log() -> None:
+def test_a_source_that_does_not_compile_is_an_error_with_the_log() -> None:
     pytest.importorskip("cuda.core", reason="needs cuda.core and NVRTC, no GPU: pip install 'flexvar-deploy[gpu]'")
     with pytest.raises(BackendUnavailable, match=r"kernels.cu\(1\): error") as refusal:
         kernels.compile_source("nonsense", "sm_90", TINY)
     assert "pip install --upgrade 'flexvar-deploy[gpu]'" in str(refusal.value)
-    with pytest.raises(BackendUnavailable, match=r"(?s)no kernels for sm_10 .*--gpu-architecture"):
+    with pytest.raises(BackendUnavailable, match=r"(?s)sm_10 .*--gpu-architecture"):
         kernels.compile_kernels("sm_10", TINY)
 
 
-def test_without_cuda_the_suggest_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str, package: str | None = None) -> Any:
         if name == "cuda.core":
             raise ModuleNotFoundError(f"No module named {name!r}")
@@ -285,5 +288,5 @@ def test_without_cuda_the_suggest_backend_is_told(monkeypatch: pytest.MonkeyPatc
 
     real = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(BackendUnavailable, match=r"No module named 'cuda.core'.*expected cuda.core and an NVRTC"):
+    with pytest.raises(BackendUnavailable, match=r"No module named 'cuda\.core'.*pip install"):
         kernels.compile_kernels("sm_90", TINY)

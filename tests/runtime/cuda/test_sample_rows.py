@@ -1,4 +1,4 @@
-"""`sample_rows` gives the tokens of `sampling.sample` bit for bit, and mutations of it do not."""
+"""`sample_rows` gives exactly the tokens of `sampling.sample`, and mutations of it do not."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def assert_equal(host: HostKernels, logits: Float32, top_k: int, top_p: float, o
 @pytest.mark.parametrize("top_p", TOP_P)
 @pytest.mark.parametrize(("V", "block"), [(512, 64), (8912, 256), (16384, 128)])
 def test_tokens_equal_the_host(V: int, block: int, top_p: float, host_kernels: Build) -> None:
-    host = host_kernels(config(V), block=block)
+    host, shapes = host_kernels(config(V), block=block), [(7, 2), (1, 10), (64, 1)]
     for top_k in (0, 1, 50, 900, V):
-        for order, (B, L) in enumerate([(1, 10), (7, 2), (64, 1)]):
+        for order, (B, L) in enumerate(shapes if V == 512 else shapes[:1]):  # 14 rows have all ten kinds
             assert_equal(host, make_rows(top_k + V + B, B, L, V), top_k, top_p, order)
 
 
@@ -75,8 +75,8 @@ def test_vocabularies_that_fill_no_warp(V: int, host_kernels: Build) -> None:
 
 
 def test_every_mass_and_count(host_kernels: Build) -> None:
-    """Small rows with few levels: every boundary lies in a tie. What is drawn, and how often, is the host's."""
-    host, V, draws = host_kernels(config(40), block=32), 40, 64
+    """Small rows with few levels, so that every boundary is in a tie. Tokens and their frequencies are the host's."""
+    host, V, draws = host_kernels(config(40), block=32), 40, 32
     rng = np.random.default_rng(0)
     for _ in range(60):
         row = rng.choice(np.array([0, -0.0, -0.5, -1, -1, -3, -20, -40, -INF], np.float32), V)
@@ -85,15 +85,14 @@ def test_every_mass_and_count(host_kernels: Build) -> None:
         assert_equal(host, np.tile(row, (1, draws, 1)), top_k, top_p)
 
 
-@pytest.mark.parametrize("image", [5, 2**33])
-def test_a_draw_on_a_boundary_takes_the_next_token(image: int, host_kernels: Build) -> None:
-    logits, token = row_on_a_boundary(512, image)
-    tokens, _ = kernel_tokens(host_kernels(config(512), block=64), logits, [image], 0, 0.0)
-    assert tokens.tolist() == host_tokens(logits, [image], 0, 0.0).tolist() == [[token]]
+def test_a_draw_on_a_boundary_takes_the_next_token(host_kernels: Build) -> None:
+    for image in (5, 2**33):
+        logits, token = row_on_a_boundary(512, image)
+        tokens, _ = kernel_tokens(host_kernels(config(512), block=64), logits, [image], 0, 0.0)
+        assert tokens.tolist() == host_tokens(logits, [image], 0, 0.0).tolist() == [[token]]
 
 
-@pytest.mark.parametrize("top_p", [0.0, 0.6])
-def test_the_ends_of_the_cdf(top_p: float, host_kernels: Build) -> None:
+def test_the_ends_of_the_cdf(host_kernels: Build) -> None:
     """Images whose first draw is among the smallest and largest of a million."""
     counter = np.zeros((10**6, 4), np.uint32)
     counter[:, 1], counter[:, 2] = SCALE, np.arange(10**6)
@@ -102,9 +101,10 @@ def test_the_ends_of_the_cdf(top_p: float, host_kernels: Build) -> None:
     smallest, largest = (int(noise.draws(SEED, i, SCALE, 1)[0]) for i in (images[0], images[-1]))
     assert smallest < 100 and largest > 2**24 - 100
     logits = np.zeros((40, 1, 4096), np.float32)
-    tokens, _ = kernel_tokens(host_kernels(config(4096), block=64), logits, images, 0, top_p)
-    assert np.array_equal(tokens, host_tokens(logits, images, 0, top_p))
-    assert (tokens.min() == 0) == (top_p == 0.0) and tokens.max() == 4095
+    for top_p in (0.0, 0.6):
+        tokens, _ = kernel_tokens(host_kernels(config(4096), block=64), logits, images, 0, top_p, one_seed=True)
+        assert np.array_equal(tokens, host_tokens(logits, images, 0, top_p, one_seed=True))
+        assert (tokens.min() == 0) == (top_p == 0.0) and tokens.max() == 4095
 
 
 def test_order_of_threads_does_not_matter(host_kernels: Build) -> None:
@@ -152,7 +152,7 @@ def test_weights_equal_the_host(host_kernels: Build) -> None:
     assert np.array_equal(weights_of(host_kernels(config(64), source=source), x).view(np.float64), scaled)
     source = mutated("__dadd_rn(__dmul_rn(__dmul_rn(p, r), r), r)", "fma(__dmul_rn(p, r), r, r)", source)
     fused = weights_of(host_kernels(config(64), source=source), x).view(np.float64)
-    assert not np.array_equal(fused, scaled)  # what a compiler that fuses would do
+    assert not np.array_equal(fused, scaled)  # a compiler that fuses operations would give this
 
 
 # --- refusals
@@ -162,7 +162,7 @@ def test_weights_equal_the_host(host_kernels: Build) -> None:
 def test_rows_without_a_finite_maximum_are_refused(bad: list[float], host_kernels: Build) -> None:
     logits, images = make_rows(0, 3, 10, 97), indices(3)
     expected = host_tokens(logits, images, 50, 0.95)
-    for image, position in [(0, 4), (1, 3), (2, 9)]:  # the first is told
+    for image, position in [(0, 4), (1, 3), (2, 9)]:  # the status has the first
         if bad == [-INF]:
             logits[image, position] = -INF
         else:
@@ -172,10 +172,10 @@ def test_rows_without_a_finite_maximum_are_refused(bad: list[float], host_kernel
         tokens, refusal = kernel_tokens(host_kernels(config(97)), logits, images, top_k, top_p, order=order)
         assert refusal == Refusal("logits", SCALE, 4)
         if (top_k, top_p) == (50, 0.95):
-            assert np.array_equal(tokens, expected)  # the other rows are as ever
+            assert np.array_equal(tokens, expected)  # the other rows do not change
 
 
-def test_the_first_scale_refused_is_told(host_kernels: Build) -> None:
+def test_the_status_has_the_first_refused_scale(host_kernels: Build) -> None:
     host, status = host_kernels(config(97)), np.zeros(STATUS_WORDS, np.uint32)
     for scale, row in [(5, 0), (2, 7), (2, 3), (4, 1)]:
         logits = make_rows(0, 1, 10, 97)
@@ -188,22 +188,15 @@ def test_the_first_scale_refused_is_told(host_kernels: Build) -> None:
 # --- negative controls
 
 
-@pytest.fixture(scope="session")
-def noticed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
-    """Of every mutant, whether the proof notices it."""
+def test_wrong_kernels_are_noticed(tmp_path: Path) -> None:
+    """Some row and some order of threads needs every rule and every barrier."""
     if COMPILER is None:
         pytest.skip("no C compiler here")
-    program = [sys.executable, str(Path(sampling_proof.__file__)), str(tmp_path_factory.mktemp("mutants"))]
+    program = [sys.executable, str(Path(sampling_proof.__file__)), str(tmp_path)]
     run = subprocess.run(program, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    found: dict[str, bool] = json.loads(run.stdout)
-    return found
-
-
-@pytest.mark.parametrize("mutant", mutants())
-def test_wrong_kernels_are_noticed(mutant: str, noticed: dict[str, bool]) -> None:
-    """Every rule and every barrier is needed, in some row and some order of threads."""
-    assert noticed[mutant] == (mutant != sampling_proof.RIGHT)
+    noticed: dict[str, bool] = json.loads(run.stdout)
+    assert len(noticed) > 20 and noticed == {mutant: mutant != sampling_proof.RIGHT for mutant in mutants()}
 
 
 @pytest.mark.parametrize(
@@ -222,5 +215,5 @@ def test_threads_that_do_not_meet_are_an_error(old: str, new: str, message: str,
     host = host_kernels(config(512), block=64, source=mutated(old, new))
     with pytest.raises(KernelFailed, match=message):
         kernel_tokens(host, make_rows(0, 1, 3, 512), [0], 50, 0.95)
-    with pytest.raises(KernelFailed, match=message):  # and again: what was left behind does no harm
+    with pytest.raises(KernelFailed, match=message):  # a second run is not affected by the first
         kernel_tokens(host, make_rows(0, 1, 3, 512), [0], 50, 0.95)

@@ -1,5 +1,7 @@
-"""A bundle of schema version 1, exported at commit a8c13d3, in today's runtime: its graphs take the modulation of all
-blocks as one tensor, and normalise groups with InstanceNormalization."""
+"""A bundle of schema version 1, exported at commit a8c13d3, in this runtime.
+
+Its graphs take the modulation of all blocks as one tensor, and normalise groups with InstanceNormalization.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from flexvar_runtime.model.signatures import CONDITION, DECODE, STEP, graph_spec
 SCHEDULE = "1_2_3_5x4"
 
 
-def test_it_opens_with_a_warning_and_holds_its_gates(schema1_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_opens_with_a_warning_and_passes_its_gates(schema1_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundle = Bundle.open(schema1_bundle)
     manifest = bundle.manifest
     assert manifest.schema_version == 1 and manifest.graphs == graph_specs(manifest.model, "fp32", 1)
@@ -36,7 +38,7 @@ def test_it_opens_with_a_warning_and_holds_its_gates(schema1_bundle: Path, caplo
         record = prove(bundle, Proof.load(bundle.file(PROOF_FILE)), threads=1)
     assert record.passed and all(map(holds, record.rows))
     assert {row.graph for row in record.rows} == {"condition", "step", "prefill", "decode", "encode"}
-    assert "schema version 1, and this version exports 2" in caplog.text
+    assert "schema version 1" in caplog.text
 
 
 def test_it_generates_and_edits(schema1_bundle: Path) -> None:
@@ -52,7 +54,7 @@ def test_it_generates_and_edits(schema1_bundle: Path) -> None:
 def test_it_runs_on_a_device(
     schema1_bundle: Path, host_kernels: Callable[..., HostKernels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole generation captured, with the modulation of all blocks as one tensor."""
+    """As one captured generation, with the modulation of all blocks as one tensor."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     machine = make_machine(
         schema1_bundle, host_kernels, tmp_path / "engines", tmp_path / "state" / "flexvar" / "receipts"
@@ -67,7 +69,7 @@ def test_it_runs_on_a_device(
                 np.testing.assert_array_equal(scale, other)
 
 
-def test_ort_cuda_would_leave_the_gpu(schema1_bundle: Path) -> None:
+def test_ort_cuda_has_no_kernel_for_its_norms(schema1_bundle: Path) -> None:
     bundle = Bundle.open(schema1_bundle)
     missing = without_cuda_kernel(scan(bundle.graph_file(DECODE)))
     assert {node.operator for node in missing} == {"InstanceNormalization"}
