@@ -1,4 +1,4 @@
-"""`flexvar generate`: images from a bundle, and the same images again from a PNG."""
+"""`flexvar generate`: images from a bundle, or again from the settings in a PNG file."""
 
 from __future__ import annotations
 
@@ -52,11 +52,17 @@ from .terminal import show_picture
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the PNG files, one an image.")],
-    classes: Annotated[str | None, typer.Option(help="Classes, by number or name, joined by commas: 7,999.")] = None,
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, as flexvar export writes it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write one PNG file for each image to.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(help="One class for each image, as numbers or names joined by commas, such as 7,999."),
+    ] = None,
     schedule: ScheduleOption = None,
-    size: Annotated[str | None, typer.Option(help="Height x width in pixels: a schedule is derived for it.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Height x width in pixels, such as 256x512. The schedule is derived for it."),
+    ] = None,
     scales: StepsOption = None,
     deadline_ms: DeadlineOption = None,
     cfg: CfgOption = None,
@@ -71,21 +77,29 @@ def generate(
     device: DeviceOption = None,
     engines: EnginesOption = None,
     threads: ThreadsOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images run at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images that are generated at once.")] = 8,
     preview: PreviewOption = None,
     show: ProgressOption = False,
     source: Annotated[
-        Path | None, typer.Option("--from", help="PNG of flexvar generate whose settings are used.")
+        Path | None,
+        typer.Option("--from", help="PNG file of flexvar generate. Its settings are used where no option is given."),
     ] = None,
     save_arrays: Annotated[
-        Path | None, typer.Option(help="NPZ file for tokens and the decoder's float output.")
+        Path | None, typer.Option(help="NPZ file to write the tokens and the float output of the decoder to.")
     ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate one PNG an image. What is not given is the bundle's default, or the value in --from."""
+    """Generate images, one for each class.
+
+    Options that are left out take the value in the --from file, or else the default of the bundle.
+    """
     if classes is None and source is None:
-        raise InvalidInput("no class", expected="one class per image", fix="say which: --classes 7,999")
+        raise InvalidInput(
+            "Neither --classes nor --from is given.",
+            expected="one class for each image",
+            fix="Pass the classes of the images, such as --classes 7,999.",
+        )
     if deadline_ms is not None:
         _check_deadline(deadline_ms, chosen=(schedule, size, scales), shown=show or preview is not None)
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
@@ -133,13 +147,15 @@ class _Plan:
 
 
 def _starting_point(pipeline: FlexVARPipeline, source: Path | None) -> _Plan:
-    """The bundle's defaults, or the settings of an image made from the same bundle."""
+    """The defaults of the bundle, or the settings of an image that was made with it. Raises ArtifactRefused."""
     if source is None:
         return _Plan([], pipeline.schedule, pipeline.guidance, pipeline.sampling, fresh_seed(), 0)
     found = read_settings(source, pipeline.bundle.sha256)
     if found.edit is not None:
         raise ArtifactRefused(
-            f"{source.name}, an edited picture", expected="one of flexvar generate", fix="use flexvar edit --from"
+            f"{source.name} was made by flexvar edit, not by flexvar generate.",
+            expected="a picture of flexvar generate",
+            fix="Use flexvar edit --from with it.",
         )
     return _Plan([found.label], found.schedule, found.guidance, found.sampling, found.seed, found.index)
 
@@ -147,11 +163,13 @@ def _starting_point(pipeline: FlexVARPipeline, source: Path | None) -> _Plan:
 def _schedule(
     pipeline: FlexVARPipeline, start: ScaleSchedule, schedule: str | None, size: str | None, steps: int | None
 ) -> ScaleSchedule:
-    """The schedule written out, or one derived for a size and a number of steps, or the starting point's."""
+    """The given schedule, or one derived for a size and a number of steps, or else that of the starting point."""
     if schedule is not None:
         if size is not None or steps is not None:
             raise InvalidInput(
-                "a schedule with a size or steps", expected="either", fix="leave out --schedule, or the others"
+                "--schedule cannot be combined with --size or --steps.",
+                expected="a schedule, or a size and steps",
+                fix="Use one of them.",
             )
         return ScaleSchedule.parse(schedule)
     if size is None and steps is None:
@@ -164,26 +182,28 @@ def _schedule(
 
 
 def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool) -> None:
-    """Refuse what does not go with a deadline, before a bundle is opened. Raises InvalidInput."""
+    """Refuse options that cannot be combined with a deadline, before a bundle is opened. Raises InvalidInput."""
     seconds_of(deadline_ms)
     if any(value is not None for value in chosen):
         raise InvalidInput(
-            "a deadline with a schedule, size or steps", expected="either", fix="leave out --deadline-ms, or the others"
+            "--deadline-ms cannot be combined with --schedule, --size or --steps, because it chooses the schedule.",
+            expected="a deadline, or a schedule",
+            fix="Use one of them.",
         )
     if shown:
         raise InvalidInput(
-            "a deadline with pictures of every scale",
-            expected="nothing that takes time of its own",
-            fix="leave out --preview and --progress, or --deadline-ms",
+            "--deadline-ms cannot be combined with --preview or --progress, which take time.",
+            expected="a deadline, or pictures of every scale",
+            fix="Use one of them.",
         )
 
 
 def _choose(pipeline: FlexVARPipeline, plan: _Plan, batch_size: int, deadline_ms: float) -> Choice:
-    """The best schedule for the deadline, after measuring where that was not done before; the pipeline is warm then."""
+    """The best schedule for the deadline. Unknown costs are measured first. Afterwards the pipeline is warm."""
     images, options = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
     choice = None
     with steps(None, "measure") as advance:
-        while choice is None:  # best first, and no further than the first that is fast enough
+        while choice is None:  # each round measures one more schedule, best first
             try:
                 choice = pipeline.choose_schedule(images, deadline_ms, *options)
             except CostUnknown as unknown:
@@ -204,7 +224,7 @@ def _run(
     keep_decoded: bool,
     force: bool,
 ) -> list[GenerationOutput]:
-    """Batch by batch; every image is written as soon as its batch is done, and its pixels are dropped."""
+    """Generate batch by batch. Images are written when their batch is done, and their pixels are dropped."""
     results = []
     batches = range(0, len(plan.labels), batch_size)
     with steps(len(batches) * len(plan.schedule), "generate") as advance:
@@ -231,7 +251,7 @@ def _run(
                 plan.seed,
                 plan.first_index + start,
                 keep_decoded=keep_decoded,
-                on_scale=None if whole else on_scale,  # a device runs all scales without asking
+                on_scale=None if whole else on_scale,  # without it, a GPU replays all scales at once
             )
             for _ in plan.schedule if whole else ():
                 advance("generated")
@@ -242,7 +262,7 @@ def _run(
 
 
 def _save_arrays(path: Path, results: list[GenerationOutput], force: bool) -> None:
-    """tokens (B, L) int32, all scales in order, row-major; images (B, 3, H, W) float32 as the decoder gave them."""
+    """Write tokens (B, L) int32, all scales in order and row-major, and images (B, 3, H, W) float32 of the decoder."""
     tokens = [np.concatenate([scale.reshape(len(scale), -1) for scale in result.tokens], axis=1) for result in results]
     images = [result.decoded for result in results if result.decoded is not None]
     with atomic_write(path, force=force) as partial, partial.open("wb") as file:
@@ -276,8 +296,8 @@ def _report(
         )
         if choice is not None:
             out.print(
-                f"schedule {choice.schedule}, expected {choice.expected * 1e3:.1f} ms a batch: {choice.reason}; took "
-                f"{slowest * 1e3:.1f} ms{'' if slowest <= choice.deadline else ', too late'}",
+                f"schedule {choice.schedule}: expected {choice.expected * 1e3:.1f} ms, took {slowest * 1e3:.1f} ms"
+                f"{'' if slowest <= choice.deadline else ' (too late)'}. {choice.reason}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

@@ -1,4 +1,4 @@
-"""What the commands that make images share: their options, and how texts become values."""
+"""Options of the commands that make images, and functions that parse and check them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,83 @@ from ..model.signatures import TABLES_FILE
 from ..output import Settings
 from ..pictures.png import read_metadata
 
-ScheduleOption = Annotated[str | None, typer.Option(help="Scales: 1_2_4_8_16, 1_2_3x5_12x20, or 512px.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Number of scales, derived for the size.")]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Schedule: the sizes in tokens of the scales (token maps) from 1x1 to the whole image. 1_2_4_8_16 has "
+        "square scales; 1_2_3x5_12x20 ends at 12 high and 20 wide. 512px is the published schedule for 512 pixels."
+    ),
+]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", help="Number of scales. The schedule is derived for it and for the size.")
+]
 DeadlineOption = Annotated[
     float | None,
-    typer.Option(help="Milliseconds for a batch: takes the best schedule that is fast enough, measured here once."),
+    typer.Option(
+        help="Time limit for a batch, in milliseconds. The best schedule that is fast enough is used. Times that are "
+        "not known yet are measured once on this machine."
+    ),
 ]
-CfgOption = Annotated[float | None, typer.Option(help="Guidance scale; ramp 0 and constant 1 are off.")]
-GuidanceOption = Annotated[str | None, typer.Option(help="Guidance rule: ramp or constant.")]
-TopKOption = Annotated[int | None, typer.Option(help="Codes kept, 0 for all, 1 for the most likely.")]
-TopPOption = Annotated[float | None, typer.Option(help="Probability mass kept, 0 or 1 for all.")]
-GreedyOption = Annotated[str | None, typer.Option(help="Scales that take the argmax: upstream, none or 7,9.")]
-MaxSideOption = Annotated[int | None, typer.Option(help="Largest side of the published rules for guidance and greed.")]
-SeedOption = Annotated[int | None, typer.Option(help="0 to 2^64 - 1; a fresh one if left out.")]
-FirstIndexOption = Annotated[int | None, typer.Option(help="Place of the first image in the seed's stream.")]
-BackendOption = Annotated[str, typer.Option(help="auto, or a name from flexvar doctor.")]
-DeviceOption = Annotated[str | None, typer.Option(help="GPU to use: cuda or cuda:N.")]
-EnginesOption = Annotated[Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Processor threads.")]
-PreviewOption = Annotated[Path | None, typer.Option(help="Directory for every scale of every image as a PNG.")]
+CfgOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Guidance scale: how closely an image follows its class. Guidance is off at 0 with the ramp rule, and at "
+        "1 with the constant rule."
+    ),
+]
+GuidanceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Guidance rule. ramp: guidance grows from one scale to the next. constant: it is the same at all scales."
+    ),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(help="Draw each token from the k most likely codes only. 0 means all codes; 1 takes the most likely."),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Draw each token from the most likely codes that together have this probability. 0 and 1 mean all codes."
+    ),
+]
+GreedyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Greedy scales: scales whose tokens are not drawn but are the most likely codes. Pass sizes such as "
+        "7,9x12, or none, or upstream for the rule of the published code."
+    ),
+]
+MaxSideOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Largest side in tokens for which the published rules were made. On larger scales, ramp applies the full "
+        "guidance scale, and upstream makes square scales greedy."
+    ),
+]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of the random draws, from 0 to 2^64 - 1. The default is a new one each time.")
+]
+FirstIndexOption = Annotated[
+    int | None,
+    typer.Option(help="Index of the first image. The same seed, index and options give the same image."),
+]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        help="Library that runs the model: a name that flexvar doctor lists, or auto for the first that works."
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="GPU to use: cuda, or cuda:1 for the second.")]
+EnginesOption = Annotated[
+    Path | None, typer.Option(help="Directory with the engines of flexvar build, if it is not inside the bundle.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="Number of CPU threads. The default is one for each available processor.")
+]
+PreviewOption = Annotated[Path | None, typer.Option(help="Directory to write a PNG of every scale of every image to.")]
 ProgressOption = Annotated[
-    bool, typer.Option("--progress", help="Show every scale as it comes, as a small picture on a terminal.")
+    bool, typer.Option("--progress", help="Show each scale on the terminal as a small picture when it is done.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
@@ -49,24 +105,32 @@ def parse_size(text: str) -> tuple[int, int]:
     """ "256x512" to (height, width). Raises InvalidInput."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise InvalidInput(f"size {text[:100]!r}", expected="height x width in pixels", fix="write it like 256x512")
+        raise InvalidInput(
+            f"--size is {text[:100]!r}, but it must be height x width in pixels.",
+            expected="height x width in pixels",
+            fix="Write it like 256x512.",
+        )
     return int(match[1]), int(match[2])
 
 
 def replaced(options: Any, **given: Any) -> Any:
-    """A frozen dataclass with what was given (not None) in place."""
+    """A frozen dataclass with new values for the fields that are given and not None."""
     return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 
-def parse_labels(text: str, names: tuple[str, ...] | None) -> list[int]:
-    """ "7,999" or class names to labels; a bundle without names takes numbers only. Raises InvalidInput."""
+def parse_labels(text: str, names: tuple[str, ...] | None, option: str = "--classes") -> list[int]:
+    """ "7,999" or class names to labels. A bundle without names takes numbers only. Raises InvalidInput."""
     labels = []
     for part in (part.strip() for part in text.split(",")):
         if part.isascii() and part.isdigit() and len(part) < 10:
             labels.append(int(part))
         elif names and (found := [label for label, name in enumerate(names) if name == part]):
             if len(found) > 1:
-                raise InvalidInput(f"class {part!r}", expected="a name of one class", fix=f"use a number: {found}")
+                raise InvalidInput(
+                    f"{option} names {part!r}, and {len(found)} classes have this name.",
+                    expected="a name of one class",
+                    fix=f"Use one of the numbers {', '.join(map(str, found))}.",
+                )
             labels += found
         else:
             folded = {name.casefold(): name for name in names or ()}
@@ -74,22 +138,24 @@ def parse_labels(text: str, names: tuple[str, ...] | None) -> list[int]:
             known = (
                 f"numbers, or names such as {', '.join(close or names[:5])}"
                 if names
-                else "numbers (this bundle has no class names)"
+                else "numbers, because this bundle has no class names"
             )
             raise InvalidInput(
-                f"class {part[:100]!r}", expected=known, fix="flexvar inspect says which classes a bundle has"
+                f"{option} contains {part[:100]!r}, but classes are {known}.",
+                expected=known,
+                fix="To list the classes, run: flexvar inspect BUNDLE",
             )
     return labels
 
 
 def read_settings(source: Path, bundle_sha256: str) -> Settings:
-    """What an image of the same bundle was made with. Raises ArtifactRefused."""
+    """The settings in a PNG file that was made with the same bundle. Raises ArtifactRefused."""
     found = Settings.from_json(read_metadata(source), str(source))
     if found.bundle != bundle_sha256:
         raise ArtifactRefused(
-            f"{source.name} of bundle {found.bundle[:16]}…",
-            expected=f"an image of this bundle, {bundle_sha256[:16]}…",
-            fix="use the bundle it was made from",
+            f"{source.name} was made with bundle {found.bundle[:16]}…, but this bundle is {bundle_sha256[:16]}….",
+            expected="an image of this bundle",
+            fix="Pass the bundle that it was made with.",
         )
     return found
 
@@ -99,23 +165,33 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def check_targets(paths: list[Path], force: bool) -> None:
-    """Refuse what could not be written in the end, and make the directories."""
+    """Refuse paths that cannot be written, and make the directories of the others. Raises InvalidInput."""
     for path in paths:
         if any(_is_bundle(parent) for parent in path.resolve().parents):
-            raise InvalidInput(f"{path}, inside a bundle", expected="a place outside", fix="choose another directory")
+            raise InvalidInput(
+                f"{path} is inside a bundle, which must not change.",
+                expected="a path outside of bundles",
+                fix="Choose another directory.",
+            )
         if os.path.lexists(path) and not force:
             raise existing(path)
         if path.is_dir():
-            raise InvalidInput(f"{path}, a directory", expected="the name of a file", fix="choose another name")
+            raise InvalidInput(
+                f"{path} is a directory, but it must be a file.",
+                expected="the name of a file",
+                fix="Choose another name.",
+            )
     for directory in dict.fromkeys(path.parent for path in paths):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidInput(
-                f"{directory} ({error.strerror})", expected="a directory that can be made", fix="choose another name"
+                f"The directory {directory} cannot be made ({error.strerror}).",
+                expected="a directory that can be made",
+                fix="Choose another name.",
             ) from error
 
 
 def preview_name(stem: str, scale: int, size: tuple[int, int]) -> str:
-    """File of the preview of one scale."""
+    """The file name of the preview of one scale (h, w)."""
     return f"{stem}_scale{scale + 1:02d}_{size[0]}x{size[1]}.png"
