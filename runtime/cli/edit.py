@@ -75,7 +75,8 @@ def edit(
     strength: Annotated[
         float | None,
         typer.Option(
-            help="For refine: the share of the scales that is generated again, from 0 to 1. The default depends on the sizes."
+            help="For refine: the share of the scales that is generated again, from 0 to 1. The default depends on the "
+            "sizes."
         ),
     ] = None,
     top: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add above.")] = None,
