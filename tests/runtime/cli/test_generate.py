@@ -286,9 +286,15 @@ def test_a_file_that_is_no_png(flexvar: Any, tiny_bundle: Path, out: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "target", ["out/000001_class0002.png", "scales/000001_class0002_scale03_4x4.png", "arrays.npz"]
+    ("kind", "target"),
+    [
+        ("file", "out/000001_class0002.png"),
+        ("link", "scales/000001_class0002_scale03_4x4.png"),
+        ("link", "arrays.npz"),
+        ("directory", "arrays.npz"),
+        ("directory", "out/000001_class0002.png"),
+    ],
 )
-@pytest.mark.parametrize("kind", ["file", "link", "directory"])
 def test_existing_files_are_kept(flexvar: Any, tiny_bundle: Path, tmp_path: Path, target: str, kind: str) -> None:
     """Refused before anything is computed or written."""
     path = tmp_path / target
