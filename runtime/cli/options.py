@@ -135,15 +135,11 @@ def parse_labels(text: str, names: tuple[str, ...] | None, option: str = "--clas
         else:
             folded = {name.casefold(): name for name in names or ()}
             close = [folded[match] for match in get_close_matches(part[:100].casefold(), folded)]
-            known = (
-                f"numbers, or names such as {', '.join(close or names[:5])}"
-                if names
-                else "numbers, because this bundle has no class names"
-            )
+            some = f"numbers, or names such as {', '.join(close or names[:5])}" if names else "numbers"
             raise InvalidInput(
-                f"{option} contains {part[:100]!r}, but classes are {known}.",
-                expected=known,
-                fix="To list the classes, run: flexvar inspect BUNDLE",
+                f"{option} contains {part[:100]!r}, which is not a class of this bundle.",
+                expected=some,
+                fix=f"Pass {some}. To see the classes, run: flexvar inspect BUNDLE",
             )
     return labels
 
