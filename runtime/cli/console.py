@@ -38,6 +38,11 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
+def say(line: str) -> None:
+    """Print a line on standard output as it is: not wrapped, not coloured, no markup."""
+    out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def steps(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
     """Show progress: a bar on a terminal, plain lines otherwise. Call the yielded function once for each step.

@@ -13,7 +13,7 @@ from ..backends.host_arrays import default_threads
 from ..errors import BackendUnavailable
 from ..memory.available import available_bytes
 from ..model.precision import Precision
-from .console import JsonOption, emit, out
+from .console import JsonOption, emit, say
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -41,9 +41,6 @@ def doctor(as_json: JsonOption = False) -> None:
             for name, state in states.items()
         },
     }
-
-    def say(line: str) -> None:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def show() -> None:
         memory = "unknown" if available is None else f"{available / 2**30:.1f} GiB free"

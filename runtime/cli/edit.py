@@ -13,119 +13,59 @@ from ..model.guidance import Guidance
 from ..output import GenerationOutput, ScaleStep, Settings
 from ..pictures.png import save_png
 from ..pipeline import FlexVARPipeline
-from .console import JsonOption, emit, err, out, steps
-from .options import (
-    BackendOption,
-    CfgOption,
-    DeviceOption,
-    EnginesOption,
-    FirstIndexOption,
-    ForceOption,
-    GreedyOption,
-    GuidanceOption,
-    MaxSideOption,
-    PreviewOption,
-    ProgressOption,
-    ScheduleOption,
-    SeedOption,
-    StepsOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    check_targets,
-    parse_labels,
-    parse_size,
-    preview_name,
-    read_settings,
-    replaced,
-)
-from .terminal import show_picture
-
-TASK_HELP = (
-    "refine generates the larger scales of the picture again. inpaint repaints the masked part. outpaint adds pixels "
-    "around the picture. expand fills a larger canvas."
-)
+from . import options
+from .console import JsonOption, emit, err, say, steps
+from .options import check_targets, parse_labels, parse_size, read_settings, replaced, show_scale
 
 
 def edit(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory, as flexvar export writes it.")],
     image: Annotated[Path, typer.Option(help="Picture to edit, as PNG, JPEG, WebP or another common format.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write the result to.")],
-    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            help="For inpaint: a picture whose white pixels are repainted. The default is the transparent part of "
-            "--image."
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="Height x width in pixels, such as 256x512, of the edited picture. For expand: of the canvas."
-        ),
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="refine, inpaint, outpaint or expand.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="For inpaint: picture whose white pixels are repainted.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height x width in pixels, such as 256x512.")] = None,
     fit: Annotated[
-        str | None,
-        typer.Option(
-            help="How a picture of other proportions is brought to the size. resize stretches it, crop cuts it, and "
-            "pad continues its edges. Not for expand."
-        ),
+        str | None, typer.Option(help="For other proportions: resize stretches, crop cuts, pad continues the edges.")
     ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            help="For refine: the share of the scales that is generated again, from 0 to 1. The default depends on the "
-            "sizes."
-        ),
-    ] = None,
+    strength: Annotated[float | None, typer.Option(help="For refine: share of scales to generate, 0 to 1.")] = None,
     top: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add above.")] = None,
     right: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add on the right.")] = None,
     bottom: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add below.")] = None,
     left: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add on the left.")] = None,
     anchor: Annotated[
-        str | None,
-        typer.Option(help="For expand: the place of the picture on the canvas: centre, top, bottom, left or right."),
+        str | None, typer.Option(help="For expand: place of the picture: centre, top, bottom, left or right.")
     ] = None,
     paste: Annotated[
-        bool | None,
-        typer.Option(
-            "--paste/--no-paste",
-            help="Copy the kept pixels of the picture into the result. Otherwise they are decoded from tokens and may "
-            "change a little. Not for refine.",
-        ),
+        bool | None, typer.Option("--paste/--no-paste", help="Copy the kept pixels of the picture into the result.")
     ] = None,
-    feather: Annotated[
-        int | None, typer.Option(help="With --paste: width in pixels of the blend between new and copied pixels.")
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option("--class", help="Class of the new content, as a number or name. The default is no class."),
-    ] = None,
-    schedule: ScheduleOption = None,
-    scales: StepsOption = None,
-    cfg: CfgOption = None,
-    guidance: GuidanceOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    greedy_scales: GreedyOption = None,
-    max_side: MaxSideOption = None,
-    seed: SeedOption = None,
-    first_index: FirstIndexOption = None,
-    backend: BackendOption = "auto",
-    device: DeviceOption = None,
-    engines: EnginesOption = None,
-    threads: ThreadsOption = None,
-    preview: PreviewOption = None,
-    show: ProgressOption = False,
-    source: Annotated[
-        Path | None,
-        typer.Option("--from", help="PNG file of an earlier edit. Its settings are used where no option is given."),
-    ] = None,
-    force: ForceOption = False,
+    feather: Annotated[int | None, typer.Option(help="With --paste: width in pixels of the blend.")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="Class, by number or name. The default is none.")] = None,
+    schedule: options.Schedule = None,
+    scales: options.Steps = None,
+    cfg: options.Cfg = None,
+    guidance: options.GuidanceRule = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    greedy_scales: options.Greedy = None,
+    max_side: options.MaxSide = None,
+    seed: options.Seed = None,
+    first_index: options.FirstIndex = None,
+    backend: options.Backend = "auto",
+    device: options.Device = None,
+    engines: options.Engines = None,
+    threads: options.Threads = None,
+    preview: options.Preview = None,
+    show: options.Progress = False,
+    source: options.Source = None,
+    force: options.Force = False,
     as_json: JsonOption = False,
 ) -> None:
     """Edit a picture.
+
+    There are four tasks. refine generates the larger scales of the picture again, at --size. inpaint repaints the white
+    part of --mask, or the transparent part of the picture. outpaint adds pixels on the sides. expand places the picture
+    on a canvas of --size and generates the rest.
 
     Options that are left out take the value in the --from file, or else the default of the bundle.
     """
@@ -135,7 +75,7 @@ def edit(
             expected="a name that ends in .png",
             fix=f"Write {output.with_suffix('.png')}.",
         )
-    options = {
+    edit_options = {
         "task": task,
         "size": None if size is None else parse_size(size),
         "fit": fit,
@@ -148,7 +88,7 @@ def edit(
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
         earlier = None if source is None else _read_earlier(pipeline, source)
         changes = {"top_k": top_k, "top_p": top_p, "greedy_scales": greedy_scales, "max_side": max_side}
-        wanted, labels = _edit_of(earlier, options), _labels(earlier, label, pipeline)
+        wanted, labels = _edit_of(earlier, edit_options), _labels(earlier, label, pipeline)
         given = {"scale": cfg, "rule": guidance}
         request = {
             **vars(wanted),
@@ -167,15 +107,7 @@ def edit(
 
             def on_scale(step: ScaleStep) -> None:
                 advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
-                if not show and preview is None:
-                    return
-                pixels = step.preview()[0]
-                if show:
-                    show_picture(err, pixels, f"{output.name}, scale {step.index + 1}/{step.count}")
-                if preview is not None:
-                    path = preview / preview_name(output.stem, step.index, step.size)
-                    check_targets([path], force)
-                    save_png(path, pixels, {"preview_of": output.name, "scale": step.index + 1}, force=force)
+                show_scale(step, [output.name], preview, show, force)
 
             result = pipeline.edit(image, on_scale=on_scale, **request)
     settings = result.settings[0]
@@ -258,13 +190,10 @@ def _report(output: Path, result: GenerationOutput, as_json: bool) -> None:
 
     def show() -> None:
         height, width = result.images.shape[1:3]
-        out.print(str(output), highlight=False, markup=False, soft_wrap=True)
-        out.print(
+        say(str(output))
+        say(
             f"{height}x{width} pixels in {result.timings.total:.2f} s on {settings.backend}, seed {settings.seed}, "
-            f"schedule {settings.schedule}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"schedule {settings.schedule}"
         )
 
     emit(data, as_json, show)

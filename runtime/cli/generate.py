@@ -21,73 +21,43 @@ from ..model.schedule import ScaleSchedule
 from ..output import GenerationOutput, ScaleStep
 from ..pictures.png import save_png
 from ..pipeline import FlexVARPipeline
-from .console import JsonOption, emit, err, out, steps
-from .options import (
-    BackendOption,
-    CfgOption,
-    DeadlineOption,
-    DeviceOption,
-    EnginesOption,
-    FirstIndexOption,
-    ForceOption,
-    GreedyOption,
-    GuidanceOption,
-    MaxSideOption,
-    PreviewOption,
-    ProgressOption,
-    ScheduleOption,
-    SeedOption,
-    StepsOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    check_targets,
-    parse_labels,
-    parse_size,
-    preview_name,
-    read_settings,
-    replaced,
-)
-from .terminal import show_picture
+from . import options
+from .console import JsonOption, emit, say, steps
+from .options import check_targets, parse_labels, parse_size, preview_name, read_settings, replaced, show_scale
 
 
 def generate(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory, as flexvar export writes it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write one PNG file for each image to.")],
     classes: Annotated[
-        str | None,
-        typer.Option(help="One class for each image, as numbers or names joined by commas, such as 7,999."),
+        str | None, typer.Option(help="One class for each image, as numbers or names joined by commas: 7,999.")
     ] = None,
-    schedule: ScheduleOption = None,
+    schedule: options.Schedule = None,
     size: Annotated[
-        str | None,
-        typer.Option(help="Height x width in pixels, such as 256x512. The schedule is derived for it."),
+        str | None, typer.Option(help="Height x width in pixels, such as 256x512. The schedule is derived for it.")
     ] = None,
-    scales: StepsOption = None,
-    deadline_ms: DeadlineOption = None,
-    cfg: CfgOption = None,
-    guidance: GuidanceOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    greedy_scales: GreedyOption = None,
-    max_side: MaxSideOption = None,
-    seed: SeedOption = None,
-    first_index: FirstIndexOption = None,
-    backend: BackendOption = "auto",
-    device: DeviceOption = None,
-    engines: EnginesOption = None,
-    threads: ThreadsOption = None,
+    scales: options.Steps = None,
+    deadline_ms: options.Deadline = None,
+    cfg: options.Cfg = None,
+    guidance: options.GuidanceRule = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    greedy_scales: options.Greedy = None,
+    max_side: options.MaxSide = None,
+    seed: options.Seed = None,
+    first_index: options.FirstIndex = None,
+    backend: options.Backend = "auto",
+    device: options.Device = None,
+    engines: options.Engines = None,
+    threads: options.Threads = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images that are generated at once.")] = 8,
-    preview: PreviewOption = None,
-    show: ProgressOption = False,
-    source: Annotated[
-        Path | None,
-        typer.Option("--from", help="PNG file of flexvar generate. Its settings are used where no option is given."),
-    ] = None,
+    preview: options.Preview = None,
+    show: options.Progress = False,
+    source: options.Source = None,
     save_arrays: Annotated[
         Path | None, typer.Option(help="NPZ file to write the tokens and the float output of the decoder to.")
     ] = None,
-    force: ForceOption = False,
+    force: options.Force = False,
     as_json: JsonOption = False,
 ) -> None:
     """Generate images, one for each class.
@@ -200,17 +170,17 @@ def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool)
 
 def _choose(pipeline: FlexVARPipeline, plan: _Plan, batch_size: int, deadline_ms: float) -> Choice:
     """The best schedule for the deadline. Unknown costs are measured first. Afterwards the pipeline is warm."""
-    images, options = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
+    images, chosen = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
     choice = None
     with steps(None, "measure") as advance:
         while choice is None:  # each round measures one more schedule, best first
             try:
-                choice = pipeline.choose_schedule(images, deadline_ms, *options)
+                choice = pipeline.choose_schedule(images, deadline_ms, *chosen)
             except CostUnknown as unknown:
                 advance(f"schedule {unknown.schedule} for {images} at once on {pipeline.backend.name}, once")
                 pipeline.measure_costs((images,), [unknown.schedule], guidance=plan.guidance, sampling=plan.sampling)
     last = len(plan.labels) % batch_size
-    pipeline.warmup(choice.schedule, {images, last or images}, *options)
+    pipeline.warmup(choice.schedule, {images, last or images}, *chosen)
     return choice
 
 
@@ -233,14 +203,8 @@ def _run(
 
             def on_scale(step: ScaleStep, start: int = start) -> None:
                 advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
-                pictures = step.preview() if show or preview is not None else ()
-                for i, pixels in enumerate(pictures):
-                    name = plan.name(start + i)
-                    if show:
-                        show_picture(err, pixels, f"{name}, scale {step.index + 1}/{step.count}")
-                    if preview is not None:
-                        path = preview / plan.preview_name(start + i, step.index)
-                        save_png(path, pixels, {"preview_of": name, "scale": step.index + 1}, force=force)
+                names = [plan.name(i) for i in range(start, start + len(step.tokens))]
+                show_scale(step, names, preview, show, force)
 
             whole = preview is None and not show and pipeline.generator.runs_whole
             result = pipeline(
@@ -285,22 +249,16 @@ def _report(
 
     def show() -> None:
         for path in files:
-            out.print(str(path), highlight=False, markup=False, soft_wrap=True)
+            say(str(path))
         total = sum(result.timings.total for result in results)
-        out.print(
+        say(
             f"{len(files)} image{'s' * (len(files) != 1)} in {total:.2f} s on {settings['backend']}, "
-            f"seed {plan.seed}, schedule {plan.schedule}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"seed {plan.seed}, schedule {plan.schedule}"
         )
         if choice is not None:
-            out.print(
+            say(
                 f"schedule {choice.schedule}: expected {choice.expected * 1e3:.1f} ms, took {slowest * 1e3:.1f} ms"
-                f"{'' if slowest <= choice.deadline else ' (too late)'}. {choice.reason}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+                f"{'' if slowest <= choice.deadline else ' (too late)'}. {choice.reason}"
             )
 
     emit(data, as_json, show)

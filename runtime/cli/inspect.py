@@ -32,19 +32,13 @@ NAMES_SHOWN = 20
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory, as flexvar export writes it.")],
     schedule: Annotated[
-        str | None,
-        typer.Option(help="Schedule to plan memory for, such as 1_2_4_8_16. The default is that of the bundle."),
+        str | None, typer.Option(help="Schedule to plan memory for, such as 1_2_4_8_16. The default is the bundle's.")
     ] = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, max=2**20, help="Number of images at once to plan memory for. The default is 1."),
+        int | None, typer.Option(min=1, max=2**20, help="Number of images at once to plan memory for.")
     ] = None,
     cfg: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance scale to plan memory for: how closely images follow their class. Without guidance, less "
-            "memory is needed."
-        ),
+        float | None, typer.Option(help="Guidance scale to plan memory for. With guidance, more memory is needed.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -15,88 +15,64 @@ from ..bundle.manifest import MANIFEST
 from ..errors import ArtifactRefused, InvalidInput
 from ..files.atomic import existing
 from ..model.signatures import TABLES_FILE
-from ..output import Settings
-from ..pictures.png import read_metadata
+from ..output import ScaleStep, Settings
+from ..pictures.png import read_metadata, save_png
+from .console import err
+from .terminal import show_picture
 
-ScheduleOption = Annotated[
+Schedule = Annotated[
     str | None,
     typer.Option(
-        help="Schedule: the sizes in tokens of the scales (token maps) from 1x1 to the whole image. 1_2_4_8_16 has "
-        "square scales; 1_2_3x5_12x20 ends at 12 high and 20 wide. 512px is the published schedule for 512 pixels."
+        help="Schedule: sizes in tokens of the scales (token maps) from 1x1 to the image, such as 1_2_4_8_16. HxW is "
+        "not square: 1_2_3x5_12x20. 512px is the published schedule for 512 pixels."
     ),
 ]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Number of scales. The schedule is derived for it and for the size.")
-]
-DeadlineOption = Annotated[
+Steps = Annotated[int | None, typer.Option("--steps", help="Number of scales. The schedule is derived for it.")]
+Deadline = Annotated[
     float | None,
     typer.Option(
         help="Time limit for a batch, in milliseconds. The best schedule that is fast enough is used. Times that are "
         "not known yet are measured once on this machine."
     ),
 ]
-CfgOption = Annotated[
+Cfg = Annotated[
     float | None,
-    typer.Option(
-        help="Guidance scale: how closely an image follows its class. Guidance is off at 0 with the ramp rule, and at "
-        "1 with the constant rule."
-    ),
+    typer.Option(help="Guidance scale: how closely images follow their class. Off at 0 (ramp) or 1 (constant)."),
 ]
-GuidanceOption = Annotated[
+GuidanceRule = Annotated[
+    str | None, typer.Option(help="Guidance rule. ramp: it grows from scale to scale. constant: it stays the same.")
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Draw tokens from the k most likely codes. 0 means all; 1 takes the most likely.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Draw tokens from the most likely codes of this total probability; 0 and 1 mean all."),
+]
+Greedy = Annotated[
     str | None,
     typer.Option(
-        help="Guidance rule. ramp: guidance grows from one scale to the next. constant: it is the same at all scales."
+        help="Greedy scales, whose tokens are the most likely codes instead of draws. Pass sizes such as 7,9x12, or "
+        "none, or upstream for the rule of the published code."
     ),
 ]
-TopKOption = Annotated[
+MaxSide = Annotated[
     int | None,
-    typer.Option(help="Draw each token from the k most likely codes only. 0 means all codes; 1 takes the most likely."),
+    typer.Option(help="Side in tokens. On larger scales, ramp is at its full guidance scale and upstream is greedy."),
 ]
-TopPOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Draw each token from the most likely codes that together have this probability. 0 and 1 mean all codes."
-    ),
+Seed = Annotated[int | None, typer.Option(help="Seed from 0 to 2^64 - 1. The default is a new one each time.")]
+FirstIndex = Annotated[int | None, typer.Option(help="Index of the first image in the random stream of the seed.")]
+Backend = Annotated[str, typer.Option(help="A backend that flexvar doctor lists, or auto for the first that works.")]
+Device = Annotated[str | None, typer.Option(help="GPU to use: cuda, or cuda:1 for the second.")]
+Engines = Annotated[Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")]
+Threads = Annotated[int | None, typer.Option(help="Number of CPU threads. The default is one for each processor.")]
+Preview = Annotated[Path | None, typer.Option(help="Directory to write a PNG of every scale of every image to.")]
+Progress = Annotated[bool, typer.Option("--progress", help="Show each scale on the terminal as a small picture.")]
+Source = Annotated[
+    Path | None,
+    typer.Option("--from", help="PNG file of this command. Its settings are used where no option is given."),
 ]
-GreedyOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Greedy scales: scales whose tokens are not drawn but are the most likely codes. Pass sizes such as "
-        "7,9x12, or none, or upstream for the rule of the published code."
-    ),
-]
-MaxSideOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Largest side in tokens for which the published rules were made. On larger scales, ramp applies the full "
-        "guidance scale, and upstream makes square scales greedy."
-    ),
-]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Seed of the random draws, from 0 to 2^64 - 1. The default is a new one each time.")
-]
-FirstIndexOption = Annotated[
-    int | None,
-    typer.Option(help="Index of the first image. The same seed, index and options give the same image."),
-]
-BackendOption = Annotated[
-    str,
-    typer.Option(
-        help="Library that runs the model: a name that flexvar doctor lists, or auto for the first that works."
-    ),
-]
-DeviceOption = Annotated[str | None, typer.Option(help="GPU to use: cuda, or cuda:1 for the second.")]
-EnginesOption = Annotated[
-    Path | None, typer.Option(help="Directory with the engines of flexvar build, if it is not inside the bundle.")
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(help="Number of CPU threads. The default is one for each available processor.")
-]
-PreviewOption = Annotated[Path | None, typer.Option(help="Directory to write a PNG of every scale of every image to.")]
-ProgressOption = Annotated[
-    bool, typer.Option("--progress", help="Show each scale on the terminal as a small picture when it is done.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
@@ -191,3 +167,18 @@ def check_targets(paths: list[Path], force: bool) -> None:
 def preview_name(stem: str, scale: int, size: tuple[int, int]) -> str:
     """The file name of the preview of one scale (h, w)."""
     return f"{stem}_scale{scale + 1:02d}_{size[0]}x{size[1]}.png"
+
+
+def show_scale(step: ScaleStep, names: list[str], preview: Path | None, show: bool, force: bool) -> None:
+    """Show the images of a scale on the terminal if `show`, and write them to the directory `preview` if there is one.
+
+    names: the file name of each image. Raises InvalidInput.
+    """
+    pictures = step.preview() if show or preview is not None else ()
+    for name, pixels in zip(names, pictures, strict=False):
+        if show:
+            show_picture(err, pixels, f"{name}, scale {step.index + 1}/{step.count}")
+        if preview is not None:
+            path = preview / preview_name(Path(name).stem, step.index, step.size)
+            check_targets([path], force)
+            save_png(path, pixels, {"preview_of": name, "scale": step.index + 1}, force=force)
