@@ -1,4 +1,4 @@
-"""How every command talks: results on standard output (text or JSON), progress and diagnostics on standard error."""
+"""Output of the commands: results (text or JSON) on standard output, progress and logs on standard error."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ err = Console(stderr=True)
 
 
 def start_logging(verbose: bool) -> None:
-    """Diagnostics to standard error, through `logging`."""
+    """Send log messages to standard error."""
     level = logging.DEBUG if verbose else logging.INFO
     handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
-    root = logging.getLogger("flexvar_runtime")
     for name in ("flexvar_runtime", "flexvar_export", "flexvar_bench"):
         root = logging.getLogger(name)
         root.handlers, root.propagate = [handler], False
@@ -39,10 +38,16 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
+def say(line: str) -> None:
+    """Print a line on standard output as it is: not wrapped, not coloured, no markup."""
+    out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def steps(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
-    """Progress over `total` steps (None: not known before; it grows where more come): a bar on a terminal, plain lines
-    otherwise. Call the yielded function at each."""
+    """Show progress: a bar on a terminal, plain lines otherwise. Call the yielded function once for each step.
+
+    total: the number of steps, or None if it is not known. It grows if more steps follow."""
     if not err.is_terminal:
         done = 0
 

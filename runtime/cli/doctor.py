@@ -1,4 +1,4 @@
-"""`flexvar doctor`: what works on this machine, and the one line that fixes what does not."""
+"""`flexvar doctor`: the backends that work on this machine, and how to fix the others."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..backends.host_arrays import default_threads
 from ..errors import BackendUnavailable
 from ..memory.available import available_bytes
 from ..model.precision import Precision
-from .console import JsonOption, emit, out
+from .console import JsonOption, emit, say
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say which backends work here, why the others do not, and the one line that fixes each.
+    """List the backends that work on this machine.
 
-    Exit code 4 when none works.
+    For each of the others, print why it does not work and how to fix it. The exit code is 4 if none works.
     """
     states = {name: probe(name) for name in BACKENDS}
     available = available_bytes()
@@ -42,20 +42,17 @@ def doctor(as_json: JsonOption = False) -> None:
         },
     }
 
-    def say(line: str) -> None:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
-
     def show() -> None:
         memory = "unknown" if available is None else f"{available / 2**30:.1f} GiB free"
         machine = f"{data['platform']}, {data['processors']} processors, {memory}"
         say(f"flexvar {__version__}, Python {data['python']}, {machine}")
         for name, state in states.items():
             say(f"{name:<13}{'works' if state.available else 'no'}: {state.detail}")
-            if state.fix:  # on a line of its own, to be copied
+            if state.fix:  # on its own line, so that it can be copied
                 say(f"{'':<13}fix: {state.fix}")
         others = [(kind, name) for kind, name in by_precision.items() if name not in (None, auto)]
         instead = "".join(f", {name} for {kind} bundles" for kind, name in others)
-        say(f"--backend auto uses {auto}{instead}" if auto else "no backend works")
+        say(f"--backend auto uses {auto}{instead}" if auto else "No backend works here.")
 
     emit(data, as_json, show)
     if auto is None:

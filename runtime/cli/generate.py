@@ -1,4 +1,4 @@
-"""`flexvar generate`: images from a bundle, and the same images again from a PNG."""
+"""`flexvar generate`: images from a bundle, or again from the settings in a PNG file."""
 
 from __future__ import annotations
 
@@ -21,71 +21,55 @@ from ..model.schedule import ScaleSchedule
 from ..output import GenerationOutput, ScaleStep
 from ..pictures.png import save_png
 from ..pipeline import FlexVARPipeline
-from .console import JsonOption, emit, err, out, steps
-from .options import (
-    BackendOption,
-    CfgOption,
-    DeadlineOption,
-    DeviceOption,
-    EnginesOption,
-    FirstIndexOption,
-    ForceOption,
-    GreedyOption,
-    GuidanceOption,
-    MaxSideOption,
-    PreviewOption,
-    ProgressOption,
-    ScheduleOption,
-    SeedOption,
-    StepsOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    check_targets,
-    parse_labels,
-    parse_size,
-    preview_name,
-    read_settings,
-    replaced,
-)
-from .terminal import show_picture
+from . import options
+from .console import JsonOption, emit, say, steps
+from .options import check_targets, parse_labels, parse_size, preview_name, read_settings, replaced, show_scale
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the PNG files, one an image.")],
-    classes: Annotated[str | None, typer.Option(help="Classes, by number or name, joined by commas: 7,999.")] = None,
-    schedule: ScheduleOption = None,
-    size: Annotated[str | None, typer.Option(help="Height x width in pixels: a schedule is derived for it.")] = None,
-    scales: StepsOption = None,
-    deadline_ms: DeadlineOption = None,
-    cfg: CfgOption = None,
-    guidance: GuidanceOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    greedy_scales: GreedyOption = None,
-    max_side: MaxSideOption = None,
-    seed: SeedOption = None,
-    first_index: FirstIndexOption = None,
-    backend: BackendOption = "auto",
-    device: DeviceOption = None,
-    engines: EnginesOption = None,
-    threads: ThreadsOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images run at a time.")] = 8,
-    preview: PreviewOption = None,
-    show: ProgressOption = False,
-    source: Annotated[
-        Path | None, typer.Option("--from", help="PNG of flexvar generate whose settings are used.")
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, as flexvar export writes it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write one PNG file for each image to.")],
+    classes: Annotated[
+        str | None, typer.Option(help="One class for each image, as numbers or names joined by commas: 7,999.")
     ] = None,
+    schedule: options.Schedule = None,
+    size: Annotated[
+        str | None, typer.Option(help="Height x width in pixels, such as 256x512. The schedule is derived for it.")
+    ] = None,
+    scales: options.Steps = None,
+    deadline_ms: options.Deadline = None,
+    cfg: options.Cfg = None,
+    guidance: options.GuidanceRule = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    greedy_scales: options.Greedy = None,
+    max_side: options.MaxSide = None,
+    seed: options.Seed = None,
+    first_index: options.FirstIndex = None,
+    backend: options.Backend = "auto",
+    device: options.Device = None,
+    engines: options.Engines = None,
+    threads: options.Threads = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images that are generated at once.")] = 8,
+    preview: options.Preview = None,
+    show: options.Progress = False,
+    source: options.Source = None,
     save_arrays: Annotated[
-        Path | None, typer.Option(help="NPZ file for tokens and the decoder's float output.")
+        Path | None, typer.Option(help="NPZ file to write the tokens and the float output of the decoder to.")
     ] = None,
-    force: ForceOption = False,
+    force: options.Force = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate one PNG an image. What is not given is the bundle's default, or the value in --from."""
+    """Generate images, one for each class.
+
+    Options that are left out take the value in the --from file, or else the default of the bundle.
+    """
     if classes is None and source is None:
-        raise InvalidInput("no class", expected="one class per image", fix="say which: --classes 7,999")
+        raise InvalidInput(
+            "Neither --classes nor --from is given.",
+            expected="one class for each image",
+            fix="Pass the classes of the images, such as --classes 7,999.",
+        )
     if deadline_ms is not None:
         _check_deadline(deadline_ms, chosen=(schedule, size, scales), shown=show or preview is not None)
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
@@ -133,13 +117,15 @@ class _Plan:
 
 
 def _starting_point(pipeline: FlexVARPipeline, source: Path | None) -> _Plan:
-    """The bundle's defaults, or the settings of an image made from the same bundle."""
+    """The defaults of the bundle, or the settings of an image that was made with it. Raises ArtifactRefused."""
     if source is None:
         return _Plan([], pipeline.schedule, pipeline.guidance, pipeline.sampling, fresh_seed(), 0)
     found = read_settings(source, pipeline.bundle.sha256)
     if found.edit is not None:
         raise ArtifactRefused(
-            f"{source.name}, an edited picture", expected="one of flexvar generate", fix="use flexvar edit --from"
+            f"{source.name} was made by flexvar edit, not by flexvar generate.",
+            expected="a picture of flexvar generate",
+            fix="Use flexvar edit --from with it.",
         )
     return _Plan([found.label], found.schedule, found.guidance, found.sampling, found.seed, found.index)
 
@@ -147,11 +133,13 @@ def _starting_point(pipeline: FlexVARPipeline, source: Path | None) -> _Plan:
 def _schedule(
     pipeline: FlexVARPipeline, start: ScaleSchedule, schedule: str | None, size: str | None, steps: int | None
 ) -> ScaleSchedule:
-    """The schedule written out, or one derived for a size and a number of steps, or the starting point's."""
+    """The given schedule, or one derived for a size and a number of steps, or else that of the starting point."""
     if schedule is not None:
         if size is not None or steps is not None:
             raise InvalidInput(
-                "a schedule with a size or steps", expected="either", fix="leave out --schedule, or the others"
+                "--schedule cannot be combined with --size or --steps.",
+                expected="a schedule, or a size and steps",
+                fix="Use one of them.",
             )
         return ScaleSchedule.parse(schedule)
     if size is None and steps is None:
@@ -164,33 +152,35 @@ def _schedule(
 
 
 def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool) -> None:
-    """Refuse what does not go with a deadline, before a bundle is opened. Raises InvalidInput."""
+    """Refuse options that cannot be combined with a deadline, before a bundle is opened. Raises InvalidInput."""
     seconds_of(deadline_ms)
     if any(value is not None for value in chosen):
         raise InvalidInput(
-            "a deadline with a schedule, size or steps", expected="either", fix="leave out --deadline-ms, or the others"
+            "--deadline-ms cannot be combined with --schedule, --size or --steps, because it chooses the schedule.",
+            expected="a deadline, or a schedule",
+            fix="Use one of them.",
         )
     if shown:
         raise InvalidInput(
-            "a deadline with pictures of every scale",
-            expected="nothing that takes time of its own",
-            fix="leave out --preview and --progress, or --deadline-ms",
+            "--deadline-ms cannot be combined with --preview or --progress, which take time.",
+            expected="a deadline, or pictures of every scale",
+            fix="Use one of them.",
         )
 
 
 def _choose(pipeline: FlexVARPipeline, plan: _Plan, batch_size: int, deadline_ms: float) -> Choice:
-    """The best schedule for the deadline, after measuring where that was not done before; the pipeline is warm then."""
-    images, options = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
+    """The best schedule for the deadline. Unknown costs are measured first. Afterwards the pipeline is warm."""
+    images, chosen = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
     choice = None
     with steps(None, "measure") as advance:
-        while choice is None:  # best first, and no further than the first that is fast enough
+        while choice is None:  # each round measures one more schedule, best first
             try:
-                choice = pipeline.choose_schedule(images, deadline_ms, *options)
+                choice = pipeline.choose_schedule(images, deadline_ms, *chosen)
             except CostUnknown as unknown:
                 advance(f"schedule {unknown.schedule} for {images} at once on {pipeline.backend.name}, once")
                 pipeline.measure_costs((images,), [unknown.schedule], guidance=plan.guidance, sampling=plan.sampling)
     last = len(plan.labels) % batch_size
-    pipeline.warmup(choice.schedule, {images, last or images}, *options)
+    pipeline.warmup(choice.schedule, {images, last or images}, *chosen)
     return choice
 
 
@@ -204,7 +194,7 @@ def _run(
     keep_decoded: bool,
     force: bool,
 ) -> list[GenerationOutput]:
-    """Batch by batch; every image is written as soon as its batch is done, and its pixels are dropped."""
+    """Generate batch by batch. Images are written when their batch is done, and their pixels are dropped."""
     results = []
     batches = range(0, len(plan.labels), batch_size)
     with steps(len(batches) * len(plan.schedule), "generate") as advance:
@@ -213,14 +203,8 @@ def _run(
 
             def on_scale(step: ScaleStep, start: int = start) -> None:
                 advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
-                pictures = step.preview() if show or preview is not None else ()
-                for i, pixels in enumerate(pictures):
-                    name = plan.name(start + i)
-                    if show:
-                        show_picture(err, pixels, f"{name}, scale {step.index + 1}/{step.count}")
-                    if preview is not None:
-                        path = preview / plan.preview_name(start + i, step.index)
-                        save_png(path, pixels, {"preview_of": name, "scale": step.index + 1}, force=force)
+                names = [plan.name(i) for i in range(start, start + len(step.tokens))]
+                show_scale(step, names, preview, show, force)
 
             whole = preview is None and not show and pipeline.generator.runs_whole
             result = pipeline(
@@ -231,7 +215,7 @@ def _run(
                 plan.seed,
                 plan.first_index + start,
                 keep_decoded=keep_decoded,
-                on_scale=None if whole else on_scale,  # a device runs all scales without asking
+                on_scale=None if whole else on_scale,  # without it, a GPU replays all scales at once
             )
             for _ in plan.schedule if whole else ():
                 advance("generated")
@@ -242,7 +226,7 @@ def _run(
 
 
 def _save_arrays(path: Path, results: list[GenerationOutput], force: bool) -> None:
-    """tokens (B, L) int32, all scales in order, row-major; images (B, 3, H, W) float32 as the decoder gave them."""
+    """Write tokens (B, L) int32, all scales in order and row-major, and images (B, 3, H, W) float32 of the decoder."""
     tokens = [np.concatenate([scale.reshape(len(scale), -1) for scale in result.tokens], axis=1) for result in results]
     images = [result.decoded for result in results if result.decoded is not None]
     with atomic_write(path, force=force) as partial, partial.open("wb") as file:
@@ -265,22 +249,16 @@ def _report(
 
     def show() -> None:
         for path in files:
-            out.print(str(path), highlight=False, markup=False, soft_wrap=True)
+            say(str(path))
         total = sum(result.timings.total for result in results)
-        out.print(
+        say(
             f"{len(files)} image{'s' * (len(files) != 1)} in {total:.2f} s on {settings['backend']}, "
-            f"seed {plan.seed}, schedule {plan.schedule}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"seed {plan.seed}, schedule {plan.schedule}"
         )
         if choice is not None:
-            out.print(
-                f"schedule {choice.schedule}, expected {choice.expected * 1e3:.1f} ms a batch: {choice.reason}; took "
-                f"{slowest * 1e3:.1f} ms{'' if slowest <= choice.deadline else ', too late'}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+            say(
+                f"schedule {choice.schedule}: expected {choice.expected * 1e3:.1f} ms, took {slowest * 1e3:.1f} ms"
+                f"{'' if slowest <= choice.deadline else ' (too late)'}. {choice.reason}"
             )
 
     emit(data, as_json, show)

@@ -1,4 +1,4 @@
-"""`flexvar inspect`: what a bundle is."""
+"""`flexvar inspect`: the content of a bundle, and the memory that it needs."""
 
 from __future__ import annotations
 
@@ -30,21 +30,23 @@ NAMES_SHOWN = 20
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, as flexvar export writes it.")],
     schedule: Annotated[
-        str | None, typer.Option(help="Scales to plan memory for; the bundle's own if left out.")
+        str | None, typer.Option(help="Schedule to plan memory for, such as 1_2_4_8_16. The default is the bundle's.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="Images at once to plan memory for, on a CPU.")
+        int | None, typer.Option(min=1, max=2**20, help="Number of images at once to plan memory for.")
     ] = None,
     cfg: Annotated[
-        float | None, typer.Option(help="Guidance scale to plan for; ramp 0 and constant 1 are off.")
+        float | None, typer.Option(help="Guidance scale to plan memory for. With guidance, more memory is needed.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle's integrity and show its model, graphs, defaults and parity record; --json has the files too.
+    """Check a bundle and show its content.
 
-    With --schedule, --batch-size or --cfg also the memory that such a generation takes, part by part.
+    Every file is compared with its checksum. The output has the model, the graphs, the defaults and the parity record,
+    and with --json the files too. With --schedule, --batch-size or --cfg it also has the memory that such a generation
+    takes on a CPU.
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
@@ -72,7 +74,7 @@ def inspect(
             ("decoder", manifest.decoder),
             (KERNELS_CHECKED, on_cuda.text),
             ("schedule", defaults.schedule),
-            ("deadlines take", ", ".join(map(str, quality_order(manifest)))),
+            ("schedules for deadlines", ", ".join(map(str, quality_order(manifest)))),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
             ("sampling", f"top-k {defaults.top_k}, top-p {defaults.top_p:g}, greedy scales {defaults.greedy_scales}"),
             (
@@ -102,8 +104,10 @@ def inspect(
 
 @dataclass(frozen=True)
 class _OnCuda:
-    """Whether ort-cuda runs a bundle, as far as is known without a GPU: its precision, and the operators of each graph
-    that ONNX Runtime has no CUDA kernel for. unread: why the graphs cannot be read, if so."""
+    """Whether ort-cuda runs a bundle, as far as can be told without a GPU.
+
+    missing: for each graph, the operators without a CUDA kernel in ONNX Runtime, with their number of nodes. unread:
+    why the graphs cannot be read, or None."""
 
     precision: str
     runs_precision: bool
@@ -127,7 +131,7 @@ class _OnCuda:
         if not self.runs_precision:
             return f"does not run {self.precision}"
         if self.unread is not None:
-            return f"unknown: {self.unread}"
+            return f"unknown, because the graphs cannot be read: {self.unread}"
         counted = [(n, operator, graph) for graph in self.missing for operator, n in self.missing[graph].items()]
         parts = [f"{n} {operator} nodes of {graph}" for n, operator, graph in counted]
         return f"does not run: no CUDA kernel for {', '.join(parts)}" if parts else "has a CUDA kernel for every node"
@@ -138,9 +142,8 @@ class _OnCuda:
 
 
 def _schema(version: int) -> str:
-    return (
-        f"{version}" if version == SCHEMA_VERSION else f"{version}; this version exports {SCHEMA_VERSION}: export again"
-    )
+    old = f" (this version of flexvar-deploy writes {SCHEMA_VERSION}; export the bundle again)"
+    return f"{version}{'' if version == SCHEMA_VERSION else old}"
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -149,19 +152,21 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _shown(tensors: tuple[Any, ...]) -> list[Any]:
-    """Of tensors that every block has one of (past_k_0, past_k_1, …), the first."""
+    """The tensors, but of those that every block has (past_k_0, past_k_1, …) only the first."""
     numbers = {tensor.name: tensor.name.rpartition("_")[2] for tensor in tensors}
     return [tensor for tensor in tensors if not numbers[tensor.name].isdigit() or numbers[tensor.name] == "0"]
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """The plan of a generation on the CPU backend of the bundle's precision, beside what this machine has left."""
+    """The memory of a generation on the CPU backend for the precision of the bundle, and the memory free here.
+
+    largest_batch: the largest batch that fits in the free memory. None if the free memory is not known."""
 
     backend: str
     plan: MemoryPlan
     available: int | None
-    largest_batch: int | None  # that fits here; None where nothing is known of this machine
+    largest_batch: int | None
 
     @classmethod
     def of(cls, manifest: Manifest, schedule: str | None, images: int, cfg: float | None) -> Self:
@@ -196,8 +201,8 @@ class _Memory:
             table.add_row(part, size_text(size))
         table.add_section()
         table.add_row("peak", size_text(plan.total))
-        table.add_row("peak with other classes after it", size_text(max(plan.phases.values())))
+        table.add_row("peak of later batches with other classes", size_text(max(plan.phases.values())))
         if self.available is not None:
-            table.add_row("left on this machine", size_text(self.available))
+            table.add_row("free on this machine", size_text(self.available))
             table.add_row("largest batch that fits", str(self.largest_batch))
         out.print(table)

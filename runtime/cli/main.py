@@ -1,4 +1,4 @@
-"""The `flexvar` command, composed from what the installed packages register, and its exit codes."""
+"""The `flexvar` command: the subcommands that the installed packages register, and the exit codes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from .console import err, start_logging
 
 GROUP = "flexvar.commands"
 INTERRUPTED = 130
-UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])  # click's, wherever this typer keeps it
+UsageError = cast(
+    type[Exception], typer.BadParameter.__mro__[1]
+)  # click's class: typer may bundle its own copy of click
 
 
 def build() -> typer.Typer:
     """The application with the subcommands of every installed package."""
     app = typer.Typer(
         name="flexvar",
-        help="FlexVAR in production: export, verify, generate.",
+        help="Export a FlexVAR checkpoint to a bundle, prove the bundle, and generate or edit images with it.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
@@ -33,7 +35,7 @@ def build() -> typer.Typer:
     @app.callback()
     def root(
         version: Annotated[
-            bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+            bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
         ] = False,
         verbose: Annotated[bool, typer.Option("--verbose", help="Show debugging messages.")] = False,
     ) -> None:
@@ -51,7 +53,7 @@ def _version(wanted: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; always ends with SystemExit.
+    """Run the command line. It always ends with SystemExit. The exit codes:
 
     0 ok, 2 usage, 3 parity failed, 4 environment, 5 artefact refused, 6 out of memory, 130 interrupted.
     """
@@ -65,21 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FlexVARError as error:
         _report(error, arguments)
     except MemoryError:
-        _report(OutOfMemory("no memory left", expected="more", fix="use a smaller batch"), arguments)
+        fix = "Use a smaller batch, or a machine with more memory."
+        _report(OutOfMemory("There is no memory left.", expected="more memory", fix=fix), arguments)
     except OSError as error:
-        fix = "check the path, its permissions and the space left"
-        _report(EnvironmentFailed(str(error), expected="files that can be read and written", fix=fix), arguments)
+        got, fix = f"A file cannot be read or written: {error}.", "Check its path, its permissions and the free space."
+        _report(EnvironmentFailed(got, expected="files that can be read and written", fix=fix), arguments)
     if code == INTERRUPTED:
         err.print("interrupted")
     sys.exit(code)
 
 
 def _report_usage(error: Any, arguments: Sequence[str]) -> int:
-    """Let click say what is wrong with the options; returns its exit code."""
+    """Print what is wrong with the options, and return the exit code of click."""
     error.show()
     if "--json" in arguments:
         command = error.ctx.command_path if error.ctx else "flexvar"
-        _print_json("UsageError", error.format_message(), f"the options of {command}", f"{command} --help")
+        _print_json("UsageError", error.format_message(), f"the options of {command}", f"Run: {command} --help")
     return cast(int, error.exit_code)
 
 
@@ -89,8 +92,8 @@ def _print_json(kind: str, got: str, expected: str, fix: str) -> None:
 
 
 def _report(error: FlexVARError, arguments: Sequence[str]) -> NoReturn:
-    """Print an error on standard error, and with --json also as JSON on standard output."""
+    """Print an error as one line on standard error, and with --json also as JSON on standard output."""
     if "--json" in arguments:
         _print_json(type(error).__name__, error.got, error.expected, error.fix)
-    err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"error: {' '.join(str(error).splitlines())}", highlight=False, markup=False, soft_wrap=True)
     sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""What the commands that make images share: their options, and how texts become values."""
+"""Options of the commands that make images, and functions that parse and check them."""
 
 from __future__ import annotations
 
@@ -15,32 +15,64 @@ from ..bundle.manifest import MANIFEST
 from ..errors import ArtifactRefused, InvalidInput
 from ..files.atomic import already_exists
 from ..model.signatures import TABLES_FILE
-from ..output import Settings
-from ..pictures.png import read_metadata
+from ..output import ScaleStep, Settings
+from ..pictures.png import read_metadata, save_png
+from .console import err
+from .terminal import show_picture
 
-ScheduleOption = Annotated[str | None, typer.Option(help="Scales: 1_2_4_8_16, 1_2_3x5_12x20, or 512px.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Number of scales, derived for the size.")]
-DeadlineOption = Annotated[
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="Schedule: sizes in tokens of the scales (token maps) from 1x1 to the image, such as 1_2_4_8_16. HxW is "
+        "not square: 1_2_3x5_12x20. 512px is the published schedule for 512 pixels."
+    ),
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Number of scales. The schedule is derived for it.")]
+Deadline = Annotated[
     float | None,
-    typer.Option(help="Milliseconds for a batch: takes the best schedule that is fast enough, measured here once."),
+    typer.Option(
+        help="Time limit for a batch, in milliseconds. The best schedule that is fast enough is used. Times that are "
+        "not known yet are measured once on this machine."
+    ),
 ]
-CfgOption = Annotated[float | None, typer.Option(help="Guidance scale; ramp 0 and constant 1 are off.")]
-GuidanceOption = Annotated[str | None, typer.Option(help="Guidance rule: ramp or constant.")]
-TopKOption = Annotated[int | None, typer.Option(help="Codes kept, 0 for all, 1 for the most likely.")]
-TopPOption = Annotated[float | None, typer.Option(help="Probability mass kept, 0 or 1 for all.")]
-GreedyOption = Annotated[str | None, typer.Option(help="Scales that take the argmax: upstream, none or 7,9.")]
-MaxSideOption = Annotated[int | None, typer.Option(help="Largest side of the published rules for guidance and greed.")]
-SeedOption = Annotated[int | None, typer.Option(help="0 to 2^64 - 1; a fresh one if left out.")]
-FirstIndexOption = Annotated[int | None, typer.Option(help="Place of the first image in the seed's stream.")]
-BackendOption = Annotated[str, typer.Option(help="auto, or a name from flexvar doctor.")]
-DeviceOption = Annotated[str | None, typer.Option(help="GPU to use: cuda or cuda:N.")]
-EnginesOption = Annotated[Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Processor threads.")]
-PreviewOption = Annotated[Path | None, typer.Option(help="Directory for every scale of every image as a PNG.")]
-ProgressOption = Annotated[
-    bool, typer.Option("--progress", help="Show every scale as it comes, as a small picture on a terminal.")
+Cfg = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale: how closely images follow their class. Off at 0 (ramp) or 1 (constant)."),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+GuidanceRule = Annotated[
+    str | None, typer.Option(help="Guidance rule. ramp: it grows from scale to scale. constant: it stays the same.")
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Draw tokens from the k most likely codes. 0 means all; 1 takes the most likely.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Draw tokens from the most likely codes of this total probability; 0 and 1 mean all."),
+]
+Greedy = Annotated[
+    str | None,
+    typer.Option(
+        help="Greedy scales, whose tokens are the most likely codes instead of draws. Pass sizes such as 7,9x12, or "
+        "none, or upstream for the rule of the published code."
+    ),
+]
+MaxSide = Annotated[
+    int | None,
+    typer.Option(help="Side in tokens. On larger scales, ramp is at its full guidance scale and upstream is greedy."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed from 0 to 2^64 - 1. The default is a new one each time.")]
+FirstIndex = Annotated[int | None, typer.Option(help="Index of the first image in the random stream of the seed.")]
+Backend = Annotated[str, typer.Option(help="A backend that flexvar doctor lists, or auto for the first that works.")]
+Device = Annotated[str | None, typer.Option(help="GPU to use: cuda, or cuda:1 for the second.")]
+Engines = Annotated[Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")]
+Threads = Annotated[int | None, typer.Option(help="Number of CPU threads. The default is one for each processor.")]
+Preview = Annotated[Path | None, typer.Option(help="Directory to write a PNG of every scale of every image to.")]
+Progress = Annotated[bool, typer.Option("--progress", help="Show each scale on the terminal as a small picture.")]
+Source = Annotated[
+    Path | None,
+    typer.Option("--from", help="PNG file of this command. Its settings are used where no option is given."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
@@ -49,47 +81,53 @@ def parse_size(text: str) -> tuple[int, int]:
     """ "256x512" to (height, width). Raises InvalidInput."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise InvalidInput(f"size {text[:100]!r}", expected="height x width in pixels", fix="write it like 256x512")
+        raise InvalidInput(
+            f"--size is {text[:100]!r}, but it must be height x width in pixels.",
+            expected="height x width in pixels",
+            fix="Write it like 256x512.",
+        )
     return int(match[1]), int(match[2])
 
 
 def replaced(options: Any, **given: Any) -> Any:
-    """A frozen dataclass with what was given (not None) in place."""
+    """A frozen dataclass with new values for the fields that are given and not None."""
     return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 
-def parse_labels(text: str, names: tuple[str, ...] | None) -> list[int]:
-    """ "7,999" or class names to labels; a bundle without names takes numbers only. Raises InvalidInput."""
+def parse_labels(text: str, names: tuple[str, ...] | None, option: str = "--classes") -> list[int]:
+    """ "7,999" or class names to labels. A bundle without names takes numbers only. Raises InvalidInput."""
     labels = []
     for part in (part.strip() for part in text.split(",")):
         if part.isascii() and part.isdigit() and len(part) < 10:
             labels.append(int(part))
         elif names and (found := [label for label, name in enumerate(names) if name == part]):
             if len(found) > 1:
-                raise InvalidInput(f"class {part!r}", expected="a name of one class", fix=f"use a number: {found}")
+                raise InvalidInput(
+                    f"{option} names {part!r}, and {len(found)} classes have this name.",
+                    expected="a name of one class",
+                    fix=f"Use one of the numbers {', '.join(map(str, found))}.",
+                )
             labels += found
         else:
             folded = {name.casefold(): name for name in names or ()}
             close = [folded[match] for match in get_close_matches(part[:100].casefold(), folded)]
-            known = (
-                f"numbers, or names such as {', '.join(close or names[:5])}"
-                if names
-                else "numbers (this bundle has no class names)"
-            )
+            some = f"numbers, or names such as {', '.join(close or names[:5])}" if names else "numbers"
             raise InvalidInput(
-                f"class {part[:100]!r}", expected=known, fix="flexvar inspect says which classes a bundle has"
+                f"{option} contains {part[:100]!r}, which is not a class of this bundle.",
+                expected=some,
+                fix=f"Pass {some}. To see the classes, run: flexvar inspect BUNDLE",
             )
     return labels
 
 
 def read_settings(source: Path, bundle_sha256: str) -> Settings:
-    """What an image of the same bundle was made with. Raises ArtifactRefused."""
+    """The settings in a PNG file that was made with the same bundle. Raises ArtifactRefused."""
     found = Settings.from_json(read_metadata(source), str(source))
     if found.bundle != bundle_sha256:
         raise ArtifactRefused(
-            f"{source.name} of bundle {found.bundle[:16]}…",
-            expected=f"an image of this bundle, {bundle_sha256[:16]}…",
-            fix="use the bundle it was made from",
+            f"{source.name} was made with bundle {found.bundle[:16]}…, but this bundle is {bundle_sha256[:16]}….",
+            expected="an image of this bundle",
+            fix="Pass the bundle that it was made with.",
         )
     return found
 
@@ -99,23 +137,48 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def check_targets(paths: list[Path], force: bool) -> None:
-    """Refuse what could not be written in the end, and make the directories."""
+    """Refuse paths that cannot be written, and make the directories of the others. Raises InvalidInput."""
     for path in paths:
         if any(_is_bundle(parent) for parent in path.resolve().parents):
-            raise InvalidInput(f"{path}, inside a bundle", expected="a place outside", fix="choose another directory")
+            raise InvalidInput(
+                f"{path} is inside a bundle, which must not change.",
+                expected="a path outside of bundles",
+                fix="Choose another directory.",
+            )
         if os.path.lexists(path) and not force:
             raise already_exists(path)
         if path.is_dir():
-            raise InvalidInput(f"{path}, a directory", expected="the name of a file", fix="choose another name")
+            raise InvalidInput(
+                f"{path} is a directory, but it must be a file.",
+                expected="the name of a file",
+                fix="Choose another name.",
+            )
     for directory in dict.fromkeys(path.parent for path in paths):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidInput(
-                f"{directory} ({error.strerror})", expected="a directory that can be made", fix="choose another name"
+                f"The directory {directory} cannot be made ({error.strerror}).",
+                expected="a directory that can be made",
+                fix="Choose another name.",
             ) from error
 
 
 def preview_name(stem: str, scale: int, size: tuple[int, int]) -> str:
-    """File of the preview of one scale."""
+    """The file name of the preview of one scale (h, w)."""
     return f"{stem}_scale{scale + 1:02d}_{size[0]}x{size[1]}.png"
+
+
+def show_scale(step: ScaleStep, names: list[str], preview: Path | None, show: bool, force: bool) -> None:
+    """Show the images of a scale on the terminal if `show`, and write them to the directory `preview` if there is one.
+
+    names: the file name of each image. Raises InvalidInput.
+    """
+    pictures = step.preview() if show or preview is not None else ()
+    for name, pixels in zip(names, pictures, strict=False):
+        if show:
+            show_picture(err, pixels, f"{name}, scale {step.index + 1}/{step.count}")
+        if preview is not None:
+            path = preview / preview_name(Path(name).stem, step.index, step.size)
+            check_targets([path], force)
+            save_png(path, pixels, {"preview_of": name, "scale": step.index + 1}, force=force)

@@ -1,4 +1,4 @@
-"""Small pictures on a terminal: two pixels a character, in 24-bit colours where it has them."""
+"""Small pictures on a terminal: each character shows two pixels, one above the other."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-HALF_BLOCK = "▀"  # upper half in the foreground's colour, lower half in the background's
+HALF_BLOCK = "▀"  # the upper half has the foreground colour, the lower half the background colour
 MOST_COLUMNS = 48
 
 
 def show_picture(console: Console, pixels_HW3: NDArray[np.uint8], caption: str) -> None:
-    """Print a picture (H, W, 3) and a line below it; without a terminal that has colours, the line alone."""
+    """Print a picture (H, W, 3) and a caption below it; only the caption where there are no colours."""
     if console.is_terminal and console.color_system is not None:
         console.print(as_text(pixels_HW3, min(MOST_COLUMNS, console.width)))
     console.print(caption, highlight=False, markup=False, soft_wrap=True)
 
 
 def as_text(pixels_HW3: NDArray[np.uint8], columns: int) -> Text:
-    """A picture as lines of half blocks, at most `columns` wide, in its own proportions."""
+    """A picture as lines of half blocks, at most `columns` wide. Proportions are kept."""
     height, width = pixels_HW3.shape[:2]
     across = max(1, min(columns, width))
     down = max(2, 2 * round(across * height / width / 2))

@@ -1,4 +1,4 @@
-"""Which schedule to take when a generation has to be done in time: the best that fits, by known costs."""
+"""Choose the best schedule that is fast enough for a deadline, from measured costs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..model.schedule import PUBLISHED, ScaleSchedule
 
 @dataclass(frozen=True)
 class Choice:
-    """The schedule that was taken, the seconds it is expected to take, and why it and no other.
+    """A chosen schedule. expected, deadline: in seconds. reason: a sentence.
 
-    considered: every schedule of the quality order with its cost in seconds, best first; None where it was not known,
-    which is possible only after the one that was taken.
+    considered: every schedule of the quality order with its cost in seconds, best first. A cost is None if it is not
+    known, which is possible only after the chosen one.
     """
 
     schedule: ScaleSchedule
@@ -40,11 +40,10 @@ class Choice:
 
 
 def quality_order(manifest: Manifest) -> tuple[ScaleSchedule, ...]:
-    """Schedules of a bundle, best first: those it names, else the default and then what is published and shorter.
+    """The schedules from which a deadline chooses, best first.
 
-    The rule for a bundle that names none: its default first, then every published schedule that ends in the same size
-    with fewer tokens in all, more tokens first. A longer one is no way to be in time.
-    """
+    These are the ones that the bundle names. If it names none, they are its default, followed by the published
+    schedules of the same size that have fewer tokens in all, more tokens first."""
     named = manifest.defaults.quality_order
     if named:
         return tuple(ScaleSchedule.parse(text) for text in named)
@@ -59,7 +58,9 @@ def seconds_of(deadline_ms: float) -> float:
     number = isinstance(deadline_ms, int | float) and not isinstance(deadline_ms, bool)
     if not number or not 0 < deadline_ms < math.inf:  # NaN compares false
         raise InvalidInput(
-            f"a deadline of {deadline_ms!r:.100} ms", expected="a number above 0", fix="give milliseconds: 250"
+            f"deadline_ms is {deadline_ms!r:.100}, but it must be a number above 0.",
+            expected="a number above 0",
+            fix="Pass the time limit in milliseconds, such as 250.",
         )
     return deadline_ms / 1e3
 
@@ -70,40 +71,41 @@ def choose(
     deadline: float,
     measure: str = "pipe.measure_costs()",
 ) -> Choice:
-    """The first schedule of `order`, best first, whose cost is at most `deadline`; both in seconds.
+    """The first schedule of `order` (best first) whose cost is at most `deadline`, both in seconds.
 
-    A better one whose cost is unknown is not passed over: it might fit. Raises CostUnknown then, with the call
-    `measure` as its fix, and InvalidInput where none fits.
+    Raises CostUnknown if the cost of a better schedule is not known, because that one might fit; its fix is the call
+    `measure`. Raises InvalidInput if no schedule fits.
     """
     considered = tuple((schedule, cost(schedule)) for schedule in order)
     slower: list[tuple[float, ScaleSchedule]] = []
     for schedule, seconds in considered:
         if seconds is None:
             raise CostUnknown(
-                f"a deadline, and no measured time of schedule {schedule}",
-                expected="the times of all schedules up to the first that fits",
-                fix=f"measure them once: {measure}",
+                f"A deadline needs the cost of schedule {schedule}, which was not measured here for such a request.",
+                expected="the costs of all schedules up to the first that fits",
+                fix=f"Measure costs once: {measure}",
                 schedule=str(schedule),
             )
         if seconds <= deadline:
             return Choice(schedule, seconds, deadline, _reason(slower, len(considered), deadline), considered)
         slower.append((seconds, schedule))
     if not slower:
-        raise InvalidInput("no schedule to choose from", expected="at least one", fix="name some, best first")
+        raise InvalidInput("There is no schedule to choose from.", expected="a schedule", fix="Pass at least one.")
     fastest, schedule = min(slower, key=lambda one: one[0])
     raise InvalidInput(
-        f"a deadline of {_ms(deadline)}: the fastest, {schedule}, takes {_ms(fastest)}",
+        f"The deadline is {_ms(deadline)}, but the fastest schedule, {schedule}, takes {_ms(fastest)}.",
         expected=f"a deadline of at least {math.ceil(fastest * 1e3)} ms",
-        fix="allow more time, or run fewer images at once",
+        fix="Allow more time, or generate fewer images at once.",
     )
 
 
 def _reason(slower: list[tuple[float, ScaleSchedule]], count: int, deadline: float) -> str:
     if not slower:
-        return f"the best of {count} is fast enough for {_ms(deadline)}"
+        return f"It is the best of {count} schedules, and fast enough for {_ms(deadline)}."
     seconds, better = slower[-1]
     return (
-        f"the best of {count} that is fast enough for {_ms(deadline)}; the next better, {better}, takes {_ms(seconds)}"
+        f"It is the best of {count} schedules that is fast enough for {_ms(deadline)}. The next better one, {better}, "
+        f"takes {_ms(seconds)}."
     )
 
 

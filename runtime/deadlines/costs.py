@@ -1,6 +1,6 @@
-"""The time that generations take on this machine, kept in the user's cache for the setup that measured it.
+"""Measured costs, kept in the cache folder of the user.
 
-A cost is the time of a whole generation in a warm pipeline: its graphs were opened before, and it returns images.
+A cost is the time of a whole generation, up to its images, in a pipeline whose graphs are already open.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ _BACKEND = re.compile(r"[a-z0-9-]{1,40}")
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """Seconds of `batch` images at once with a schedule, over `samples` generations. filters: `Sampling.filters`.
+    """Seconds that `batch` images at once take with a schedule, measured on `samples` generations.
 
-    p90: 9 of 10 generations took no longer; of fewer than 10 samples it is the slowest. scales: the median of every
-    scale, if the host runs them one by one, without the condition and the decoder."""
+    filters: see `Sampling.filters`. p90: 9 of 10 generations took no longer; of fewer than 10 samples it is the
+    slowest. scales: the median of every scale, without the condition and the decoder. It is empty if a GPU runs all
+    scales at once."""
 
     schedule: str
     batch: int
@@ -73,7 +74,7 @@ class CostRow:
         seconds: Sequence[float],
         scales: Sequence[Sequence[float]] = (),
     ) -> Self:
-        """A row from the seconds of every generation, and of every scale of each."""
+        """A row from the seconds of every generation, and of every scale of every generation."""
         return cls(
             schedule=str(schedule),
             batch=batch,
@@ -107,10 +108,12 @@ class CostTable:
         require(_BACKEND.fullmatch(self.backend) is not None, "backend", self.backend, "the name of a backend")
         require(self.threads >= 1, "threads", self.threads, "at least 1")
         keys = [row.key for row in self.rows]
-        require(len(set(keys)) == len(keys), "rows", len(keys), "every schedule once a batch")
+        require(
+            len(set(keys)) == len(keys), "rows", len(keys), "one row for each schedule, batch, guidance and filters"
+        )
 
     def cost(self, schedule: ScaleSchedule, batch: int, guided: bool, filters: str) -> float | None:
-        """Seconds that 9 of 10 generations keep to; None if that was not measured."""
+        """The p90 in seconds. None if it was not measured."""
         return next((row.p90 for row in self.rows if row.key == (schedule, batch, guided, filters)), None)
 
     def with_rows(self, rows: Iterable[CostRow]) -> CostTable:
@@ -119,13 +122,13 @@ class CostTable:
         return replace(self, rows=tuple(merged.values()))
 
     def path(self, environ: Mapping[str, str] = os.environ) -> Path:
-        """Its file in `$XDG_CACHE_HOME/flexvar/costs`, by default in `~/.cache`."""
+        """The file of the table, in `$XDG_CACHE_HOME/flexvar/costs`. XDG_CACHE_HOME is `~/.cache` by default."""
         folder = user_folder("XDG_CACHE_HOME", ".cache", environ) / "costs"
         device = hashlib.sha256(self.device.encode()).hexdigest()[:16]
         return folder / f"{self.bundle}-{self.backend}-{self.threads}-{device}.json"
 
     def save(self, environ: Mapping[str, str] = os.environ) -> Path:
-        """Write the table, in place of an earlier one. Raises ArtifactRefused, EnvironmentFailed, OSError."""
+        """Write the table to its file. Raises ArtifactRefused, EnvironmentFailed, OSError."""
         path = self.path(environ)
         make_private(path.parent)
         with atomic_write(path, force=True) as temporary:
@@ -134,9 +137,9 @@ class CostTable:
         return path
 
     def load(self, environ: Mapping[str, str] = os.environ) -> CostTable | None:
-        """The table that was kept for the same bundle, backend, threads and device; None if there is none.
+        """The saved table of the same bundle, backend, threads and device. None if there is none.
 
-        Raises ArtifactRefused for a file that is cut, of another setup, or that somebody else could have written.
+        Raises ArtifactRefused for a file that is damaged, belongs to another setup, or may come from another user.
         """
         path = self.path(environ)
         fix = f"Remove {path}, and measure again."
@@ -147,7 +150,7 @@ class CostTable:
             return None
         except OSError as error:
             raise ArtifactRefused(
-                f"The kept costs in {path} cannot be read ({error.strerror}).", expected="a regular file", fix=fix
+                f"The costs in {path} cannot be read ({error.strerror}).", expected="a regular file", fix=fix
             ) from error
         try:
             require(len(data) <= MAX_COSTS_BYTES, f"{path.name}: bytes", len(data), f"at most {MAX_COSTS_BYTES}")
@@ -162,7 +165,7 @@ class CostTable:
 
 
 class KeptCosts:
-    """The costs of one setup: those on disk, and those that this process measured and could not write."""
+    """The costs of one setup: those on disk, and those that this process could not write."""
 
     def __init__(self, setup: CostTable) -> None:
         """setup: a table without rows, of the bundle, backend, threads and device."""
@@ -175,13 +178,13 @@ class KeptCosts:
         return self.read_again() if self._table is None else self._table
 
     def read_again(self) -> CostTable:
-        """The table with the rows that other processes have written meanwhile. Raises ArtifactRefused."""
+        """The table, with rows that other processes have written since. Raises ArtifactRefused."""
         found = self._setup.load() or self._setup
         self._table = found if self._table is None else self._table.with_rows(found.rows)
         return self._table
 
     def keep(self, rows: Iterable[CostRow]) -> None:
-        """Add rows to those on disk. If that fails, they are kept in this process alone, with a warning."""
+        """Add rows to those on disk. If that fails, log a warning and keep them in this process."""
         rows = tuple(rows)
         try:
             self._table = self.read_again().with_rows(rows)
@@ -189,6 +192,7 @@ class KeptCosts:
         except (OSError, FlexVARError) as error:
             self._table = (self._table or self._setup).with_rows(rows)
             log.warning(
-                "costs are kept in this process alone: %s Set XDG_CACHE_HOME to a folder that can be written.",
+                "Costs are kept in this process only, because they cannot be saved: %s "
+                "Set XDG_CACHE_HOME to a folder that can be written.",
                 error.got if isinstance(error, FlexVARError) else error,
             )

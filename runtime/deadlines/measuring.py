@@ -1,4 +1,4 @@
-"""The costs of a pipeline: measured, kept, and used to choose a schedule for a deadline."""
+"""Measure the costs of a pipeline, and choose a schedule for a deadline from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .costs import CostRow, CostTable, KeptCosts
 
 
 class WithDeadlines(ABC):
-    """The part of a pipeline that measures costs and chooses schedules by them."""
+    """The part of a pipeline that measures costs and chooses a schedule for a deadline."""
 
     bundle: Bundle
     backend: Backend
@@ -53,11 +53,11 @@ class WithDeadlines(ABC):
     def choose_schedule(
         self, images: int, deadline_ms: float, guidance: GuidanceLike | None = None, sampling: Sampling | None = None
     ) -> Choice:
-        """The best schedule of the bundle's quality order in which `images` at once are done in time, as measured here.
+        """The best schedule of the bundle's quality order that generates `images` at once within the deadline.
 
-        Costs are those of a warm pipeline that 9 of 10 generations keep to: a forecast, not a guarantee. Raises
-        InvalidInput if no schedule is fast enough, CostUnknown if `measure_costs` has to run first, ArtifactRefused for
-        kept costs that cannot be used.
+        It is chosen by the costs of a warm pipeline that were measured here. 9 of 10 generations took no longer; this
+        is a forecast, not a guarantee. Raises InvalidInput if no schedule is fast enough, CostUnknown if
+        `measure_costs` has to run first, and ArtifactRefused if the saved costs cannot be used.
         """
         deadline, labels = seconds_of(deadline_ms), [0] * check_whole("images", images, 1)
         return self._choose(self._request(labels, None, guidance, sampling), deadline)
@@ -79,7 +79,7 @@ class WithDeadlines(ABC):
         return self._choose(request, seconds_of(deadline_ms))
 
     def _choose(self, request: Request, deadline: float) -> Choice:
-        """`choose_schedule` for a request, whose own schedule does not matter. deadline: in seconds."""
+        """`choose_schedule` for a request, whose own schedule is ignored. deadline: in seconds."""
         images, sampling = request.images, request.sampling
         guidance = request.guidance[0] if len(set(request.guidance)) == 1 else list(request.guidance)
         more = "" if guidance == self.defaults.guidance else f", guidance={guidance}"
@@ -95,7 +95,7 @@ class WithDeadlines(ABC):
 
         try:
             return chosen(self._costs.table)
-        except CostUnknown:  # another process may have measured it meanwhile
+        except CostUnknown:  # another process may have measured it since
             return chosen(self._costs.read_again())
 
     def measure_costs(
@@ -109,18 +109,18 @@ class WithDeadlines(ABC):
         clock: Callable[[], float] = time.perf_counter,
         on_row: Callable[[CostRow], None] | None = None,
     ) -> CostTable:
-        """Time whole generations here, and keep their costs for deadlines. schedules None: the bundle's quality order.
+        """Measure the time of whole generations on this machine, and save it for deadlines.
 
-        Each runs once to be warm, then `repeats` times for other classes as far as there are enough, so that their
-        conditions are in the times. on_row is called after every schedule and batch size. Nothing else should run on
-        the machine meanwhile. Costs are kept even if a later schedule fails. If the cache folder cannot be written,
-        they are kept in this process alone, with a warning. Raises InvalidInput, OutOfMemory, ArtifactRefused for
-        earlier costs."""
+        schedules None means the bundle's quality order. Each schedule runs once to warm up, then `repeats` times with
+        other classes, so that the times include their conditions. on_row is called after every schedule and batch size.
+        Nothing else should run on the machine at the same time. Costs are saved even if a later schedule fails. If they
+        cannot be saved, a warning is logged and they are kept in this process. Raises InvalidInput, OutOfMemory, and
+        ArtifactRefused if the saved costs cannot be used."""
         repeats = check_whole("repeats", repeats, 1)
         sizes = [check_whole("batch size", batch, 1) for batch in batch_sizes]
         order = quality_order(self.bundle.manifest)
         wanted = order if schedules is None else tuple(map(ScaleSchedule.parse, schedules))
-        self._costs.read_again()  # costs that cannot be used are refused before anything is measured
+        self._costs.read_again()  # refuses costs that cannot be used before it measures
         rows: list[CostRow] = []
         labels = itertools.cycle(range(self.bundle.manifest.model.classes))
         try:

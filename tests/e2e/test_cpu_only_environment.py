@@ -1,4 +1,4 @@
-"""Images without torch and onnx: what the `cpu` extra installs is enough."""
+"""The runtime works without torch and onnx, with what the `cpu` extra installs."""
 
 from __future__ import annotations
 
@@ -47,10 +47,17 @@ def python(tmp_path: Path) -> Python:
 
 def test_the_hook_blocks(python: Python) -> None:
     """Negative control."""
-    for name in ("torch", "onnx", "safetensors"):
-        assert f"No module named '{name}'" in python(f"import {name}").stderr
-    assert "No module named 'torch'" in python("import flexvar_ref; flexvar_ref.FlexVAR").stderr
-    assert python("import numpy").returncode == 0
+    code = """
+import numpy
+for name in ("torch", "onnx", "safetensors"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError as error:
+        print(error.name)
+import flexvar_ref; flexvar_ref.FlexVAR
+"""
+    done = python(code)
+    assert done.stdout.split() == ["torch", "onnx", "safetensors"] and "No module named 'torch'" in done.stderr
 
 
 def test_generate(python: Python, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -63,14 +70,21 @@ def test_generate(python: Python, tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_the_other_commands(python: Python, tiny_bundle: Path, tmp_path: Path) -> None:
-    """Those of the runtime work; export says what it needs."""
-    for command in (("doctor",), ("inspect", tiny_bundle), ("--help",)):
-        assert python(MAIN, *command).returncode == 0
-    pair = tmp_path / "transformer.pth", tmp_path / "vae.pth"
-    for path in pair:
-        path.touch()
-    done = python(MAIN, "export", pair[0], "--vae", pair[1], "-o", tmp_path / "out.bundle")
-    assert done.returncode == 4 and "pip install 'flexvar-deploy[cpu,export]'" in done.stderr
+    """Those of the runtime work. Export names the extra that it needs."""
+    (tmp_path / "any.pth").touch()
+    code = """
+from flexvar_runtime.cli.main import main
+export = ["export", "any.pth", "--vae", "any.pth", "-o", "out.bundle"]
+for command in (["doctor"], ["inspect", sys.argv[1]], ["--help"], export):
+    try:
+        main(command)
+    except SystemExit as end:
+        print("ended", end.code)
+"""
+    done = python(code, tiny_bundle)
+    ended = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    assert ended == ["ended 0", "ended 0", "ended 0", "ended 4"]
+    assert "pip install 'flexvar-deploy[cpu,export]'" in done.stderr
 
 
 def test_encode_and_decode(python: Python, tiny_bundle: Path) -> None:
@@ -85,7 +99,7 @@ with FlexVARPipeline.from_bundle(sys.argv[1]) as pipe:
 
 
 def test_import_loads_no_backend(python: Python, record_property: Callable[[str, object], None]) -> None:
-    """The time is reported, not judged: it is the machine's as much as ours."""
+    """The time is only reported, because it depends on the machine."""
     code = """
 import time
 start = time.perf_counter()
@@ -94,8 +108,8 @@ seconds = time.perf_counter() - start
 heavy = {"torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "typer", "rich"} & sys.modules.keys()
 print(seconds, *sorted(heavy))
 """
-    runs = [python(code).stdout.split() for _ in range(5)]
+    runs = [python(code).stdout.split() for _ in range(3)]
     assert all(len(run) == 1 for run in runs), runs
     seconds = [float(run[0]) for run in runs]
-    record_property("import_seconds_best_of_5", min(seconds))
-    print(f"import flexvar_runtime: best of 5 {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s")
+    record_property("import_seconds_best_of_3", min(seconds))
+    print(f"import flexvar_runtime: best of 3 {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s")

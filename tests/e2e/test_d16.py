@@ -24,7 +24,7 @@ def bundle(paths: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_parity_is_recorded(bundle: Path) -> None:
-    """An export that does not pass leaves no bundle; the record says what was compared."""
+    """An export that does not pass leaves no bundle. The record lists the comparisons."""
     record = Bundle.open(bundle).manifest.parity
     assert record.passed and not record.emulated and len(record.rows) >= 20
 

@@ -1,4 +1,4 @@
-"""The demo model that ships: as small, as good and as documented as its card says."""
+"""The demo model in the repository: its size, its quality, and the figures in its card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEGABYTES = 25
 LOSS = 3.0  # untrained: ln 1024 = 6.93
 RECOGNISED = 0.9
 IMAGES, OTHERS = 2000, 240
-POINTS = {"fp16": 1, "bf16": 1, "int8": 2, "int8-bf16": 2}  # that a precision may cost
+POINTS = {"fp16": 1, "bf16": 1, "int8": 2, "int8-bf16": 2}  # percentage points that a precision may cost
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_tokenizer_keeps_24_db_and_uses_its_codes(
     networks: tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer],
 ) -> None:
     tokenizer = networks[1]
-    images = signed(torch.from_numpy(real(HELD_OUT_SEED, 96, (64, 64))[0]))
+    images = signed(torch.from_numpy(real(HELD_OUT_SEED, 48, (64, 64))[0]))
     [tokens] = tokenizer.quantize(tokenizer.encode(images), "16")
     error = (tokenizer.decode(tokens).clamp(-1, 1) - images).square().mean().item()
     assert 10 * math.log10(4 / error) >= 24
@@ -61,9 +61,9 @@ def test_the_tokenizer_keeps_24_db_and_uses_its_codes(
 def test_the_transformer_predicts_held_out_scenes(
     networks: tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer],
 ) -> None:
-    """With the right labels; wrong ones cost."""
+    """The loss is low with the right labels, and higher with wrong ones."""
     model, tokenizer = networks
-    images, labels = real(HELD_OUT_SEED, 48, (64, 64))
+    images, labels = real(HELD_OUT_SEED, 24, (64, 64))
     scales = tuple((side, side) for side in default_sides(16))
     tokens = tokenizer.quantize(tokenizer.encode(signed(torch.from_numpy(images))), scales)
     objective = TokenObjective(model).eval()
@@ -100,7 +100,7 @@ def test_the_evaluation_is_of_these_weights_and_complete(quality: dict[str, Any]
 
 
 def recognised(row: dict[str, Any]) -> int:
-    """Images."""
+    """Number of images that the classifier recognised."""
     return round(row["accuracy"] * row["images"])
 
 
@@ -124,7 +124,7 @@ def test_the_recorded_edits_are_of_these_weights_and_within_their_bounds() -> No
         assert row["accuracy"] >= 0.9 and row["seam"] <= 1.5 and row["seam, pasted"] <= 1.5
         assert row["psnr outside against the tokenizer"] >= 36  # measured once: 36.7; attention and norms are global
         assert row["pixels beyond the feather that differ, pasted"] == 0
-    for name in ("the default", "strength 0.2", "strength 0.4", "strength 0.8"):  # 0.6 misses it, and its row says so
+    for name in ("the default", "strength 0.2", "strength 0.4", "strength 0.8"):  # 0.6 is not better, as its row shows
         assert refined[name]["frechet"] < refined["bicubic"]["frechet"]
     document = (MODEL.parents[1] / "docs" / "editing.md").read_text(encoding="utf-8")
     for name, row in refined.items():
@@ -135,7 +135,7 @@ def test_the_recorded_edits_are_of_these_weights_and_within_their_bounds() -> No
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_its_images_are_recognised(tmp_path: Path, quality: dict[str, Any]) -> None:
-    """120 images of the default steps by a classifier trained anew, within what so few images can tell."""
+    """120 images with the default steps, judged by a newly trained classifier. The tolerance fits so few images."""
     classifier = trained(tmp_path / "classifier.safetensors")
     labels = demo_quality.labels_of(120)
     options = {name: quality["options"][name] for name in ("cfg", "top_k", "top_p")}

@@ -1,4 +1,4 @@
-"""Every task, token for token: the runtime against the reference with the same draws, from the user's picture on."""
+"""Every task of an edit gives the same tokens in the runtime and in the reference, from the picture on."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""d16 for every published schedule and 512 px, in half precision, with TensorRT-RTX on a machine without a GPU.
+"""Engines of d16 for every published schedule, in half precision, built with TensorRT-RTX without a GPU.
 
-Each build is a process of its own, whose memory is looked at from outside. Some ten minutes, 6 GB of memory and disk.
+d16 is the smallest published size. Each build runs in its own process, whose peak memory is measured. The tests take
+about ten minutes, and 6 GB of memory and disk.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from flexvar_runtime.model.signatures import SCHEMA_VERSION, WEIGHTS_OF, graph_s
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(3600)]
 
 MEMORY = 6e9  # bytes
-A_PROFILE = 20e6  # bytes of an engine beside its weights
+A_PROFILE = 20e6  # bytes of an engine for each profile, besides its weights
 TEN = "1_2_3_4_5_6_8_10_13_16"
 TEN_STEPS = 180.0  # seconds, on two cores
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
@@ -44,7 +45,7 @@ print(json.dumps({**json.loads(done.stdout), "peak_bytes": peak, "total_seconds"
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """precision -> d16 with random weights: its graphs, not proved."""
+    """precision -> a bundle of d16 with random weights, without a proof."""
     tokenizer = Tokenizer(TokenizerConfig()).eval()
     model = FlexVAR(TransformerConfig.published(16), tokenizer.codebook_VD).eval()
     root = tmp_path_factory.mktemp("d16")
@@ -97,7 +98,7 @@ def check(result: dict[str, Any], bundle: Bundle, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", HALF)
 def test_given_scales_in_one_pass(bundles: Callable[[str], Path], tmp_path: Path, precision: str) -> None:
-    """The engine of `prefill` for schedules of every size, 512 px among them, holds the weights of step once more."""
+    """The engine of `prefill` holds the weights of `step` a second time. Schedules go up to 512 px."""
     schedules = [part for text in (TEN, "512px", "1_2_3x5_12x20") for part in ("--schedule", text)]
     result = build(bundles(precision), tmp_path, "--prefill", *schedules)
     check(result, Bundle.open(bundles(precision)), precision)

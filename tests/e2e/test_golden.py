@@ -1,4 +1,4 @@
-"""Checkpoint to images through the real command line, against the recordings of the published implementation."""
+"""From a checkpoint to images on the command line, compared with recordings of the published implementation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IMAGE = 1e-2  # half a step of the recorded float16 at 3.35 is 1e-3; the rest is
 
 pytestmark = pytest.mark.timeout(600)  # an export of the published tokenizer takes most of a minute
 
-# A recording, and whether `flexvar export` made and proved the bundle, in minutes. The recordings are a proof, too.
+# A recording, and whether `flexvar export` makes and proves the bundle, which takes minutes.
 QUICK = pytest.param(("d2_10step_var", False), id="d2_10step_var")
 PROVED = [
     pytest.param((name, True), marks=pytest.mark.slow, id=f"{name}-proved")
@@ -47,7 +47,7 @@ PROVED = [
 
 @dataclass(frozen=True)
 class Generated:
-    """A recording, the bundle made from its checkpoint, and what the command line made of that."""
+    """A recording, the bundle made from its checkpoint, and the output of `flexvar generate` with that bundle."""
 
     data: dict[str, Any]
     checkpoints: dict[str, str]
@@ -65,7 +65,7 @@ def flexvar(*arguments: object) -> dict[str, Any]:
 
 
 def write_unproven(transformer: Path, vae: Path, out: Path) -> None:
-    """The graphs that draw and decode, exported as `flexvar export` does, without its proof."""
+    """Write a bundle of the graphs that generation needs, as `flexvar export` does, but without the proof."""
     model, tokenizer = flexvar_ref.load(transformer, vae)
     facts = model_facts(model, tokenizer)
     every = graph_specs(facts, "fp32")
@@ -142,7 +142,7 @@ def test_png_files_are_the_images(generated: Generated) -> None:
 
 
 @pytest.mark.parametrize("generated", PROVED, indirect=True)
-def test_what_the_bundle_says_of_its_checkpoint(generated: Generated) -> None:
+def test_the_facts_and_provenance_in_the_bundle(generated: Generated) -> None:
     facts = flexvar("inspect", generated.bundle)
     depth = int(generated.data["depth"])
     assert (facts["model"]["depth"], facts["model"]["width"], facts["model"]["heads"]) == (depth, 64 * depth, depth)
@@ -164,7 +164,7 @@ def test_a_map_that_is_not_square(generated: Generated) -> None:
 
 
 def test_the_published_sizes_give_the_same_bits_in_any_batch(generated: Generated) -> None:
-    """Widths and vocabulary decide how products are blocked: what holds for the tiny model is shown here again."""
+    """Libraries block products by their sizes, so the test of the tiny model is repeated with the published sizes."""
     schedule = ScaleSchedule.parse("1_2_3x5_8")
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, 8912, (5, h, w)).astype(np.int32) for h, w in schedule]

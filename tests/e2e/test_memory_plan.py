@@ -1,6 +1,6 @@
-"""The plan against what a process really takes: never below its peak, and at most a quarter above it.
+"""The memory plan against the peak of a real process: never below it, and at most a quarter above it.
 
-Below it the system would kill what was let through; far above it requests that fit would be refused.
+A plan that is too low lets requests through that the system kills. One that is too high refuses requests that fit.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,11 @@ TINY_DECODER = (32, 64)
 ABOVE = 0.25
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="the system keeps no record of the largest memory taken"
+    not Path("/proc/self/status").exists(), reason="the system does not record the peak memory of a process"
 )
 
-# Not ru_maxrss: that remembers the size of the process that started this one. With ONNX Runtime graphs are opened
-# before: while weights are repacked, pages of the files are counted that the system takes back when it needs them.
+# Not ru_maxrss, which includes the size of the parent process. With ONNX Runtime, graphs are opened before the
+# measurement: repacking weights counts pages of the files that the system can take back at any time.
 GENERATE = """
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ with FlexVARPipeline.from_bundle(bundle, backend=backend, threads=2) as pipe:
     if backend == "ort-cpu":
         for graph in ("step", "decode"):
             pipe.generator.graph(graph)
-        Path("/proc/self/clear_refs").write_text("5")  # the largest memory so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     for i in range(int(times)):
         labels = [(i * int(images) + k) % 10 for k in range(int(images))]
         pipe(labels, schedule, Guidance(float(guidance)), seed=0)
@@ -49,8 +50,9 @@ print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmH
 """
 
 
+@cache
 def peak(bundle: Path, schedule: str, images: int, guided: bool, times: int = 1, backend: str = "ort-cpu") -> int:
-    """Largest resident memory of a fresh process that generates `times` batches, of other classes each."""
+    """Peak resident memory of a fresh process that generates `times` batches, each with different classes."""
     options = (str(bundle), schedule, str(images), "2.5" if guided else "0", str(times), backend)
     done = subprocess.run([sys.executable, "-c", GENERATE, *options], check=True, capture_output=True, text=True)
     return int(done.stdout)
@@ -125,18 +127,18 @@ def test_tiny_with_a_tokenizer_in_bf16(
     tiny_bundles: Callable[[str], Path], precision: str, backend: str, schedule: str, images: int
 ) -> None:
     if not has_bf16_arithmetic():
-        pytest.skip("no bfloat16 arithmetic: what the usual size's decoder takes widened is not measured")
+        pytest.skip("this processor has no bfloat16 arithmetic, for which the plan was measured")
     request = (tiny_bundles(precision), schedule, images, True)
     assert_close_above(planned(*request, TINY_DECODER, backend).total, peak(*request, backend=backend))
 
 
 def test_generations_after_the_first(tiny_bundle: Path) -> None:
-    """Other classes: the condition is opened again beside all the rest, and the decoder runs a second time."""
+    """With other classes, the condition graph is opened again while the others are open, and the decoder runs again."""
     request = (tiny_bundle, TEN, 8, True)
     assert_close_above(max(planned(*request, TINY_DECODER).phases.values()), peak(*request, times=3))
 
 
-def test_the_bound_notices_what_is_missing(tiny_bundle: Path) -> None:
+def test_the_bound_fails_without_a_part(tiny_bundle: Path) -> None:
     request = (tiny_bundle, TEN, 16, True)
     complete, measured = planned(*request, TINY_DECODER), peak(*request)
     for part in ("runtime", "kv"):

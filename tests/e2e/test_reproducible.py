@@ -1,4 +1,4 @@
-"""The same bundle, seed and index give the same tokens: alone, in any batch, on any threads, in another process."""
+"""The same bundle, seed and index give the same tokens: alone, in any batch, with any threads, in another process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flexvar_runtime.request import Request
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 SCHEDULE = "1_2_3_4_5_6_8_10_13_16"
 LABELS = [0, 3, 10, 3, 7, 1, 9, 3]  # some twice
-LOOSE: dict[str, Any] = {"guidance": Guidance(0), "sampling": Sampling(top_k=0, top_p=0)}  # every draw shows
+LOOSE: dict[str, Any] = {"guidance": Guidance(0), "sampling": Sampling(top_k=0, top_p=0)}  # tokens depend on every draw
 GUIDANCE = {"guided": Guidance(2.5), "unguided": Guidance(0)}
 
 
@@ -73,7 +73,7 @@ def test_in_batches_of_other_sizes(pipe: FlexVARPipeline, batch: GenerationOutpu
 
 
 def test_in_any_position(pipe: FlexVARPipeline) -> None:
-    """One image at every place of a batch whose other images are others."""
+    """One image at every place of a batch of different images."""
     alone = tokens_BL(pipe([7], "1_2_4_8", **LOOSE, seed=5, first_index=100))[0]
     for position in range(8):
         labels = [*range(position), 7, *range(7 - position)]
@@ -82,7 +82,7 @@ def test_in_any_position(pipe: FlexVARPipeline) -> None:
 
 
 def test_images_of_a_batch_differ(batch: GenerationOutput) -> None:
-    """Negative control: the same class at another index is another image."""
+    """Negative control: the same class with another index gives another image."""
     twins = tokens_BL(batch)[[i for i, label in enumerate(LABELS) if label == 3]]
     assert len(np.unique(twins, axis=0)) == 3
 
@@ -92,7 +92,7 @@ def test_images_of_a_batch_differ(batch: GenerationOutput) -> None:
 def test_logits_of_an_image_have_the_same_bits_in_any_batch(
     pipe: FlexVARPipeline, guidance: str, schedule: str
 ) -> None:
-    """Stronger than equal tokens, which a rounding could change for one draw in a million."""
+    """This is stronger than equal tokens: a different rounding changes only one draw in a million."""
     together = logits_of(pipe, LABELS, range(8), schedule, GUIDANCE[guidance])
     for start, end in ((0, 1), (5, 6), (7, 8), (2, 5)):
         alone = logits_of(pipe, LABELS[start:end], range(start, end), schedule, GUIDANCE[guidance])
@@ -127,7 +127,7 @@ def test_another_process(batch: GenerationOutput, tiny_bundle: Path, tmp_path: P
 
 
 def test_a_pipeline_with_a_history(tiny_bundle: Path, batch: GenerationOutput) -> None:
-    """Whatever was generated before, classes remembered, buffers used, previews decoded."""
+    """Earlier calls, cached conditions, used buffers and decoded previews change nothing."""
     with FlexVARPipeline.from_bundle(tiny_bundle) as other:
         other([9, 3, 5], "1_2_3x4", Guidance(4, "constant"), seed=0)
         other(LABELS, SCHEDULE, seed=1, on_scale=lambda step: step.preview() if step.index == 2 else None)

@@ -1,4 +1,4 @@
-"""The settings of an image: to JSON and back, or refused; and what a generation returns."""
+"""The settings of an image, to JSON and back, and the other parts of an output."""
 
 from __future__ import annotations
 
@@ -34,43 +34,36 @@ def test_to_json_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "fault"),
     [
         (lambda data: data.update(version=2), "version 2"),
-        (lambda data: data.pop("version"), "'version'"),
-        (lambda data: data.pop("guidance"), "'guidance'"),
-        (lambda data: data.update(seed=5), "5 where digits should be"),
-        (lambda data: data.update(seed="-1"), "'-1' where digits"),
-        (lambda data: data.update(seed=str(2**64)), "seed 18446744073709551616"),
-        (lambda data: data.update(seed="1_000"), "'1_000' where digits"),
-        (lambda data: data.update(seed="٣"), "'٣' where digits"),
-        (lambda data: data.update(seed="9" * 10_000), "where digits should be"),
-        (lambda data: data.update(index=1e400), "inf where digits"),
-        (lambda data: data.update({"class": "7"}), "class '7' (str)"),
-        (lambda data: data.update({"class": 7.5}), "class 7.5 (float)"),
-        (lambda data: data.update({"class": 1e400}), "class inf (float)"),
-        (lambda data: data.update({"class": -1}), "class -1"),
-        (lambda data: data.update(schedule="2_3"), "first scale 2"),
-        (lambda data: data.update(schedule=7), "schedule 7"),
-        (lambda data: data["guidance"].update(scale=10**400), "guidance scale 1000"),
-        (lambda data: data["guidance"].update(scale="2"), "guidance scale '2'"),
+        (lambda data: data.pop("version"), "version"),
+        (lambda data: data.pop("guidance"), "guidance"),
+        (lambda data: data.update(seed=5), "5"),
+        (lambda data: data.update(seed="-1"), "-1"),
+        (lambda data: data.update(seed=str(2**64)), "18446744073709551616"),
+        (lambda data: data.update(seed="1_000"), "1_000"),
+        (lambda data: data.update(seed="٣"), "٣"),
+        (lambda data: data.update(seed="9" * 10_000), "999"),
+        (lambda data: data.update(index=1e400), "inf"),
+        (lambda data: data.update({"class": "7"}), "class"),
+        (lambda data: data.update({"class": -1}), "class"),
+        (lambda data: data.update(schedule="2_3"), "schedule"),
+        (lambda data: data.update(schedule=7), "7"),
+        (lambda data: data["guidance"].update(scale=10**400), "scale"),
         (lambda data: data["guidance"].update(slope=1), "slope"),
-        (lambda data: data.update(guidance=[1, 2]), "must be a mapping"),
-        (lambda data: data["sampling"].update(top_p=10**400), "top_p 1000"),
-        (lambda data: data["sampling"].update(top_k=-1), "top_k -1"),
+        (lambda data: data.update(guidance=[1, 2]), "mapping"),
+        (lambda data: data["sampling"].update(top_p=10**400), "top_p"),
         (lambda data: data["sampling"].update(temperature=1), "temperature"),
-        (lambda data: data.update(sampling=None), "sampling options None"),
+        (lambda data: data.update(sampling=None), "None"),
     ],
 )
-def test_settings_that_cannot_be_used(change: Callable[[Any], Any], text: str) -> None:
+def test_settings_that_are_not_valid(change: Callable[[Any], Any], fault: str) -> None:
     data = SETTINGS.to_json()
     change(data)
     with pytest.raises(ArtifactRefused) as refusal:
         Settings.from_json(data, "a.png")
-    assert text in str(refusal.value)
-    assert str(refusal.value).startswith("got a.png with settings that cannot be used (")
-    assert "expected settings of version 1; fix: make the image again" in str(refusal.value)
-    assert refusal.value.exit_code == 5
+    assert "a.png" in refusal.value.got and fault in refusal.value.got
 
 
 def test_timings() -> None:

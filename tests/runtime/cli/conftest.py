@@ -17,11 +17,16 @@ LOGGERS = ("flexvar_runtime", "flexvar_export", "flexvar_bench")
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it said."""
+    """How a command ended, and what it printed."""
 
     code: Any
     out: str
     err: str
+
+    def refused(self, code: int, *names: object) -> bool:
+        """Whether it ended with this code, and with one line of error on standard error that has all the names."""
+        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        return self.code == code and len(errors) == 1 and all(str(name) in errors[0] for name in names)
 
     @property
     def json(self) -> Any:

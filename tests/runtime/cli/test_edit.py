@@ -1,4 +1,4 @@
-"""`flexvar edit`: the file it writes, the same again from it, and what it refuses."""
+"""`flexvar edit`: the file that it writes, repeating an edit from that file, and refusals."""
 
 from __future__ import annotations
 
@@ -64,22 +64,8 @@ def test_an_edit_can_be_repeated(
 
 def test_the_same_as_in_python(flexvar: Any, tiny_bundle: Path, photo: Path, mask: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    ended = flexvar(
-        "edit",
-        tiny_bundle,
-        "--task",
-        "inpaint",
-        "--image",
-        photo,
-        "--mask",
-        mask,
-        "-o",
-        out,
-        *SMALL,
-        "--seed",
-        9,
-        "--json",
-    )
+    options = ("--task", "inpaint", "--image", photo, "--mask", mask, "-o", out, *SMALL, "--seed", 9, "--json")
+    ended = flexvar("edit", tiny_bundle, *options)
     with FlexVARPipeline.from_bundle(tiny_bundle) as pipe:
         expected = pipe.edit(photo, "inpaint", mask=mask, size=(24, 32), schedule=SMALL[3], seed=9)
     assert np.array_equal(pixels(out), expected.images[0])
@@ -88,28 +74,16 @@ def test_the_same_as_in_python(flexvar: Any, tiny_bundle: Path, photo: Path, mas
     assert ended.json["edit"] == json.loads(json.dumps(expected.settings[0].to_json()["edit"]))
 
 
-def test_another_picture_is_said(flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
+def test_another_picture_is_logged(flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
     first = tmp_path / "one.png"
     assert flexvar("edit", tiny_bundle, "--task", "refine", "--image", photo, "-o", first, *SMALL).code == 0
     Image.fromarray(255 - pixels(photo)).save(tmp_path / "other.png")
     ended = flexvar("edit", tiny_bundle, "--image", tmp_path / "other.png", "--from", first, "-o", tmp_path / "two.png")
-    assert ended.code == 0 and "another picture or mask than in --from" in ended.err
-    assert ended.err.count("a picture of 48x64 pixels, edited at 24x32 (height x width)") == 1
-    ended = flexvar(
-        "edit",
-        tiny_bundle,
-        "--task",
-        "outpaint",
-        "--left",
-        8,
-        "--image",
-        photo,
-        "--from",
-        first,
-        "-o",
-        tmp_path / "three.png",
-    )
-    assert ended.code == 0 and "another picture" not in ended.err
+    assert ended.code == 0 and "--from" in ended.err
+    assert ended.err.count("48x64") == 1 and ended.err.count("24x32") == 1
+    options = ("--task", "outpaint", "--left", 8, "--image", photo, "--from", first, "-o", tmp_path / "three.png")
+    ended = flexvar("edit", tiny_bundle, *options)
+    assert ended.code == 0 and "--from" not in ended.err
 
 
 def test_another_size_than_in_from_gets_its_own_schedule(
@@ -135,31 +109,26 @@ def test_previews_and_progress(flexvar: Any, tiny_bundle: Path, photo: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "text"),
+    ("options", "fault"),
     [
-        (("--task", "refine", "--size", "24"), 2, "size '24'; expected: height x width"),
-        (("--task", "refine", "--size", "25x32"), 2, "a size of 25x32 pixels"),
-        (("--task", "paint"), 2, "task 'paint'"),
-        (("--task", "refine", "-o", "out.jpg"), 2, "out.jpg; expected: a name that ends in .png"),
-        ((), 2, "no task"),
-        (("--task", "inpaint"), 2, "inpaint without a mask"),
-        (("--task", "refine", "--paste"), 2, "paste for refine"),
-        (("--task", "refine", "--class", "3,4"), 2, "2 classes"),
-        (("--task", "refine", "--class", "99"), 2, "class 99"),
-        (("--task", "refine", "--schedule", "1_2", "--size", "24x32"), 2, "6x8 as the last scale"),
-        (("--task", "refine", "--image", "nothing.png"), 2, "no file nothing.png"),
+        (("--task", "refine", "--size", "24"), "--size"),
+        (("--task", "refine", "-o", "out.jpg"), "out.jpg"),
+        ((), "--task"),
+        (("--task", "refine", "--paste"), "paste"),
+        (("--task", "refine", "--class", "3,4"), "--class"),
+        (("--task", "refine", "--class", "cat"), "--class"),
+        (("--task", "refine", "--image", "nothing.png"), "nothing.png"),
     ],
 )
-def test_what_is_refused(
-    flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path, options: tuple[str, ...], code: int, text: str
+def test_refusals(
+    flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path, options: tuple[str, ...], fault: str
 ) -> None:
     image = () if "--image" in options else ("--image", photo)
     ended = flexvar("edit", tiny_bundle, "-o", tmp_path / "out.png", *image, *options)
-    said = ended.err.replace("error: got: ", "").replace("\n  expected", "; expected")
-    assert ended.code == code and text in said and not (tmp_path / "out.png").exists()
+    assert ended.refused(2, fault) and not (tmp_path / "out.png").exists()
 
 
-def test_what_is_there_is_kept(flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
+def test_existing_files_are_kept(flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "out.png").write_text("mine")
     arguments = ("edit", tiny_bundle, "--task", "refine", "--image", photo, "-o", tmp_path / "out.png", *SMALL)
     assert flexvar(*arguments).code == 2 and (tmp_path / "out.png").read_text() == "mine"
@@ -174,14 +143,12 @@ def test_settings_of_the_other_command_are_refused(
     assert flexvar("generate", tiny_bundle, "--classes", 1, "--schedule", "1_2", "-o", generated).code == 0
     (made,) = generated.iterdir()
     ended = flexvar("generate", tiny_bundle, "--from", edited, "-o", tmp_path / "more")
-    assert ended.code == 5 and "flexvar edit --from" in ended.err
+    assert ended.refused(5, "edited.png", "flexvar edit --from")
     ended = flexvar("edit", tiny_bundle, "--from", made, "--image", photo, "-o", tmp_path / "again.png")
-    assert ended.code == 5 and "flexvar generate --from" in ended.err
+    assert ended.refused(5, made.name, "flexvar generate --from")
 
 
-def test_a_side_that_is_said_leaves_the_others_of_from(
-    flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path
-) -> None:
+def test_a_given_side_leaves_the_others_of_from(flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "one.png", tmp_path / "two.png"
     more = ("--size", "16x16", "--left", 8, "--right", 8, "--steps", 4)
     assert flexvar("edit", tiny_bundle, "--task", "outpaint", "--image", photo, "-o", first, *more).code == 0

@@ -1,4 +1,4 @@
-"""`flexvar generate --deadline-ms`: measures where nothing is known, chooses, and says what and why."""
+"""`flexvar generate --deadline-ms`: unknown costs are measured, and a schedule is chosen and reported."""
 
 from __future__ import annotations
 
@@ -38,30 +38,29 @@ def set_costs(path: Path, **p90: float) -> None:
 
 
 def test_a_deadline(flexvar: Any, bundle: Path, tmp_path: Path) -> None:
-    """The first time is measured; the second has the costs, and is generated in another schedule when they are."""
+    """The first call measures costs, later ones use those that are saved."""
     out = tmp_path / "out"
     arguments = ("generate", bundle, "-o", out, "--classes", "1,2,3", "--batch-size", 2, "--backend", "ort-cpu")
     ended = flexvar(*arguments, "--deadline-ms", 600_000)
     assert ended.code == 0
     assert f"schedule {BEST} for 2 at once on ort-cpu, once" in ended.err and FAST not in ended.err
     last = ended.out.splitlines()[-1]
-    assert last.startswith(f"schedule {BEST}, expected ")
-    assert " ms a batch: the best of 2 is fast enough for 600000.0 ms; took " in last and "too late" not in last
+    assert BEST in last and "600000.0 ms" in last and "too late" not in last
     set_costs(costs_file(tmp_path), s1_2_3_4=3e5)
-    ended = flexvar(*arguments, "--deadline-ms", 200_000, "--force")  # the next one is measured only now
+    ended = flexvar(*arguments, "--deadline-ms", 200_000, "--force")  # the next schedule is measured only now
     assert ended.code == 0 and f"schedule {FAST} for 2 at once" in ended.err and f"{BEST} for" not in ended.err
     set_costs(costs_file(tmp_path), s1_2_3_4=0.25, s1_4=0.125)
     ended = flexvar(*arguments, "--deadline-ms", "200.5", "--force", "--json")
     assert ended.code == 0 and "measur" not in ended.err
     assert ended.json["schedule"] == FAST
     choice = dict(ended.json["choice"])
+    assert BEST in choice["reason"] and "250.0 ms" in choice.pop("reason")
     took = max(timings["total"] for timings in ended.json["timings"]) * 1e3
     assert (choice.pop("took_ms"), choice.pop("met")) == (took, took <= 200.5)
     assert choice == {
         "schedule": FAST,
         "expected_ms": 125.0,
         "deadline_ms": 200.5,
-        "reason": f"the best of 2 that is fast enough for 200.5 ms; the next better, {BEST}, takes 250.0 ms",
         "considered": [{"schedule": BEST, "expected_ms": 250.0}, {"schedule": FAST, "expected_ms": 125.0}],
     }
     assert [len(timings["scales"]) for timings in ended.json["timings"]] == [2, 2]
@@ -71,40 +70,39 @@ def test_a_deadline(flexvar: Any, bundle: Path, tmp_path: Path) -> None:
     assert ended.json["schedule"] == FAST and "choice" not in ended.json
     assert (tmp_path / "again" / first.name).read_bytes() == first.read_bytes()
     ended = flexvar(*arguments, "--deadline-ms", 100, "--force")
-    assert ended.code == 2
-    assert f"got: a deadline of 100.0 ms: the fastest, {FAST}, takes 125.0 ms\n" in ended.err
-    assert "expected: a deadline of at least 125 ms" in ended.err
+    assert ended.refused(2, "100.0 ms", FAST, "125.0 ms")
     costs_file(tmp_path).write_text("{")
     ended = flexvar(*arguments, "--deadline-ms", 100, "--force")
-    assert ended.code == 5 and f"fix: remove {costs_file(tmp_path)}, and measure again" in ended.err
+    assert ended.refused(5, costs_file(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("extra", "got"),
+    "extra",
     [
-        (("--schedule", "1_2"), "a deadline with a schedule, size or steps"),
-        (("--size", "16x16"), "a deadline with a schedule, size or steps"),
-        (("--steps", "3"), "a deadline with a schedule, size or steps"),
-        (("--preview", "scales"), "a deadline with pictures of every scale"),
-        (("--progress",), "a deadline with pictures of every scale"),
-        (("--deadline-ms", "0"), "a deadline of 0.0 ms"),
-        (("--deadline-ms", "nan"), "a deadline of nan ms"),
+        ("--schedule", "1_2"),
+        ("--size", "16x16"),
+        ("--steps", "3"),
+        ("--preview", "scales"),
+        ("--progress",),
+        ("--deadline-ms", "nan"),
     ],
 )
-def test_refusals(flexvar: Any, tmp_path: Path, extra: tuple[str, ...], got: str) -> None:
-    """Before a bundle is looked at."""
+def test_refusals(flexvar: Any, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """Before a bundle is opened."""
     ended = flexvar("generate", "none", "-o", tmp_path / "out", "--classes", "1", "--deadline-ms", "100", *extra)
-    assert ended.code == 2 and f"got: {got}\n" in ended.err
-    assert not (tmp_path / "out").exists()
+    assert (
+        ended.refused(2, extra[0].removeprefix("--").replace("deadline-ms", "deadline"))
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_nothing_is_measured_for_a_request_that_is_refused(flexvar: Any, bundle: Path, tmp_path: Path) -> None:
     ended = flexvar("generate", bundle, "-o", tmp_path / "out", "--classes", "11", "--deadline-ms", "100")
-    assert ended.code == 2 and "class 11" in ended.err and not (tmp_path / "cache").exists()
+    assert ended.refused(2, "11") and not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_cannot_be_written(flexvar: Any, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder would be")
     ended = flexvar("generate", bundle, "-o", tmp_path / "out", "--classes", "1", "--deadline-ms", 600_000)
     assert ended.code == 0 and (tmp_path / "out" / "000000_class0001.png").exists()
-    assert "costs are kept in this process alone" in ended.err
+    assert "XDG_CACHE_HOME" in ended.err

@@ -1,4 +1,4 @@
-"""Schedules by deadline: the best that fits, never a slower one, and an order for bundles that name none."""
+"""A deadline takes the best schedule that fits, from the order of the bundle or a default order."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ seconds = st.floats(1e-4, 10)
 def test_no_worse_one_where_a_better_fits_and_none_that_does_not(
     order: list[ScaleSchedule], costs: list[float | None], deadline: float
 ) -> None:
-    """An unknown cost counts as one that might fit: nothing worse is taken in its place."""
+    """A schedule of unknown cost might fit, so no worse one is chosen."""
     known = dict(zip(order, costs, strict=True))
     candidates = [schedule for schedule in order if known[schedule] is None or known[schedule] <= deadline]  # type: ignore[operator]
     if not candidates:
-        with pytest.raises(InvalidInput, match="the fastest, ") as refusal:
+        with pytest.raises(InvalidInput) as refusal:
             choose(order, known.get, deadline)
         fastest = min(cost for cost in costs if cost is not None)
         assert type(refusal.value) is InvalidInput
@@ -37,7 +37,7 @@ def test_no_worse_one_where_a_better_fits_and_none_that_does_not(
         assert fastest * 1e3 <= enough < fastest * 1e3 + 1
         assert choose(order, known.get, enough / 1e3 + 1e-12).expected <= enough / 1e3 + 1e-12
     elif known[candidates[0]] is None:
-        with pytest.raises(CostUnknown, match=f"no measured time of schedule {candidates[0]};"):
+        with pytest.raises(CostUnknown, match=f"{candidates[0]},"):
             choose(order, known.get, deadline)
     else:
         choice = choose(order, known.get, deadline)
@@ -46,10 +46,10 @@ def test_no_worse_one_where_a_better_fits_and_none_that_does_not(
         assert choice.considered == tuple(zip(order, costs, strict=True))
 
 
-def test_a_choice_says_why() -> None:
+def test_the_reason_of_a_choice() -> None:
     costs = {A: 0.2, B: 0.12, C: 0.05}
     choice = choose((A, B, C), costs.get, 0.12)
-    assert choice.reason == f"the best of 3 that is fast enough for 120.0 ms; the next better, {A}, takes 200.0 ms"
+    assert all(text in choice.reason for text in ("3", "120.0 ms", str(A), "200.0 ms"))
     assert choice.to_json() == {
         "schedule": str(B),
         "expected_ms": pytest.approx(120),
@@ -60,28 +60,25 @@ def test_a_choice_says_why() -> None:
         ],
     }
     assert choose((A, B), {A: 0.2}.get, 0.3).to_json()["considered"][1] == {"schedule": str(B), "expected_ms": None}
-    assert choose((A, B, C), costs.get, 0.3).reason == "the best of 3 is fast enough for 300.0 ms"
+    assert "300.0 ms" in choose((A, B, C), costs.get, 0.3).reason
 
 
-def test_refusals_say_what_would_do() -> None:
+def test_refusals_name_the_fastest_schedule_or_the_measurement() -> None:
     with pytest.raises(InvalidInput) as refusal:
         choose((A, B), {A: 0.2, B: 0.1201}.get, 0.1)
-    assert str(refusal.value) == (
-        f"got a deadline of 100.0 ms: the fastest, {B}, takes 120.1 ms; expected a deadline of at least 121 ms; "
-        "fix: allow more time, or run fewer images at once"
-    )
+    assert all(text in refusal.value.got for text in ("100.0 ms", str(B), "120.1 ms"))
     with pytest.raises(CostUnknown) as unknown:
         choose((A, B), {B: 0.1}.get, 0.2, measure="pipe.measure_costs(batch_sizes=(4,))")
-    assert unknown.value.fix == "measure them once: pipe.measure_costs(batch_sizes=(4,))"
+    assert str(A) in unknown.value.got and "pipe.measure_costs(batch_sizes=(4,))" in unknown.value.fix
     assert (unknown.value.schedule, unknown.value.exit_code) == (str(A), 2)
-    with pytest.raises(InvalidInput, match="no schedule to choose from"):
+    with pytest.raises(InvalidInput):
         choose((), {}.get, 1)
 
 
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, True, "100", None])
-def test_a_deadline_is_a_number_above_0(value: Any) -> None:
-    with pytest.raises(InvalidInput, match="a number above 0"):
-        seconds_of(value)
+def test_a_deadline_is_a_number_above_0() -> None:
+    for value in (0, -1, math.nan, math.inf, True, "100", None):
+        with pytest.raises(InvalidInput, match="deadline"):
+            seconds_of(value)  # type: ignore[arg-type]
     assert seconds_of(250) == 0.25
 
 

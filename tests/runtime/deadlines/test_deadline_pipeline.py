@@ -1,4 +1,4 @@
-"""Deadlines in the pipeline: costs measured with a clock of the test, kept, and chosen by."""
+"""Deadlines in the pipeline: costs are measured (with a clock of the test), saved, and used for a choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexvar_runtime import CostRow, CostTable, CostUnknown, FlexVARPipeline, Guidance, InvalidInput, Sampling
+from flexvar_runtime import (
+    CostRow,
+    CostTable,
+    CostUnknown,
+    FlexVARPipeline,
+    GenerationOutput,
+    Guidance,
+    InvalidInput,
+    Sampling,
+)
+from flexvar_runtime.request import Request
 
 BEST, GOOD, FAST = ORDER = ("1_2_3x4_6_8x10", "1_2_4_8x10", "1_8x10")
 OFF = Guidance(0.0, "ramp")
@@ -17,7 +27,7 @@ OFF = Guidance(0.0, "ramp")
 
 @pytest.fixture(scope="module")
 def bundle(ordered_bundle: Callable[[str, Sequence[str]], Path]) -> Path:
-    """With a small default and an order of its own."""
+    """A bundle with a small default schedule and its own quality order."""
     return ordered_bundle(GOOD, ORDER)
 
 
@@ -49,7 +59,7 @@ def test_costs_are_measured_kept_and_chosen_by(pipe: FlexVARPipeline, bundle: Pa
         plain = pipe([3], schedule, seed=7)
         assert plain.choice is None and plain.settings == output.settings
         np.testing.assert_array_equal(plain.images, output.images)
-    with pytest.raises(InvalidInput, match=f"the fastest, {FAST}, takes 100.0 ms; expected a deadline of at least 1"):
+    with pytest.raises(InvalidInput, match=f"{FAST}.*100.0 ms"):
         pipe([3], deadline_ms=50)
     with FlexVARPipeline.from_bundle(bundle, "ort-cpu", threads=1) as later:
         assert str(later.choose_schedule(1, 250).schedule) == GOOD
@@ -58,7 +68,7 @@ def test_costs_are_measured_kept_and_chosen_by(pipe: FlexVARPipeline, bundle: Pa
 def test_nothing_is_chosen_by_costs_of_other_batches_or_guidance(pipe: FlexVARPipeline, bundle: Path) -> None:
     with pytest.raises(CostUnknown) as refusal:
         pipe([1, 2], deadline_ms=500)
-    assert refusal.value.fix == "measure them once: pipe.measure_costs(batch_sizes=(2,))"
+    assert "pipe.measure_costs(batch_sizes=(2,))" in refusal.value.fix
     pipe.measure_costs((2,), repeats=1, clock=clock(0.3, 0.2, 0.1))
     assert str(pipe.choose_schedule(2, 500).schedule) == BEST
     with pytest.raises(CostUnknown, match=r"batch_sizes=\(1,\)\)"):
@@ -75,55 +85,50 @@ def test_nothing_is_chosen_by_costs_of_other_batches_or_guidance(pipe: FlexVARPi
 
 def test_a_better_schedule_that_was_not_measured_is_not_passed_over(pipe: FlexVARPipeline) -> None:
     pipe.measure_costs(schedules=[GOOD, FAST], repeats=1, clock=clock(0.2, 0.1))
-    with pytest.raises(CostUnknown, match=f"no measured time of schedule {BEST}"):
+    with pytest.raises(CostUnknown, match=BEST):
         pipe([1], deadline_ms=500)
     pipe.measure_costs(schedules=[BEST], repeats=1, clock=clock(0.3))
     assert str(pipe.choose_schedule(1, 250).schedule) == GOOD
 
 
-def test_every_generation_measured_is_of_other_classes(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
-    real = FlexVARPipeline.__call__
+def test_measurements_use_different_classes(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    real = FlexVARPipeline._generate
 
-    def spy(self: FlexVARPipeline, labels: list[int], *arguments: Any, **options: Any) -> Any:
-        asked.append(labels)
-        return real(self, labels, *arguments, **options)
+    def spy(self: FlexVARPipeline, request: Request, *arguments: Any) -> GenerationOutput:
+        asked.append(request.labels)
+        return real(self, request, *arguments)
 
-    monkeypatch.setattr(FlexVARPipeline, "__call__", spy)
+    monkeypatch.setattr(FlexVARPipeline, "_generate", spy)
     pipe.measure_costs((2,), [FAST], repeats=3)
-    assert asked == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert asked == [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"schedule": BEST, "deadline_ms": 100}, "a schedule with a deadline; expected either"),
-        ({"deadline_ms": 0}, "a deadline of 0 ms"),
-        ({"deadline_ms": float("nan")}, "a deadline of nan ms"),
-        ({"deadline_ms": "100"}, "a deadline of '100' ms"),
-    ],
-)
-def test_refusals(pipe: FlexVARPipeline, arguments: dict[str, Any], text: str) -> None:
-    with pytest.raises(InvalidInput, match=text):
-        pipe([1], **arguments)
-
-
-def test_measuring_refuses_what_a_call_would(pipe: FlexVARPipeline) -> None:
-    for arguments in ({"repeats": 0}, {"batch_sizes": (0,)}, {"schedules": ["2_4"]}):
+def test_refusals(pipe: FlexVARPipeline) -> None:
+    for arguments, fault in (
+        ({"schedule": BEST, "deadline_ms": 100}, "schedule.*deadline_ms"),
+        ({"deadline_ms": 0}, "deadline_ms is 0"),
+        ({"deadline_ms": "100"}, "deadline_ms is '100'"),
+    ):
+        with pytest.raises(InvalidInput, match=fault):
+            pipe([1], **arguments)  # type: ignore[arg-type]
+    for wrong in ({"repeats": 0}, {"batch_sizes": (0,)}, {"schedules": ["2_4"]}):
         with pytest.raises(InvalidInput):
-            pipe.measure_costs(**arguments)  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="images 0"):
+            pipe.measure_costs(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="images is 0"):
         pipe.choose_schedule(0, 100)
 
 
-def test_a_gpu_measures_whole_generations(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scale by scale is another way there, with other costs."""
-    monkeypatch.setattr(pipe.backend, "device", object())
-    with pytest.raises(InvalidInput, match="a deadline with on_scale on a GPU"):
+def test_on_scale_is_refused_where_whole_generations_are_measured(
+    pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU. There, running scale by scale has other costs."""
+    monkeypatch.setattr(type(pipe.generator), "runs_whole", True)
+    with pytest.raises(InvalidInput, match=r"on_scale.*deadline_ms"):
         pipe([1], deadline_ms=100, on_scale=lambda step: None)
 
 
-def test_scales_are_watched_in_time_on_a_cpu(pipe: FlexVARPipeline) -> None:
+def test_on_scale_with_a_deadline_on_a_cpu(pipe: FlexVARPipeline) -> None:
     pipe.measure_costs(schedules=[BEST], repeats=1, clock=clock(0.3))
     watched: list[int] = []
     output = pipe([1], deadline_ms=400, on_scale=lambda step: watched.append(step.index))
@@ -138,13 +143,13 @@ def test_costs_are_kept_in_memory_where_they_cannot_be_saved(
 
     monkeypatch.setattr(CostTable, "save", full)
     assert len(pipe.measure_costs(repeats=1, clock=clock(0.3, 0.2, 0.1)).rows) == 3
-    assert "costs are kept in this process alone: [Errno 28] No space left on device; set XDG_CACHE_HOME" in caplog.text
+    assert "No space left on device" in caplog.text and "XDG_CACHE_HOME" in caplog.text
     assert str(pipe.choose_schedule(1, 250).schedule) == GOOD
     pipe.measure_costs((2,), repeats=1, clock=clock(0.6, 0.5, 0.4))
     assert str(pipe.choose_schedule(1, 250).schedule) == GOOD and str(pipe.choose_schedule(2, 550).schedule) == GOOD
 
 
-def test_what_was_measured_before_an_interruption_is_kept(pipe: FlexVARPipeline, bundle: Path) -> None:
+def test_costs_measured_before_an_interruption_are_kept(pipe: FlexVARPipeline, bundle: Path) -> None:
     def stop(row: CostRow) -> None:
         if row.schedule == GOOD:
             raise KeyboardInterrupt
