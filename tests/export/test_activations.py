@@ -1,4 +1,4 @@
-"""The largest activation: found where it is, recorded for every graph, and what float16 is refused for."""
+"""The largest activation: found in its place, recorded for every graph, and the reason to refuse float16."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pair(tiny_pair: Pair) -> Pair:
     return copy.deepcopy(tiny_pair)
 
 
-# What is looked at
+# Which results are inspected
 
 
 class Sequence(nn.Module):
@@ -167,7 +167,7 @@ def test_scores_of_the_decoders_attention_are_found(pair: Pair, tiny_proof: Proo
     found = largest_activations(*pair, tiny_proof)["decode"]
     channels = pair[1].config.level_channels[-1]
     assert found.value == pytest.approx(300 * 300 * channels**0.5, rel=0.01)  # 64 of them, divided by √64
-    with pytest.raises(ArtifactRefused, match="in decode, "):
+    with pytest.raises(ArtifactRefused, match="decode"):
         refuse_overflow({"decode": found})
 
 
@@ -182,7 +182,7 @@ def test_it_is_recorded_for_every_graph_and_does_not_depend_on_the_precision(
             assert 1 < found.value < 100 and found.where  # of weights made for activations near 1
 
 
-# What is refused
+# The limit of float16
 
 
 def test_eight_times_below_overflow_is_the_limit() -> None:
@@ -190,11 +190,9 @@ def test_eight_times_below_overflow_is_the_limit() -> None:
     refuse_overflow(fine)
     with pytest.raises(ArtifactRefused) as refused:
         refuse_overflow({**fine, "decode": Range(value=LIMIT + 0.5, where="decoder.mid.0 (aten.add.Tensor)")})
-    assert str(refused.value) == (
-        "got activations up to 8188.5 in decode, decoder.mid.0 (aten.add.Tensor); expected at most 8188 for fp16 (8 "
-        "times below its overflow); fix: export with --precision bf16"
-    )
-    with pytest.raises(ArtifactRefused, match=r"up to 1e\+38 in step"):
+    named = ("8188.5", "decode", "decoder.mid.0 (aten.add.Tensor)", "8188", "--precision bf16")
+    assert all(text in str(refused.value) for text in named)
+    with pytest.raises(ArtifactRefused, match=r"step .*1e\+38"):
         refuse_overflow({"step": Range(value=1e38, where="NaN")})
 
 
@@ -224,7 +222,7 @@ def test_fp16_is_refused_where_bf16_is_accepted(
     out = tmp_path / "loud.bundle"
     code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out, "--precision", "fp16")
     assert code == 5
-    assert "activations up to" in err and "in step, blocks.0" in err and "export with --precision bf16" in err
+    assert "blocks.0" in err and "--precision bf16" in err
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
     loud = export_bundle(transformer, vae, out, precision="bf16").manifest

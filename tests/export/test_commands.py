@@ -1,4 +1,4 @@
-"""`flexvar export` and `flexvar verify`: what they print, in which stream, and with which exit code they end."""
+"""`flexvar export` and `flexvar verify`: what they print, to which stream, and their exit codes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ def exported(
     graph_cache: GraphCache,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, str, str]:
-    """Bundle, standard output and standard error of one export in a process of its own: of the tiny model, as bare
-    states with a mask buffer, published with class names. The graphs of the transformer, or of both networks, are
-    exported for real; the tokenizer's take longest."""
+    """The bundle, standard output and standard error of one export of the tiny model, in a separate process.
+
+    The checkpoint is a bare state with a mask buffer. The graphs of the transformer, or of both networks, are not taken
+    from the cache. Those of the tokenizer take longest.
+    """
     directory = tmp_path_factory.mktemp("exported")
     known = GraphCache(directory / "graphs")
     known.folder.mkdir()
@@ -95,7 +97,7 @@ def test_export_prints_one_json_object_and_its_progress_elsewhere(exported: tupl
     assert "Traceback" not in err and "Warning" not in err
 
 
-def test_class_names_are_read_as_utf8_wherever_they_are_read(exported: tuple[Path, str, str]) -> None:
+def test_class_names_are_read_as_utf8_in_every_locale(exported: tuple[Path, str, str]) -> None:
     assert Bundle.open(exported[0]).manifest.model.class_names == tuple(f"clás {i}" for i in range(10))
 
 
@@ -113,7 +115,7 @@ def test_every_layout_and_every_process_gives_the_same_files(
 def test_weights_in_half_precision_are_exported_as_the_numbers_they_are(
     cached_exports: None, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
 ) -> None:
-    """Half of a state may be half: that of the condition is, so its graph is another, and it is proved."""
+    """Here the weights of the condition are float16."""
     transformer, _ = states(tiny_checkpoint)
     half = {k: v.half() if "ada_lin" in k or k == "class_emb.weight" else v for k, v in transformer.items()}
     torch.save({"trainer": {"var_wo_ddp": half}}, tmp_path / "half.pth")
@@ -132,7 +134,7 @@ def test_export_prints_a_table_for_people(
     first = out.splitlines()[0]
     assert first.startswith(f"{tmp_path / 'b.bundle'}: fp32, ") and Bundle.open(tmp_path / "b.bundle").sha256 in first
     assert "parity on ort-cpu" in out and out.count(" ok") >= 22 and "FAILED" not in out
-    assert "free-running tokens equal to the reference's: 100.00% (no gate" in out
+    assert "100.00%" in out.splitlines()[-1]
     assert err.splitlines()[-1] == f"export {STEPS}/{STEPS}: proving parity"
 
 
@@ -143,15 +145,16 @@ def test_export_refuses_with_the_code_of_the_reason(
     names = tmp_path / "names.json"
     out = tmp_path / "b.bundle"
     bad_names = {
-        "a JSON list of names": ["{", '"cat"', "[1, 2]", "{}", "[null]"],
-        "expected: 10": [json.dumps(["cat"])],
-        "text without control characters": [json.dumps(["\n", *"abcdefghi"])],
+        "{": "names.json",
+        "[1, 2]": "names.json",
+        "{}": "names.json",
+        json.dumps(["cat"]): "10 classes",
+        json.dumps(["\n", *"abcdefghi"]): "'\\n'",
     }
-    for said, texts in bad_names.items():
-        for text in texts:
-            names.write_text(text)
-            code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)
-            assert (code, said in err, "fix: " in err) == (2, True, True), (text, err)
+    for text, named in bad_names.items():
+        names.write_text(text)
+        code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)
+        assert code == 2 and named in " ".join(err.split()), (text, err)
     names.write_bytes(b'["\xff"]')
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)[0] == 2
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", tmp_path / "none.json")[0] == 2
@@ -164,16 +167,16 @@ def test_export_refuses_with_the_code_of_the_reason(
 
     assert run_cli("export", transformer, "--vae", vae, "-o", out)[0] == 0
     code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out)
-    assert code == 2 and "which exists" in err and "pass --force" in err
+    assert code == 2 and str(out) in err and "--force" in err
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--force")[0] == 0
 
 
-def test_a_refusal_is_one_json_object_too(tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run) -> None:
+def test_an_error_is_one_json_object_too(tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run) -> None:
     transformer, vae = tiny_checkpoint
     code, out, err = run_cli("export", vae, "--vae", transformer, "-o", tmp_path / "b", "--json")
     assert code == 5
     error = json.loads(out)["error"]
-    assert error["type"] == "ArtifactRefused" and all(error[key] in err for key in ("got", "expected", "fix"))
+    assert error["type"] == "ArtifactRefused" and all(error[key] in err for key in ("got", "fix"))
 
 
 def test_interrupted_export_ends_with_130(
@@ -203,7 +206,7 @@ sys.meta_path.insert(0, Blocked())
 
 @pytest.mark.parametrize("missing", ["torch", "onnx", "onnxscript", "safetensors"])
 @pytest.mark.parametrize("command", ["export", "verify"])
-def test_without_the_export_extra_commands_say_what_to_install(
+def test_without_the_export_extra_errors_name_the_missing_module(
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,14 +219,14 @@ def test_without_the_export_extra_commands_say_what_to_install(
         "export": ["export", str(transformer), "--vae", str(vae), "-o", str(tmp_path / "b")],
         "verify": ["verify", str(tmp_path)],
     }[command]
-    if missing == "torch" and command == "export":  # for real, in a process that cannot import it
+    if missing == "torch" and command == "export":  # in a process that really cannot import it
         done = run_flexvar(arguments, tmp_path, BLOCKED.format(name=missing))
         code, out, err = done.returncode, done.stdout, done.stderr
     else:
         monkeypatch.setitem(sys.modules, missing, None)
         code, out, err = run_cli(*arguments)
     assert (code, out) == (4, "")
-    assert missing in err and "fix: pip install 'flexvar-deploy[cpu,export]'" in err
+    assert missing in err and "pip install 'flexvar-deploy[cpu,export]'" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,7 +259,7 @@ def test_verify_prints_a_table_for_people(tiny_bundles: Callable[[str], Path], r
     assert len(rows) == 22 and max(map(len, out.splitlines())) <= 80  # one line a row, in any terminal
     assert rows[13].split()[:2] == ["prefill", "10/10"]
     assert rows[14].split()[:5] == ["decode", "16x16", "image", "PSNR,", "dB"]
-    assert last.startswith("free-running tokens equal to the reference's: ")
+    assert last.endswith("%")
 
 
 def test_verify_against_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Checkpoint, run_cli: Run) -> None:
@@ -264,14 +267,14 @@ def test_verify_against_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Check
     code, out, _ = run_cli("verify", tiny_bundle, "--checkpoint", transformer, "--vae", vae, "--json")
     assert code == 0
     recorded = [row.value for row in Bundle.open(tiny_bundle).manifest.parity.rows]
-    # Every row of logits is compared, as at the export: the same errors, but for what thread counts change in sums.
+    # Every row of logits is compared, as at the export. Only the order of sums may differ, with the thread count.
     assert [row["value"] for row in json.loads(out)["parity"]["rows"]] == pytest.approx(recorded, rel=0.2)
 
 
 def test_threads_reach_torch_and_no_further(
     tiny_bundle: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference runs on so many, in `export` and in `verify`."""
+    """The reference runs on that many threads, in `export` and in `verify`."""
     seen: list[int] = []
 
     def make_proof(*_: object) -> None:
@@ -297,15 +300,15 @@ def test_verify_against_other_weights_fails(
     arguments = ["verify", tiny_bundle, "--checkpoint", other, "--vae", tiny_checkpoint[1]]
     code, out, err = run_cli(*arguments)
     assert code == 3
-    assert "condition, output modulation: relative_error" in err and "FAILED" in out
+    assert "condition, output modulation" in err and "FAILED" in out
     code, out, err = run_cli(*arguments, "--json")
     assert code == 3
     error = json.loads(out)["error"]
-    assert error["type"] == "ParityFailed" and error["got"].startswith("condition, output modulation: ")
+    assert error["type"] == "ParityFailed" and "condition, output modulation" in error["got"]
 
     transformer, _ = tiny_checkpoint
     code, _, err = run_cli("verify", tiny_bundle, "--checkpoint", transformer, "--vae", vae)
-    assert code == 3 and "step, scale 2/10 (2x2), output logits: " in err  # the first that the codebook reaches
+    assert code == 3 and "step, scale 2/10 (2x2), output logits" in err  # the first scale with codes
 
 
 def test_verify_against_another_size_fails_and_says_which(
@@ -316,8 +319,8 @@ def test_verify_against_another_size_fails_and_says_which(
     vae = tiny_checkpoint[1]
     code, _, err = run_cli("verify", tiny_bundle, "--checkpoint", tmp_path / "deeper.safetensors", "--vae", vae)
     assert code == 3
-    assert "got: a bundle with depth 2, width 128, heads 2, classes 10, null_class 10\n" in err
-    assert "expected: depth 1, width 64, heads 1, classes 7, null_class 7\n" in err
+    for name, bundle, checkpoint in (("depth", 2, 1), ("width", 128, 64), ("classes", 10, 7)):
+        assert f"{name} is {bundle} and {checkpoint}" in err
 
 
 def test_verify_refuses_with_the_code_of_the_reason(
@@ -332,7 +335,9 @@ def test_verify_refuses_with_the_code_of_the_reason(
         [],
     ):
         assert run_cli("verify", *arguments)[0] == 2, arguments
-    assert run_cli("verify", tiny_bundle, "--backend", "tensorrt")[0] == 4  # known, but not here: never another instead
+    assert (
+        run_cli("verify", tiny_bundle, "--backend", "tensorrt")[0] == 4
+    )  # it is not installed, and no other backend is used instead
     assert run_cli("verify", tmp_path / "nothing")[0] == 5
     assert run_cli("verify", tiny_bundle, "--checkpoint", vae, "--vae", transformer)[0] == 5
 
@@ -341,7 +346,7 @@ def test_verify_refuses_with_the_code_of_the_reason(
     content[len(content) // 2] ^= 1
     step.write_bytes(content)
     code, _, err = run_cli("verify", bundle_copy)
-    assert code == 5 and "step.onnx" in err and "sha256" in err
+    assert code == 5 and "step.onnx" in err
 
 
 @pytest.mark.parametrize("instead", ["nothing", "tables.npz"])
@@ -352,7 +357,7 @@ def test_verify_refuses_a_bundle_without_a_proof(bundle_copy: Path, run_cli: Run
         shutil.copy(bundle_copy / instead, bundle_copy / "proof.npz")
     seal(bundle_copy, manifest)
     code, _, err = run_cli("verify", bundle_copy)
-    assert code == 5 and "proof.npz" in err and "export again" in err
+    assert code == 5 and "proof.npz" in err
 
 
 def test_verify_writes_nothing(tiny_bundle: Path, run_cli: Run) -> None:

@@ -1,4 +1,4 @@
-"""Backends against each other: all outputs are compared, and a difference is found where it is."""
+"""Two backends compared: all outputs are compared, and a difference is found in its place."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_difference_is_found_where_it_is(tiny_bundle: Path, graph: str, output
 
 
 def test_images_may_differ_by_twice_what_the_proof_allows(tiny_bundles: Callable[[str], Path]) -> None:
-    """By their PSNR in half precision; in float32 by less."""
+    """By PSNR in half precision. The bound in float32 is stricter."""
     half, full = (check(tiny_bundles(name), "decode", "image", 1.005) for name in ("fp16", "fp32"))
     [decoded] = [row for row in half.rows if row.graph == "decode"]
     assert half.passed and GATES["fp16"].psnr - 6 < decoded.value < 70
@@ -85,11 +85,11 @@ def test_images_may_differ_by_twice_what_the_proof_allows(tiny_bundles: Callable
     assert not check(tiny_bundles("fp16"), "decode", "image", 1.05).passed
 
 
-def test_what_cannot_be_compared(tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidInput, match="got a bf16 bundle to compare between backends"):
+def test_bundles_that_cannot_be_compared(tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInput, match="--against .*bf16"):
         check(tiny_bundles("bf16"))
     monkeypatch.setitem(__import__("sys").modules, "polygraphy.comparator", None)
-    with pytest.raises(BackendUnavailable, match="expected Polygraphy; fix: pip install 'flexvar-deploy"):
+    with pytest.raises(BackendUnavailable, match="polygraphy.* pip install"):
         check(tiny_bundles("fp32"))
 
 
@@ -109,4 +109,4 @@ def test_the_command(
         assert run_cli("verify", tiny_bundle, "--backend", name, "--against", "ort-cpu", "--threads", "3")[0] == 0
     assert asked == [("ort-cpu", 3), ("ort-cpu", 3), ("ort-cpu", 3), ("ort-cuda", None)]
     code, _, err = run_cli("verify", tiny_bundle, "--against", "ort-cpu", "--checkpoint", "a", "--vae", "b")
-    assert code == 2 and "--against with --checkpoint" in err
+    assert code == 2 and "--against" in err and "--checkpoint" in err

@@ -263,14 +263,14 @@ def test_other_backends_are_not_ready_for_it(int8: Bundle, backend: str) -> None
 def test_no_engines_are_built_of_it(int8: Bundle, run_cli: Run) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
     code, _, said = run_cli("build", int8.path, "--backend", "tensorrt-rtx", "--target", "89")
-    assert code == 2 and "a bundle in int8 for tensorrt-rtx" in said and "one in bf16 or fp16 or fp32" in said
+    assert code == 2 and "int8" in said and "tensorrt-rtx" in said and "--precision" in said
 
 
 def test_openvino_refuses_it(int8: Bundle, tiny_proof: Proof) -> None:
     pytest.importorskip("openvino")
-    with pytest.raises(BackendUnavailable, match="precision int8 on openvino"):
+    with pytest.raises(BackendUnavailable, match="openvino .*int8"):
         FlexVARPipeline.from_bundle(int8.path, backend="openvino")
-    with pytest.raises(BackendUnavailable, match="precision int8 on openvino"):
+    with pytest.raises(BackendUnavailable, match="openvino .*int8"):
         cross_check(int8, tiny_proof, create("ort-cpu"), create("openvino"))
 
 

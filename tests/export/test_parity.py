@@ -1,4 +1,4 @@
-"""The gates: right bundles pass them, and every way of being wrong that we could think of fails at least one."""
+"""The parity gates: right bundles pass all of them, and every wrong bundle fails at least one."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_half_precision_does_not_hold_the_gates_of_float32(
     assert first_failure(Bundle.open(tiny_bundles("fp16")), tiny_proof, "fp32") == "condition modulation"
 
 
-# Wrong bundles: one control for every part of the way
+# Wrong bundles: a negative control for every part of a generation
 
 
 def weights(model: onnx.ModelProto, operators: tuple[str, ...]) -> list[onnx.TensorProto]:
@@ -280,7 +280,7 @@ GRAPH_CONTROLS = {
 
 
 @pytest.mark.parametrize("control", GRAPH_CONTROLS)
-def test_a_wrong_graph_is_told_and_named(spoil: Spoil, tiny_proof: Proof, control: str) -> None:
+def test_a_wrong_graph_fails_at_its_output(spoil: Spoil, tiny_proof: Proof, control: str) -> None:
     graph, edit, expected = GRAPH_CONTROLS[control]
     assert first_failure(spoil(graph, edit), tiny_proof) == expected
 
@@ -289,11 +289,11 @@ def test_every_weight_of_step_counts(spoil: Spoil, tiny_bundle: Path, tiny_proof
     count = len(weights(onnx.load(str(tiny_bundle / "step.onnx")), ("MatMul", "Gemm")))
     assert count >= 2 * 4 + 2  # of two blocks: qkv, proj, fc1, fc2 at the least; embedding and head
     for i in range(count):
-        # one key alone is attended to whatever it is, and the first scale has no codes: at worst the second tells
+        # with one key attention ignores it, and the first scale has no codes, so the second scale may be the first to fail
         assert first_failure(spoil("step", negate_weight(i / (count - 1))), tiny_proof) in (FIRST, SECOND), i
 
 
-def test_exchanged_codes_of_the_decoder_are_told(spoil: Spoil, tiny_proof: Proof) -> None:
+def test_exchanged_codes_of_the_decoder_fail(spoil: Spoil, tiny_proof: Proof) -> None:
     edit = swap_two_codes(tiny_proof.cases[0].tokens[-1])
     assert first_failure(spoil("decode", edit), tiny_proof) == DECODED
 
@@ -318,11 +318,11 @@ TABLE_CONTROLS: dict[str, tuple[str, Callable[[NDArray[np.float32]], NDArray[np.
 
 
 @pytest.mark.parametrize("control", TABLE_CONTROLS)
-def test_a_wrong_table_is_told_at_the_second_scale(bundle_copy: Path, tiny_proof: Proof, control: str) -> None:
+def test_a_wrong_table_fails_at_the_second_scale(bundle_copy: Path, tiny_proof: Proof, control: str) -> None:
     assert first_failure(edit_table(bundle_copy, *TABLE_CONTROLS[control]), tiny_proof) == SECOND
 
 
-def test_a_ramp_one_scale_ahead_is_told(tiny_bundle: Path, tiny_proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ramp_one_scale_ahead_fails(tiny_bundle: Path, tiny_proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Guidance.weights
 
     def ahead(self: Guidance, schedule: ScaleSchedule) -> tuple[float, ...]:
@@ -334,10 +334,10 @@ def test_a_ramp_one_scale_ahead_is_told(tiny_bundle: Path, tiny_proof: Proof, mo
 
 
 @pytest.mark.parametrize("part", ["normalisation", "temperature"])
-def test_attention_without_its_normalisation_is_told(
+def test_attention_without_its_normalisation_fails(
     tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """The other way round, a wrong reference against the right bundle: the distance is the same."""
+    """The reverse case: a wrong reference and the right bundle. The distance is the same."""
     import flexvar_ref.transformer as transformer
 
     if part == "normalisation":
@@ -376,7 +376,7 @@ HALF_CONTROLS = {
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int8-bf16"])
 @pytest.mark.parametrize("control", [*HALF_CONTROLS, "positions"])
-def test_wider_gates_tell_the_same_faults(
+def test_wider_gates_fail_on_the_same_faults(
     runnable: Callable[[str], Bundle], tiny_proof: Proof, tmp_path: Path, precision: str, control: str
 ) -> None:
     right = runnable(precision)
@@ -393,16 +393,14 @@ def test_wider_gates_tell_the_same_faults(
         onnx.save_model(model, str(file))
         wrong = seal(tmp_path, right.manifest)
     failure = first_failure(wrong, tiny_proof, precision)
-    if control == "positions" and precision in (
-        "int8",
-        "int8-bf16",
-    ):  # the step is the same; this model minds positions little: some scales are let through
+    if control == "positions" and precision.startswith("int8"):
+        # positions matter little in this model, so some scales are within this wide gate
         assert failure is not None and failure.startswith("step ")
     else:
         assert failure == expected
 
 
-# What is said about it
+# Errors
 
 
 def record(*rows: ParityRow) -> ParityRecord:
@@ -420,12 +418,12 @@ def test_the_first_output_that_diverges_is_named() -> None:
     require_parity(record(ROW, ROW))
     with pytest.raises(ParityFailed) as refused:
         require_parity(record(ROW, wrong, image))
-    assert str(refused.value) == (
-        "got step, scale 2/4 (2x2), output logits: relative_error 0.25 on ort-cpu (2 of 3 checks fail); expected at "
-        "most 1e-05; fix: export again; if it persists, compare tool versions with the bundle's provenance"
+    assert all(
+        text in refused.value.got
+        for text in ("step, scale 2/4 (2x2), output logits", "0.25", "at most 1e-05", "ort-cpu", "2 of 3")
     )
     assert refused.value.exit_code == 3
-    with pytest.raises(ParityFailed, match=r"decode, scale 4x4, output image: psnr_db 31\.5 .* expected at least 80"):
+    with pytest.raises(ParityFailed, match=r"decode, scale 4x4, output image: .*31\.5 .*at least 80"):
         require_parity(record(image))
     with pytest.raises(ParityFailed, match="condition, output modulation: "):
         require_parity(record(replace(wrong, graph="condition", scale=None, output="modulation")))
@@ -434,8 +432,8 @@ def test_the_first_output_that_diverges_is_named() -> None:
 def test_flexvar_verify_ends_with_3_and_names_the_place(spoil: Spoil, run_cli: Run) -> None:
     code, out, err = run_cli("verify", spoil("step", swap_branches).path)
     assert code == 3
-    assert "step, scale 1/10 (1x1), output logits: relative_error" in err and "fix: " in err
-    assert out.count("FAILED") == 16 and out.count(" ok") == 6  # the whole table all the same
+    assert "step, scale 1/10 (1x1), output logits" in err
+    assert out.count("FAILED") == 16 and out.count(" ok") == 6  # the whole table is printed
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -443,5 +441,5 @@ def test_a_proof_of_another_model_is_refused(tiny_bundle: Path, tiny_proof: Proo
     from flexvar_runtime import ArtifactRefused
 
     other = replace(tiny_proof, modulation=tiny_proof.modulation[:, :1])
-    with pytest.raises(ArtifactRefused, match=r"a proof with \(3, 1, 6, 128\); expected \(3, 2, 6, 128\)"):
+    with pytest.raises(ArtifactRefused, match=r"\(3, 1, 6, 128\).*\(3, 2, 6, 128\)"):
         prove(Bundle.open(tiny_bundle), other)

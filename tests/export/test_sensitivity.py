@@ -1,4 +1,4 @@
-"""What stays float32 in half precision: measured where the gate is missed, the fewest parts that meet it, and said."""
+"""Parts kept in float32: measured where a bundle fails its gate, and as few as make it pass."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_export_keeps_what_the_gate_asks_for(
     bundle = export_bundle(*sensitive_checkpoint, tmp_path / "auto", precision=precision, progress=said.append)
     assert bundle.manifest.float32_parts == (SENSITIVE,)
     assert bundle.manifest.parity.passed and said[-2:] == [
-        "finding what must stay float32",
+        "finding the parts that must stay float32",
         f"keeping {SENSITIVE} in float32",
     ]
     for graph in ("step", "prefill"):
@@ -179,9 +179,9 @@ def test_parts_by_name(
     code, text, _ = run_cli(*call, "--float32", "blocks.0.mlp,blocks.0.attention")
     assert code == 0 and json.loads(text)["float32_parts"] == ["blocks.0.attention", "blocks.0.mlp"]
     code, _, errors = run_cli(*call, "--force", "--float32", "blocks.2.mlp")
-    assert code == 2 and "'blocks.2.mlp'" in errors and "blocks.0.attention to blocks.1.mlp" in errors
+    assert code == 2 and "--float32" in errors and "'blocks.2.mlp'" in errors
 
 
 def test_float32_bundles_have_no_parts_to_keep(tiny_checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="expected another precision"):
+    with pytest.raises(InvalidInput, match="--float32 .*--precision fp32"):
         export_bundle(*tiny_checkpoint, tmp_path / "bundle", float32_parts=["blocks.0.mlp"])

@@ -203,7 +203,7 @@ def test_a_bundle_says_which_decoder_it_has(
 def test_unknown_decoders_are_refused(
     tiny_checkpoint: tuple[Path, Path], tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
-    with pytest.raises(InvalidInput, match="got --decoder 'fast'; expected auto, plain, phases, transposed"):
+    with pytest.raises(InvalidInput, match="--decoder .*'fast'.*auto, plain, phases, transposed"):
         export_bundle(*tiny_checkpoint, tmp_path / "bundle", decoder="fast")
     transformer, vae = tiny_checkpoint
     code, _, err = run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "bundle", "--decoder", "Phases")
