@@ -99,11 +99,22 @@ def _summed_in_float32(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 @torch.inference_mode()
 def largest_activations(model: FlexVAR, tokenizer: Tokenizer, proof: Proof) -> dict[str, Range]:
     """The largest activation of every graph, over all cases of the proof."""
+    inputs = {
+        CONDITION: [torch.arange(model.config.classes + 1, dtype=torch.int32)],
+        DECODE: [torch.from_numpy(case.tokens[-1]) for case in proof.cases],
+        ENCODE: [torch.from_numpy(proof.image)],
+    }
     found = {}
-    for name, run in ((CONDITION, _run_condition), (STEP, _run_step), (DECODE, _run_decode), (ENCODE, _run_encode)):
+    for name in (CONDITION, STEP, DECODE, ENCODE):
         module = graph_module(name, model, tokenizer, torch.bfloat16)
         watch = LargestActivation(module)
-        run(module, model, proof, watch)
+        if isinstance(module, Step):
+            for case in proof.cases:
+                for _ in teacher_forced(module, model, case, watch):
+                    pass
+        for tensor in inputs.get(name, []):
+            with watch:
+                module(tensor)
         found[name] = watch.release()
     return found
 
@@ -119,26 +130,3 @@ def refuse_overflow(found: dict[str, Range]) -> None:
                 expected=f"activations of at most {limit:.0f}",
                 fix="Export with --precision bf16.",
             )
-
-
-def _run_condition(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    with watch:
-        module(torch.arange(model.config.classes + 1, dtype=torch.int32))
-
-
-def _run_step(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    assert isinstance(module, Step)
-    for case in proof.cases:
-        for _ in teacher_forced(module, model, case, watch):
-            pass
-
-
-def _run_decode(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    for case in proof.cases:
-        with watch:
-            module(torch.from_numpy(case.tokens[-1]))
-
-
-def _run_encode(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    with watch:
-        module(torch.from_numpy(proof.image))

@@ -29,30 +29,17 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     backend: Annotated[str, typer.Option(help="Backend to build for: tensorrt or tensorrt-rtx.")],
     schedule: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Schedule to optimise for, such as 1_2_4_8_16 or 512px. Repeat it for several. "
-            "Default: the schedule of the bundle."
-        ),
+        list[str] | None, typer.Option(help="Schedule to optimise for, such as 1_2_4_8_16 or 512px. May be repeated.")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Largest batch, in images.")] = DEFAULT_MAX_BATCH,
     target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Compute capability of the GPU to build for, such as 86 (tensorrt-rtx only). Repeat it for several. "
-            "Default: the GPU of this machine."
-        ),
+        list[str] | None, typer.Option(help="Compute capability to build for, such as 86. May be repeated.")
     ] = None,
     engines: Annotated[
         Path | None, typer.Option(help="Directory for the engines. Default: engines in the bundle.")
     ] = None,
     prefill: Annotated[
-        bool,
-        typer.Option(
-            "--prefill",
-            help="Also build the engine that reads the given scales of an edit in one pass. It holds the weights of "
-            "the transformer once more.",
-        ),
+        bool, typer.Option("--prefill", help="Also build the prefill engine for edits. It holds the weights again.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build engines again that exist already.")] = False,
     as_json: JsonOption = False,
@@ -60,9 +47,10 @@ def build(
     """Build the engines of a bundle. Engines that you built before with the same options are kept.
 
     Every scale of the schedules gets its own optimisation profile. All other schedules, up to the size of the largest,
-    share one wide profile.
+    share one wide profile. Without --schedule, the schedule is that of the bundle.
 
     Without --target, engines are built for the GPU of this machine. Without a GPU, tensorrt-rtx builds portable ones.
+    Only tensorrt-rtx takes --target.
 
     tensorrt-rtx does not run on compute capability 9.0 (H100, H200). Use tensorrt there.
     """

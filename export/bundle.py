@@ -30,7 +30,7 @@ from flexvar_runtime.model.tensors import GraphSpec
 
 from .activations import largest_activations, refuse_overflow
 from .bundle_writer import seal, write_bundle
-from .facts import PUBLISHED_DEFAULTS, model_facts, ordered_defaults, tables
+from .facts import PUBLISHED_DEFAULTS, model_facts, tables
 from .modules import block_parts, graph_module
 from .onnx_graphs import export_graph
 from .parity import prove, require_parity
@@ -100,7 +100,7 @@ def export_bundle(
     with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
         model, vae = load_reference(transformer, tokenizer)
-        facts, defaults = model_facts(model, vae, class_names), ordered_defaults(quality_order, defaults)
+        facts, defaults = model_facts(model, vae, class_names), replace(defaults, quality_order=tuple(quality_order))
         progress("running the reference")
         guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
         proof = make_proof(model, vae, ScaleSchedule.parse(defaults.schedule), guidance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.files.atomic import existing
+from flexvar_runtime.files.strict_json import encode
 from flexvar_runtime.model.signatures import GRAPHS
 
 from .build_command import build
@@ -32,11 +34,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _require_torch() -> None:
+    """Raise BackendUnavailable unless the modules of the export extra are installed."""
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-        import safetensors  # noqa: F401
-        import torch  # noqa: F401
+        for name in ("onnx", "onnxscript", "safetensors", "torch"):
+            importlib.import_module(name)
     except ImportError as error:
         raise BackendUnavailable(
             f"This command needs the module {error.name}, which is not installed.",
@@ -46,10 +47,8 @@ def _require_torch() -> None:
 
 
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Transformer: a published .pth file, or a .safetensors file with its .json file.")
-    ],
-    vae: Annotated[Path, typer.Option(help="Tokenizer: FlexVAE.pth, or a .safetensors file with its .json file.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Transformer: a .pth file, or .safetensors with its .json.")],
+    vae: Annotated[Path, typer.Option(help="Tokenizer: a .pth file, or .safetensors with its .json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
     precision: Annotated[
         str,
@@ -79,19 +78,13 @@ def export(
             "transposed need fewer multiplications. auto is plain for gpu, transposed for int8-bf16, else phases."
         ),
     ] = "auto",
-    class_names: Annotated[
-        Path | None, typer.Option(help="JSON file with a list of class names, in label order.")
-    ] = None,
+    class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
     defaults: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON file with an object of default options (schedule, guidance_scale, top_p, …). Options that it "
-            "leaves out have their published values."
-        ),
+        typer.Option(help="JSON object of default options (schedule, top_p, …) that differ from the published ones."),
     ] = None,
     quality: Annotated[
-        Path | None,
-        typer.Option(help="JSON file with the quality of schedules. flexvar generate --deadline prefers the best."),
+        Path | None, typer.Option(help="JSON table of quality by schedule. Deadlines choose the best schedule.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
@@ -135,7 +128,7 @@ def export(
         "float32_parts": list(bundle.manifest.float32_parts),
         "decoder": bundle.manifest.decoder,
         "size_bytes": size,
-        "parity": _summary(record),
+        "parity": encode(record),
     }
 
     def show() -> None:
@@ -214,7 +207,7 @@ def verify(
         theirs = threads if backend in (*CPU_BACKENDS, "auto") else None  # the others compute on a GPU
         second = create(backend, opened, device=device, threads=theirs, engines=engines)
         record = cross_check(opened, proof, first, second)
-    data = {"bundle": opened.sha256, "parity": _summary(record)}
+    data = {"bundle": opened.sha256, "parity": encode(record)}
     if record.passed and backend in TENSORRT_BACKENDS:
         data["engines"] = _engine_precisions(opened, backend, device, engines)
     if record.passed or not as_json:
@@ -224,8 +217,6 @@ def verify(
 
 def _engine_precisions(bundle: Bundle, backend: str, device: str | None, engines: Path | None) -> dict[str, object]:
     """The types that the kernels of every engine compute in, as reported by the engines."""
-    from flexvar_runtime.files.strict_json import encode
-
     from .engine_inspection import inspect_engines
 
     reports = inspect_engines(bundle, backend, device=device, engines=engines)
@@ -260,24 +251,17 @@ def _read_order(path: Path, default: str) -> tuple[str, ...]:
 
 
 def _read_class_names(path: Path) -> tuple[str, ...]:
-    fix = "Write one name for each class, in label order."
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("it is not a list of names")
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"--class-names {path} cannot be read: {error}.", expected="a JSON list of names", fix=fix
+            f"--class-names {path} cannot be read: {error}.",
+            expected="a JSON list of names",
+            fix="Write a JSON list with one name for each class, in label order.",
         ) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InvalidInput(
-            f"--class-names {path} must hold a JSON list of names.", expected="a JSON list of names", fix=fix
-        )
     return tuple(names)
-
-
-def _summary(record: ParityRecord) -> dict[str, object]:
-    from flexvar_runtime.files.strict_json import encode
-
-    return encode(record)  # type: ignore[return-value]
 
 
 def _show_record(record: ParityRecord) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
@@ -32,14 +31,6 @@ PUBLISHED_DEFAULTS = Defaults(
     greedy_scales="upstream",
     max_side=16,
 )
-
-
-def ordered_defaults(quality_order: Sequence[str], defaults: Defaults = PUBLISHED_DEFAULTS) -> Defaults:
-    """Defaults with schedules in the order of their quality, best first.
-
-    Raises ArtifactRefused where an entry does not end at the size of the default schedule, or is listed twice.
-    """
-    return replace(defaults, quality_order=tuple(quality_order))
 
 
 def read_defaults(path: Path) -> Defaults:

@@ -28,6 +28,7 @@ ROWS_KEPT = 12  # positions of each scale whose logits the bundle holds
 SEED = 20260101
 
 Float32 = NDArray[np.float32]
+_ARRAYS = ("modulation", "head_modulation", "first_input", "image", "latent")
 _EXPORT_AGAIN = "Export the bundle again."
 Arrays = dict[str, NDArray[Any]]
 
@@ -69,10 +70,7 @@ class Proof:
         """Write the proof as an .npz file. The same proof gives the same bytes."""
         arrays: Arrays = {
             "labels": np.array(self.labels, np.int32),
-            **{
-                name: getattr(self, name)
-                for name in ("modulation", "head_modulation", "first_input", "image", "latent")
-            },
+            **{name: getattr(self, name) for name in _ARRAYS},
         }
         for c, case in enumerate(self.cases):
             arrays[f"case{c}.labels"] = np.array(case.labels, np.int32)
@@ -95,12 +93,8 @@ class Proof:
             cases: list[Case] = []
             while f"case{len(cases)}.labels" in arrays:
                 cases.append(_read_case(arrays, f"case{len(cases)}."))
-            names = ("modulation", "head_modulation", "first_input", "image", "latent")
-            return cls(
-                cases=tuple(cases),
-                labels=tuple(arrays["labels"].tolist()),
-                **{name: arrays[name] for name in names},
-            )
+            labels = tuple(arrays["labels"].tolist())
+            return cls(cases=tuple(cases), labels=labels, **{name: arrays[name] for name in _ARRAYS})
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ArtifactRefused(
                 f"{path.name} holds no proof: {error!r}.", expected="a recorded proof", fix=_EXPORT_AGAIN
@@ -206,15 +200,8 @@ def make_proof(model: FlexVAR, tokenizer: Tokenizer, schedule: ScaleSchedule, gu
 def _make_case(
     model: FlexVAR, tokenizer: Tokenizer, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance
 ) -> Case:
-    scales = list(
-        iter_scales(
-            model,
-            labels,
-            schedule,
-            reference_options(guidance, Sampling(max_side=guidance.max_side)),
-            shared_noise(SEED),
-        )
-    )
+    options = reference_options(guidance, Sampling(max_side=guidance.max_side))
+    scales = list(iter_scales(model, labels, schedule, options, shared_noise(SEED)))
     with torch.inference_mode():
         decoded = tokenizer.decode(scales[-1].tokens).numpy()
     return Case(

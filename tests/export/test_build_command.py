@@ -328,7 +328,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 
 
 def test_killed(run_cli: Run, half_bundle: Path) -> None:
-    """The finished engines are complete. Of the unfinished one nothing loads, and nothing stays after the next build."""
+    """Finished engines are complete. Nothing of the unfinished one loads, or stays after the next build."""
     process = start(half_bundle)
     wait_for(process, "step, 4 after 1")
     process.kill()

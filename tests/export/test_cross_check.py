@@ -86,10 +86,10 @@ def test_images_may_differ_by_twice_what_the_proof_allows(tiny_bundles: Callable
 
 
 def test_bundles_that_cannot_be_compared(tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidInput, match="--against .*bf16"):
+    with pytest.raises(InvalidInput, match=r"--against .*bf16"):
         check(tiny_bundles("bf16"))
     monkeypatch.setitem(__import__("sys").modules, "polygraphy.comparator", None)
-    with pytest.raises(BackendUnavailable, match="polygraphy.* pip install"):
+    with pytest.raises(BackendUnavailable, match=r"polygraphy.* pip install"):
         check(tiny_bundles("fp32"))
 
 

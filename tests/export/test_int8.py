@@ -268,9 +268,9 @@ def test_no_engines_are_built_of_it(int8: Bundle, run_cli: Run) -> None:
 
 def test_openvino_refuses_it(int8: Bundle, tiny_proof: Proof) -> None:
     pytest.importorskip("openvino")
-    with pytest.raises(BackendUnavailable, match="openvino .*int8"):
+    with pytest.raises(BackendUnavailable, match=r"openvino .*int8"):
         FlexVARPipeline.from_bundle(int8.path, backend="openvino")
-    with pytest.raises(BackendUnavailable, match="openvino .*int8"):
+    with pytest.raises(BackendUnavailable, match=r"openvino .*int8"):
         cross_check(int8, tiny_proof, create("ort-cpu"), create("openvino"))
 
 

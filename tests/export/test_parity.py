@@ -289,7 +289,7 @@ def test_every_weight_of_step_counts(spoil: Spoil, tiny_bundle: Path, tiny_proof
     count = len(weights(onnx.load(str(tiny_bundle / "step.onnx")), ("MatMul", "Gemm")))
     assert count >= 2 * 4 + 2  # of two blocks: qkv, proj, fc1, fc2 at the least; embedding and head
     for i in range(count):
-        # with one key attention ignores it, and the first scale has no codes, so the second scale may be the first to fail
+        # attention ignores a single key, and the first scale has no codes, so the second may be the first to fail
         assert first_failure(spoil("step", negate_weight(i / (count - 1))), tiny_proof) in (FIRST, SECOND), i
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from flexvar_export import bundle
 from flexvar_export.commands import _read_order
-from flexvar_export.facts import PUBLISHED_DEFAULTS, ordered_defaults, read_defaults
+from flexvar_export.facts import PUBLISHED_DEFAULTS, read_defaults
 from flexvar_export.quality import best_first, read_quality
 from flexvar_runtime import ArtifactRefused, InvalidInput, ScaleSchedule
 from flexvar_runtime.cli.main import main
@@ -75,10 +75,9 @@ def test_an_order_becomes_a_bundles_default() -> None:
     order = _read_order(DEMO, PUBLISHED_DEFAULTS.schedule)
     assert order[0] == "1_3_8_16" and len(order) == 7
     assert order[-1] == PUBLISHED_DEFAULTS.schedule  # of as many images as the others
-    assert ordered_defaults(order).quality_order == order
-    assert ordered_defaults(()) == PUBLISHED_DEFAULTS
+    assert replace(PUBLISHED_DEFAULTS, quality_order=order).quality_order == order
     with pytest.raises(ArtifactRefused, match="quality_order"):
-        ordered_defaults(("1_2_4",))
+        replace(PUBLISHED_DEFAULTS, quality_order=("1_2_4",))
 
 
 def test_the_command_passes_the_order_on_and_refuses_before_it_exports(
@@ -114,7 +113,7 @@ def test_defaults_that_are_not_the_published_ones(tmp_path: Path) -> None:
     path.write_text('{"schedule": "1_2_4", "guidance_scale": 3, "top_k": 0, "greedy_scales": "none"}')
     wanted = replace(PUBLISHED_DEFAULTS, schedule="1_2_4", guidance_scale=3.0, top_k=0, greedy_scales="none")
     assert read_defaults(path) == wanted
-    assert ordered_defaults(("1_4",), read_defaults(path)).quality_order == ("1_4",)
+    assert replace(read_defaults(path), quality_order=("1_4",)).quality_order == ("1_4",)
 
 
 @pytest.mark.parametrize(

@@ -183,5 +183,5 @@ def test_parts_by_name(
 
 
 def test_float32_bundles_have_no_parts_to_keep(tiny_checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="--float32 .*--precision fp32"):
+    with pytest.raises(InvalidInput, match=r"--float32 .*--precision fp32"):
         export_bundle(*tiny_checkpoint, tmp_path / "bundle", float32_parts=["blocks.0.mlp"])

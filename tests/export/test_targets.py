@@ -35,11 +35,11 @@ def test_the_decoder_follows_the_target(precision: str, target: str, chosen: str
 
 
 def test_options_that_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="--target .*'tpu'"):
+    with pytest.raises(InvalidInput, match=r"--target .*'tpu'"):
         choose_target("tpu", Precision.FP32)
     with pytest.raises(InvalidInput, match=r"--target gpu .*--precision int8"):
         choose_target("gpu", Precision.INT8)
-    with pytest.raises(InvalidInput, match="--decoder .*'cubic'"):
+    with pytest.raises(InvalidInput, match=r"--decoder .*'cubic'"):
         choose_decoder("cubic", Precision.FP32, "cpu")
 
 
