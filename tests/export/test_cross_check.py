@@ -18,7 +18,7 @@ from flexvar_runtime.backends.ort.session import OrtGraph
 
 
 class Other(OrtCpu):
-    """A second backend; `spoil` changes one output of one graph."""
+    """A second backend, which changes one output of one graph."""
 
     name = "other"
 
@@ -69,13 +69,13 @@ def test_a_backend_agrees_with_itself(tiny_bundles: Callable[[str], Path], preci
         ("encode", "latent", "latent"),
     ],
 )
-def test_a_difference_is_found_where_it_is(tiny_bundle: Path, graph: str, output: str, row: str) -> None:
+def test_a_difference_is_found_in_its_output(tiny_bundle: Path, graph: str, output: str, row: str) -> None:
     record = check(tiny_bundle, graph, output)
     assert not record.passed
     assert {(found.graph, found.output) for found in record.rows if not holds(found)} == {(graph, row)}
 
 
-def test_images_may_differ_by_twice_what_the_proof_allows(tiny_bundles: Callable[[str], Path]) -> None:
+def test_the_bound_of_images_is_twice_that_of_the_proof(tiny_bundles: Callable[[str], Path]) -> None:
     """By PSNR in half precision. The bound in float32 is stricter."""
     half, full = (check(tiny_bundles(name), "decode", "image", 1.005) for name in ("fp16", "fp32"))
     [decoded] = [row for row in half.rows if row.graph == "decode"]

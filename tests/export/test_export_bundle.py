@@ -94,7 +94,7 @@ def test_defaults_are_those_of_the_published_evaluation(tiny_bundle: Path) -> No
     assert (defaults.top_k, defaults.top_p, defaults.greedy_scales) == (900, 0.95, "upstream")
 
 
-def test_tables_are_the_references(tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer]) -> None:
+def test_tables_equal_the_reference(tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer]) -> None:
     model, tokenizer = tiny_pair
     bundle = Bundle.open(tiny_bundle)
     tables = Tables.load(bundle.file("tables.npz"), bundle.manifest.model)
@@ -106,7 +106,7 @@ def test_tables_are_the_references(tiny_bundle: Path, tiny_pair: tuple[FlexVAR, 
             assert np.allclose(tables.positions(*size), model.positions(*size), atol=1e-6)
 
 
-def test_class_names_travel(quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_class_names_are_in_the_manifest(quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     bundle = export_bundle(*tiny_checkpoint, tmp_path / "out", class_names=NAMES)
     assert bundle.manifest.model.class_names == NAMES
     assert Bundle.open(tmp_path / "out").manifest == bundle.manifest
@@ -141,7 +141,7 @@ def test_safetensors_give_the_same_bundle(
     tmp_path: Path,
     same_files: Callable[[Bundle, Bundle], None],
 ) -> None:
-    """Weights and sizes are what counts: every file is that of the published layout, only the provenance differs."""
+    """Only the provenance differs from the bundle of the published layout."""
     paths = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
     flexvar_ref.save(tiny_pair[0], paths[0])
     flexvar_ref.save(tiny_pair[1], paths[1])
@@ -206,9 +206,7 @@ def spoil_checkpoint(kind: str, checkpoint: Checkpoint, directory: Path) -> Chec
         ("the tokenizer is cut", r"vae\.pth"),
     ],
 )
-def test_a_checkpoint_that_is_not_one_is_refused(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, kind: str, named: str
-) -> None:
+def test_a_damaged_checkpoint_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path, kind: str, named: str) -> None:
     with pytest.raises(ArtifactRefused, match=named) as refused:
         export_bundle(*spoil_checkpoint(kind, tiny_checkpoint, tmp_path), tmp_path / "out")
     assert refused.value.exit_code == 5
@@ -241,7 +239,7 @@ def test_options_are_refused_before_anything_is_read(tiny_checkpoint: Checkpoint
     assert steps == [] and listing(tmp_path) == []
 
 
-def test_without_onnx_runtime_nothing_is_exported_that_could_not_be_proved(
+def test_without_onnx_runtime_the_export_fails_at_once(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -287,7 +285,7 @@ def test_an_exception_at_any_step_leaves_nothing(
 
 
 def wrong_module(right: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-    """A condition whose modulation is a thousandth too large."""
+    """A `graph_module` that returns a condition whose modulation is a thousandth too large."""
 
     def build(graph: str, *arguments: Any) -> torch.nn.Module:
         module = right(graph, *arguments)
@@ -301,7 +299,7 @@ def wrong_module(right: Callable[..., torch.nn.Module]) -> Callable[..., torch.n
     return build
 
 
-def test_a_bundle_that_fails_its_proof_is_not_left(
+def test_a_bundle_that_fails_its_proof_is_removed(
     quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "graph_module", wrong_module(graph_module))
@@ -311,7 +309,7 @@ def test_a_bundle_that_fails_its_proof_is_not_left(
     assert listing(tmp_path) == []
 
 
-def test_force_replaces_a_bundle_only_by_a_proven_one(
+def test_force_replaces_a_bundle_only_by_a_proved_one(
     quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -362,7 +360,7 @@ bundle.export_bundle(*sys.argv[1:])
 """
 
 
-def test_killed_in_the_middle_nothing_stands_under_its_name_and_the_next_export_cleans_up(
+def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(
     quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

@@ -27,7 +27,7 @@ def proof(tiny_pair: Pair) -> Proof:
 
 
 def assert_same(a: object, b: object) -> None:
-    """Equal, down: dataclasses by field, arrays by type and content."""
+    """Assert that two values are equal: dataclasses by field, arrays by type and content."""
     assert type(a) is type(b)
     if is_dataclass(a):
         for field in fields(a):
@@ -161,7 +161,7 @@ def test_an_array_that_is_missing_or_impossible_is_refused(
         Proof.load(path)
 
 
-def test_a_bundles_tables_are_no_proof(tiny_bundle: Path) -> None:
+def test_tables_are_no_proof(tiny_bundle: Path) -> None:
     with pytest.raises(ArtifactRefused, match=r"tables\.npz"):
         Proof.load(tiny_bundle / "tables.npz")
 
@@ -173,6 +173,6 @@ def test_a_proof_of_another_model_does_not_fit(tiny_bundle: Path, tiny_proof: Pr
         tiny_proof.require_fit(model)
 
 
-def test_a_proof_of_nothing_is_refused(tiny_bundle: Path, tiny_proof: Proof) -> None:
+def test_a_proof_without_cases_is_refused(tiny_bundle: Path, tiny_proof: Proof) -> None:
     with pytest.raises(ArtifactRefused, match="no case"):
         replace(tiny_proof, cases=()).require_fit(Bundle.open(tiny_bundle).manifest.model)
