@@ -238,9 +238,7 @@ WRONG: dict[str, tuple[str, Edit]] = {
 
 @pytest.mark.parametrize("graph", ["step", "prefill"])
 @pytest.mark.parametrize("fault", WRONG)
-def test_a_wrong_layer_fails_in_its_graph(
-    int8: Bundle, tiny_proof: Proof, tmp_path: Path, graph: str, fault: str
-) -> None:
+def test_a_wrong_layer_fails_its_graph(int8: Bundle, tiny_proof: Proof, tmp_path: Path, graph: str, fault: str) -> None:
     """The layer is in the first block, because prefill does not use all layers of the last one."""
     suffix, edit = WRONG[fault]
     copy = Path(shutil.copytree(int8.path, tmp_path / "copy"))

@@ -145,9 +145,7 @@ def test_export_keeps_the_parts_that_the_gate_requires(
     rounded: int,
 ) -> None:
     """The manifest lists the parts, and the graphs hold them in float32. Without them the gate fails."""
-    monkeypatch.setitem(
-        GATES, "int8", replace(GATES["int8"], logits=2e-2)
-    )  # this model has an error of 0.044, within the real gate
+    monkeypatch.setitem(GATES, "int8", replace(GATES["int8"], logits=2e-2))  # this model has 0.044
     said: list[str] = []
     bundle = export_bundle(*sensitive_checkpoint, tmp_path / "auto", precision=precision, progress=said.append)
     assert bundle.manifest.float32_parts == (SENSITIVE,)

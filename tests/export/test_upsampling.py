@@ -1,4 +1,4 @@
-"""The forms of the decoder's upsampling equal the reference, in torch and as graphs, and the manifest names the form."""
+"""The forms of the decoder's upsampling equal the reference, in torch and as graphs."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_the_manifest_names_the_form_of_the_decoder(
     small: int,
     transposed: int,
 ) -> None:
-    """Every form passes its gate. The numbers are operators per upsampling: resizes, 2×2 and transposed convolutions."""
+    """The numbers are operators per upsampling: resizes, 2×2 convolutions, transposed convolutions."""
     bundle = export_bundle(*tiny_checkpoint, tmp_path / "bundle", decoder=form)
     assert bundle.manifest.parity.passed and bundle.manifest.decoder == form
     upsamplings = len(tiny_pair[1].config.level_channels) - 1
