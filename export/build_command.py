@@ -181,7 +181,7 @@ def _named_targets(library: TrtLibrary, asked: list[str]) -> str:
         if capability is not None and capability not in known_targets(library):
             require_runs_on(library, capability, given=f"--target {one}: ")
         raise InvalidInput(
-            f"--target {one:.100} is no target of {library.flavour} {library.version}, which are {', '.join(names)}.",
+            f"--target {one:.100} is not among the targets of {library.flavour} {library.version}: {', '.join(names)}.",
             expected=f"one of {', '.join(names)}",
             fix="Name one of them, or leave --target out.",
         )

@@ -125,10 +125,10 @@ def prove_precision(
     fused = sum(layer.fused for layer in attention)
     must_fuse = graph == STEP and precision is not Precision.FP32
     if len(attention) != attention_layers or (must_fuse and fused != len(attention)):
+        expected = f"{attention_layers}{', all fused' if must_fuse else ''}"
         raise ArtifactRefused(
-            f"{graph} has {attention_layers} attention layers in ONNX form and {len(attention)} in TensorRT, of which "
-            f"{fused} are fused.",
-            expected=f"{attention_layers}{', all fused' if must_fuse else ''}",
+            f"{graph} has {len(attention)} attention layers in TensorRT, {fused} of them fused, but it needs {expected}.",
+            expected=expected,
             fix=f"Export the bundle again from a model with heads of at most {FUSED_HEAD_SIZE}.",
         )
     return _report(claimed, Counter((layer.kind, layer.dtype) for layer in layers), fused)
