@@ -127,7 +127,7 @@ def prove_precision(
     if len(attention) != attention_layers or (must_fuse and fused != len(attention)):
         expected = f"{attention_layers}{', all fused' if must_fuse else ''}"
         raise ArtifactRefused(
-            f"{graph} has {len(attention)} attention layers in TensorRT, {fused} of them fused, but it needs {expected}.",
+            f"{graph} has {len(attention)} attention layers in TensorRT, {fused} of them fused, but needs {expected}.",
             expected=expected,
             fix=f"Export the bundle again from a model with heads of at most {FUSED_HEAD_SIZE}.",
         )
