@@ -33,10 +33,22 @@ from flexvar_runtime.backends.tensorrt.engine_files import (
 from flexvar_runtime.model.signatures import GRAPHS
 
 RTX = ("--backend", "tensorrt-rtx")
+SMALL_GRAPHS = ["condition", "decode", "encode", "prefill"]
 SMALL = (*RTX, "--schedule", "1_2x3", "--max-batch", "2", "--prefill")
-LONG = (*RTX, "--schedule", "1_2_3_4")
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 Run = Callable[..., tuple[int, str, str]]
+
+
+WITHOUT_TORCH = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "onnx", "onnxscript", "safetensors", "onnxruntime"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from flexvar_runtime.cli.main import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def half_bundle(tiny_bundles: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def first_build(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> FirstBuild:
-    """The result of `flexvar build` for a small schedule, in a process. Read-only: see `built_bundle`."""
+    """The result of `flexvar build` in a process without torch and onnx. Read-only: see `built_bundle`."""
     folder = tmp_path_factory.mktemp("built")
     bundle = Path(shutil.copytree(tiny_bundles("fp16"), folder / "half.bundle"))
     environment = os.environ | {
@@ -70,7 +82,7 @@ def first_build(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.Te
         "XDG_CACHE_HOME": str(folder / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [str(part) for part in (FLEXVAR, "build", bundle, *SMALL)]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "build", str(bundle), *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return FirstBuild(folder, bundle, done.stdout, done.stderr)
@@ -81,6 +93,22 @@ def built_bundle(first_build: FirstBuild, tmp_path: Path) -> Path:
     """A copy of the built bundle, and of its receipts."""
     shutil.copytree(first_build.folder / "state", tmp_path / "state")
     return Path(shutil.copytree(first_build.bundle, tmp_path / "half.bundle"))
+
+
+@pytest.fixture
+def fake_builds(monkeypatch: pytest.MonkeyPatch) -> list[EngineId]:
+    """Let builds in this process return a fake plan at once. Returns the ids that are asked for."""
+    asked: list[EngineId] = []
+    report = PrecisionReport(claimed="float16", layers={"matmul": {"float16": 1}}, fused_attention=2, share=1.0)
+
+    def build_engine(library: Any, bundle: Any, wanted: EngineId, *, timing: Path, tick: Callable[[], None]) -> Plan:
+        asked.append(wanted)
+        for _ in wanted.profiles:
+            tick()
+        return Plan(f"engine of {wanted.graph}".encode(), report)
+
+    monkeypatch.setattr(engine_builder, "build_engine", build_engine)
+    return asked
 
 
 def found(bundle: Path, graph: str = "step", target: str = "8.6", engines: Path | None = None) -> Any:
@@ -94,11 +122,11 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def test_build(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_without_torch_and_onnx(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(first_build.folder / "state"))
     *lines, last = first_build.out.splitlines()
     assert last == f"tensorrt-rtx {trt_library.load('tensorrt-rtx').version}, target portable"
-    summaries = dict(zip(("condition", "decode", "encode", "prefill", "step"), lines, strict=True))
+    summaries = dict(zip((*SMALL_GRAPHS, "step"), lines, strict=True))
     for graph in GRAPHS:
         engine = found(first_build.bundle, graph)
         assert read_engine(engine) and summaries[graph].startswith(f"{engine.path}: ")
@@ -110,7 +138,7 @@ def test_build(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None
     Bundle.open(first_build.bundle)  # engines are outside the manifest
 
 
-def test_engines_built_before_are_kept(run_cli: Run, built_bundle: Path) -> None:
+def test_engines_built_before_are_kept(run_cli: Run, built_bundle: Path, fake_builds: list[EngineId]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (built_bundle / "engines").iterdir()}
 
     def built(*options: str) -> tuple[dict[str, bool], str]:
@@ -129,7 +157,7 @@ def test_engines_built_before_are_kept(run_cli: Run, built_bundle: Path) -> None
     assert len(files(built_bundle / "engines")) == 5
 
 
-def test_json(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
+def test_json(run_cli: Run, half_bundle: Path, fake_builds: list[EngineId], tmp_path: Path) -> None:
     engines = tmp_path / "my engines"
     code, out, _ = run_cli(
         "build", half_bundle, *SMALL, "--target", "89", "--target", "8.6", "--engines", engines, "--json"
@@ -156,17 +184,12 @@ def test_json(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
         found(half_bundle, target="9.0", engines=engines)
 
 
-def test_the_bundles_schedule_is_the_default(run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[EngineId] = []
-
-    def instead(library: Any, bundle: Any, wanted: EngineId, **_: Any) -> Plan:
-        plans.append(wanted)
-        return Plan(b"engine", PrecisionReport(claimed="float16", layers={}, fused_attention=0, share=1.0))
-
-    monkeypatch.setattr(engine_builder, "build_engine", instead)
+def test_the_schedule_of_the_bundle_is_the_default(
+    run_cli: Run, half_bundle: Path, fake_builds: list[EngineId]
+) -> None:
     code, _, _ = run_cli("build", half_bundle, *RTX)
-    assert code == 0 and [len(plan.profiles) for plan in plans] == [1, 2, 2, 11]
-    assert plans[3].profiles[-1].axes["sequences"] == (1, 2, 16)
+    assert code == 0 and [len(wanted.profiles) for wanted in fake_builds] == [1, 2, 2, 11]
+    assert fake_builds[3].profiles[-1].axes["sequences"] == (1, 2, 16)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +256,9 @@ def test_a_folder_of_receipts_that_others_can_write(run_cli: Run, half_bundle: P
     assert not files(half_bundle / "engines")
 
 
-def test_a_full_disk(run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(
+    run_cli: Run, half_bundle: Path, fake_builds: list[EngineId], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Path.write_bytes
 
     def write_bytes(path: Path, data: Any) -> int:
@@ -310,7 +335,7 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(bundle: Path, *options: str) -> subprocess.Popen[str]:
-    command = [FLEXVAR, "build", bundle, *LONG, *options]
+    command = [FLEXVAR, "build", bundle, *options]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -327,44 +352,48 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError("".join(seen))
 
 
-def test_killed(run_cli: Run, half_bundle: Path) -> None:
+@pytest.fixture
+def without_step(built_bundle: Path) -> Path:
+    """A bundle with all engines but the one of the step."""
+    found(built_bundle).path.unlink()
+    return built_bundle
+
+
+def test_a_killed_build(run_cli: Run, without_step: Path, fake_builds: list[EngineId]) -> None:
     """Finished engines are complete. Nothing of the unfinished one loads, or stays after the next build."""
-    process = start(half_bundle)
-    wait_for(process, "step, 4 after 1")
+    process = start(without_step, *SMALL)
+    wait_for(process, "step, 1 after 0")
     process.kill()
     process.communicate(timeout=60)
-    engines = half_bundle / "engines"
+    engines = without_step / "engines"
     assert process.returncode == -signal.SIGKILL
-    assert [name.split("-")[0] for name in files(engines) if name.endswith(".engine")] == [
-        "condition",
-        "decode",
-        "encode",
-    ]
+    assert [name.split("-")[0] for name in files(engines) if name.endswith(".engine")] == SMALL_GRAPHS
     with pytest.raises(FlexVARError, match="step") as refusal:
-        found(half_bundle)
-    for graph in ("condition", "decode", "encode"):
-        assert read_engine(found(half_bundle, graph))
+        found(without_step)
+    for graph in SMALL_GRAPHS:
+        assert read_engine(found(without_step, graph))
     # The command in the error builds the missing engine and keeps the others.
     words = shlex.split(refusal.value.fix[refusal.value.fix.index("flexvar build") :])
-    assert words[:3] == ["flexvar", "build", str(half_bundle)]
-    code, out, _ = run_cli(*words[1:], *LONG[2:], "--json")
-    assert code == 0 and [one["built"] for one in json.loads(out)["engines"]] == [False, False, False, True]
-    assert len(files(engines)) == 4 and read_engine(found(half_bundle))
+    assert words[:3] == ["flexvar", "build", str(without_step)]
+    code, out, _ = run_cli(*words[1:], *SMALL[2:], "--json")
+    assert code == 0 and [one["built"] for one in json.loads(out)["engines"]] == [False] * 4 + [True]
+    assert [wanted.graph for wanted in fake_builds] == ["step"]
+    assert len(files(engines)) == 5 and read_engine(found(without_step))
 
 
-def test_interrupted(half_bundle: Path) -> None:
-    process = start(half_bundle)
-    wait_for(process, "step, 4 after 1")
+def test_an_interrupted_build(without_step: Path) -> None:
+    process = start(without_step, *SMALL)
+    wait_for(process, "step, 1 after 0")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "") and err.endswith("interrupted\n")
     assert "Traceback" not in err and "BuildCanceled" not in err
-    assert [name.split("-")[0] for name in files(half_bundle / "engines")] == ["condition", "decode", "encode"]
+    assert [name.split("-")[0] for name in files(without_step / "engines")] == SMALL_GRAPHS
 
 
 def test_two_at_once(half_bundle: Path) -> None:
     """One process builds an engine. The other waits, and finds it built."""
-    processes = [start(half_bundle, "--json") for _ in range(2)]
+    processes = [start(half_bundle, *RTX, "--schedule", "1_2", "--json") for _ in range(2)]
     results = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     one, other = ([engine["built"] for engine in json.loads(out)["engines"]] for out, _ in results)
@@ -373,24 +402,6 @@ def test_two_at_once(half_bundle: Path) -> None:
     assert len(files(half_bundle / "engines")) == 4
     same = [[engine["sha256"] for engine in json.loads(out)["engines"]] for out, _ in results]
     assert same[0] == same[1]
-
-
-def test_without_torch_and_onnx(half_bundle: Path, tmp_path: Path) -> None:
-    """A machine that builds engines needs neither."""
-    code = f"""
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {{"torch", "onnx", "onnxscript", "safetensors", "onnxruntime"}}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
-from flexvar_runtime.cli.main import main
-main(["build", {str(half_bundle)!r}, *{SMALL!r}])
-"""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert len(files(half_bundle / "engines")) == 5
 
 
 def test_the_command_is_there(run_cli: Run) -> None:

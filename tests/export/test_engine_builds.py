@@ -77,7 +77,7 @@ def wide_bundles(graph_cache: GraphCache, tmp_path_factory: pytest.TempPathFacto
 
 
 HALVES = [("fp16", "float16"), ("bf16", "bfloat16")]
-QUICK = [("fp16", CONDITION), ("fp16", PREFILL)]
+QUICK = [("fp16", CONDITION)]
 LAYERS: dict[str, dict[str, dict[str, int]]] = {  # "half" is the precision of the bundle
     "condition": {"matmul": {"half": 3}},
     "step": {"matmul": {"half": 13, "float32": 1}, "attention": {"half": 2}},
