@@ -1,8 +1,8 @@
-"""The largest activation a graph computes in half precision: what decides whether float16 is safe.
+"""The largest activation of each graph. It decides whether float16 is safe.
 
-The modules are run in bfloat16, which has float32's range, on the inputs of a real generation; every half-precision
-tensor that any operation produces is looked at. Products are summed in float32 and rounded once, as hardware does it:
-torch's own bfloat16 convolutions take minutes on a processor without such instructions.
+The modules run in bfloat16, which has the range of float32, on the inputs of a real generation. The result of every
+operation is inspected. Products are summed in float32 and rounded once, as hardware does it: the bfloat16 convolutions
+of torch take minutes on a processor without bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PRODUCTS = {
 
 
 class SummedInFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Products of bfloat16 are summed in float32 and rounded once."""
+    """While this mode is active, products of bfloat16 tensors are summed in float32 and rounded once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -49,14 +49,14 @@ class SummedInFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
 
 class LargestActivation(SummedInFloat32):  # type: ignore[no-untyped-call]
-    """Remembers the largest magnitude among bfloat16 results and attention scores, and the module that was running."""
+    """Records the largest magnitude of all bfloat16 results and attention scores, and the module that computed it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.value, self.where, self._path = 0.0, "", [""]
-        self._hooks = [hook for name, part in module.named_modules() for hook in self._follow(name, part)]
+        self._hooks = [hook for name, part in module.named_modules() for hook in self._track(name, part)]
 
-    def _follow(self, name: str, part: nn.Module) -> tuple[Any, Any]:
+    def _track(self, name: str, part: nn.Module) -> tuple[Any, Any]:
         def enter(*_: object) -> None:
             self._path.append(name)
 
@@ -74,21 +74,22 @@ class LargestActivation(SummedInFloat32):  # type: ignore[no-untyped-call]
             results.append((q.float() @ k.float().mT * (kwargs.get("scale") or q.shape[-1] ** -0.5)).to(q.dtype))
         for tensor in results:
             if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 and tensor.numel():
-                self._look(torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32).item(), func)
+                self._record(torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32).item(), func)
         return result
 
-    def _look(self, largest: float, func: Any) -> None:
-        if not largest <= self.value and not np.isnan(self.value):  # a NaN is remembered, and stays
+    def _record(self, largest: float, func: Any) -> None:
+        if not largest <= self.value and not np.isnan(self.value):  # a NaN counts as the largest, and stays
             self.value, self.where = largest, f"{self._path[-1] or 'graph'} ({func})"
 
     def release(self) -> Range:
+        """Remove the hooks and return the largest magnitude."""
         for hook in self._hooks:
             hook.remove()
         return Range(value=self.value if np.isfinite(self.value) else 1e38, where=self.where)
 
 
 def _summed_in_float32(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The operation on its bfloat16 operands widened, its result rounded back; on other operands as it is."""
+    """Run an operation on float32 copies of its bfloat16 operands, and round the result back to bfloat16."""
     if not any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in args):
         return func(*args, **kwargs)
     args, kwargs = tree_map_only(Tensor, lambda value: value.float(), (args, dict(kwargs)))
@@ -97,45 +98,35 @@ def _summed_in_float32(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 
 @torch.inference_mode()
 def largest_activations(model: FlexVAR, tokenizer: Tokenizer, proof: Proof) -> dict[str, Range]:
-    """Per graph, over every case of the proof."""
+    """The largest activation of every graph, over all cases of the proof."""
+    inputs = {
+        CONDITION: [torch.arange(model.config.classes + 1, dtype=torch.int32)],
+        DECODE: [torch.from_numpy(case.tokens[-1]) for case in proof.cases],
+        ENCODE: [torch.from_numpy(proof.image)],
+    }
     found = {}
-    for name, run in ((CONDITION, _run_condition), (STEP, _run_step), (DECODE, _run_decode), (ENCODE, _run_encode)):
+    for name in (CONDITION, STEP, DECODE, ENCODE):
         module = graph_module(name, model, tokenizer, torch.bfloat16)
         watch = LargestActivation(module)
-        run(module, model, proof, watch)
+        if isinstance(module, Step):
+            for case in proof.cases:
+                for _ in teacher_forced(module, model, case, watch):
+                    pass
+        for tensor in inputs.get(name, []):
+            with watch:
+                module(tensor)
         found[name] = watch.release()
     return found
 
 
 def refuse_overflow(found: dict[str, Range]) -> None:
-    """Raise ArtifactRefused where float16 would come within 8 times of its largest number."""
+    """Raise ArtifactRefused where an activation is larger than an eighth of the largest float16 number."""
+    limit = FLOAT16_MAX / FLOAT16_MARGIN
     for name, largest in found.items():
-        if largest.value * FLOAT16_MARGIN > FLOAT16_MAX:
+        if largest.value > limit:
             raise ArtifactRefused(
-                f"activations up to {largest.value:.6g} in {name}, {largest.where}",
-                expected=f"at most {FLOAT16_MAX / FLOAT16_MARGIN:.0f} for fp16 (8 times below its overflow)",
-                fix="export with --precision bf16",
+                f"The graph {name} has activations up to {largest.value:.6g} in {largest.where}, but the limit of fp16 "
+                f"is {limit:.0f}, an eighth of its largest number.",
+                expected=f"activations of at most {limit:.0f}",
+                fix="Export with --precision bf16.",
             )
-
-
-def _run_condition(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    with watch:
-        module(torch.arange(model.config.classes + 1, dtype=torch.int32))
-
-
-def _run_step(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    assert isinstance(module, Step)
-    for case in proof.cases:
-        for _ in teacher_forced(module, model, case, watch):
-            pass
-
-
-def _run_decode(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    for case in proof.cases:
-        with watch:
-            module(torch.from_numpy(case.tokens[-1]))
-
-
-def _run_encode(module: nn.Module, model: FlexVAR, proof: Proof, watch: LargestActivation) -> None:
-    with watch:
-        module(torch.from_numpy(proof.image))

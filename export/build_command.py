@@ -1,4 +1,4 @@
-"""`flexvar build`: engines of a bundle's graphs. Runs without torch and onnx."""
+"""The command `flexvar build`: builds engines of the graphs of a bundle. It needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -27,28 +27,32 @@ MAX_BATCH = 1024
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    backend: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")],
+    backend: Annotated[str, typer.Option(help="Backend to build for: tensorrt or tensorrt-rtx.")],
     schedule: Annotated[
-        list[str] | None, typer.Option(help="Scales to prepare for, e.g. 1_2_4_8_16 or 512px; may be repeated.")
+        list[str] | None, typer.Option(help="Schedule to optimise for, such as 1_2_4_8_16 or 512px. May be repeated.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Most images at a time.")] = DEFAULT_MAX_BATCH,
+    max_batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Largest batch, in images.")] = DEFAULT_MAX_BATCH,
     target: Annotated[
-        list[str] | None, typer.Option(help="Compute capability to build for, e.g. 86; may be repeated.")
+        list[str] | None, typer.Option(help="Compute capability to build for, such as 86. May be repeated.")
     ] = None,
     engines: Annotated[
-        Path | None, typer.Option(help="Directory for the engines; the bundle's own if left out.")
+        Path | None, typer.Option(help="Directory for the engines. Default: engines in the bundle.")
     ] = None,
     prefill: Annotated[
-        bool, typer.Option("--prefill", help="Also for given scales of edits in one pass: the weights once more.")
+        bool, typer.Option("--prefill", help="Also build the prefill engine for edits. It holds the weights again.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Build again what is built.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build engines again that exist already.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Build the engines of a bundle. What this user built before for the same purpose is kept.
+    """Build the engines of a bundle. Engines that you built before with the same options are kept.
 
-    Every scale of the schedules gets a profile of its own, any other schedule up to the largest shares a wide one.
-    Without --target, engines are for this machine's GPU; TensorRT-RTX builds without one, for a set of its own choice.
-    TensorRT-RTX does not run on compute capability 9.0 (H100, H200): build with TensorRT there.
+    Every scale of the schedules gets its own optimisation profile. All other schedules, up to the size of the largest,
+    share one wide profile. Without --schedule, the schedule is that of the bundle.
+
+    Without --target, engines are built for the GPU of this machine. Without a GPU, tensorrt-rtx builds portable ones.
+    Only tensorrt-rtx takes --target.
+
+    tensorrt-rtx does not run on compute capability 9.0 (H100, H200). Use tensorrt there.
     """
     from flexvar_runtime.backends import precisions
     from flexvar_runtime.backends.tensorrt.engine_files import receipts_folder
@@ -61,21 +65,25 @@ def build(
     from flexvar_runtime.request import Shape
 
     if backend not in FLAVOURS:
-        raise InvalidInput(f"backend {backend!r:.100}", expected=" or ".join(FLAVOURS), fix="name one of them")
+        raise InvalidInput(
+            f"--backend {backend!r:.100} has no engines to build.",
+            expected=" or ".join(FLAVOURS),
+            fix=f"Use --backend {' or --backend '.join(FLAVOURS)}.",
+        )
     library = load(backend)
     chosen = choose_target(library, target or [], present_gpu)
     opened, known = Bundle.open(bundle), sorted(precisions(backend))
     if opened.manifest.precision not in known:
         raise InvalidInput(
-            f"a bundle in {opened.manifest.precision} for {backend}",
-            expected=f"one in {' or '.join(known)}",
-            fix="export it with one of these",
+            f"{bundle} is a bundle in {opened.manifest.precision}, which {backend} does not run.",
+            expected=f"a bundle in {' or '.join(known)}",
+            fix=f"Export it with --precision {' or '.join(known)}.",
         )
     if library.rtx and (opened.manifest.precision, opened.manifest.decoder) == (Precision.BF16, TRANSPOSED):
         raise InvalidInput(
-            f"a decoder in bf16 that upsamples transposed for {backend}, which has no such layer (1.7)",
-            expected="one in phases or plain",
-            fix="export it with --decoder phases",
+            f"{bundle} has a transposed decoder in bf16, but {backend} 1.7 has no such layer.",
+            expected="a plain decoder, or one in phases",
+            fix="Export it with --decoder phases.",
         )
     cache = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{library.version}-{chosen}.cache"
     here, schedules = None if target else gpu_facts(), read_schedules(opened, schedule or [])
@@ -91,7 +99,7 @@ def build(
 
 @dataclass(frozen=True)
 class Places:
-    """Where things lie: the bundle, the folder of engines (None: its own), this user's receipts, the timing cache."""
+    """The bundle, the folder of its engines (None: inside the bundle), the receipts of this user, the timing cache."""
 
     bundle: Bundle
     engines: Path | None
@@ -101,7 +109,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Result:
-    """One engine; `built` where it was built now, in `seconds`."""
+    """One engine. built: whether this command built it. seconds: the duration of the build."""
 
     found: Found
     built: bool
@@ -109,7 +117,7 @@ class Result:
 
 
 def gpu_facts() -> GpuFacts | None:
-    """This machine's GPU; None without one."""
+    """The GPU of this machine, or None."""
     from flexvar_runtime.cuda.gpu import find_gpu
 
     try:
@@ -119,15 +127,15 @@ def gpu_facts() -> GpuFacts | None:
 
 
 def present_gpu() -> str | None:
-    """Compute capability ("8.6") of this machine's GPU; None without one."""
+    """The compute capability ("8.6") of the GPU of this machine, or None."""
     facts = gpu_facts()
     return None if facts is None else facts.capability
 
 
 def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], str | None]) -> str:
-    """The target of the engines: what was asked for, else the present GPU, else (TensorRT-RTX only) portable.
+    """The target of the engines: the one asked for, or the present GPU, or (TensorRT-RTX without a GPU) portable.
 
-    Raises InvalidInput; BackendUnavailable where TensorRT finds no GPU, or TensorRT-RTX does not run on the one meant.
+    Raises InvalidInput. Raises BackendUnavailable where TensorRT finds no GPU, or TensorRT-RTX does not run on the GPU.
     """
     from flexvar_runtime.backends.tensorrt.engine_files import PORTABLE
     from flexvar_runtime.backends.tensorrt.library import require_runs_on
@@ -137,16 +145,16 @@ def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], s
     if not library.rtx:
         if asked:
             raise InvalidInput(
-                f"--target {asked[0]} with {library.flavour}",
-                expected="none: TensorRT builds for the GPU it runs on",
-                fix="leave out --target and run flexvar build on that machine; tensorrt-rtx builds for other GPUs",
+                f"--target {asked[0]} cannot be used with {library.flavour}, which builds for the GPU it runs on.",
+                expected="no --target",
+                fix="Leave out --target and run flexvar build on the target machine, or use --backend tensorrt-rtx.",
             )
         gpu = current()
         if gpu is None:
             raise BackendUnavailable(
-                f"no GPU for {library.flavour}",
-                expected="the GPU the engines are for",
-                fix="build on the target machine (flexvar doctor says what is wrong), or use --backend tensorrt-rtx",
+                f"{library.flavour} builds engines for the GPU of this machine, but found none.",
+                expected="the GPU that the engines are for",
+                fix="Build on the target machine (flexvar doctor shows what is wrong), or use --backend tensorrt-rtx.",
             )
         return gpu
     if asked:
@@ -154,12 +162,12 @@ def choose_target(library: TrtLibrary, asked: list[str], current: Callable[[], s
     gpu = current()
     if gpu is None:
         return PORTABLE
-    require_runs_on(library, gpu, instead="; or name the GPU of another machine with --target")
+    require_runs_on(library, gpu, instead=" Or name the GPU of another machine with --target.")
     return gpu if gpu in supported_targets(library) else PORTABLE
 
 
 def _named_targets(library: TrtLibrary, asked: list[str]) -> str:
-    """The targets that were asked for ("86" or "8.6"), in the library's order, joined by commas."""
+    """The targets asked for ("86" or "8.6"), in the order of the library, joined by commas."""
     from flexvar_runtime.backends.tensorrt.library import known_targets, require_runs_on
 
     from .engine_builder import supported_targets
@@ -173,16 +181,16 @@ def _named_targets(library: TrtLibrary, asked: list[str]) -> str:
         if capability is not None and capability not in known_targets(library):
             require_runs_on(library, capability, given=f"--target {one}: ")
         raise InvalidInput(
-            f"--target {one:.100}",
-            expected=f"one of {', '.join(names)} ({library.flavour} {library.version})",
-            fix="name one of them, or leave it out",
+            f"--target {one:.100} is not among the targets of {library.flavour} {library.version}: {', '.join(names)}.",
+            expected=f"one of {', '.join(names)}",
+            fix="Name one of them, or leave --target out.",
         )
     chosen = {one.replace(".", "") for one in asked}
     return ",".join(name for short, name in names.items() if short in chosen)
 
 
 def read_schedules(bundle: Bundle, texts: list[str]) -> list[ScaleSchedule]:
-    """The schedules asked for, by default that of the bundle. Raises InvalidInput."""
+    """The schedules asked for. Default: the schedule of the bundle. Raises InvalidInput."""
     from flexvar_runtime.model.schedule import ScaleSchedule
 
     return [ScaleSchedule.parse(text) for text in texts or [bundle.manifest.defaults.schedule]]
@@ -196,7 +204,10 @@ def wanted_engines(
     max_batch: int,
     prefill: bool = False,
 ) -> list[EngineId]:
-    """One for each graph, the large one last. Raises ArtifactRefused where the bundle has none to prefill with."""
+    """The ids of the engines to build, one for each graph, the largest last.
+
+    Raises ArtifactRefused where `prefill` is asked for and the bundle has no such graph.
+    """
     from flexvar_runtime.backends.tensorrt.engine_files import RECIPE, EngineId, graph_sha256
     from flexvar_runtime.model.signatures import CONDITION, DECODE, ENCODE, PREFILL, STEP
 
@@ -219,7 +230,10 @@ def wanted_engines(
 def build_graph(
     library: TrtLibrary, wanted: EngineId, places: Places, *, force: bool, advance: Callable[[str], None]
 ) -> Result:
-    """Build one engine, or find it built; one builder at a time. `advance` is called once a profile."""
+    """Build one engine, or find one that was built before. One process at a time builds an engine.
+
+    advance: called once a profile.
+    """
     from flexvar_runtime.backends.tensorrt.engine_files import engines_folder
 
     from .engine_builder import build_engine
@@ -227,13 +241,15 @@ def build_graph(
 
     folder, names = engines_folder(places.bundle, places.engines), iter(wanted.profiles)
 
-    def waiting() -> None:
-        err.print(f"{wanted.graph}: another flexvar build is at it, waiting", highlight=False, soft_wrap=True)
+    def on_wait() -> None:
+        err.print(
+            f"{wanted.graph}: waiting for another flexvar build of the same engine", highlight=False, soft_wrap=True
+        )
 
     def tick() -> None:
         advance(f"{wanted.graph}, {next(names).name}")
 
-    with lock_engine(folder, wanted, places.receipts, waiting):
+    with lock_engine(folder, wanted, places.receipts, on_wait):
         found = None if force else built(folder, wanted, places.receipts)
         if found is not None:
             for _ in wanted.profiles:
@@ -271,8 +287,8 @@ def _report(bundle: Bundle, library: TrtLibrary, target: str, results: list[Resu
 
     def show() -> None:
         for result in results:
-            _say(f"{result.found.path}: {_summary(result)}")
-        _say(f"{library.flavour} {library.version}, target {target.replace(',', ', ')}")
+            _print_line(f"{result.found.path}: {_summary(result)}")
+        _print_line(f"{library.flavour} {library.version}, target {target.replace(',', ', ')}")
 
     emit(data, as_json, show)
 
@@ -288,5 +304,5 @@ def _summary(result: Result) -> str:
     return f"{receipt.size / 1e6:.0f} MB, {profiles}, {taken}; {share}"
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: export every graph, prove it, and only then give the directory its name."""
+"""Export a checkpoint to a bundle. The directory gets its name only after every graph is proved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flexvar_runtime.model.tensors import GraphSpec
 
 from .activations import largest_activations, refuse_overflow
 from .bundle_writer import seal, write_bundle
-from .facts import PUBLISHED_DEFAULTS, model_facts, ordered_defaults, tables
+from .facts import PUBLISHED_DEFAULTS, model_facts, tables
 from .modules import block_parts, graph_module
 from .onnx_graphs import export_graph
 from .parity import prove, require_parity
@@ -38,8 +38,13 @@ from .proof import PROOF_FILE, make_proof
 from .sensitivity import parts_to_keep, rounding_errors, step_excess
 from .targets import AUTO, GPU, choose_decoder, choose_target, require_cuda_kernels
 
-# int8: what `modules` takes for it
-TORCH_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+# The dtype that `modules.graph_module` takes for a precision.
+TORCH_PRECISIONS: dict[str, torch.dtype] = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+    Precision.INT8: torch.int8,
+}
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 UNPROVEN = ParityRecord(backend="none", emulated=False, passed=False, rows=(), free_running_agreement=None)
 
@@ -64,32 +69,38 @@ def export_bundle(
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
 
-    float32_parts: what the step keeps in float32 where the rest is not (names of `modules.block_parts`); None: nothing,
-    or where that misses the gate the parts that rounding hurts most, as few as meet it. The manifest names them.
-    defaults: what requests that do not say otherwise take; the proof is of their schedule and guidance.
-    quality_order: schedules to the size of the default one, best first, for deadlines.
-    target: "cpu", "gpu", or "auto": a GPU for fp16, else a CPU. For a GPU every node must have a CUDA kernel.
-    decoder: how it upsamples, "phases", "transposed" (see `upsampling`) or "plain" as the reference does; "auto": what
-    pays on the target.
+    class_names: one name for each class, in label order.
+    force: replace an existing bundle.
+    threads: number of CPU threads.
+    float32_parts: the parts of the step that stay float32 (names of `modules.block_parts`). None keeps no part, or, if
+    the bundle then fails its gate, the fewest parts with which it passes. The manifest lists them.
+    defaults: options of requests that leave them out. The proof uses their schedule and guidance.
+    quality_order: schedules with the size of the default one, best first. Deadlines choose among them.
+    target: "cpu", "gpu", or "auto" (GPU for fp16, else CPU). For a GPU every node must have a CUDA kernel.
+    decoder: how the decoder upsamples: "plain" as the reference does, "phases" or "transposed" (see `upsampling`), or
+    "auto", the fastest form on the target.
+    progress: called with the name of each step as it starts.
 
     Raises ArtifactRefused (checkpoint, fp16 range or a missing CUDA kernel), ParityFailed, InvalidInput,
-    BackendUnavailable. Whatever happens, nothing unproven is left under the name `out`.
+    BackendUnavailable. After any error, no unproved bundle is left under the name `out`.
     """
     precision = Precision(check_choice("precision", precision, tuple(Precision)))
     if float32_parts and precision is Precision.FP32:
         raise InvalidInput(
-            f"{float32_parts[0]!r:.100} kept in float32", expected="another precision", fix="leave it out"
+            f"--float32 {float32_parts[0]:.100} has no effect with --precision fp32, which keeps all parts in float32.",
+            expected="another precision",
+            fix="Leave --float32 out, or use another --precision.",
         )
     target = choose_target(target, precision)
     decoder = choose_decoder(decoder, precision, target)
-    create("ort-cpu", threads=threads)  # what the proof needs is refused now, not after the export
+    create("ort-cpu", threads=threads)  # without the backend of the proof, fail before the export and not after it
     if precision.of(STEP) is Precision.INT8:
         library = importlib.import_module("onnxruntime")
         make_exact(library, library.SessionOptions())
     with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
         model, vae = load_reference(transformer, tokenizer)
-        facts, defaults = model_facts(model, vae, class_names), ordered_defaults(quality_order, defaults)
+        facts, defaults = model_facts(model, vae, class_names), replace(defaults, quality_order=tuple(quality_order))
         progress("running the reference")
         guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
         proof = make_proof(model, vae, ScaleSchedule.parse(defaults.schedule), guidance)
@@ -125,7 +136,7 @@ def export_bundle(
         progress("proving parity")
         record = prove(seal(directory, manifest), proof, threads=threads)
         if precision is not Precision.FP32 and float32_parts is None and (excess := step_excess(record)):
-            progress("finding what must stay float32")
+            progress("finding the parts that must stay float32")
             model, vae = load_reference(transformer, tokenizer)
             rounded = torch.int8 if _dtype(precision, STEP) == torch.int8 else torch.bfloat16
             for kept in parts_to_keep(rounding_errors(model, proof, rounded), excess):
@@ -147,7 +158,7 @@ def _dtype(precision: Precision, graph: str) -> torch.dtype:
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """So many threads for torch meanwhile; None: as they are. Raises InvalidInput."""
+    """Run the body with this number of torch threads. None leaves it unchanged. Raises InvalidInput."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else check_whole("threads", threads, 1, MAX_THREADS))
     try:
@@ -161,12 +172,14 @@ def _export(name: str, specs: Mapping[str, GraphSpec], module: nn.Module, direct
 
 
 def _known_parts(names: Sequence[str], model: ModelFacts) -> tuple[str, ...]:
-    """The names, sorted. Raises InvalidInput for one that the model does not have."""
+    """The names of parts, sorted and each once. Raises InvalidInput for a name that the model does not have."""
     known = block_parts(model.depth)
     for name in names:
         if name not in known:
             raise InvalidInput(
-                f"float32 part {name!r:.100}", expected=f"{known[0]} to {known[-1]}", fix="name parts of this model"
+                f"--float32 names {name!r:.100}, but the parts of this model are {known[0]} to {known[-1]}.",
+                expected=f"{known[0]} to {known[-1]}",
+                fix="Name parts of this model, separated by commas.",
             )
     return tuple(sorted(set(names)))
 
@@ -174,7 +187,7 @@ def _known_parts(names: Sequence[str], model: ModelFacts) -> tuple[str, ...]:
 def load_reference(
     transformer: str | os.PathLike[str], tokenizer: str | os.PathLike[str]
 ) -> tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer]:
-    """`flexvar_ref.load` with its refusals as the runtime's typed error."""
+    """`flexvar_ref.load`, with its errors raised as ArtifactRefused."""
     try:
         return flexvar_ref.load(os.fspath(transformer), os.fspath(tokenizer))
     except flexvar_ref.CheckpointError as error:

@@ -1,11 +1,12 @@
-"""Writing a bundle: it appears whole under its final name, or not at all.
+"""Write a bundle. It appears complete under its final name, or not at all.
 
     with write_bundle("d24.bundle") as directory:
         ...                                   # write the files
-        seal(directory, manifest)             # record them; may be called again
+        seal(directory, manifest)             # record them in the manifest; may be called again
 
-A writer that dies leaves only `.<name>.partial-<pid>-<random>`, and the next writer of that name removes it. A lock on
-that directory tells whether its writer is alive: unlike a process id it holds across containers, and is never reused.
+A writer that is killed leaves only `.<name>.partial-<pid>-<random>`. The next writer of the same name removes it. A
+writer holds a lock on its directory, which shows that it is alive. Unlike a process id, a lock is valid across
+containers and is never reused.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ if sys.platform != "win32":
 
 @contextmanager
 def write_bundle(final: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield a new directory beside `final`; the body fills and seals it, then it is fsynced and renamed to `final`.
+    """Yield a new directory beside `final`. The body fills and seals it. Then it is fsynced and renamed to `final`.
 
-    An exception in the body removes it. `force` replaces an existing bundle (never anything else), which is lost only
-    once the new one stands in its place. Raises InvalidInput (`final` exists), ArtifactRefused.
+    An exception in the body removes the directory. `force` replaces an existing bundle, and nothing else. The old
+    bundle is removed after the new one has its name. Raises InvalidInput (`final` exists), ArtifactRefused.
     """
     final = Path(os.path.abspath(final))
     require_parent(final)
@@ -59,9 +60,10 @@ def write_bundle(final: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 
 def seal(directory: Path, manifest: Manifest, *, workers: int | None = None) -> Bundle:
-    """Write `manifest.json` with the size and sha256 of every file in `directory`, whatever `manifest.files` held.
+    """Write `manifest.json` with the size and sha256 of every file in `directory`. `manifest.files` is ignored.
 
-    Returns the bundle as it stands there. Raises ArtifactRefused for links, unusable names and unlisted graph files.
+    workers: number of threads that hash files. Returns the bundle. Raises ArtifactRefused for links, unusable file
+    names and unlisted graph files.
     """
     data = replace(manifest, files=hash_files(directory, sorted(inventory(directory)), workers)).to_bytes()
     sealed = Manifest.from_bytes(data)
@@ -83,7 +85,7 @@ def _publish(partial: Path, final: Path, force: bool) -> None:
             taken = os.path.lexists(final)
             if aside is not None and not taken and os.path.lexists(aside):
                 os.rename(aside, final)
-            if aside is None and taken and isinstance(error, OSError):  # it came up since the check: no locks here
+            if aside is None and taken and isinstance(error, OSError):  # created since the check, without locks
                 raise already_exists(final) from None
             raise
         fsync(final.parent)
@@ -99,12 +101,15 @@ def _check_target(final: Path, force: bool) -> None:
     if not force:
         raise already_exists(final)
     if final.is_symlink() or not _looks_like_bundle(final):
-        expected, fix = "a bundle, the only thing that --force replaces", "choose another name, or remove it"
-        raise ArtifactRefused(f"{final}, which is no bundle", expected=expected, fix=fix)
+        raise ArtifactRefused(
+            f"{final} is not a bundle, and --force replaces nothing else.",
+            expected="a bundle",
+            fix="Choose another name, or remove it.",
+        )
 
 
 def _looks_like_bundle(path: Path) -> bool:
-    """A manifest of any schema version will do; that of a web page or a browser extension will not."""
+    """Whether a directory has a bundle's manifest, of any schema version, and not that of a browser extension."""
     try:
         document = loads(read_manifest(path), where=MANIFEST, fix="")
     except (ArtifactRefused, OSError):
@@ -113,7 +118,7 @@ def _looks_like_bundle(path: Path) -> bool:
 
 
 def _sweep(final: Path) -> None:
-    """Put back a bundle whose replacement was killed half-way, and remove what dead writers left."""
+    """Restore a bundle whose replacement was interrupted, and remove directories of killed writers."""
     ours = re.compile(re.escape(f".{final.name}.") + r"(old|partial)-[0-9]+-[0-9a-f]{12}")
     for path in sorted(final.parent.glob(".*")):
         match = ours.fullmatch(path.name)
@@ -123,10 +128,10 @@ def _sweep(final: Path) -> None:
             path.rename(final)
             continue
         try:
-            if match[1] == "old":  # half removed, it must not be put back
+            if match[1] == "old":  # it may be removed in part, so it must not be restored later
                 path = path.rename(sibling(final, "partial"))
             held = _lock(path, wait=False)
-        except OSError:  # its writer is alive, or it is being removed
+        except OSError:  # its writer is alive, or another process removes it
             continue
         if held is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -150,7 +155,10 @@ def _locked(directory: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _lock(directory: Path, *, wait: bool) -> int | None:
-    """An exclusive lock on a directory; None where the system has none. Raises BlockingIOError when it is taken."""
+    """Take an exclusive lock on a directory. None where the system has no such locks.
+
+    Raises BlockingIOError where another process holds it and `wait` is False.
+    """
     if sys.platform == "win32":
         return None
     with suppress(PermissionError):

@@ -1,7 +1,8 @@
-"""`flexvar export` and `flexvar verify`. Heavy imports wait until a command runs."""
+"""The commands `flexvar export` and `flexvar verify`. Heavy modules are imported when a command runs."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.files.atomic import already_exists
+from flexvar_runtime.files.strict_json import encode
 from flexvar_runtime.model.signatures import GRAPHS
 
 from .build_command import build
@@ -22,42 +24,44 @@ if TYPE_CHECKING:
     from flexvar_runtime.bundle.opening import Bundle
     from flexvar_runtime.model.facts import ModelFacts
 
-EXPORT_STEPS = 4 + len(GRAPHS)  # checkpoint, reference, activations and proof; each graph
+EXPORT_STEPS = 4 + len(GRAPHS)  # checkpoint, reference, activations, proof, and one for each graph
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this package to the command line."""
     for command in (export, build, verify):
         app.command()(command)
 
 
 def _require_torch() -> None:
+    """Raise BackendUnavailable unless the modules of the export extra are installed."""
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-        import safetensors  # noqa: F401
-        import torch  # noqa: F401
+        for name in ("onnx", "onnxscript", "safetensors", "torch"):
+            importlib.import_module(name)
     except ImportError as error:
         raise BackendUnavailable(
-            f"no module {error.name}", expected="the export extra", fix="pip install 'flexvar-deploy[cpu,export]'"
+            f"This command needs the module {error.name}, which is not installed.",
+            expected="the export extra",
+            fix="Run pip install 'flexvar-deploy[cpu,export]'",
         ) from error
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Transformer: a published .pth, or .safetensors with its .json.")],
-    vae: Annotated[Path, typer.Option(help="Tokenizer: FlexVAE.pth, or .safetensors with its .json.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Transformer: a .pth file, or .safetensors with its .json.")],
+    vae: Annotated[Path, typer.Option(help="Tokenizer: a .pth file, or .safetensors with its .json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32, fp16, bf16, int8 (the transformer's products in eight bits, for ort-cpu), or int8-bf16 (and "
-            "the tokenizer in bf16, for ort-openvino)."
+            help="fp32, fp16, bf16, int8 or int8-bf16. int8 computes the linear layers of the transformer on 8-bit "
+            "integers (for ort-cpu). int8-bf16 also computes the tokenizer in bf16 (for ort-openvino)."
         ),
     ] = "fp32",
     float32: Annotated[
         str,
         typer.Option(
-            help="What stays float32 where the rest is not: auto (the parts that rounding hurts most, where the gate "
-            "asks for it), none, or names as in blocks.0.mlp,blocks.1.attention."
+            help="Parts of the transformer that stay float32: auto, none, or a list such as "
+            "blocks.0.mlp,blocks.1.attention. auto keeps the fewest parts that make the bundle pass its parity check."
         ),
     ] = "auto",
     target: Annotated[
@@ -77,19 +81,19 @@ def export(
     class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
     defaults: Annotated[
         Path | None,
-        typer.Option(help="JSON object: schedule, guidance_scale, top_p, … where they are not the published ones."),
+        typer.Option(help="JSON object of default options (schedule, top_p, …) that differ from the published ones."),
     ] = None,
     quality: Annotated[
-        Path | None, typer.Option(help="Quality by schedule (JSON): the order in which deadlines choose.")
+        Path | None, typer.Option(help="JSON table of quality by schedule. Deadlines choose the best schedule.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a checkpoint to a bundle: graphs, tables, and the proof that they equal the reference."""
+    """Export a checkpoint to a bundle: ONNX graphs, tables, and the proof that they agree with the reference."""
     for path in (checkpoint, vae):
-        if not path.is_file():  # said before torch is imported, which takes seconds
-            raise ArtifactRefused(f"no file {path}", expected="a checkpoint", fix="check the path")
+        if not path.is_file():  # checked before torch is imported, which takes seconds
+            raise ArtifactRefused(f"There is no file {path}.", expected="a checkpoint", fix="Check the path.")
     if output.exists() and not force:
         raise already_exists(output)
     _require_torch()
@@ -124,7 +128,7 @@ def export(
         "float32_parts": list(bundle.manifest.float32_parts),
         "decoder": bundle.manifest.decoder,
         "size_bytes": size,
-        "parity": _summary(record),
+        "parity": encode(record),
     }
 
     def show() -> None:
@@ -139,6 +143,7 @@ def export(
 
 
 def _float32_parts(text: str) -> tuple[str, ...] | None:
+    """The names in `--float32`, or None for auto."""
     if text == "auto":
         return None
     return () if text == "none" else tuple(text.split(","))
@@ -146,26 +151,32 @@ def _float32_parts(text: str) -> tuple[str, ...] | None:
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    backend: Annotated[str, typer.Option(help="Backend to prove.")] = "ort-cpu",
+    backend: Annotated[str, typer.Option(help="Backend to check.")] = "ort-cpu",
     device: Annotated[str | None, typer.Option(help="GPU to use: cuda or cuda:N.")] = None,
     engines: Annotated[
-        Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")
+        Path | None, typer.Option(help="Directory of the engines. Default: engines in the bundle.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Compare every row with this transformer, not the recorded ones.")
+        Path | None,
+        typer.Option(help="Transformer to compare with. Default: the outputs of the reference recorded in the bundle."),
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Tokenizer that belongs to --checkpoint.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Compare every output with this backend (ort-cpu), not with the reference.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove a bundle against the reference again. Exit code 3 and the first scale and output that diverge, if any."""
+    """Check that a bundle agrees with the reference.
+
+    If it does not, the exit code is 3 and the error names the first scale and output that diverge.
+    """
     if against is not None and checkpoint is not None:
-        raise InvalidInput("--against with --checkpoint", expected="one of them", fix="leave one out")
+        raise InvalidInput(
+            "--against cannot be combined with --checkpoint.", expected="one of them", fix="Leave one of them out."
+        )
     if (checkpoint is None) != (vae is None):
-        raise InvalidInput("one of --checkpoint and --vae", expected="both or none", fix="pass the pair")
+        raise InvalidInput("--checkpoint and --vae belong together.", expected="both or none", fix="Pass both.")
     _require_torch()
     from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 
@@ -196,18 +207,16 @@ def verify(
         theirs = threads if backend in (*CPU_BACKENDS, "auto") else None  # the others compute on a GPU
         second = create(backend, opened, device=device, threads=theirs, engines=engines)
         record = cross_check(opened, proof, first, second)
-    data = {"bundle": opened.sha256, "parity": _summary(record)}
+    data = {"bundle": opened.sha256, "parity": encode(record)}
     if record.passed and backend in TENSORRT_BACKENDS:
-        data["engines"] = _inspected(opened, backend, device, engines)
+        data["engines"] = _engine_precisions(opened, backend, device, engines)
     if record.passed or not as_json:
         emit(data, as_json, lambda: _show_record(record))
     require_parity(record)
 
 
-def _inspected(bundle: Bundle, backend: str, device: str | None, engines: Path | None) -> dict[str, object]:
-    """Types the kernels of every engine compute in, as the engines themselves say."""
-    from flexvar_runtime.files.strict_json import encode
-
+def _engine_precisions(bundle: Bundle, backend: str, device: str | None, engines: Path | None) -> dict[str, object]:
+    """The types that the kernels of every engine compute in, as reported by the engines."""
     from .engine_inspection import inspect_engines
 
     reports = inspect_engines(bundle, backend, device=device, engines=engines)
@@ -215,6 +224,7 @@ def _inspected(bundle: Bundle, backend: str, device: str | None, engines: Path |
 
 
 def _require_sizes(bundle: ModelFacts, checkpoint: ModelFacts) -> None:
+    """Raise ParityFailed unless the bundle and the checkpoint have the same sizes."""
     pairs = [
         (field.name, getattr(bundle, field.name), getattr(checkpoint, field.name))
         for field in fields(bundle)
@@ -223,14 +233,16 @@ def _require_sizes(bundle: ModelFacts, checkpoint: ModelFacts) -> None:
     differ = [pair for pair in pairs if pair[1] != pair[2]]
     if differ:
         raise ParityFailed(
-            "a bundle with " + ", ".join(f"{name} {got}" for name, got, _ in differ),
+            "The bundle and --checkpoint have different sizes: "
+            + ", ".join(f"{name} is {got} and {expected}" for name, got, expected in differ)
+            + ".",
             expected=", ".join(f"{name} {expected}" for name, _, expected in differ),
-            fix="pass the checkpoint it was made from",
+            fix="Pass the checkpoint that the bundle was made from.",
         )
 
 
 def _read_order(path: Path, default: str) -> tuple[str, ...]:
-    """Schedules of a table to the size of the default one, best first."""
+    """The schedules of a table of quality that have the size of the default schedule, best first."""
     from flexvar_runtime import ScaleSchedule
 
     from .quality import best_first, read_quality
@@ -241,21 +253,15 @@ def _read_order(path: Path, default: str) -> tuple[str, ...]:
 def _read_class_names(path: Path) -> tuple[str, ...]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("it is not a list of names")
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"{path} ({error})", expected="a JSON list of names", fix="one name per class, in label order"
+            f"--class-names {path} cannot be read: {error}.",
+            expected="a JSON list of names",
+            fix="Write a JSON list with one name for each class, in label order.",
         ) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InvalidInput(
-            f"{path} of another form", expected="a JSON list of names", fix="one name per class, in label order"
-        )
     return tuple(names)
-
-
-def _summary(record: ParityRecord) -> dict[str, object]:
-    from flexvar_runtime.files.strict_json import encode
-
-    return encode(record)  # type: ignore[return-value]
 
 
 def _show_record(record: ParityRecord) -> None:
@@ -265,7 +271,7 @@ def _show_record(record: ParityRecord) -> None:
     from .parity import holds
 
     title = f"parity on {record.backend}{', bf16 emulated in float32' if record.emulated else ''}"
-    labels = {"relative_error": "rel. error", "psnr_db": "PSNR, dB"}  # 80 columns hold a row
+    labels = {"relative_error": "rel. error", "psnr_db": "PSNR, dB"}  # short, so that a row fits in 80 columns
     columns = ("graph", "scale", "output", "metric", "value", "bound", "")
     table = Table(*columns, title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for row in record.rows:
@@ -274,5 +280,5 @@ def _show_record(record: ParityRecord) -> None:
         table.add_row(row.graph, row.scale or "", row.output, metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
     out.print(table)
     if record.free_running_agreement is not None:
-        equal = f"free-running tokens equal to the reference's: {record.free_running_agreement:.2%}"
-        out.print(f"{equal} (no gate)", highlight=False)
+        equal = f"tokens equal to the reference in a free-running generation: {record.free_running_agreement:.2%}"
+        out.print(equal, highlight=False)

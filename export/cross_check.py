@@ -1,7 +1,7 @@
-"""Two backends on the same inputs, graph by graph and output by output: where does one begin to differ?
+"""Compare two backends on the same inputs, graph by graph and output by output.
 
-The proof says whether a backend is right; this says where it goes wrong, keys and values included. Polygraphy drives
-both and keeps what they gave; the first backend's outputs feed the next scale of both.
+The proof shows whether a backend is right. This comparison shows where a backend begins to differ, keys and values
+included. Polygraphy runs both backends. The outputs of the first backend are the inputs of the next scale of both.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ from flexvar_runtime.request import Request
 from .parity import GATES, holds, joined_modulation, psnr, relative_error
 from .proof import Case, Proof
 
-TWICE = 6.0  # dB: an error of twice the size
+TWICE = 6.0  # dB: an error twice as large
 Arrays = dict[str, NDArray[Any]]
 
 
 def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -> ParityRecord:
-    """Every output of every graph on `second` against `first`, teacher-forced over the proof's first case.
+    """Compare every output of every graph on `second` with `first`, teacher-forced over the first case of the proof.
 
-    Bounds are twice those of the proof: both differ from the reference. Images in half precision are held by their PSNR
-    as there, 6 dB less; in float32 by their relative error, which is stricter. Raises InvalidInput for a bf16 bundle,
-    whose arrays NumPy cannot hold; BackendUnavailable where a backend does not run the precision or Polygraphy is
-    missing.
+    Bounds are twice those of the proof, because both backends differ from the reference. Images in half precision are
+    compared by PSNR, with a bound 6 dB below that of the proof. All other outputs are compared by relative error.
+
+    Raises InvalidInput for a bf16 bundle, because NumPy has no bfloat16. Raises BackendUnavailable where a backend does
+    not run the precision, or Polygraphy is not installed.
     """
     if first.device is not None:
         raise InvalidInput(
-            f"{first.name} to compare against",
-            expected="ort-cpu, whose arrays lie on the host",
-            fix="--against ort-cpu",
+            f"--against {first.name} keeps its arrays on the GPU, but the comparison needs them on the host.",
+            expected="a backend of the CPU",
+            fix="Use --against ort-cpu.",
         )
     if bundle.manifest.precision is Precision.BF16:
         raise InvalidInput(
-            "a bf16 bundle to compare between backends",
-            expected="another precision, which arrays on the host can hold",
-            fix="flexvar verify without --against compares with the reference",
+            "--against cannot compare a bf16 bundle, because NumPy has no bfloat16.",
+            expected="a bundle of another precision",
+            fix="Leave --against out to compare with the reference.",
         )
     require_precision(bundle, second)
     generator = open_generator(bundle, first)
@@ -87,7 +88,7 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
 
 
 def _feeds(generator: Generator, proof: Proof, labels: int) -> Iterator[tuple[str, str | None, Arrays]]:
-    """Inputs of every graph in the order of a generation, as the first backend's own run makes them."""
+    """(graph, scale, inputs) in the order of a generation that runs on the first backend."""
     case: Case = proof.cases[0]
     yield CONDITION, None, {"labels": np.resize(np.array(proof.labels, np.int32), labels)}
     with generator.loop(Request.of(case.labels, case.schedule, case.guidance)) as loop:
@@ -104,7 +105,7 @@ def _feeds(generator: Generator, proof: Proof, labels: int) -> Iterator[tuple[st
 
 
 def _run_both(pair: list[tuple[Backend, Graph]], feed: Arrays) -> list[Mapping[str, NDArray[Any]]]:
-    """The outputs of both, by name."""
+    """The outputs of both graphs, by name."""
     comparator = _polygraphy("polygraphy.comparator").Comparator
     runners = [_runner(backend, graph) for backend, graph in pair]
     logger = _polygraphy("polygraphy.logger").G_LOGGER
@@ -114,7 +115,7 @@ def _run_both(pair: list[tuple[Backend, Graph]], feed: Arrays) -> list[Mapping[s
 
 
 def _runner(backend: Backend, graph: Graph) -> Any:
-    """A graph of ours as a runner of Polygraphy."""
+    """A Polygraphy runner of a graph."""
     base: Any = _polygraphy("polygraphy.backend.base").BaseRunner
     metadata = _polygraphy("polygraphy.common").TensorMetadata
 
@@ -134,14 +135,14 @@ def _runner(backend: Backend, graph: Graph) -> Any:
                 for tensor in graph.spec.outputs
             }
             graph.run(inputs, outputs)
-            self.inference_time = 0.0  # not what is asked here
+            self.inference_time = 0.0  # Polygraphy requires it
             return {name: np.array(backend.download(array)) for name, array in outputs.items()}
 
     return Runner(name=backend.name)
 
 
 def _shape(graph: Graph, output: TensorSpec, feed: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
-    """The shape of an output, from the sizes of the inputs."""
+    """The shape of an output, derived from the shapes of the inputs."""
     sizes: dict[str, int] = {}
     for tensor in graph.spec.inputs:
         for axis, length in zip(tensor.axes, feed[tensor.name].shape, strict=True):
@@ -156,5 +157,7 @@ def _polygraphy(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise BackendUnavailable(
-            f"no module {error.name}", expected="Polygraphy", fix="pip install 'flexvar-deploy[export]'"
+            f"--against needs the module {error.name}, which is not installed.",
+            expected="Polygraphy",
+            fix="Run pip install 'flexvar-deploy[export]'",
         ) from error

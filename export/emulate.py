@@ -1,7 +1,7 @@
-"""bfloat16 graphs as float32 graphs that round: how a bf16 bundle is proved where no CPU kernel runs it.
+"""Rewrite bfloat16 graphs as float32 graphs with rounding, to prove a bf16 bundle on a CPU without bf16 kernels.
 
-Every tensor that is bfloat16 becomes float32 holding a bfloat16 value: constants are widened, and what a node computed
-is rounded to bfloat16 and back. So each operation sees what it would see, and accumulates in float32 as hardware does.
+Every bfloat16 tensor becomes a float32 tensor that holds bfloat16 values. Constants are widened. The result of a node
+is rounded to bfloat16 and back. So each operation has the same inputs, and sums in float32 as hardware does.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ _ROUNDED = "_rounded"
 
 
 def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
-    """Write a bundle into the empty `directory` that computes without bfloat16 what `bundle` does with it: a float32
-    one of a bf16 one, int8 of int8-bf16."""
+    """Write a bundle into the empty `directory` that emulates the bfloat16 arithmetic of `bundle`.
+
+    A bf16 bundle becomes an fp32 bundle, an int8-bf16 bundle becomes an int8 bundle.
+    """
     manifest = bundle.manifest
     mixed = manifest.precision is Precision.INT8_BF16
     precision, kept = (Precision.INT8, manifest.float32_parts) if mixed else (Precision.FP32, ())
@@ -41,10 +43,10 @@ def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
 
 
 def widen(model: onnx.ModelProto) -> None:
-    """Rewrite a bfloat16 graph, weights loaded, in place. Its inputs must already hold bfloat16 values.
+    """Rewrite a bfloat16 graph in place. Its weights are loaded, and its inputs must already hold bfloat16 values.
 
-    Raises ArtifactRefused where the graph does not state the type of every tensor (inferring them would copy the
-    weights, and stops at 2 GB).
+    Raises ArtifactRefused where the graph does not state the type of every tensor. ONNX could infer the types, but
+    would copy the weights, and fails above 2 GB.
     """
     graph = model.graph
     stated = (*graph.value_info, *graph.output, *graph.input)
@@ -52,9 +54,9 @@ def widen(model: onnx.ModelProto) -> None:
     unknown = [name for node in graph.node for name in node.output if name and name not in types]
     if unknown:
         raise ArtifactRefused(
-            f"{unknown[0]} and {len(unknown) - 1} more tensors without a type",
+            f"The graph does not state the type of {len(unknown)} tensors, such as {unknown[0]}.",
             expected="a graph that states the type of every tensor",
-            fix="export again",
+            fix="Export the bundle again.",
         )
     narrow = {name for name, kind in types.items() if kind == _BF16}
     for initializer in graph.initializer:

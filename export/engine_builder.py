@@ -1,6 +1,6 @@
-"""One graph of a bundle to one engine: parse, check, profile, build, by whichever library is injected.
+"""Build an engine of one graph of a bundle: parse, check, add profiles, build.
 
-What the parser would drop, compute in another precision or decompose without a word is refused here instead.
+TensorRT's parser silently ignores some inputs, changes precisions and decomposes attention. Such graphs raise an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 OPTIONAL_ATTENTION_INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
 POLL_SECONDS = 0.2
 UNFIT_TARGETS = {"7.5"}  # TensorRT-RTX has no float32 matrix products there; `step` has one
-PROFILE_PHASE = "Computing profile costs"  # the phase of a build in which nearly all its time goes
+PROFILE_PHASE = "Computing profile costs"  # the phase that takes nearly all of a build
+_EXPORT_AGAIN = "Export the bundle again with this version."
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "insufficient memory", "could not allocate")
 
 Tick = Callable[[], None]
@@ -38,7 +39,7 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine: its bytes (a buffer of the library's) and the types it computes in."""
+    """A built engine: its bytes (a buffer of the library) and the types it computes in."""
 
     data: Any
     precision: PrecisionReport
@@ -52,10 +53,11 @@ def build_engine(
     timing: Path | None = None,
     tick: Tick = lambda: None,
 ) -> Plan:
-    """Build an engine of `wanted.graph`; `tick` is called once a profile.
+    """Build an engine of `wanted.graph`.
 
-    timing: file with the timing cache of TensorRT (TensorRT-RTX has none). Raises ArtifactRefused (the graph is not
-    what the bundle says), BackendUnavailable (the library cannot build it), OutOfMemory, KeyboardInterrupt.
+    timing: file with the timing cache of TensorRT (TensorRT-RTX has none). tick: called once a profile. Raises
+    ArtifactRefused (the graph is not what the manifest declares), BackendUnavailable (the library cannot build it),
+    OutOfMemory, KeyboardInterrupt.
     """
     name = bundle.graph(wanted.graph).file
     try:
@@ -63,7 +65,7 @@ def build_engine(
     except MemoryError as error:
         raise error if isinstance(error, OutOfMemory) else _too_large(name, str(error) or "no memory left") from error
     finally:
-        gc.collect()  # nothing of this graph stays when the next is built
+        gc.collect()  # free this graph before the next is built
 
 
 def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timing: Path | None, tick: Tick) -> Plan:
@@ -72,7 +74,7 @@ def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timi
     _check_content(path.name, content, bundle.graph_files(wanted.graph))
     builder = library.module.Builder(library.logger)
     network = builder.create_network()
-    parser = _parse(library, network, path)  # owns the weights that the network refers to
+    parser = _parse(library, network, path)  # it owns the weights that the network refers to
     decompose_attention(library, network)
     attention = sum(node.operator == "Attention" for node in content.nodes)
     precision = prove_precision(
@@ -82,7 +84,7 @@ def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timi
         attention,
         bundle.manifest.float32_parts,
     )
-    _check_border(path.name, spec, network)
+    _check_bindings(path.name, spec, network)
     config = _config(library, builder, spec, wanted)
     if timing is not None:
         _load_timing(config, timing)
@@ -94,26 +96,28 @@ def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timi
 
 
 def supported_targets(library: TrtLibrary) -> tuple[str, ...]:
-    """Compute capabilities ("8.6") that the library can build our graphs for by name; none for TensorRT."""
+    """The compute capabilities ("8.6") that TensorRT-RTX can build these graphs for by name. None for TensorRT."""
     return tuple(name for name in known_targets(library) if name not in UNFIT_TARGETS)
 
 
 def _check_content(name: str, content: Scan, files: tuple[str, ...]) -> None:
-    """Refuse what the parser would ignore, and weights outside the hash of the graph."""
+    """Raise ArtifactRefused for inputs that the parser would ignore, and for weights outside the hash of the graph."""
     for node in content.nodes:
         if node.operator != "Attention":
             continue
-        for position, what in OPTIONAL_ATTENTION_INPUTS.items():
+        for position, optional in OPTIONAL_ATTENTION_INPUTS.items():
             if len(node.inputs) > position and node.inputs[position]:
                 raise ArtifactRefused(
-                    f"{name}: node {node.name} (Attention) with {what}",
-                    expected="attention over exactly the keys it is given: TensorRT ignores or refuses that input",
-                    fix="export the bundle again with this version",
+                    f"{name}: the node {node.name} (Attention) has the input {optional}, which TensorRT ignores.",
+                    expected="attention without optional inputs",
+                    fix=_EXPORT_AGAIN,
                 )
-    strange = sorted(content.weight_files - set(files))
-    if strange:
+    other = sorted(content.weight_files - set(files))
+    if other:
         raise ArtifactRefused(
-            f"{name}: weights in {strange[0]!r:.100}", expected=f"weights in {files[-1]}", fix="export the bundle again"
+            f"{name} has weights in {other[0]!r:.100}, but they must lie in {files[-1]}.",
+            expected=f"weights in {files[-1]}",
+            fix=_EXPORT_AGAIN,
         )
 
 
@@ -125,14 +129,14 @@ def _parse(library: TrtLibrary, network: Any, path: Path) -> Any:
         failures = [parser.get_error(i) for i in range(parser.num_errors)]
         texts = [f"node {e.node_name()} ({e.node_operator()}): {e.desc()}" for e in failures] or [errors()]
     raise BackendUnavailable(
-        f"{path.name}: {'; '.join(texts)}",
+        f"{library.flavour} {library.version} cannot parse {path.name}: {'; '.join(texts)}.",
         expected=f"a graph that {library.flavour} {library.version} can parse",
-        fix="export the bundle again with this version, or use another backend",
+        fix="Export the bundle again with this version, or use another backend.",
     )
 
 
-def _check_border(name: str, spec: GraphSpec, network: Any) -> None:
-    """Inputs and outputs must be what the manifest declares: they are bound by address."""
+def _check_bindings(name: str, spec: GraphSpec, network: Any) -> None:
+    """Raise ArtifactRefused unless inputs and outputs are those of the manifest. The runtime binds them by address."""
     for declared, count, get in (
         (spec.inputs, network.num_inputs, network.get_input),
         (spec.outputs, network.num_outputs, network.get_output),
@@ -142,11 +146,13 @@ def _check_border(name: str, spec: GraphSpec, network: Any) -> None:
         differ = [pair for pair in zip(found, expected, strict=False) if not _agree(*pair)]
         if len(found) != len(expected) or differ:
             got, wanted = differ[0] if differ else (f"{len(found)} tensors", f"{len(expected)}")
-            raise ArtifactRefused(f"{name}: {got}", expected=f"{wanted}, as declared", fix="export the bundle again")
+            raise ArtifactRefused(
+                f"{name} has {got}, but the manifest declares {wanted}.", expected=f"{wanted}", fix=_EXPORT_AGAIN
+            )
 
 
 def _agree(found: tuple[str, str, tuple[int, ...]], expected: tuple[str, str, tuple[int, ...]]) -> bool:
-    """A size that the parser could not infer may be anything; what is dynamic must not have become fixed."""
+    """Whether name, type and sizes agree. A dynamic axis may be fixed in the manifest, but not the reverse."""
     sizes = zip(found[2], expected[2], strict=False)
     same_rank = len(found[2]) == len(expected[2])
     return found[:2] == expected[:2] and same_rank and all(got in (want, -1) for got, want in sizes)
@@ -155,8 +161,8 @@ def _agree(found: tuple[str, str, tuple[int, ...]], expected: tuple[str, str, tu
 def _config(library: TrtLibrary, builder: Any, spec: GraphSpec, wanted: EngineId) -> Any:
     trt = library.module
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # what is typed float32 has a reason to be
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or an engine tells nothing of its types
+    config.clear_flag(trt.BuilderFlag.TF32)  # layers in float32 need its precision
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it an engine does not report its types
     if library.rtx and wanted.target != PORTABLE:
         targets = wanted.target.split(",")
         config.num_compute_capabilities = len(targets)
@@ -164,9 +170,9 @@ def _config(library: TrtLibrary, builder: Any, spec: GraphSpec, wanted: EngineId
             capability = trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"]
             if not config.set_compute_capability(capability, i):
                 raise BackendUnavailable(
-                    f"GPU target {target} refused by {library.flavour} {library.version}",
+                    f"{library.flavour} {library.version} cannot build for --target {target}.",
                     expected=", ".join(supported_targets(library)),
-                    fix="name one of them with --target",
+                    fix=f"Name one of {', '.join(supported_targets(library))}.",
                 )
     for profile in wanted.profiles:
         shapes = builder.create_optimization_profile()
@@ -175,15 +181,15 @@ def _config(library: TrtLibrary, builder: Any, spec: GraphSpec, wanted: EngineId
         with library.messages.reading() as errors:
             if config.add_optimization_profile(shapes) < 0:
                 raise InvalidInput(
-                    f"profile {profile.name} of {wanted.graph}: {errors()}",
-                    expected="sizes the graph takes",
-                    fix="correct --schedule or --max-batch",
+                    f"The graph {wanted.graph} does not take the sizes of profile {profile.name}: {errors()}.",
+                    expected="sizes that the graph takes",
+                    fix="Correct --schedule or --max-batch.",
                 )
     return config
 
 
 def _build(library: TrtLibrary, builder: Any, network: Any, config: Any, profiles: int, tick: Tick, name: str) -> Any:
-    """Build on a thread of its own, so that this one can be interrupted; a cancelled build ends within seconds."""
+    """Build on a separate thread, so that this one can be interrupted. A cancelled build ends within seconds."""
     monitor = config.progress_monitor = _monitor(library.module)
     done: list[Any] = []
     failed: list[BaseException] = []
@@ -191,12 +197,12 @@ def _build(library: TrtLibrary, builder: Any, network: Any, config: Any, profile
     def work() -> None:
         try:
             done.append(builder.build_serialized_network(network, config))
-        except BaseException as error:  # raised below, where it can be caught
+        except BaseException as error:  # raised again below, on the caller's thread
             failed.append(error)
         finally:
             finished.set()
 
-    finished = threading.Event()  # an interrupted join() takes a thread for ended that is not (Python 3.11)
+    finished = threading.Event()  # after an interrupted join(), Python 3.11 takes a running thread for ended
     worker = threading.Thread(target=work, name=f"build {name}")
     with library.messages.reading() as errors:
         worker.start()
@@ -210,7 +216,7 @@ def _build(library: TrtLibrary, builder: Any, network: Any, config: Any, profile
             monitor.cancelled.set()
             raise
         finally:
-            while not finished.is_set():  # whatever else is pressed: the library is still at work on our objects
+            while not finished.is_set():  # also after a second Ctrl-C: the library still uses these objects
                 with suppress(KeyboardInterrupt):
                     finished.wait()
             worker.join()
@@ -225,14 +231,14 @@ def _build(library: TrtLibrary, builder: Any, network: Any, config: Any, profile
 
 
 def _monitor(trt: Any) -> Any:
-    """Follows a build, whose phases several threads may report at once, and ends it where it is cancelled.
+    """A progress monitor that follows a build and can cancel it. Several threads may report to it at once.
 
-    share: how much of the longest phase is done, 0 to 1.
+    share: the finished share of the longest phase, 0 to 1.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)  # the binding refuses super()
+            trt.IProgressMonitor.__init__(self)  # the binding does not allow super()
             self.cancelled = threading.Event()
             self.share = 0.0
             self._steps = 1
@@ -256,20 +262,22 @@ def _build_error(library: TrtLibrary, name: str, text: str) -> FlexVARError:
     if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
         return _too_large(name, text)
     return BackendUnavailable(
-        f"{name}: {text}",
+        f"{library.flavour} {library.version} cannot build {name}: {text}.",
         expected=f"a graph that {library.flavour} {library.version} can build",
-        fix="export the bundle again with this version, or use another backend",
+        fix="Export the bundle again with this version, or use another backend.",
     )
 
 
 def _too_large(name: str, text: str) -> OutOfMemory:
     return OutOfMemory(
-        f"{name}: {text}", expected="a build that fits in memory", fix="name fewer --schedule, or a smaller --max-batch"
+        f"The build of {name} does not fit in memory: {text}.",
+        expected="a build that fits in memory",
+        fix="Use fewer --schedule options, or a smaller --max-batch.",
     )
 
 
 def _load_timing(config: Any, path: Path) -> None:
-    """Timings of earlier builds. A file that TensorRT does not take is as good as none."""
+    """Use the timings of earlier builds. A file that TensorRT does not accept is ignored."""
     make_private(path.parent)
     data = b""
     with suppress(OSError):
@@ -280,7 +288,7 @@ def _load_timing(config: Any, path: Path) -> None:
 
 
 def _save_timing(config: Any, path: Path) -> None:
-    """Keep the timings for the next build, which does without where they cannot be kept."""
+    """Save the timings for the next build. A failure is only logged."""
     cache = config.get_timing_cache()
     if cache is None:
         return
@@ -288,4 +296,4 @@ def _save_timing(config: Any, path: Path) -> None:
         with atomic_write(path, force=True) as temporary:
             temporary.write_bytes(cache.serialize())
     except (OSError, FlexVARError) as error:
-        log.debug("timing cache not kept: %s", error)
+        log.debug("The timing cache cannot be saved: %s", error)

@@ -1,4 +1,4 @@
-"""What engines on a GPU say of themselves: in which types their kernels compute, after all the builder's choices."""
+"""The types that the kernels of finished engines compute in, as reported by the engines on a GPU."""
 
 from __future__ import annotations
 
@@ -19,24 +19,31 @@ LEAST_SHARE = 0.95  # of matmul, convolution and attention kernels in the precis
 def inspect_engines(
     bundle: Bundle, name: str, *, device: str | None = None, engines: Path | None = None
 ) -> dict[str, PrecisionReport]:
-    """Of a TensorRT backend's engines, by graph. Raises ArtifactRefused where one computes in another precision."""
+    """The types that the kernels of a TensorRT backend's engines compute in, by graph.
+
+    Raises ArtifactRefused where an engine computes in another precision than that of the bundle.
+    """
     claimed, reports = bundle.manifest.precision.dtype, {}
     with closing(create(name, device=device, threads=None, engines=engines)) as backend:
         for graph in [*REQUIRED, *([PREFILL] if backend.prepared(bundle, PREFILL) else [])]:
             with closing(backend.open(bundle, graph)) as opened:
                 reports[graph] = inspect_precision(opened.information(), claimed)
     for graph, report in reports.items():
-        _require(graph, report, kept_matmuls(graph, bundle.manifest.float32_parts))
+        _require_share(graph, report, kept_matmuls(graph, bundle.manifest.float32_parts))
     return reports
 
 
-def _require(graph: str, report: PrecisionReport, kept: int) -> None:
-    """At least LEAST_SHARE, or all but the declared islands and the layers that are kept in float32."""
+def _require_share(graph: str, report: PrecisionReport, kept: int) -> None:
+    """Raise ArtifactRefused unless enough kernels compute in the claimed precision.
+
+    Enough is a share of LEAST_SHARE, or all kernels except the float32 islands and the `kept` products.
+    """
     total = sum(count for kinds in report.layers.values() for count in kinds.values())
     declared = len(FLOAT32_ISLANDS.get(graph, ())) + kept
     if report.share < LEAST_SHARE and round(total * (1 - report.share)) > declared:
         raise ArtifactRefused(
-            f"{graph}: an engine with {report.share:.0%} of its arithmetic in {report.claimed} ({report.layers})",
+            f"The engine of {graph} computes only {report.share:.0%} of its layers in {report.claimed} "
+            f"({report.layers}); at least {LEAST_SHARE:.0%} are required.",
             expected=f"at least {LEAST_SHARE:.0%}",
-            fix="build the engines again with --force, and compare tool versions with the bundle's provenance",
+            fix="Build the engines again with flexvar build --force.",
         )

@@ -1,9 +1,9 @@
-"""In which precision a network computes: proved from the types of what the parser made, before anything is built.
+"""Check the precision of a parsed network before it is built.
 
-TensorRT has no precision flags: what the ONNX graph's types say is what runs, and a float32 graph runs in float32
-without a word. So every matrix product, convolution and attention must be in the precision that the bundle claims, but
-for the islands that `flexvar_export.modules` keeps in float32 and the parts that the manifest names.
-`inspect_precision` says the same of a finished engine.
+TensorRT has no precision flags. It computes in the types of the ONNX graph, and runs a float32 graph in float32 without
+a warning. So every matrix product, convolution and attention must have the precision that the bundle claims. Exceptions
+are the islands that `flexvar_export.modules` keeps in float32, and the parts that the manifest lists.
+`inspect_precision` reports the types of a finished engine.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FLOAT32_ISLANDS = {
     PREFILL: {(MATMUL, "codes")},
     ENCODE: {(CONVOLUTION, "image"), (CONVOLUTION, "latent")},
 }
-"""Layers that stay float32 in half precision: kind, and the graph's input they read or output they give."""
-_PART_MATMULS = {"attention": 6, "mlp": 2}  # q, k, v, scores, values and projection; both products
-FUSED_HEAD_SIZE = 256  # the largest for which attention in half precision has a kernel of its own
+"""Layers that stay float32 in half precision: their kind, and the input or output of the graph they are attached to."""
+_PART_MATMULS = {"attention": 6, "mlp": 2}  # q, k, v, scores, values, projection; fc1, fc2
+FUSED_HEAD_SIZE = 256  # the largest head for which half-precision attention has a fused kernel
 _KINDS = {
     "MATRIX_MULTIPLY": MATMUL,
     "EINSUM": MATMUL,
@@ -42,7 +42,7 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that carries the arithmetic. border: the graph's inputs it reads and outputs it gives, itself."""
+    """A matrix product, convolution or attention. border: inputs and outputs of the graph that it reads or writes."""
 
     name: str
     kind: str
@@ -52,18 +52,18 @@ class Layer:
 
 
 def dtype_name(dtype: Any) -> str:
-    """The manifest's name of a TensorRT type."""
+    """The name of a TensorRT type as in the manifest, such as "float16"."""
     return _DTYPES.get(dtype.name, dtype.name.lower())
 
 
 def attention_of(library: TrtLibrary, layer: Any) -> Any:
-    """The attention behind a layer of type ATTENTION_INPUT, which the network gives as a plain layer."""
+    """The attention that a layer of type ATTENTION_INPUT belongs to. The network returns it as a plain layer."""
     layer.__class__ = library.module.IAttentionInputLayer
     return layer.attention
 
 
 def decompose_attention(library: TrtLibrary, network: Any) -> int:
-    """Allow attention that has no kernel (float32, or large heads) to be built from other layers; returns how many."""
+    """Let attention without a fused kernel (float32, or large heads) be built from other layers. Returns the count."""
     count = 0
     for layer in _layers(network):
         if layer.type.name != "ATTENTION_INPUT":
@@ -76,7 +76,7 @@ def decompose_attention(library: TrtLibrary, network: Any) -> int:
 
 
 def arithmetic(library: TrtLibrary, network: Any) -> list[Layer]:
-    """Every matrix product, convolution and attention of a parsed network, with the type it computes in."""
+    """The matrix products, convolutions and attentions of a parsed network, with the types they compute in."""
     found = []
     for layer in _layers(network):
         kind = _KINDS.get(layer.type.name)
@@ -97,13 +97,14 @@ def arithmetic(library: TrtLibrary, network: Any) -> list[Layer]:
 def prove_precision(
     graph: str, precision: str, layers: Iterable[Layer], attention_layers: int, kept: Collection[str] = ()
 ) -> PrecisionReport:
-    """Refuse a graph that computes in another precision than it claims, islands and parts kept in float32 aside.
+    """Raise ArtifactRefused unless the layers compute in the claimed precision, except islands and kept parts.
 
-    attention_layers: how many the ONNX graph has. In half precision those of `step` must all be fused: decomposed, they
-    would write every score to memory. kept: the manifest's `float32_parts`. Raises ArtifactRefused.
+    attention_layers: number of attentions in the ONNX graph. In half precision those of `step` must all be fused,
+    because decomposed attention writes every score to memory. kept: `float32_parts` of the manifest.
     """
-    layers, claimed = list(layers), Precision(precision).dtype
-    islands = FLOAT32_ISLANDS.get(graph, set()) if precision != "fp32" else set()
+    layers, precision = list(layers), Precision(precision)
+    claimed = precision.dtype
+    islands = FLOAT32_ISLANDS.get(graph, set()) if precision is not Precision.FP32 else set()
     declared = kept_matmuls(graph, kept)
     wrong = [layer for layer in layers if layer.dtype != (_island_dtype(layer, islands) or claimed)]
     if _as_declared(graph, wrong, declared):
@@ -111,52 +112,50 @@ def prove_precision(
     right = sum(layer.dtype == claimed for layer in layers)
     if wrong or not layers:
         names = ", ".join(f"{layer.kind} {layer.name} in {layer.dtype}" for layer in wrong[:3])
+        exceptions = [f"the {kind} at {name}" for kind, name in sorted(islands)] + (list(kept) if declared else [])
+        expected = f"all in {claimed}" + (f" except {', '.join(exceptions)}" if exceptions else "")
         raise ArtifactRefused(
-            f"{graph}: {right} of {len(layers)} matmul, convolution and attention layers in {claimed}"
-            + (f" ({names}{', …' if len(wrong) > 3 else ''})" if wrong else ""),
-            expected=f"all in {claimed}"
-            + (f" but {_listed(islands)} in float32" if islands else "")
-            + (f", and {', '.join(kept)}" if declared else ""),
-            fix=f"export the bundle again with --precision {precision}",
+            f"{graph} computes {right} of {len(layers)} matmul, convolution and attention layers in {claimed}"
+            + (f" ({names}{', …' if len(wrong) > 3 else ''})" if wrong else "")
+            + f", but it must compute {expected}.",
+            expected=expected,
+            fix=f"Export the bundle again with --precision {precision}.",
         )
     attention = [layer for layer in layers if layer.kind == ATTENTION]
     fused = sum(layer.fused for layer in attention)
-    must_fuse = graph == STEP and precision != "fp32"
+    must_fuse = graph == STEP and precision is not Precision.FP32
     if len(attention) != attention_layers or (must_fuse and fused != len(attention)):
+        expected = f"{attention_layers}{', all fused' if must_fuse else ''}"
         raise ArtifactRefused(
-            f"{graph}: {fused} fused of {len(attention)} attention layers, {attention_layers} in the graph",
-            expected=f"{attention_layers}{', all fused' if must_fuse else ''}",
-            fix="export the bundle again; heads are fused up to a size of 256",
+            f"{graph} has {len(attention)} attention layers in TensorRT, {fused} of them fused, but needs {expected}.",
+            expected=expected,
+            fix=f"Export the bundle again from a model with heads of at most {FUSED_HEAD_SIZE}.",
         )
     return _report(claimed, Counter((layer.kind, layer.dtype) for layer in layers), fused)
 
 
 def kept_matmuls(graph: str, kept: Collection[str]) -> int:
-    """How many matrix products the parts that stay float32 come to: in `prefill` at most, whose last block ends with
+    """The number of matrix products in the parts kept in float32. `prefill` may have fewer: its last block stops after
     keys and values."""
     return sum(_PART_MATMULS[part.rpartition(".")[2]] for part in kept) if graph in (STEP, PREFILL) else 0
 
 
 def _as_declared(graph: str, others: list[Layer], declared: int) -> bool:
-    """Whether the layers in another type than claimed are what the parts kept in float32 come to, and nothing else."""
+    """Whether the layers of other types are exactly the `declared` products that are kept in float32."""
     kept = all(layer.kind == MATMUL and layer.dtype == "float32" and not layer.border for layer in others)
     return kept and (len(others) == declared if graph == STEP else len(others) <= declared)
 
 
 def _island_dtype(layer: Layer, islands: set[tuple[str, str]]) -> str | None:
-    """float32 for an island, else None: what the bundle claims."""
+    """float32 for an island, None for other layers, which have the claimed type."""
     return "float32" if any((layer.kind, name) in islands for name in layer.border) else None
-
-
-def _listed(islands: set[tuple[str, str]]) -> str:
-    return " and ".join(f"the {kind} at {name}" for kind, name in sorted(islands))
 
 
 def _layers(network: Any) -> Iterable[Any]:
     return (network.get_layer(i) for i in range(network.num_layers))
 
 
-# The inspector's text of a finished engine: its layers are kernels, named by what they do.
+# In the report of the engine inspector, layers are kernels whose names tell their kind.
 _KERNELS = (
     (ATTENTION, re.compile(r"mha|attention|flash", re.IGNORECASE)),
     (CONVOLUTION, re.compile(r"conv", re.IGNORECASE)),
@@ -170,10 +169,10 @@ _FORMATS = (
 
 
 def inspect_precision(engine_information_json: str, claimed: str) -> PrecisionReport:
-    """Kernels of a finished engine by kind and type of their first input, from the engine inspector's JSON.
+    """The kernels of a finished engine by kind and type of their first input, from the JSON of the engine inspector.
 
-    The engine was built with detailed verbosity; `claimed` is a dtype of the manifest. What the compiler generated
-    (type "kgen") counts only where it is attention. Raises ArtifactRefused where the text tells of no such kernels.
+    claimed: a dtype as in the manifest. Kernels that the compiler generated (type "kgen") count only where they are
+    attention. Raises ArtifactRefused where the text lists no typed kernels, as without detailed verbosity.
     """
     document = loads(engine_information_json, where="engine information", fix="Build the engine again.")
     rows = document.get("Layers") if isinstance(document, dict) else None
@@ -181,13 +180,15 @@ def inspect_precision(engine_information_json: str, claimed: str) -> PrecisionRe
     counts = Counter(kernel for kernel in kernels if kernel is not None)
     if not counts:
         raise ArtifactRefused(
-            "engine information without typed layers", expected="that of detailed verbosity", fix="build it again"
+            "The engine information lists no typed layers.",
+            expected="the information of an engine built with detailed verbosity",
+            fix="Build the engine again with flexvar build --force.",
         )
     return _report(claimed, counts, sum(n for (kind, _), n in counts.items() if kind == ATTENTION))
 
 
 def _kernel(row: dict[str, Any]) -> tuple[str, str] | None:
-    """Kind and dtype of one row."""
+    """The kind and dtype of one row, or None for other kernels."""
     layer_type, inputs = str(row.get("LayerType", "")), row.get("Inputs")
     if layer_type.lower() == "kgen":
         kind = ATTENTION if _KERNELS[0][1].search(str(row.get("TacticName", ""))) else None

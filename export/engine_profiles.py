@@ -1,4 +1,4 @@
-"""Which sizes an engine is prepared for: an exact profile for all that the schedules need, a wide one for the rest."""
+"""The optimisation profiles of an engine: an exact one for every size of the schedules, and a wide one for others."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.schedule import ScaleSchedule
 from flexvar_runtime.model.signatures import CONDITION, PREFILL, STEP
 
-FEW_HEADS = 4  # with fewer, TensorRT-RTX 1.7 has no attention kernel for exactly one query; for one or two it has
+FEW_HEADS = 4  # with fewer heads, TensorRT-RTX 1.7 has an attention kernel for 1 to 2 queries, but none for exactly 1
 
 
 def step_pairs(schedules: Sequence[ScaleSchedule]) -> list[tuple[int, int]]:
-    """(new, past) tokens of every scale of these schedules, each pair once, in order."""
+    """The (new, past) numbers of tokens of every scale of these schedules, each pair once, sorted."""
     pairs = set()
     for schedule in schedules:
         past = 0
@@ -25,9 +25,9 @@ def step_pairs(schedules: Sequence[ScaleSchedule]) -> list[tuple[int, int]]:
 
 
 def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int, model: ModelFacts) -> tuple[Profile, ...]:
-    """Profiles of a graph for these schedules and up to `max_batch` images; exact ones first, the wide one last.
+    """The profiles of a graph for these schedules and up to `max_batch` images. The wide one is last.
 
-    The wide one serves every schedule whose largest scale and whose tokens are no more than the largest asked for.
+    The wide profile serves every schedule with no more tokens, and no larger scale, than the given ones.
     """
     if graph == CONDITION:
         return (Profile(name=f"{DEVICE_LABELS} labels", axes={"labels": (DEVICE_LABELS,) * 3}),)
@@ -39,9 +39,9 @@ def profiles(graph: str, schedules: Sequence[ScaleSchedule], max_batch: int, mod
 
 
 def _step(schedules: Sequence[ScaleSchedule], max_batch: int, heads: int) -> tuple[Profile, ...]:
-    rows = {"sequences": (1, 2, 2 * max_batch), "images": (1, 1, max_batch)}  # best: one image under guidance
+    rows = {"sequences": (1, 2, 2 * max_batch), "images": (1, 1, max_batch)}  # optimised for one guided image
     exact = [
-        Profile(name=f"{new} after {past}", axes={**rows, "new": _new(new, heads), "past": (past,) * 3})
+        Profile(name=f"{new} after {past}", axes={**rows, "new": _new_tokens(new, heads), "past": (past,) * 3})
         for new, past in step_pairs(schedules)
     ]
     new, past = max(step_pairs(schedules))
@@ -50,14 +50,15 @@ def _step(schedules: Sequence[ScaleSchedule], max_batch: int, heads: int) -> tup
 
 
 def _prefill(schedules: Sequence[ScaleSchedule], max_batch: int) -> Profile:
-    """How many scales are given differs from edit to edit: one wide profile, best at all but the last."""
+    """One wide profile, because edits give different numbers of scales. It is optimised for all but the last scale."""
     best = max(schedule.tokens - schedule[-1][0] * schedule[-1][1] for schedule in schedules)
     most = max(schedule.tokens for schedule in schedules)
     axes = {"sequences": (1, 2, 2 * max_batch), "new": (1, max(1, best), most)}
     return Profile(name=WIDE, axes=axes)
 
 
-def _new(new: int, heads: int) -> tuple[int, int, int]:
+def _new_tokens(new: int, heads: int) -> tuple[int, int, int]:
+    """The (smallest, best, largest) number of new tokens of an exact profile."""
     return (1, 1, 2) if new == 1 and heads < FEW_HEADS else (new, new, new)
 
 

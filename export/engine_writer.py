@@ -1,10 +1,10 @@
-"""Writing engines: one builder a key at a time, and an engine that loads or nothing.
+"""Write engines. One process at a time builds an engine of a key, and an incomplete engine never loads.
 
-    with lock_engine(folder, wanted, receipts):        # a second builder of the same key waits here
+    with lock_engine(folder, wanted, receipts):        # a second process with the same key waits here
         found = built(folder, wanted, receipts) or write_engine(folder, wanted, plan, report, receipts)
 
-The engine is in place before its receipt: whenever a builder dies, what it leaves has no receipt and never loads. The
-next builder of that key removes it.
+The engine is written before its receipt. So an engine of a killed process has no receipt and never loads. The next
+process with the same key removes it.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ log = logging.getLogger(__name__)
 def lock_engine(
     folder: Path, wanted: EngineId, receipts: Path, waiting: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Hold the name of an engine; `waiting` is called where another process holds it. Dead builders' leavings go.
+    """Lock the key of an engine, make both folders, and remove incomplete engines of that key.
 
-    Makes both folders. Raises EnvironmentFailed (no permission, full disk), ArtifactRefused (foreign receipts).
+    waiting: called once, if another process holds the lock. Raises EnvironmentFailed (no permission, full disk),
+    ArtifactRefused (the folder of receipts belongs to another user).
     """
-    with _disk(folder):
+    with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     make_private(receipts)
     path = folder / f".{wanted.prefix}lock"
-    with _disk(path):
+    with _disk_errors(path):
         held = _acquire(path, waiting)
     try:
         _sweep(folder, wanted, receipts)
@@ -58,12 +59,12 @@ def lock_engine(
     finally:
         if held is not None:
             with suppress(OSError):
-                path.unlink()  # still held: whoever waits for it sees that it is gone, and makes it anew
+                path.unlink()  # while locked: a waiting process sees that the file is gone, and creates a new one
             os.close(held)
 
 
 def built(folder: Path, wanted: EngineId, receipts: Path) -> Found | None:
-    """The newest engine of exactly this key that is whole."""
+    """The newest intact engine of exactly this key, or None."""
     known = [receipt for receipt in read_receipts(receipts, wanted.graph) if receipt.key == wanted.key]
     for receipt in sorted(known, key=lambda receipt: receipt.created, reverse=True):
         found = Found(folder / receipt.engine, receipt)
@@ -71,7 +72,7 @@ def built(folder: Path, wanted: EngineId, receipts: Path) -> Found | None:
             try:
                 read_engine(found)
             except ArtifactRefused as error:
-                log.warning("%s; it is built again", error.got)
+                log.warning("%s The engine is built again.", error.got)
             else:
                 return found
     return None
@@ -80,9 +81,9 @@ def built(folder: Path, wanted: EngineId, receipts: Path) -> Found | None:
 def write_engine(
     folder: Path, wanted: EngineId, plan: memoryview | bytes, precision: PrecisionReport, receipts: Path
 ) -> Found:
-    """Write an engine, then its receipt, and remove what they replace. Call it within `lock_engine`.
+    """Write an engine, then its receipt, and remove older engines of the same key. Call it within `lock_engine`.
 
-    Raises EnvironmentFailed (full disk, no permission); then neither is left.
+    Raises EnvironmentFailed (full disk, no permission). Then neither file is left.
     """
     values = {field.name: getattr(wanted, field.name) for field in fields(EngineId)}
     receipt = Receipt(
@@ -94,10 +95,10 @@ def write_engine(
         precision=precision,
     )
     path = folder / receipt.engine
-    with _disk(folder), atomic_write(path, force=True) as temporary:
+    with _disk_errors(folder), atomic_write(path, force=True) as temporary:
         temporary.write_bytes(plan)
     try:
-        with _disk(receipts), atomic_write(receipts / f"{receipt.stem}.json", force=True) as temporary:
+        with _disk_errors(receipts), atomic_write(receipts / f"{receipt.stem}.json", force=True) as temporary:
             temporary.touch(mode=0o600, exist_ok=False)
             temporary.write_bytes(receipt.to_bytes())
     except BaseException:
@@ -111,21 +112,21 @@ def write_engine(
 
 
 def _acquire(path: Path, waiting: Callable[[], None]) -> int | None:
-    """An exclusive lock on a file that is still the one of that name; None where the system has no such locks."""
+    """Take an exclusive lock on the file `path`, and return its descriptor. None where the system has no such locks."""
     if sys.platform == "win32":
         return None
-    told = False
+    reported = False
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not told:
+                if not reported:
                     waiting()
-                    told = True
+                    reported = True
                 fcntl.flock(fd, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):  # the one before took the name away
+            with suppress(FileNotFoundError):  # the previous holder removed the file
                 if os.path.samestat(os.fstat(fd), os.lstat(path)):
                     return fd
         except BaseException:
@@ -135,15 +136,15 @@ def _acquire(path: Path, waiting: Callable[[], None]) -> int | None:
 
 
 def _sweep(folder: Path, wanted: EngineId, receipts: Path) -> None:
-    """Remove this user's half-written files of a key, and engines of it that no receipt vouches for."""
-    vouched = {receipt.engine for receipt in read_receipts(receipts, wanted.graph)}
+    """Remove this user's incomplete files of a key, and engines of that key without a receipt."""
+    complete = {receipt.engine for receipt in read_receipts(receipts, wanted.graph)}
     for path in (*_own_files(folder, f".{wanted.prefix}"), *_own_files(folder, wanted.prefix)):
-        if path.name not in vouched and not path.name.endswith("lock"):
+        if path.name not in complete and not path.name.endswith("lock"):
             _remove(path)
 
 
 def _own_files(folder: Path, prefix: str) -> list[Path]:
-    """Files of this user whose names begin so; the folder may be shared."""
+    """Files of this user whose names start with a prefix. Other users may have files in the folder too."""
     user = os.geteuid() if hasattr(os, "geteuid") else None
     with os.scandir(folder) as entries:
         return [
@@ -161,13 +162,13 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """What the system says of a disk, as a typed error."""
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Raise OSError of the body as EnvironmentFailed."""
     try:
         yield
     except OSError as error:
         raise EnvironmentFailed(
-            f"{path} ({error.strerror or error})",
+            f"{path} cannot be written: {error.strerror or error}.",
             expected="a folder that can be written, with room for the engine",
-            fix="free space or correct the permissions, or name another folder with --engines",
+            fix="Free space, correct the permissions, or name another folder with --engines.",
         ) from error

@@ -1,10 +1,9 @@
-"""What the reference's configurations say to the bundle: model facts, tables, defaults."""
+"""What a bundle takes from the reference model: model facts, tables, defaults."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +21,7 @@ from flexvar_runtime.model.sampling import Sampling
 from flexvar_runtime.model.schedule import PUBLISHED, ScaleSchedule
 from flexvar_runtime.model.tables import Tables
 
-# The published evaluation at 256 px.
+# The options of the published evaluation at 256 px.
 PUBLISHED_DEFAULTS = Defaults(
     schedule=PUBLISHED["10"],
     guidance_scale=2.5,
@@ -34,34 +33,31 @@ PUBLISHED_DEFAULTS = Defaults(
 )
 
 
-def ordered_defaults(quality_order: Sequence[str], defaults: Defaults = PUBLISHED_DEFAULTS) -> Defaults:
-    """Defaults with schedules by quality, best first. Raises ArtifactRefused for an order no bundle may have."""
-    return replace(defaults, quality_order=tuple(quality_order))
-
-
 def read_defaults(path: Path) -> Defaults:
-    """The published defaults, but for what a JSON object names. Raises InvalidInput."""
+    """The published defaults, replaced by the values of a JSON object in the file `path`. Raises InvalidInput."""
     names = [field.name for field in fields(Defaults) if field.name != "quality_order"]
+    fix = f"Correct {path.name}."
     try:
-        given = loads(path.read_bytes(), where=path.name, fix=f"Correct {path.name}.")
+        given = loads(path.read_bytes(), where=path.name, fix=fix)
         if not isinstance(given, dict) or not set(given) <= set(names):
-            raise InvalidInput(
-                f"{path.name}: {short(given)}",
-                expected=f"an object with keys among {', '.join(names)}",
-                fix="name what differs from the published evaluation",
-            )
+            keys = f"an object with keys among {', '.join(names)}"
+            raise InvalidInput(f"{path.name} is {short(given)}, but it must be {keys}.", expected=keys, fix=fix)
         published = cast(dict[str, object], encode(PUBLISHED_DEFAULTS))
-        found = decode(Defaults, {**published, **given}, where=path.name, fix=f"Correct {path.name}.")
+        found = decode(Defaults, {**published, **given}, where=path.name, fix=fix)
         ScaleSchedule.parse(found.schedule)
         Sampling(found.top_k, found.top_p, found.greedy_scales, found.max_side)
-    except (OSError, ArtifactRefused) as error:
-        got, expected = (error.got, error.expected) if isinstance(error, ArtifactRefused) else (str(error), "a file")
-        raise InvalidInput(got, expected=expected, fix=f"correct {path.name}") from error
+    except ArtifactRefused as error:
+        raise InvalidInput(error.got, expected=error.expected, fix=fix) from error
+    except OSError as error:
+        raise InvalidInput(f"{path.name} cannot be read: {error}.", expected="a file", fix="Check the path.") from error
     return found
 
 
 def model_facts(model: FlexVAR, tokenizer: Tokenizer, class_names: tuple[str, ...] | None = None) -> ModelFacts:
-    """Raises ArtifactRefused for sizes no bundle may have, InvalidInput for names that are not one a class."""
+    """The model facts of a bundle.
+
+    Raises ArtifactRefused for sizes outside the limits of a bundle, InvalidInput unless every class has one name.
+    """
     config = model.config
     if class_names is not None:
         _check_names(class_names, config.classes)
@@ -84,17 +80,21 @@ def model_facts(model: FlexVAR, tokenizer: Tokenizer, class_names: tuple[str, ..
 def _check_names(names: tuple[str, ...], classes: int) -> None:
     if len(names) != classes:
         raise InvalidInput(
-            f"{len(names)} class names", expected=f"{classes}", fix="one name for each class, in label order"
+            f"There are {len(names)} class names, but the model has {classes} classes.",
+            expected=f"{classes} class names",
+            fix="Pass one name for each class, in label order.",
         )
     for name in names:
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
             raise InvalidInput(
-                f"the class name {name!a}", expected="text without control characters", fix="correct the name"
+                f"The class name {name!a} has control characters.",
+                expected="text without control characters",
+                fix="Correct the name.",
             )
 
 
 def tables(model: FlexVAR, tokenizer: Tokenizer) -> Tables:
-    """What the host computes from: codebook, position table and input bias."""
+    """The tables that the host needs: codebook, position table and input bias."""
 
     def array(tensor: Tensor) -> NDArray[np.float32]:
         return np.ascontiguousarray(tensor.detach().float().cpu().numpy())

@@ -1,12 +1,12 @@
-"""Matrix products in eight bits, for processors: weights rounded per output, what they multiply per token.
+"""Matrix products on 8-bit integers, for CPUs. Weights have one scale per output, inputs have one step size per token.
 
-W ≈ s·Q with an s of every output and Q in −127…127; x ≈ step·(q − z) with a step of every row, q in 0…255 and a z of
-the layer. Hence x·W ≈ step·s·((q − z)·Q), where the product of integers is exact: a token's result does not depend on
-what else is in its batch.
+W ≈ s·Q with one s per output and Q in −127…127. x ≈ step·(q − z) with one step size per row, q in 0…255, and one z per
+layer. Hence x·W ≈ step·s·((q − z)·Q). The product of integers is exact, so the result of a token does not depend on the
+rest of its batch.
 
-Unsigned by signed, because that is what processors have dot products of bytes for: ONNX Runtime is two and a half times
-as fast at them as at unsigned by unsigned. On a processor without, it adds pairs of them in sixteen bits that saturate,
-unless it is told to be exact (`flexvar_runtime.backends.ort.byte_products`).
+Inputs are unsigned and weights are signed, because CPUs have dot products for such bytes: ONNX Runtime is two and a
+half times as fast with them as with unsigned weights. On CPUs without these instructions it adds pairs of products in
+16 bits, which saturate, unless it is set to be exact (`flexvar_runtime.backends.ort.byte_products`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from onnxscript import opset23 as op
 from torch import Tensor, nn
 
-LARGEST = 127  # level of a weight
-LEVELS = 255  # the highest, of what is multiplied
-MIDDLE = 128  # level of zero in a row of either sign
-LOW = 16  # and where little is below zero: after a GELU, which never falls under -0.17; finer for rows that reach 1.35
-SMALLEST = 1e-30  # of a step and of a scale, where all is 0
+LARGEST = 127  # the largest level of a weight
+LEVELS = 255  # the largest level of an input
+MIDDLE = 128  # the level of zero where inputs have either sign
+LOW = 16  # the level of zero after a GELU, which is never below -0.17; gives finer steps to rows that reach 1.35
+SMALLEST = 1e-30  # the smallest step size and scale, for rows and outputs that are all 0
 
 
 class Int8Dense(nn.Module):
-    """x (…, I) float32 -> x · W (I, O) + bias (O), (…, O) float32, in eight bits.
+    """x (…, I) float32 -> x · W (I, O) + bias (O), (…, O) float32, computed on 8-bit integers.
 
-    weight (I, O) int8 is Q; scale (O) and bias (O) are float32. zero: z.
+    weight (I, O) int8 is Q. scale (O) and bias (O) are float32. zero is z.
     """
 
     weight: Tensor
@@ -52,14 +52,14 @@ class Int8Dense(nn.Module):
 
 @torch.library.custom_op("flexvar::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, zero: int) -> Tensor:
-    """The layer's arithmetic, shapes and types as there. A row with anything that is not finite becomes NaN.
+    """The arithmetic of `Int8Dense`. A row that holds NaN or infinity becomes NaN.
 
-    One operation, because the exporter would take seconds a layer for all that is in it.
+    It is one custom operation, because the exporter would take seconds per layer for its parts.
     """
     above, below = x.amax(-1, keepdim=True) / (LEVELS - zero), x.amin(-1, keepdim=True) / -zero
     step = torch.maximum(above, below).clamp_min(SMALLEST) + x.sum(-1, keepdim=True) * 0
     levels = (x * (1 / step)).round().clamp(-zero, LEVELS - zero)
-    product = levels.double() @ weight.double()  # exact: float64 holds such sums
+    product = levels.double() @ weight.double()  # exact: float64 holds these sums
     return product.float() * scale * step + bias
 
 
@@ -70,7 +70,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, zero: int) -> Tens
 
 def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, zero: int) -> Any:
     last: Any = op.Constant(value_ints=[-1])
-    nothing = op.Mul(op.ReduceSum(x, last, keepdims=1), op.Constant(value_float=0.0))  # ReduceMax leaves NaN out
+    nothing = op.Mul(op.ReduceSum(x, last, keepdims=1), op.Constant(value_float=0.0))  # ReduceMax ignores NaN
     above = op.Mul(op.ReduceMax(x, last, keepdims=1), op.Constant(value_float=1 / (LEVELS - zero)))
     below = op.Mul(op.ReduceMin(x, last, keepdims=1), op.Constant(value_float=-1 / zero))
     step = op.Add(op.Max(above, below, op.Constant(value_float=SMALLEST)), nothing)
@@ -82,4 +82,4 @@ def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, zero: int) -> Any:
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.flexvar.int8_linear.default: _int8_linear}
-"""For the exporter: what stands in a graph for the operations declared here."""
+"""The ONNX form of the custom operations of this module, for the exporter."""

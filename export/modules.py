@@ -1,11 +1,12 @@
-"""The graphs of a bundle as torch modules: the reference's weights, laid out and typed for deployment.
+"""The graphs of a bundle as torch modules, with the weights of the reference laid out and typed for deployment.
 
 Shapes: N sequences, B images, L new and P past tokens, H heads, C width, D code dimension, V vocabulary, M labels.
-Precision is a property of the graph: matrix products, convolutions and attention run in `dtype`; normalisations, q/k
-normalisation, guidance and logits stay float32, and so does the residual stream of the transformer and the encoder. The
-decoder's is in `dtype`: it passes its gate, and float32 maps of full size would double its memory traffic. What a
-trained model is too sensitive in can stay float32 by halves of a block: see `block_parts` and `sensitivity`. The
-precision int8 is that of the linear layers of the blocks alone (`int8`); everything else is float32.
+
+Types are part of the graph. Matrix products, convolutions and attention run in `dtype`. Normalisations, q/k
+normalisation, guidance, logits, and the residual streams of the transformer and the encoder stay float32. The residual
+stream of the decoder is in `dtype`: it passes its gate, and float32 maps of full size would double its memory traffic.
+Parts of blocks that are too sensitive to rounding can stay float32: see `block_parts` and `sensitivity`. With int8 only
+the linear layers of the blocks compute on integers (`int8`). Everything else is float32.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from .upsampling import replace_upsampling
 
 L2_EPS = 1e-12
 ATTENTION, MLP = "attention", "mlp"
-Kept = Collection[str]  # of `block_parts`: what stays float32
+Kept = Collection[str]  # the names in `block_parts` that stay float32
 
 
 def block_parts(depth: int) -> tuple[str, ...]:
-    """Names of what a step in another precision can keep in float32: `blocks.I.attention` (with its projections; keys
-    and values are cached in half precision all the same) and `blocks.I.mlp`."""
+    """The names of the parts that a step can keep in float32: `blocks.I.attention` and `blocks.I.mlp` of every block.
+
+    The attention includes its projections. Keys and values are cached in the precision of the step in any case.
+    """
     return tuple(f"blocks.{i}.{part}" for i in range(depth) for part in (ATTENTION, MLP))
 
 
 def _matrix(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """Weight of a linear layer as (inputs, outputs): the graph holds a plain product, no transpose."""
+    """The weight of a linear layer as (inputs, outputs), so that the graph needs no transpose."""
     return layer.weight.detach().T.to(dtype).contiguous()
 
 
@@ -67,20 +70,20 @@ def _dense(weight_IO: Tensor, bias_O: Tensor, dtype: torch.dtype, zero: int = MI
 
 
 def linear(layer: nn.Linear, dtype: torch.dtype, zero: int = MIDDLE) -> Dense | Int8Dense:
-    """A layer of the reference, its product in `dtype` (torch.int8: see `int8`, which has `zero`)."""
+    """A linear layer of the reference with its product in `dtype`. zero: see `Int8Dense`, for torch.int8 only."""
     return _dense(_matrix(layer, torch.float32), layer.bias, dtype, zero)
 
 
 def _floating(dtype: torch.dtype) -> torch.dtype:
-    """What surrounds products in `dtype`: with products in int8 everything else is float32."""
+    """The type of everything around products in `dtype`: float32 for int8, else `dtype`."""
     return torch.float32 if dtype == torch.int8 else dtype
 
 
 class Modulation(nn.Module):
     """h (…, C) · weight (C, O) in `dtype`, + offset (O) in float32.
 
-    h is what a class differs in from the mean of all: W·a + b = W·(a − mean) + (W·mean + b), exactly. The common part,
-    which can be a dozen times larger than the differences, is never rounded to half precision.
+    h is the difference of a class from the mean of all classes: W·a + b = W·(a − mean) + (W·mean + b), exactly. The
+    common part can be a dozen times larger than the differences. It is never rounded to half precision.
     """
 
     weight: Tensor
@@ -100,7 +103,7 @@ class Condition(nn.Module):
     """labels M int32 -> gamma1, gamma2, scale1, scale2, shift1, shift2 of every block, head_scale, head_shift and
     first_input, each (M, 1, C) float32.
 
-    Split here, once a class, they need no slicing in `Step`, which runs once a scale.
+    They are split here, once per class, so that `Step` needs no slicing at every scale.
     """
 
     class_embedding: Tensor
@@ -125,10 +128,10 @@ class Condition(nn.Module):
 
 
 class StepBlock(nn.Module):
-    """One transformer block over new tokens, with the past keys and values token-major.
+    """One transformer block over new tokens. Past keys and values are token-major.
 
-    dtype: of keys and values; `attention` and `mlp`: of the arithmetic of these parts. torch.int8 is that of the
-    linear layers alone: keys, values and attention are float32 then.
+    dtype: the type of keys and values. attention, mlp: the types that these parts compute in. With torch.int8 only the
+    linear layers are int8. Keys, values and attention are float32 then.
     """
 
     temperature: Tensor
@@ -154,8 +157,8 @@ class StepBlock(nn.Module):
         past: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, L, C), modulation 6 times (N, 1, C), past keys and values (P, N, H, 64) -> x, new keys and new values
-        (L, N, H, 64). mask (L, L): which of the tokens a token attends to, where there is no past."""
+        """x (N, L, C), modulation 6 times (N, 1, C), past keys and values (P, N, H, 64) -> x (N, L, C), new keys and
+        new values (L, N, H, 64). mask (L, L): the tokens that each token attends to, where there is no past."""
         N, L, _ = x.shape
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         q, k, v = self.project(x, scale1, shift1)
@@ -167,7 +170,7 @@ class StepBlock(nn.Module):
         return x + self.fc2(hidden).float() * gamma2, k, v
 
     def project(self, x: Tensor, scale1: Tensor, shift1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, L, C) -> queries (N, H, L, 64), and the new keys and values (L, N, H, 64) as they are cached."""
+        """x (N, L, C) -> queries (N, H, L, 64), new keys and new values (L, N, H, 64), typed as they are cached."""
         N, L, _ = x.shape
         hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.attention_dtype)
         q, k, v = (dense(hidden).view(N, L, self.heads, self.head_size) for dense in (self.q, self.k, self.v))
@@ -177,7 +180,7 @@ class StepBlock(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.attention_dtype == self.dtype:
             return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
-        scores = q @ k.mT  # spelt out: TensorRT-RTX 1.7 dies of float32 attention over keys that were half
+        scores = q @ k.mT  # no fused attention: TensorRT-RTX 1.7 crashes on float32 attention over half-precision keys
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1) @ v
@@ -199,10 +202,10 @@ def _blocks(model: FlexVAR, dtype: torch.dtype, kept: Kept) -> nn.ModuleList:
 
 
 class Step(nn.Module):
-    """One scale: embed, run the blocks, combine the guidance branches, head.
+    """One scale: embed the codes, run the blocks, combine the guidance branches, apply the head.
 
-    The past of a block is its own tensor, token-major: it is bound as the prefix of one buffer whose tail receives the
-    new keys, so nothing is gathered or stacked. Signature: `flexvar_runtime.model.signatures`.
+    Every block has its own past tensors, token-major. The runtime binds the past as the prefix of a buffer whose tail
+    receives the new keys or values, so nothing is copied. Signature: `flexvar_runtime.model.signatures`.
     """
 
     embed: Tensor
@@ -241,14 +244,14 @@ class Step(nn.Module):
             values.append(v)
         z = F.layer_norm(x, (self.width,), eps=NORM_EPS) * (1 + head_scale) + head_shift
         cond, uncond = z.index_select(0, cond_rows), z.index_select(0, uncond_rows)
-        guided = cond + t[:, None, None] * (cond - uncond)  # the head is linear: guiding before it is exact
+        guided = cond + t[:, None, None] * (cond - uncond)  # exact before the head, because the head is linear
         return self.head(guided).float(), keys, values
 
 
 class Prefill(nn.Module):
-    """Keys and values of given scales in one pass, block-causal: what `Step` leaves scale by scale. No logits.
+    """Keys and values of given scales in one block-causal pass. `Step` computes the same scale by scale. No logits.
 
-    Its buffers are those of `Step` by name, so that both graphs can take them from one file.
+    Its buffers have the same names as those of `Step`, so that both graphs can share one file of weights.
     """
 
     embed: Tensor
@@ -270,7 +273,7 @@ class Prefill(nn.Module):
         shift2: list[Tensor],
         scale: Tensor,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the last block, which only gives keys and values, just scale1 and shift1 are used."""
+        """The last block only computes keys and values, so of its modulation just scale1 and shift1 are used."""
         x, mask = codes @ self.embed + offset, scale[:, None] >= scale[None, :]
         keys, values = [], []
         modulation = zip(gamma1, gamma2, scale1, scale2, shift1, shift2, strict=False)
@@ -287,9 +290,9 @@ class Prefill(nn.Module):
 class Float32GroupNorm(nn.Module):
     """Group normalisation computed in float32, returned in the type of its input.
 
-    Written with means of whole channels and elementwise operations, which every runtime has kernels for. ONNX Runtime's
-    CUDA provider has none for InstanceNormalization from opset 22 on, and it expands GroupNormalization into a dozen
-    passes. Reading whole channels also leaves the maps in the layout of the convolutions.
+    It uses means of whole channels and elementwise operations, because every runtime has kernels for them. The CUDA
+    provider of ONNX Runtime has no kernel for InstanceNormalization from opset 22 on, and expands GroupNormalization
+    into a dozen passes. Means of whole channels also keep the maps in the layout of the convolutions.
     """
 
     gain: Tensor
@@ -304,7 +307,7 @@ class Float32GroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         mean = self._group_mean(wide)
-        if x.dtype == torch.bfloat16:  # one pass less; what the subtraction loses is far below the rounding of x
+        if x.dtype == torch.bfloat16:  # saves a pass; the subtraction loses far less than the rounding of x
             variance = (self._group_mean(wide * wide) - mean * mean).clamp_min(0.0)
             factor = torch.rsqrt(variance + self.eps) * self.gain
             shift = self.bias - self._per_channel(mean * factor)
@@ -315,7 +318,7 @@ class Float32GroupNorm(nn.Module):
         return (centred * self._per_channel(factor) + self.bias).to(x.dtype)
 
     def _group_mean(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> means of its groups of channels (B, G, 1)."""
+        """x (B, C, H, W) -> mean of every group of channels (B, G, 1)."""
         return x.mean((2, 3)).reshape(-1, *self.gain.shape).mean(2, keepdim=True)
 
     @staticmethod
@@ -325,7 +328,7 @@ class Float32GroupNorm(nn.Module):
 
 
 class HalfConv(nn.Module):
-    """A convolution in half precision, fed from a float32 stream; its result goes back to it unless `widen` is off."""
+    """A convolution in half precision with a float32 input. Its result is float32 if `widen` is set, else `dtype`."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, widen: bool) -> None:
         super().__init__()
@@ -344,7 +347,7 @@ def _float32_norms(module: nn.Module) -> None:
 
 
 class Decode(nn.Module):
-    """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped. form: of the upsampling, see the manifest."""
+    """tokens (B, h, w) int32 -> image (B, 3, H, W) float32, not clamped. form: how it upsamples (`upsampling`)."""
 
     codebook: Tensor
 
@@ -353,7 +356,7 @@ class Decode(nn.Module):
         self.register_buffer("codebook", _vector(tokenizer.codebook_VD, dtype))
         self.post_quant_conv = copy.deepcopy(tokenizer.post_quant_conv).to(dtype)
         self.decoder = copy.deepcopy(tokenizer.decoder)
-        replace_upsampling(self.decoder, form, dtype)  # before its weights are rounded
+        replace_upsampling(self.decoder, form, dtype)  # before the weights are rounded
         self.decoder.to(dtype)
         _float32_norms(self.decoder)
 
@@ -365,8 +368,9 @@ class Decode(nn.Module):
 class Encode(nn.Module):
     """image (B, 3, H, W) float32 in -1..1 -> latent (B, D, h, w) float32, neither resized nor normalised.
 
-    In half precision the residual stream, the first convolution (scaled pixels are not exact there) and the last (its
-    result picks the token) stay float32: two of about fifty layers, for the error that `benchmarks/LOG.md` records.
+    In half precision the residual stream, the first convolution and the last one stay float32: two of about fifty
+    layers. Scaled pixels are not exact in half precision, and the result of the last convolution selects the token.
+    `benchmarks/LOG.md` records the error.
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
@@ -388,8 +392,11 @@ class Encode(nn.Module):
 def graph_module(
     graph: str, model: FlexVAR, tokenizer: Tokenizer, dtype: torch.dtype, kept: Kept = (), decoder: str = PLAIN
 ) -> nn.Module:
-    """The module behind a graph of the bundle. dtype: of its precision, torch.int8 for int8; kept: parts of the blocks
-    that stay float32; decoder: how it upsamples, see the manifest."""
+    """The torch module of a graph of the bundle.
+
+    dtype: the type that the graph computes in, torch.int8 for int8. kept: parts of the blocks that stay float32.
+    decoder: how the decoder upsamples (`upsampling`).
+    """
     if graph in (STEP, PREFILL):
         return {STEP: Step, PREFILL: Prefill}[graph](model, dtype, kept).eval()
     dtype = _floating(dtype)

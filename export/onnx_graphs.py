@@ -1,4 +1,4 @@
-"""One torch module to one ONNX file, with the names, types and dynamic axes its declaration says."""
+"""Export a torch module to an ONNX file with the names, types and dynamic axes of its declaration."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 from .int8 import TRANSLATIONS
 
-INLINE_BYTES = 2**20  # weights beyond this go to a file of their own, which runtimes map into memory
-MADE_UP_BYTES = 2**16  # constants of the exporter's own, such as the ones that a normalisation is scaled by
-# Distinct sizes, none of them 0 or 1: whatever the exporter would bake in then shows up as a failure.
+INLINE_BYTES = 2**20  # larger weights go to a separate file, which runtimes map into memory
+EXPORTER_BYTES = 2**16  # the largest constant that the exporter adds itself, such as ones that scale a normalisation
+# Distinct sizes, none of them 0 or 1, so that an axis that the exporter makes static fails the check.
 EXAMPLE_SIZES = {"labels": 3, "sequences": 4, "images": 2, "new": 9, "past": 5, "height": 6, "width": 7}
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -29,15 +29,16 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "int32": torch.int32,
 }
+_TESTED_VERSIONS = "Use the tested versions of torch and onnx (constraints.txt)."
 EXTERNAL = onnx.TensorProto.EXTERNAL
 T = TypeVar("T")
 
 
 def export_graph(module: nn.Module, spec: GraphSpec, directory: Path, weights_of: GraphSpec | None = None) -> None:
-    """Write `directory / spec.file` (and `<file>.data` for large weights). Raises ArtifactRefused where the exported
-    graph is not what `spec` declares.
+    """Write `directory / spec.file`, and `<file>.data` for large weights.
 
-    weights_of: a graph written before whose file of weights is used in place of one of its own.
+    weights_of: a graph that was written before. Its file of weights is used, and no other is written. Raises
+    ArtifactRefused where the exported graph is not what `spec` declares.
     """
     axes = {name: Dim(name, min=0 if name == "past" else 1) for name in EXAMPLE_SIZES}
     with warnings.catch_warnings(), _quiet_exporter():
@@ -63,34 +64,34 @@ def export_graph(module: nn.Module, spec: GraphSpec, directory: Path, weights_of
 
 
 def _share_weights(path: Path, owner: Path) -> None:
-    """Point the weights of a graph at the same ones in the owner's file; what the exporter made up goes into the graph.
+    """Let a graph use the weights in the file of another graph, `owner`. Constants of the exporter go into the graph.
 
-    Raises ArtifactRefused where anything large differs.
+    Raises ArtifactRefused where a large weight is not in the file of the owner.
     """
     model, other = (onnx.load(str(file), load_external_data=False) for file in (path, owner))
-    there = {tensor.name: tensor for tensor in other.graph.initializer if tensor.data_location == EXTERNAL}
+    shared = {tensor.name: tensor for tensor in other.graph.initializer if tensor.data_location == EXTERNAL}
     for tensor in model.graph.initializer:
         if tensor.data_location != EXTERNAL:
             continue
-        twin, stored = there.get(tensor.name), _stored(tensor, path)
-        same = twin is not None and stored == _stored(twin, owner)
+        twin, stored = shared.get(tensor.name), _stored_bytes(tensor, path)
+        same = twin is not None and stored == _stored_bytes(twin, owner)
         del tensor.external_data[:]
         if twin is not None and same:
             tensor.external_data.extend(twin.external_data)
-        elif len(stored[1]) <= MADE_UP_BYTES:
+        elif len(stored[1]) <= EXPORTER_BYTES:
             tensor.data_location, tensor.raw_data = onnx.TensorProto.DEFAULT, stored[1]
         else:
             raise ArtifactRefused(
-                f"{path.name}: weights {tensor.name} that {owner.name} does not have",
+                f"{path.name} has the weights {tensor.name}, which {owner.name} does not have.",
                 expected="the same weights in both graphs",
-                fix="use the tested torch and onnx versions",
+                fix=_TESTED_VERSIONS,
             )
     onnx.save_model(model, str(path))
     path.with_name(f"{path.name}.data").unlink()
 
 
-def _stored(tensor: onnx.TensorProto, path: Path) -> tuple[int, bytes]:
-    """Type and bytes of weights beside a graph."""
+def _stored_bytes(tensor: onnx.TensorProto, path: Path) -> tuple[int, bytes]:
+    """The type and the bytes of a weight in the file beside a graph."""
     entry = {item.key: item.value for item in tensor.external_data}
     with (path.parent / entry["location"]).open("rb") as file:
         file.seek(int(entry["offset"]))
@@ -98,9 +99,9 @@ def _stored(tensor: onnx.TensorProto, path: Path) -> tuple[int, bytes]:
 
 
 def call_arguments(spec: GraphSpec, make: Callable[[TensorSpec], T]) -> tuple[T | list[T], ...]:
-    """Positional arguments of the module behind a graph, `make` of every input in the declared order.
+    """The positional arguments of the module of a graph: `make(input)` of every input, in the declared order.
 
-    Numbered inputs that follow one another (past_k_0, past_k_1, …) are one argument: a list.
+    Consecutive numbered inputs (past_k_0, past_k_1, …) become one argument, a list.
     """
     groups: list[T | list[T]] = []
     previous = ""
@@ -129,7 +130,7 @@ def _dynamic(tensor: TensorSpec, axes: dict[str, Dim]) -> dict[int, Dim]:
 
 
 class _quiet_exporter:
-    """The exporter logs what it skips at every start; none of it concerns these graphs."""
+    """Silences the messages that the exporter logs at every start. None of them concerns these graphs."""
 
     def __enter__(self) -> None:
         self._logger = logging.getLogger("torch.onnx")
@@ -141,7 +142,7 @@ class _quiet_exporter:
 
 
 def _finish(path: Path, spec: GraphSpec) -> None:
-    """Name the axes as declared, check names and types, and drop what the exporter notes about its own source."""
+    """Check names and types, name the axes as declared, and remove the metadata of the exporter."""
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
     for node in graph.node:
@@ -158,7 +159,9 @@ def _finish(path: Path, spec: GraphSpec) -> None:
         ]
         if got != expected:
             raise ArtifactRefused(
-                f"{path.name} with {got}", expected=str(expected), fix="use the tested torch and onnx versions"
+                f"{path.name} has the tensors {got}, but its declaration has {expected}.",
+                expected=str(expected),
+                fix=_TESTED_VERSIONS,
             )
         for tensor, value in zip(declared, values, strict=True):
             for axis, dim in zip(tensor.axes, value.type.tensor_type.shape.dim, strict=True):

@@ -1,4 +1,4 @@
-"""The gates: does every graph, as the runtime drives it, say what the reference says?"""
+"""The parity gates: compare every graph, run as the runtime runs it, with the reference."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from flexvar_runtime.request import Request
 from .emulate import emulate_bf16
 from .proof import SEED, Case, Float32, Proof
 
-PSNR_CAP = 200.0  # dB: equal images
+PSNR_CAP = 200.0  # dB, recorded for equal images
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Bounds of one precision: relative error ‖Δ‖ / ‖reference − row mean‖, and the decoder's PSNR in dB (peak 2).
+    """The bounds of one precision.
 
-    logits: of `step` and `prefill`, where only their products are rounded; latent: of `encode`. None: as everything
-    else.
+    relative: relative error ‖Δ‖ / ‖reference − row mean‖. psnr: PSNR of the decoder in dB (peak 2). logits, latent: the
+    relative error of the outputs of `step` and `prefill`, and of `encode`, if other than `relative`.
     """
 
     relative: float
@@ -47,7 +47,7 @@ class Gate:
     latent: float | None = None
 
     def error(self, graph: str) -> float:
-        """Bound of the relative error of what a graph gives."""
+        """The bound of the relative error of the outputs of a graph."""
         own = {STEP: self.logits, PREFILL: self.logits, ENCODE: self.latent}.get(graph)
         return self.relative if own is None else own
 
@@ -56,15 +56,13 @@ GATES: dict[str, Gate] = {
     Precision.FP32: Gate(1e-5, 80.0),
     Precision.FP16: Gate(2e-3, 50.0),
     Precision.BF16: Gate(1.5e-2, 40.0),
-    Precision.INT8: Gate(
-        1e-5, 80.0, logits=6e-2
-    ),  # a fifth above what the demo model needs (LOG.md)
-    Precision.INT8_BF16: Gate(1e-5, 40.0, logits=6e-2, latent=1.5e-2),  # each graph as in its own precision
+    Precision.INT8: Gate(1e-5, 80.0, logits=6e-2),  # a fifth above the error of the demo model (benchmarks/LOG.md)
+    Precision.INT8_BF16: Gate(1e-5, 40.0, logits=6e-2, latent=1.5e-2),  # the bounds of int8 and bf16, by graph
 }
 
 
 def relative_error(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """‖got − reference‖₂ / ‖reference − row mean‖₂, rows along the last axis; infinite for NaN is capped at 1e9."""
+    """‖got − reference‖₂ / ‖reference − row mean‖₂, with rows along the last axis. At most 1e9, also for NaN."""
     exact = reference.astype(np.float64)
     spread = float(np.linalg.norm(exact - exact.mean(axis=-1, keepdims=True)))
     error = float(np.linalg.norm(got.astype(np.float64) - exact)) / max(spread, 1e-30)
@@ -72,7 +70,7 @@ def relative_error(got: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def psnr(got: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """Peak 2, both clamped to −1…1; 0 for NaN."""
+    """The PSNR in dB with peak 2, after both images are clamped to −1…1. 0 for NaN, PSNR_CAP for equal images."""
     error = np.mean((np.clip(got, -1, 1).astype(np.float64) - np.clip(reference, -1, 1)) ** 2)
     if not np.isfinite(error):
         return 0.0
@@ -91,8 +89,10 @@ def compare(generator: Generator, proof: Proof, gate: Gate) -> Iterator[ParityRo
 
 
 def joined_modulation(condition: Mapping[str, Float32], depth: int) -> dict[str, Float32]:
-    """What a condition graph gives, as a proof holds it: modulation (M, depth, 6, C), head_modulation (M, 2, C) and
-    first_input (M, 1, C). Bundles of schema version 1 have it so."""
+    """The outputs of a condition graph in the form of a proof, which is also their form in bundles of schema version 1.
+
+    modulation (M, depth, 6, C), head_modulation (M, 2, C), first_input (M, 1, C).
+    """
     if "modulation" in condition:
         return dict(condition)
     blocks = [np.concatenate([condition[f"{part}_{i}"] for part in MODULATION], axis=1) for i in range(depth)]
@@ -124,11 +124,11 @@ def _compare_case(generator: Generator, case: Case, gate: Gate) -> Iterator[Pari
 
 
 def _compare_prefill(generator: Generator, case: Case, gate: Gate) -> Iterator[ParityRow]:
-    """The last scale after all others were given in one pass; nothing where the backend runs them one by one."""
+    """The row of the last scale after a prefill of all others. No row where the backend does not prefill."""
     last = len(case.schedule) - 1
     if last < 2 or not generator.prefills:
         return
-    generator.graph(PREFILL)  # held, it is used however little memory is left
+    generator.graph(PREFILL)  # open it, so that it is used even if memory is short
     with generator.loop(Request.of(case.labels, case.schedule, case.guidance)) as loop:
         loop.force(case.tokens[:last])
         logits = loop.logits(last, case.tokens[last - 1])[:, case.rows[last]]
@@ -146,7 +146,7 @@ def _relative(
 
 
 def holds(row: ParityRow) -> bool:
-    """Whether a row is within its bound: errors below it, PSNR above it."""
+    """Whether a row is within its bound. Errors must be at most the bound, PSNR at least."""
     return row.value >= row.bound if row.metric == "psnr_db" else row.value <= row.bound
 
 
@@ -159,11 +159,11 @@ def prove(
     device: str | None = None,
     engines: Path | None = None,
 ) -> ParityRecord:
-    """Run every graph of a bundle afresh, in schedule order, without warm-up, against the proof.
+    """Run every graph of a bundle, in schedule order and without warm-up, and compare the outputs with the proof.
 
-    What is bf16 is emulated in float32 on ort-cpu, which has no such kernels; the record says so. The record's
-    `free_running_agreement` is the share of equal tokens where the backend feeds on its own draws instead.
-    Raises ArtifactRefused for a proof of another model, BackendUnavailable.
+    On ort-cpu, which has no bf16 kernels, bf16 graphs are emulated in float32, and the record says so.
+    `free_running_agreement` of the record is the share of tokens equal to the reference's in a generation that uses its
+    own tokens. Raises ArtifactRefused for a proof of another model, BackendUnavailable.
     """
     proof.require_fit(bundle.manifest.model)
     started = create(backend, bundle, device=device, threads=threads, engines=engines)
@@ -184,7 +184,7 @@ def prove(
 
 
 def _free_running(pipeline: FlexVARPipeline, case: Case) -> float:
-    """Share of tokens equal to the reference's where the runtime samples on its own, with the same draws."""
+    """The share of tokens equal to the reference's in a generation with its own tokens and the same random numbers."""
     sampling = Sampling(max_side=case.guidance.max_side)
     steps = pipeline.iter_scales(case.labels, case.schedule, case.guidance, sampling, seed=SEED)
     equal = sum(int((step.tokens == case.tokens[step.index]).sum()) for step in steps)
@@ -192,17 +192,17 @@ def _free_running(pipeline: FlexVARPipeline, case: Case) -> float:
 
 
 def require_parity(record: ParityRecord) -> None:
-    """Raise ParityFailed naming the first output that diverges, in the order of computation."""
+    """Raise ParityFailed if a row fails. It names the first output that diverges, in the order of computation."""
     failed: Sequence[ParityRow] = [row for row in record.rows if not holds(row)]
     if failed:
         first = failed[0]
         place = first.graph + (f", scale {first.scale}" if first.scale else "") + f", output {first.output}"
         rounded = first.graph in (STEP, PREFILL) and first.bound > GATES[Precision.FP32].relative
-        more = ", or keep more of it in float32: flexvar export --float32" if rounded else ""
-        relation = "at least" if first.metric == "psnr_db" else "at most"
+        more = ", or keep more parts in float32 with flexvar export --float32" if rounded else ""
+        bound = f"{'at least' if first.metric == 'psnr_db' else 'at most'} {first.bound:g}"
         raise ParityFailed(
-            f"{place}: {first.metric} {first.value:.3g} on {record.backend} "
-            f"({len(failed)} of {len(record.rows)} checks fail)",
-            expected=f"{relation} {first.bound:g}",
-            fix="export again; if it persists, compare tool versions with the bundle's provenance" + more,
+            f"{place}: {first.metric} is {first.value:.3g} on {record.backend}, but it must be {bound} "
+            f"({len(failed)} of {len(record.rows)} checks fail).",
+            expected=bound,
+            fix=f"Export again with the tool versions that flexvar inspect shows{more}.",
         )

@@ -1,7 +1,7 @@
-"""What the reference says, recorded: the inputs and outputs every backend is held against.
+"""The proof: recorded inputs and outputs of the reference, with which every backend is compared.
 
-A proof is made from the reference in float32 and travels in the bundle (a few rows of logits a scale), so that a
-bundle can be verified again without its checkpoint.
+The reference computes it in float32. The bundle holds it with a few rows of logits per scale, so that the bundle can be
+verified again without its checkpoint.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,18 +24,22 @@ from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.noise import uniforms
 
 PROOF_FILE = "proof.npz"
-ROWS_KEPT = 12  # positions of each scale whose logits travel in the bundle
+ROWS_KEPT = 12  # positions of each scale whose logits the bundle holds
 SEED = 20260101
 
 Float32 = NDArray[np.float32]
-_ANOTHER_MODEL = {"expected": "the proof written with this bundle", "fix": "export again"}
+_ARRAYS = ("modulation", "head_modulation", "first_input", "image", "latent")
+_EXPORT_AGAIN = "Export the bundle again."
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One generation of the reference: its options, its own tokens (B, h, w) per scale (fed back at every scale), the
-    guided logits (B, rows, V) at `rows` of every scale, and the decoder's image of the last tokens."""
+    """One generation of the reference.
+
+    tokens: (B, h, w) of every scale, the inputs of the next. rows: positions of every scale whose logits are recorded.
+    logits: guided logits (B, rows, V) of every scale. decoded: image (B, 3, H, W) of the last tokens.
+    """
 
     labels: tuple[int, ...]
     schedule: ScaleSchedule
@@ -48,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Cases, the condition of some labels, and one encoded image (B, 3, H, W) with its latent (B, D, h, w)."""
+    """Generations, the condition of some labels (M), and an image (1, 3, H, W) with its latent (1, D, h, w)."""
 
     cases: tuple[Case, ...]
     labels: tuple[int, ...]
@@ -59,16 +63,14 @@ class Proof:
     latent: Float32
 
     def thinned(self, rows: int = ROWS_KEPT) -> Proof:
-        """The same with at most `rows` rows of logits a scale, spread evenly."""
+        """The same proof with at most `rows` rows of logits per scale, spread evenly."""
         return replace(self, cases=tuple(_thin(case, rows) for case in self.cases))
 
     def save(self, path: Path) -> None:
+        """Write the proof as an .npz file. The same proof gives the same bytes."""
         arrays: Arrays = {
             "labels": np.array(self.labels, np.int32),
-            **{
-                name: getattr(self, name)
-                for name in ("modulation", "head_modulation", "first_input", "image", "latent")
-            },
+            **{name: getattr(self, name) for name in _ARRAYS},
         }
         for c, case in enumerate(self.cases):
             arrays[f"case{c}.labels"] = np.array(case.labels, np.int32)
@@ -84,26 +86,22 @@ class Proof:
 
     @classmethod
     def load(cls, path: Path) -> Proof:
-        """Raises ArtifactRefused."""
+        """Read a proof that `save` wrote. Raises ArtifactRefused."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             cases: list[Case] = []
             while f"case{len(cases)}.labels" in arrays:
                 cases.append(_read_case(arrays, f"case{len(cases)}."))
-            names = ("modulation", "head_modulation", "first_input", "image", "latent")
-            return cls(
-                cases=tuple(cases),
-                labels=tuple(arrays["labels"].tolist()),
-                **{name: arrays[name] for name in names},
-            )
+            labels = tuple(arrays["labels"].tolist())
+            return cls(cases=tuple(cases), labels=labels, **{name: arrays[name] for name in _ARRAYS})
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ArtifactRefused(
-                f"{path.name} ({error!r})", expected="a recorded proof", fix="export again"
+                f"{path.name} holds no proof: {error!r}.", expected="a recorded proof", fix=_EXPORT_AGAIN
             ) from error
 
     def require_fit(self, model: ModelFacts) -> None:
-        """Raise ArtifactRefused unless there are cases and every array has the shape that such a model gives it."""
+        """Raise ArtifactRefused unless there is a case, and every array has the type and shape for this model."""
         labels, (h, w) = len(self.labels), self.latent.shape[-2:]
         pairs: list[tuple[NDArray[Any], tuple[int, ...]]] = [
             (self.modulation, (labels, model.depth, 6, model.width)),
@@ -123,13 +121,19 @@ class Proof:
                 for (h, w), tokens, rows in zip(case.schedule, case.tokens, case.rows, strict=True)
             )
             if not inside or not all(0 <= label <= model.null_class for label in (*case.labels, *self.labels)):
-                raise ArtifactRefused("a proof with labels, tokens or rows out of range", **_ANOTHER_MODEL)
+                _refuse("labels, tokens or rows out of range", "values within the range of this model")
         if any(array.dtype != np.float32 for array, _ in pairs if array.dtype != np.int32):
-            raise ArtifactRefused("a proof with arrays of other types", **_ANOTHER_MODEL)
+            _refuse("arrays of other types", "arrays of float32 and int32")
         wrong = [(array.shape, shape) for array, shape in pairs if array.shape != shape]
-        if wrong or not self.cases:
-            got, expected = wrong[0] if wrong else ("no case", "at least one")
-            raise ArtifactRefused(f"a proof with {got}", expected=f"{expected} for this model", fix="export again")
+        if wrong:
+            _refuse(f"an array of shape {wrong[0][0]}", f"shape {wrong[0][1]} for this model")
+        if not self.cases:
+            _refuse("no case", "at least one case")
+
+
+def _refuse(content: str, expected: str) -> NoReturn:
+    got = f"The proof does not belong to this bundle: it has {content}, but needs {expected}."
+    raise ArtifactRefused(got, expected=expected, fix=_EXPORT_AGAIN)
 
 
 def _read_case(arrays: Arrays, prefix: str) -> Case:
@@ -165,9 +169,10 @@ def _thin(case: Case, keep: int) -> Case:
 
 
 def make_proof(model: FlexVAR, tokenizer: Tokenizer, schedule: ScaleSchedule, guidance: Guidance) -> Proof:
-    """Run the reference: the given schedule guided, and a short non-square one with the other rule.
+    """Run the reference twice: with the given schedule and guidance, and with a short non-square schedule and the other
+    guidance rule.
 
-    Takes a generation of two images and one of one image. All rows of logits are kept; see `thinned`.
+    The first generation has two images, the second has one. All rows of logits are kept; see `thinned`.
     """
     classes = model.config.classes
     labels = (classes // 3, classes - 1, model.config.null_class)
@@ -195,15 +200,8 @@ def make_proof(model: FlexVAR, tokenizer: Tokenizer, schedule: ScaleSchedule, gu
 def _make_case(
     model: FlexVAR, tokenizer: Tokenizer, labels: Sequence[int], schedule: ScaleSchedule, guidance: Guidance
 ) -> Case:
-    scales = list(
-        iter_scales(
-            model,
-            labels,
-            schedule,
-            reference_options(guidance, Sampling(max_side=guidance.max_side)),
-            shared_noise(SEED),
-        )
-    )
+    options = reference_options(guidance, Sampling(max_side=guidance.max_side))
+    scales = list(iter_scales(model, labels, schedule, options, shared_noise(SEED)))
     with torch.inference_mode():
         decoded = tokenizer.decode(scales[-1].tokens).numpy()
     return Case(
@@ -218,7 +216,7 @@ def _make_case(
 
 
 def reference_options(guidance: Guidance, sampling: Sampling) -> Options:
-    """The runtime's options as the reference takes them (greedy scales: the published rule or none)."""
+    """The runtime's options in the form of the reference. greedy_scales must be "upstream" or "none"."""
     return Options(
         cfg=guidance.scale,
         rule=guidance.rule,
@@ -230,7 +228,7 @@ def reference_options(guidance: Guidance, sampling: Sampling) -> Options:
 
 
 def shared_noise(seed: int, first_index: int = 0) -> Uniforms:
-    """The runtime's draws as the reference takes them: (scale, positions, batch) -> uniforms (batch, positions)."""
+    """The runtime's random numbers in the form of the reference: (scale, positions, batch) -> (batch, positions)."""
 
     def draw(scale: int, positions: int, batch: int) -> torch.Tensor:
         return torch.from_numpy(np.stack([uniforms(seed, first_index + i, scale, positions) for i in range(batch)]))
@@ -239,7 +237,7 @@ def shared_noise(seed: int, first_index: int = 0) -> Uniforms:
 
 
 def _image(height: int, width: int) -> Float32:
-    """A smooth colourful test image (1, 3, height, width) in −1…1, the same everywhere."""
+    """A smooth colourful test image (1, 3, height, width) in −1…1. It is the same on every machine."""
     y, x = np.mgrid[:height, :width].astype(np.float64) / max(height, width)
     waves = [
         np.sin(2 * np.pi * ((c + 1) * x + (3 - c) * y + c / 3)) * np.cos(2 * np.pi * (2 + c) * x * y) for c in range(3)

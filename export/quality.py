@@ -1,4 +1,4 @@
-"""A table of quality by schedule, as JSON: read, and put best first. Needs neither torch nor onnx."""
+"""Read a table of quality by schedule, and sort it. This module needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from flexvar_runtime import ScaleSchedule
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 
-_STEPS = re.compile(r"\d+ steps")  # rows of demo_quality that differ in their schedule alone
+_STEPS = re.compile(r"\d+ steps")  # the rows of demo_quality that differ only in their schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rated:
-    """How good the pictures of a schedule are: recognised share (0 … 1) and Fréchet distance; None where unknown."""
+    """The quality of the images of a schedule: recognised share (0 … 1) and Fréchet distance. None where unknown."""
 
     schedule: ScaleSchedule
     accuracy: float | None
@@ -26,9 +26,10 @@ class Rated:
 
 
 def read_quality(path: Path) -> tuple[Rated, ...]:
-    """What `flexvar_bench.demo_quality` writes, or {schedule: {"frechet": number}}, in the order of the file.
+    """Read a file of `flexvar_bench.demo_quality`, or of the form {schedule: {"frechet": number}}, in its order.
 
-    Raises ArtifactRefused, for schedules of different numbers of `images` too: their distances cannot be compared.
+    Raises ArtifactRefused, also where schedules were measured on different numbers of images, because their distances
+    cannot be compared.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -47,20 +48,21 @@ def read_quality(path: Path) -> tuple[Rated, ...]:
             for text, row in rows.items()
         )
         if len({one.schedule for one in rated}) < len(rated):
-            raise ValueError("a schedule twice")
+            raise ValueError("a schedule occurs twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactRefused(
-            f"{path.name} ({error!r:.100})",
+            f"{path.name} is not a table of quality by schedule: {error!r:.100}.",
             expected='a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}',
-            fix="see docs/benchmarks.md",
+            fix='Write a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}.',
         ) from error
     return rated
 
 
 def best_first(rated: Iterable[Rated], default: ScaleSchedule) -> tuple[str, ...]:
-    """Schedules to the size of `default`, the smallest Fréchet distance first; of equal ones that with fewer tokens.
+    """The schedules that end at the size of `default`, the smallest Fréchet distance first.
 
-    Raises InvalidInput where no such schedule has a distance.
+    Among equal distances the schedule with fewer tokens comes first. Raises InvalidInput where no such schedule has a
+    distance.
     """
     order = sorted(
         (one.frechet, one.schedule.tokens, str(one.schedule))
@@ -70,17 +72,17 @@ def best_first(rated: Iterable[Rated], default: ScaleSchedule) -> tuple[str, ...
     if not order:
         h, w = default[-1]
         raise InvalidInput(
-            f"no Fréchet distance of a schedule that ends at {h}x{w}",
-            expected=f"some, since the bundle's default is {default}",
-            fix="measure the quality of such schedules",
+            f"The table of quality has no Fréchet distance of a schedule that ends at {h}x{w}, as the default does.",
+            expected=f"a schedule that ends at {h}x{w}",
+            fix="Measure the quality of such schedules, or leave --quality out.",
         )
     return tuple(text for _, _, text in order)
 
 
 def _number(value: Any) -> float | None:
-    """Raises ValueError for what is neither None nor a finite number of at least 0."""
+    """The value as a float, or None. Raises ValueError unless it is None or a finite number of at least 0."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{value!r:.50} in place of a number")
+        raise ValueError(f"{value!r:.50} is not a number of at least 0")
     return float(value)

@@ -1,8 +1,8 @@
-"""Which parts of a trained model half precision or int8 hurts most, and which of them to keep in float32.
+"""Find the parts of a model that are most sensitive to rounding, and choose which of them to keep in float32.
 
-Guidance subtracts two branches that a trained model makes almost equal, so what rounding adds to either is amplified;
-a few parts can carry most of it (a first MLP, an attention with a high temperature). Their errors add like independent
-noise: in squares.
+Guidance subtracts two branches, which are almost equal in a trained model. So it amplifies the rounding errors of both.
+A few parts can cause most of the error, such as a first MLP or an attention with a high temperature. The errors of
+parts add like independent noise, in squares.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .parity import holds, relative_error
 from .proof import Proof
 from .teacher_forcing import teacher_forced
 
-HEADROOM = 0.9  # of the gate: other hardware rounds elsewhere
-MOST_KEPT = 0.5  # of the parts: beyond that the bundle is not worth its name
+HEADROOM = 0.9  # share of the gate to aim for, because other hardware rounds differently
+MOST_KEPT = 0.5  # largest share of the parts to keep in float32
 
 
 def rounding_errors(model: FlexVAR, proof: Proof, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """What each part alone in `dtype` does to the guided logits: the largest relative error of any scale."""
+    """The largest relative error of the guided logits at any scale, for each part alone in `dtype`."""
     parts = frozenset(block_parts(model.config.depth))
     return {part: _worst_error(Step(model, dtype, parts - {part}).eval(), model, proof) for part in parts}
 
@@ -44,15 +44,17 @@ def _worst_error(step: Step, model: FlexVAR, proof: Proof) -> float:
 
 
 def step_excess(record: ParityRecord) -> float:
-    """The largest error of the step as a multiple of its bound, if that is why the proof failed; else 0."""
+    """The largest error of the step as a multiple of its bound, if only `step` and `prefill` fail, else 0."""
     failed = [row for row in record.rows if not holds(row)]
-    ours = all(row.graph in (STEP, PREFILL) for row in failed)
-    return max((row.value / row.bound for row in failed), default=0.0) if ours else 0.0
+    only_step = all(row.graph in (STEP, PREFILL) for row in failed)
+    return max((row.value / row.bound for row in failed), default=0.0) if only_step else 0.0
 
 
 def parts_to_keep(errors: Mapping[str, float], excess: float) -> Iterator[tuple[str, ...]]:
-    """Growing sets of the parts with the largest errors, from the first that should bring an error of `excess` times
-    the bound within HEADROOM of it."""
+    """Sets of the parts with the largest errors, each larger by one part.
+
+    The first is the smallest set that should reduce an error of `excess` times the bound to HEADROOM times the bound.
+    """
     ranked = sorted(errors, key=lambda part: (-errors[part], part))
     total = math.fsum(error**2 for error in errors.values())
     for count in range(1, math.floor(MOST_KEPT * len(ranked)) + 1):

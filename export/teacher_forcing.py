@@ -1,4 +1,4 @@
-"""A step's module driven through a recorded case, fed with the reference's tokens at every scale."""
+"""Run the module of a step through a recorded case, with the tokens of the reference as the input of every scale."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .proof import Case
 def teacher_forced(
     step: Step, model: FlexVAR, case: Case, around: AbstractContextManager[object] | None = None
 ) -> Iterator[Tensor]:
-    """Guided logits (B, h·w, V) of every scale, with the reference's condition in float32.
+    """The guided logits (B, h·w, V) of every scale, with the condition of the reference in float32.
 
-    step: a module of `model`; around: entered while it runs, and only then.
+    step: made from `model`. around: a context that is entered for every run of the step.
     """
     config, B = model.config, len(case.labels)
     labels = torch.tensor([*case.labels, *[config.null_class] * B])

@@ -1,9 +1,10 @@
-"""The decoder's upsampling: the same numbers from 16 multiplications in place of 36.
+"""The upsampling of the decoder with 16 multiplications per input pixel in place of 36, and the same result.
 
-Doubling a map to the nearest pixel repeats each one, so of the nine taps of the 3×3 convolution that follows up to four
-meet the same pixel. Summed beforehand they are 16 taps in all. In phases: 2×2, others for each of the four phases, the
-parity of an output pixel's row and column. Transposed: one convolution of 4×4 with stride 2. The zeros around the
-doubled map become zeros around the small one: exact at the border too.
+Nearest-neighbour doubling repeats every pixel. So up to four of the nine taps of the following 3×3 convolution read the
+same pixel. These taps are summed when the graph is made, which leaves 16 taps per input pixel. They take one of two
+forms. "phases" is four 2×2 convolutions, one for each parity of the row and column of the output pixel. "transposed" is
+one transposed 4×4 convolution with stride 2. Zero padding of the doubled map becomes zero padding of the small map, so
+the result is exact at the border too.
 """
 
 from __future__ import annotations
@@ -15,28 +16,28 @@ from torch import Tensor, nn
 from flexvar_ref.tokenizer import Decoder, Upsample
 from flexvar_runtime.bundle.manifest import PHASES, TRANSPOSED
 
-# (phase, place in the window, tap): even rows meet one pixel with the first tap and the next with the other two.
+# (phase, place in the 2-tap kernel, tap): even rows read one pixel with the first tap and the next with the other two.
 _FOLD = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))
-# (place in the kernel, tap): the row of the result that a pixel begins at meets it with the last tap alone.
+# (place in the 4-tap kernel, tap): the first row of the result that a pixel reaches reads it with the last tap only.
 _SPREAD = (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0)
 
 
 def phase_kernels(weight: Tensor) -> Tensor:
-    """Kernels (2, 2, O, I, 2, 2), by phase of row and column, of a convolution (O, I, 3, 3); summed in float64."""
+    """The kernels (2, 2, O, I, 2, 2) by phase of row and column, for a convolution (O, I, 3, 3). Summed in float64."""
     fold = torch.tensor(_FOLD, dtype=torch.float64)
     return torch.einsum("apy,bqx,oiyx->aboipq", fold, fold, weight.detach().double())
 
 
 def transposed_kernel(weight: Tensor) -> Tensor:
-    """Kernel (I, O, 4, 4) of the transposed convolution for a convolution (O, I, 3, 3); summed in float64."""
+    """The kernel (I, O, 4, 4) of the transposed convolution, for a convolution (O, I, 3, 3). Summed in float64."""
     spread = torch.tensor(_SPREAD, dtype=torch.float64)
     return torch.einsum("py,qx,oiyx->iopq", spread, spread, weight.detach().double())
 
 
 class PhaseUpsample(nn.Module):
-    """x (B, C, h, w) -> (B, C, 2h, 2w): what `upsample` makes of it, in `dtype`.
+    """x (B, C, h, w) -> (B, C, 2h, 2w): `upsample` as four convolutions in `dtype`.
 
-    Four convolutions, each with the zeros that its phase meets. Interleaved by joining the last axis, then the rows.
+    Every phase has its own padding. The results are interleaved along the last axis, then along the rows.
     """
 
     bias: Tensor
@@ -54,12 +55,12 @@ class PhaseUpsample(nn.Module):
         return torch.stack(rows, -2).flatten(-3, -2)
 
     def _phase(self, x: Tensor, a: int, b: int) -> Tensor:
-        """Pixels (2i + a, 2j + b) of the result: of the rows i − 1 + a and i + a, columns likewise."""
+        """The pixels (2i + a, 2j + b) of the result, from rows i − 1 + a and i + a and columns j − 1 + b and j + b."""
         return F.conv2d(F.pad(x, (1 - b, b, 1 - a, a)), self.get_buffer(f"weight_{a}{b}"), self.bias)
 
 
 class TransposedUpsample(nn.Module):
-    """x (B, C, h, w) -> (B, C, 2h, 2w): what `upsample` makes of it, in `dtype`. One convolution, nothing to join."""
+    """x (B, C, h, w) -> (B, C, 2h, 2w): `upsample` as one transposed convolution in `dtype`."""
 
     weight: Tensor
     bias: Tensor
@@ -74,9 +75,9 @@ class TransposedUpsample(nn.Module):
 
 
 class RepeatUpsample(nn.Module):
-    """x (B, C, h, w) -> (B, C, 2h, 2w): as `upsample`, every pixel repeated without a resize.
+    """x (B, C, h, w) -> (B, C, 2h, 2w): `upsample` without a resize operation. Every pixel is repeated by a broadcast.
 
-    ONNX Runtime's CUDA provider resizes no bfloat16.
+    ONNX Runtime's CUDA provider cannot resize bfloat16.
     """
 
     def __init__(self, upsample: Upsample, dtype: torch.dtype) -> None:
@@ -93,9 +94,9 @@ _FORMS = {PHASES: PhaseUpsample, TRANSPOSED: TransposedUpsample}
 
 
 def replace_upsampling(decoder: Decoder, form: str, dtype: torch.dtype) -> None:
-    """Give every upsampling of `decoder`, whose weights are the reference's, another form, in place.
+    """Replace every upsampling layer of `decoder` by another form, in place. Its weights are those of the reference.
 
-    PLAIN keeps the reference's layer, except in bfloat16, where `RepeatUpsample` takes its place.
+    PLAIN keeps the layer of the reference, except in bfloat16, where it becomes a `RepeatUpsample`.
     """
     make: type[nn.Module] | None = _FORMS.get(form, RepeatUpsample if dtype == torch.bfloat16 else None)
     if make is None:

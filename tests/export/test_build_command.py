@@ -1,4 +1,4 @@
-"""`flexvar build`: what it prints and writes, what it refuses, and that nothing half-built is ever left or loaded."""
+"""`flexvar build`: what it prints and writes, what it refuses, and that no incomplete engine is left or loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flexvar_export import build_command, engine_builder
 from flexvar_export.build_command import choose_target
 from flexvar_export.bundle_writer import seal
 from flexvar_export.engine_builder import Plan
-from flexvar_runtime import BackendUnavailable, Bundle, InvalidInput
+from flexvar_runtime import BackendUnavailable, Bundle, FlexVARError, InvalidInput
 from flexvar_runtime.backends.tensorrt import library as trt_library
 from flexvar_runtime.backends.tensorrt.engine_files import (
     EngineId,
@@ -33,10 +33,22 @@ from flexvar_runtime.backends.tensorrt.engine_files import (
 from flexvar_runtime.model.signatures import GRAPHS
 
 RTX = ("--backend", "tensorrt-rtx")
+SMALL_GRAPHS = ["condition", "decode", "encode", "prefill"]
 SMALL = (*RTX, "--schedule", "1_2x3", "--max-batch", "2", "--prefill")
-LONG = (*RTX, "--schedule", "1_2_3_4")
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 Run = Callable[..., tuple[int, str, str]]
+
+
+WITHOUT_TORCH = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "onnx", "onnxscript", "safetensors", "onnxruntime"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from flexvar_runtime.cli.main import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class FirstBuild:
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's folders are the test's, and there is no GPU."""
+    """Use folders of this test as the user's folders, and find no GPU."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build_command, "present_gpu", lambda: None)
@@ -62,7 +74,7 @@ def half_bundle(tiny_bundles: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def first_build(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> FirstBuild:
-    """A process that built a bundle for a small schedule. Read-only: see `built_bundle`."""
+    """The result of `flexvar build` in a process without torch and onnx. Read-only: see `built_bundle`."""
     folder = tmp_path_factory.mktemp("built")
     bundle = Path(shutil.copytree(tiny_bundles("fp16"), folder / "half.bundle"))
     environment = os.environ | {
@@ -70,7 +82,7 @@ def first_build(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.Te
         "XDG_CACHE_HOME": str(folder / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [str(part) for part in (FLEXVAR, "build", bundle, *SMALL)]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "build", str(bundle), *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return FirstBuild(folder, bundle, done.stdout, done.stderr)
@@ -78,9 +90,25 @@ def first_build(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def built_bundle(first_build: FirstBuild, tmp_path: Path) -> Path:
-    """A copy of it, with the receipts of this test's user."""
+    """A copy of the built bundle, and of its receipts."""
     shutil.copytree(first_build.folder / "state", tmp_path / "state")
     return Path(shutil.copytree(first_build.bundle, tmp_path / "half.bundle"))
+
+
+@pytest.fixture
+def fake_builds(monkeypatch: pytest.MonkeyPatch) -> list[EngineId]:
+    """Let builds in this process return a fake plan at once. Returns the ids that are asked for."""
+    asked: list[EngineId] = []
+    report = PrecisionReport(claimed="float16", layers={"matmul": {"float16": 1}}, fused_attention=2, share=1.0)
+
+    def build_engine(library: Any, bundle: Any, wanted: EngineId, *, timing: Path, tick: Callable[[], None]) -> Plan:
+        asked.append(wanted)
+        for _ in wanted.profiles:
+            tick()
+        return Plan(f"engine of {wanted.graph}".encode(), report)
+
+    monkeypatch.setattr(engine_builder, "build_engine", build_engine)
+    return asked
 
 
 def found(bundle: Path, graph: str = "step", target: str = "8.6", engines: Path | None = None) -> Any:
@@ -94,11 +122,11 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def test_build(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_without_torch_and_onnx(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(first_build.folder / "state"))
     *lines, last = first_build.out.splitlines()
     assert last == f"tensorrt-rtx {trt_library.load('tensorrt-rtx').version}, target portable"
-    summaries = dict(zip(("condition", "decode", "encode", "prefill", "step"), lines, strict=True))
+    summaries = dict(zip((*SMALL_GRAPHS, "step"), lines, strict=True))
     for graph in GRAPHS:
         engine = found(first_build.bundle, graph)
         assert read_engine(engine) and summaries[graph].startswith(f"{engine.path}: ")
@@ -107,10 +135,10 @@ def test_build(first_build: FirstBuild, monkeypatch: pytest.MonkeyPatch) -> None
     assert "build 1/9: condition, 16 labels\n" in first_build.err and "build 9/9: step, wide\n" in first_build.err
     assert len(files(first_build.bundle / "engines")) == 5
     assert not (first_build.folder / "cache/flexvar").exists()
-    Bundle.open(first_build.bundle)  # engines are no part of it
+    Bundle.open(first_build.bundle)  # engines are outside the manifest
 
 
-def test_built_before(run_cli: Run, built_bundle: Path) -> None:
+def test_engines_built_before_are_kept(run_cli: Run, built_bundle: Path, fake_builds: list[EngineId]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (built_bundle / "engines").iterdir()}
 
     def built(*options: str) -> tuple[dict[str, bool], str]:
@@ -120,16 +148,16 @@ def test_built_before(run_cli: Run, built_bundle: Path) -> None:
 
     assert built()[0] == dict.fromkeys(GRAPHS, False)
     assert {path.name: path.stat().st_mtime_ns for path in (built_bundle / "engines").iterdir()} == before
-    # What is spoilt is built again, and so is everything with --force.
+    # A damaged engine is built again. --force builds all again.
     condition = found(built_bundle, "condition").path
     condition.write_bytes(condition.read_bytes()[:-1] + b"x")
     again, err = built()
-    assert again == dict.fromkeys(GRAPHS, False) | {"condition": True} and f"{condition.name}: sha256 " in err
+    assert again == dict.fromkeys(GRAPHS, False) | {"condition": True} and condition.name in err
     assert built("--force")[0] == dict.fromkeys(GRAPHS, True)
     assert len(files(built_bundle / "engines")) == 5
 
 
-def test_json(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
+def test_json(run_cli: Run, half_bundle: Path, fake_builds: list[EngineId], tmp_path: Path) -> None:
     engines = tmp_path / "my engines"
     code, out, _ = run_cli(
         "build", half_bundle, *SMALL, "--target", "89", "--target", "8.6", "--engines", engines, "--json"
@@ -152,88 +180,85 @@ def test_json(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
     assert step["precision"]["claimed"] == "float16" and step["precision"]["fused_attention"] == 2
     assert not (half_bundle / "engines").exists()
     assert found(half_bundle, target="8.9", engines=engines).path == Path(step["file"])
-    with pytest.raises(Exception, match=r"an engine for GPU 8.6 and 8.9"):
+    with pytest.raises(FlexVARError, match=r"8\.6.*8\.9"):
         found(half_bundle, target="9.0", engines=engines)
 
 
-def test_the_bundles_schedule_is_the_default(run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[EngineId] = []
-
-    def instead(library: Any, bundle: Any, wanted: EngineId, **_: Any) -> Plan:
-        plans.append(wanted)
-        return Plan(b"engine", PrecisionReport(claimed="float16", layers={}, fused_attention=0, share=1.0))
-
-    monkeypatch.setattr(engine_builder, "build_engine", instead)
+def test_the_schedule_of_the_bundle_is_the_default(
+    run_cli: Run, half_bundle: Path, fake_builds: list[EngineId]
+) -> None:
     code, _, _ = run_cli("build", half_bundle, *RTX)
-    assert code == 0 and [len(plan.profiles) for plan in plans] == [1, 2, 2, 11]
-    assert plans[3].profiles[-1].axes["sequences"] == (1, 2, 16)
+    assert code == 0 and [len(wanted.profiles) for wanted in fake_builds] == [1, 2, 2, 11]
+    assert fake_builds[3].profiles[-1].axes["sequences"] == (1, 2, 16)
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "text"),
+    ("options", "code", "named"),
     [
-        (["--backend", "cuda"], 2, "backend 'cuda' | tensorrt or tensorrt-rtx | name one of them"),
-        ([*RTX, "--target", "hopper"], 2, "--target hopper | one of 80, 86, 89, 120, 121 (tensorrt-rtx "),
-        ([*RTX, "--target", "7.5"], 2, "--target 7.5 | one of 80, "),
-        ([*RTX, "--target", "123"], 2, "--target 123 | one of 80, "),
-        ([*RTX, "--target", "86", "--target", "90"], 4, "--target 90: tensorrt-rtx "),
-        ([*RTX, "--target", "9.0"], 4, "does not run on compute capability 9.0: it runs on 8.0, "),
-        ([*RTX, "--target", "10.3"], 4, "use --backend tensorrt, or --backend ort-cuda"),
-        ([*RTX, "--schedule", "2_4"], 2, "a schedule with first scale 2 | 1 as the first scale"),
-        ([*RTX, "--schedule", "1024px"], 2, "schedule '1024px' | "),
-        ([*RTX, "--max-batch", "0"], 2, "Invalid value for '--max-batch'"),
-        ([*RTX, "--max-batch", "1025"], 2, "Invalid value for '--max-batch'"),
-        (["--backend", "tensorrt"], 4, "tensorrt is not installed | the tensorrt libraries | pip install "),
+        (["--backend", "cuda"], 2, ("--backend 'cuda'", "tensorrt-rtx")),
+        ([*RTX, "--target", "hopper"], 2, ("--target hopper", "80, 86, 89, 120, 121")),
+        ([*RTX, "--target", "7.5"], 2, ("--target 7.5",)),
+        ([*RTX, "--target", "86", "--target", "90"], 4, ("--target 90", "tensorrt-rtx")),
+        ([*RTX, "--target", "10.3"], 4, ("10.3", "--backend tensorrt", "--backend ort-cuda")),
+        ([*RTX, "--schedule", "2_4"], 2, ("schedule",)),
+        ([*RTX, "--schedule", "1024px"], 2, ("1024px",)),
+        ([*RTX, "--max-batch", "0"], 2, ("--max-batch",)),
+        ([*RTX, "--max-batch", "1025"], 2, ("--max-batch",)),
+        (["--backend", "tensorrt"], 4, ("tensorrt", "pip install")),
     ],
 )
-def test_refusals(run_cli: Run, half_bundle: Path, options: list[str], code: int, text: str, tmp_path: Path) -> None:
+def test_options_that_are_refused(
+    run_cli: Run, half_bundle: Path, options: list[str], code: int, named: tuple[str, ...], tmp_path: Path
+) -> None:
     got, out, err = run_cli("build", half_bundle, *options, "--json")
     error = json.loads(out)["error"]
     assert got == code, err
-    assert text in f"{error['got']} | {error['expected']} | {error['fix']}"
+    assert all(name in f"{error['got']} {error['fix']}" for name in named), error
     assert not (half_bundle / "engines").exists() and not (tmp_path / "state").exists()
 
 
-def test_a_bundle_that_is_none(run_cli: Run, tmp_path: Path) -> None:
+def test_a_bundle_that_does_not_exist(run_cli: Run, tmp_path: Path) -> None:
     code, _, err = run_cli("build", tmp_path / "nothing", *SMALL)
-    assert code == 5 and "nothing at " in err
+    assert code == 5 and str(tmp_path / "nothing") in err
 
 
-def test_a_spoilt_bundle(run_cli: Run, half_bundle: Path) -> None:
+def test_a_damaged_bundle(run_cli: Run, half_bundle: Path) -> None:
     data = bytearray((half_bundle / "step.onnx").read_bytes())
     data[len(data) // 2] ^= 1
     (half_bundle / "step.onnx").write_bytes(data)
     code, _, err = run_cli("build", half_bundle, *SMALL)
-    assert code == 5 and "step.onnx: sha256 " in err and not (half_bundle / "engines").exists()
+    assert code == 5 and "step.onnx" in err and not (half_bundle / "engines").exists()
 
 
-def test_a_decoder_that_has_no_layer_there(run_cli: Run, tiny_bundles: Callable[[str], Path], tmp_path: Path) -> None:
-    """Said before anything is built, with the option that mends it."""
+def test_a_transposed_decoder_in_bf16(run_cli: Run, tiny_bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is refused before anything is built."""
     bundle = Path(shutil.copytree(tiny_bundles("bf16"), tmp_path / "transposed.bundle"))
     manifest = Bundle.open(bundle).manifest
     (bundle / "manifest.json").unlink()
     seal(bundle, replace(manifest, decoder="transposed", files={}))
     code, _, err = run_cli("build", bundle, *SMALL, "--target", "8.6")
-    assert code == 2 and "upsamples transposed for tensorrt-rtx" in err and "--decoder phases" in err
+    assert code == 2 and "transposed" in err and "tensorrt-rtx" in err and "--decoder phases" in err
     assert not (bundle / "engines").exists()
 
 
-def test_a_linked_folder(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_of_engines_that_is_a_link(run_cli: Run, half_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (half_bundle / "engines").symlink_to(tmp_path / "elsewhere")
     code, _, err = run_cli("build", half_bundle, *SMALL)
-    assert code == 5 and "engines: a link" in err and not files(tmp_path / "elsewhere")
+    assert code == 5 and str(half_bundle / "engines") in err and not files(tmp_path / "elsewhere")
 
 
-def test_receipts_of_somebody_else(run_cli: Run, half_bundle: Path) -> None:
+def test_a_folder_of_receipts_that_others_can_write(run_cli: Run, half_bundle: Path) -> None:
     receipts_folder().mkdir(parents=True)
     receipts_folder().chmod(0o777)
     code, _, err = run_cli("build", half_bundle, *SMALL)
-    assert code == 5 and f"{receipts_folder()}, writable by others (mode 777)" in err
+    assert code == 5 and str(receipts_folder()) in err and "777" in err
     assert not files(half_bundle / "engines")
 
 
-def test_a_full_disk(run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(
+    run_cli: Run, half_bundle: Path, fake_builds: list[EngineId], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Path.write_bytes
 
     def write_bytes(path: Path, data: Any) -> int:
@@ -249,13 +274,13 @@ def test_a_full_disk(run_cli: Run, half_bundle: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_engine_of_another_export(built_bundle: Path) -> None:
-    """A graph that changed has no engine any more; one that did not keeps its own."""
+    """A graph that changed has no engine any more. A graph that did not change keeps its engine."""
     manifest = Bundle.open(built_bundle).manifest
     graph = built_bundle / "decode.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"flexvar-deploy", b"flexvar-deplox"))
     seal(built_bundle, manifest)
     assert found(built_bundle, "step").path.exists()
-    with pytest.raises(Exception, match=r"decode: an engine of another export of the graph"):
+    with pytest.raises(FlexVARError, match="decode"):
         found(built_bundle, "decode")
 
 
@@ -271,7 +296,7 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert targets(gpu="8.9") == "8.9"
     assert targets(gpu="12.3") == "portable"  # it runs there, but has no target of that name
     assert targets("120", "8.6", "86", gpu="8.9") == "8.6,12.0"
-    assert targets("86", gpu="9.0") == "8.6"  # for another machine
+    assert targets("86", gpu="9.0") == "8.6"  # a target of another machine
     assert capsys.readouterr().err == ""
 
 
@@ -279,24 +304,24 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_gpu_that_tensorrt_rtx_does_not_run_on_is_refused_before_the_build(
     run_cli: Run, half_bundle: Path, monkeypatch: pytest.MonkeyPatch, gpu: str
 ) -> None:
-    """No portable engine is offered in place of one for it."""
+    """A portable engine would not run either."""
     monkeypatch.setattr(build_command, "present_gpu", lambda: gpu)
     monkeypatch.setattr(engine_builder, "build_engine", lambda *_, **__: pytest.fail("it began to build"))
     code, out, err = run_cli("build", half_bundle, *RTX, "--json")
     error = json.loads(out)["error"]
     assert code == 4 and not (half_bundle / "engines").exists(), err
-    assert f"does not run on compute capability {gpu}" in error["got"]
-    assert all(option in error["fix"] for option in ("--backend tensorrt,", "--backend ort-cuda", "--target"))
+    assert gpu in error["got"]
+    assert all(option in error["fix"] for option in ("--backend tensorrt", "--backend ort-cuda", "--target"))
 
 
 def test_targets_of_tensorrt() -> None:
-    """It builds for the GPU it runs on, or not at all."""
+    """TensorRT builds only for the GPU of this machine."""
     fake: Any = type("Library", (), {"rtx": False, "flavour": "tensorrt", "version": "11.4"})()
     assert choose_target(fake, [], lambda: "9.0") == "9.0"
-    with pytest.raises(BackendUnavailable, match="no GPU for tensorrt; expected the GPU the engines are for") as error:
+    with pytest.raises(BackendUnavailable, match="tensorrt") as error:
         choose_target(fake, [], lambda: None)
     assert error.value.exit_code == 4
-    with pytest.raises(InvalidInput, match="--target 90 with tensorrt; expected none: TensorRT builds for the GPU it"):
+    with pytest.raises(InvalidInput, match="--target 90"):
         choose_target(fake, ["90"], lambda: "9.0")
 
 
@@ -306,11 +331,11 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_command.present_gpu() is None
 
 
-# Processes that are killed, interrupted, or two
+# Processes that are killed or interrupted, and two at once
 
 
 def start(bundle: Path, *options: str) -> subprocess.Popen[str]:
-    command = [FLEXVAR, "build", bundle, *LONG, *options]
+    command = [FLEXVAR, "build", bundle, *options]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -327,70 +352,56 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError("".join(seen))
 
 
-def test_killed(run_cli: Run, half_bundle: Path) -> None:
-    """In the middle of the large one: the small ones are whole, of the large one nothing loads or stays."""
-    process = start(half_bundle)
-    wait_for(process, "step, 4 after 1")
+@pytest.fixture
+def without_step(built_bundle: Path) -> Path:
+    """A bundle with all engines but the one of the step."""
+    found(built_bundle).path.unlink()
+    return built_bundle
+
+
+def test_a_killed_build(run_cli: Run, without_step: Path, fake_builds: list[EngineId]) -> None:
+    """Finished engines are complete. Nothing of the unfinished one loads, or stays after the next build."""
+    process = start(without_step, *SMALL)
+    wait_for(process, "step, 1 after 0")
     process.kill()
     process.communicate(timeout=60)
-    engines = half_bundle / "engines"
+    engines = without_step / "engines"
     assert process.returncode == -signal.SIGKILL
-    assert [name.split("-")[0] for name in files(engines) if name.endswith(".engine")] == [
-        "condition",
-        "decode",
-        "encode",
-    ]
-    with pytest.raises(Exception, match=r"step: no engine in .* fix: flexvar build ") as refusal:
-        found(half_bundle)
-    for graph in ("condition", "decode", "encode"):
-        assert read_engine(found(half_bundle, graph))
-    # The line in the refusal repairs it, and what is whole is kept.
-    words = shlex.split(refusal.value.fix)  # type: ignore[attr-defined]
-    assert words[:3] == ["flexvar", "build", str(half_bundle)]
-    code, out, _ = run_cli(*words[1:], *LONG[2:], "--json")
-    assert code == 0 and [one["built"] for one in json.loads(out)["engines"]] == [False, False, False, True]
-    assert len(files(engines)) == 4 and read_engine(found(half_bundle))
+    assert [name.split("-")[0] for name in files(engines) if name.endswith(".engine")] == SMALL_GRAPHS
+    with pytest.raises(FlexVARError, match="step") as refusal:
+        found(without_step)
+    for graph in SMALL_GRAPHS:
+        assert read_engine(found(without_step, graph))
+    # The command in the error builds the missing engine and keeps the others.
+    words = shlex.split(refusal.value.fix[refusal.value.fix.index("flexvar build") :])
+    assert words[:3] == ["flexvar", "build", str(without_step)]
+    code, out, _ = run_cli(*words[1:], *SMALL[2:], "--json")
+    assert code == 0 and [one["built"] for one in json.loads(out)["engines"]] == [False] * 4 + [True]
+    assert [wanted.graph for wanted in fake_builds] == ["step"]
+    assert len(files(engines)) == 5 and read_engine(found(without_step))
 
 
-def test_interrupted(half_bundle: Path) -> None:
-    process = start(half_bundle)
-    wait_for(process, "step, 4 after 1")
+def test_an_interrupted_build(without_step: Path) -> None:
+    process = start(without_step, *SMALL)
+    wait_for(process, "step, 1 after 0")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "") and err.endswith("interrupted\n")
     assert "Traceback" not in err and "BuildCanceled" not in err
-    assert [name.split("-")[0] for name in files(half_bundle / "engines")] == ["condition", "decode", "encode"]
+    assert [name.split("-")[0] for name in files(without_step / "engines")] == SMALL_GRAPHS
 
 
 def test_two_at_once(half_bundle: Path) -> None:
-    """One builds, the other waits and finds it built."""
-    processes = [start(half_bundle, "--json") for _ in range(2)]
+    """One process builds an engine. The other waits, and finds it built."""
+    processes = [start(half_bundle, *RTX, "--schedule", "1_2", "--json") for _ in range(2)]
     results = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     one, other = ([engine["built"] for engine in json.loads(out)["engines"]] for out, _ in results)
     assert all(a != b for a, b in zip(one, other, strict=True))
-    assert any("another flexvar build is at it, waiting" in err for _, err in results)
+    assert any("waiting for another flexvar build" in err for _, err in results)
     assert len(files(half_bundle / "engines")) == 4
     same = [[engine["sha256"] for engine in json.loads(out)["engines"]] for out, _ in results]
     assert same[0] == same[1]
-
-
-def test_without_torch_and_onnx(half_bundle: Path, tmp_path: Path) -> None:
-    """A build machine needs neither."""
-    code = f"""
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {{"torch", "onnx", "onnxscript", "safetensors", "onnxruntime"}}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
-from flexvar_runtime.cli.main import main
-main(["build", {str(half_bundle)!r}, *{SMALL!r}])
-"""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert len(files(half_bundle / "engines")) == 5
 
 
 def test_the_command_is_there(run_cli: Run) -> None:
@@ -414,5 +425,4 @@ def test_a_batch_that_will_not_fit_on_the_gpu_is_refused_before_the_build(
     monkeypatch.setattr(build_command, "gpu_facts", lambda: GpuFacts(0, "A GPU", "8.6", needed))
     code, out, err = run_cli("build", half_bundle, *RTX, "--schedule", "1_2x3", "--max-batch", "6")
     assert code == 6 and not (half_bundle / "engines").exists()
-    assert "a batch of 6 at schedule 1_2x3 that needs" in err and "on A GPU (weights" in err
-    assert "fix: use a batch of at most 5" in err
+    assert "batch of 6" in err and "1_2x3" in err and "A GPU" in err and "at most 5" in err

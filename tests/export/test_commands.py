@@ -1,4 +1,4 @@
-"""`flexvar export` and `flexvar verify`: what they print, in which stream, and with which exit code they end."""
+"""`flexvar export` and `flexvar verify`: what they print, to which stream, and their exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from flexvar_export.bundle_writer import seal
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 from flexvar_runtime import Bundle
-from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.schedule import ScaleSchedule
 
 Checkpoint = tuple[Path, Path]
@@ -39,7 +38,7 @@ def states(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]
 # flexvar export
 
 
-@pytest.fixture(scope="module", params=["transformer", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["condition", pytest.param("every graph", marks=pytest.mark.slow)])
 def exported(
     request: pytest.FixtureRequest,
     tiny_checkpoint: Checkpoint,
@@ -47,14 +46,16 @@ def exported(
     graph_cache: GraphCache,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, str, str]:
-    """Bundle, standard output and standard error of one export in a process of its own: of the tiny model, as bare
-    states with a mask buffer, published with class names. The graphs of the transformer, or of both networks, are
-    exported for real; the tokenizer's take longest."""
+    """The bundle, standard output and standard error of one export of the tiny model, in a separate process.
+
+    The checkpoint is a bare state with a mask buffer. The condition, or every graph, is not taken from the cache.
+    """
     directory = tmp_path_factory.mktemp("exported")
     known = GraphCache(directory / "graphs")
     known.folder.mkdir()
-    for path in graph_cache.folder.glob("*/*code.onnx") if request.param == "transformer" else ():
-        shutil.copytree(path.parent, known.folder / path.parent.name)
+    for path in graph_cache.folder.glob("*/*.onnx") if request.param == "condition" else ():
+        if path.stem != "condition":
+            shutil.copytree(path.parent, known.folder / path.parent.name)
     transformer, tokenizer = states(tiny_checkpoint)
     tokens = ScaleSchedule.parse("1_2_3_4_5_6_8_10_13_16").tokens
     torch.save({**transformer, "attn_bias_for_masking": torch.zeros(1, 1, tokens, tokens)}, directory / "bare.pth")
@@ -78,7 +79,7 @@ def run_flexvar(
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_export_prints_one_json_object_and_its_progress_elsewhere(exported: tuple[Path, str, str]) -> None:
+def test_export_prints_one_json_object_and_its_progress_to_standard_error(exported: tuple[Path, str, str]) -> None:
     path, out, err = exported
     data = json.loads(out)
     bundle = Bundle.open(path)
@@ -95,14 +96,14 @@ def test_export_prints_one_json_object_and_its_progress_elsewhere(exported: tupl
     assert "Traceback" not in err and "Warning" not in err
 
 
-def test_class_names_are_read_as_utf8_wherever_they_are_read(exported: tuple[Path, str, str]) -> None:
+def test_class_names_are_read_as_utf8_in_every_locale(exported: tuple[Path, str, str]) -> None:
     assert Bundle.open(exported[0]).manifest.model.class_names == tuple(f"clás {i}" for i in range(10))
 
 
-def test_every_layout_and_every_process_gives_the_same_files(
+def test_every_layout_and_process_gives_the_same_files(
     exported: tuple[Path, str, str], tiny_bundle: Path, same_files: Callable[[Bundle, Bundle], None]
 ) -> None:
-    """A bare state with a mask buffer or {"trainer": …}, names or none, another process: the same bytes."""
+    """This export had a bare state with a mask buffer, class names, and another process."""
     made, known = Bundle.open(exported[0]), Bundle.open(tiny_bundle)
     same_files(made, known)
     assert made.manifest.graphs == known.manifest.graphs
@@ -110,10 +111,10 @@ def test_every_layout_and_every_process_gives_the_same_files(
     assert ours.tools == theirs.tools and ours.transformer_sha256 != theirs.transformer_sha256
 
 
-def test_weights_in_half_precision_are_exported_as_the_numbers_they_are(
+def test_a_checkpoint_with_float16_weights(
     cached_exports: None, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
 ) -> None:
-    """Half of a state may be half: that of the condition is, so its graph is another, and it is proved."""
+    """Here the weights of the condition are float16."""
     transformer, _ = states(tiny_checkpoint)
     half = {k: v.half() if "ada_lin" in k or k == "class_emb.weight" else v for k, v in transformer.items()}
     torch.save({"trainer": {"var_wo_ddp": half}}, tmp_path / "half.pth")
@@ -132,26 +133,25 @@ def test_export_prints_a_table_for_people(
     first = out.splitlines()[0]
     assert first.startswith(f"{tmp_path / 'b.bundle'}: fp32, ") and Bundle.open(tmp_path / "b.bundle").sha256 in first
     assert "parity on ort-cpu" in out and out.count(" ok") >= 22 and "FAILED" not in out
-    assert "free-running tokens equal to the reference's: 100.00% (no gate" in out
+    assert "100.00%" in out.splitlines()[-1]
     assert err.splitlines()[-1] == f"export {STEPS}/{STEPS}: proving parity"
 
 
-def test_export_refuses_with_the_code_of_the_reason(
-    quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
-) -> None:
+def test_exit_codes_of_export(quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run) -> None:
     transformer, vae = tiny_checkpoint
     names = tmp_path / "names.json"
     out = tmp_path / "b.bundle"
     bad_names = {
-        "a JSON list of names": ["{", '"cat"', "[1, 2]", "{}", "[null]"],
-        "expected: 10": [json.dumps(["cat"])],
-        "text without control characters": [json.dumps(["\n", *"abcdefghi"])],
+        "{": "names.json",
+        "[1, 2]": "names.json",
+        "{}": "names.json",
+        json.dumps(["cat"]): "10 classes",
+        json.dumps(["\n", *"abcdefghi"]): "'\\n'",
     }
-    for said, texts in bad_names.items():
-        for text in texts:
-            names.write_text(text)
-            code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)
-            assert (code, said in err, "fix: " in err) == (2, True, True), (text, err)
+    for text, named in bad_names.items():
+        names.write_text(text)
+        code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)
+        assert code == 2 and named in " ".join(err.split()), (text, err)
     names.write_bytes(b'["\xff"]')
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", names)[0] == 2
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--class-names", tmp_path / "none.json")[0] == 2
@@ -164,16 +164,16 @@ def test_export_refuses_with_the_code_of_the_reason(
 
     assert run_cli("export", transformer, "--vae", vae, "-o", out)[0] == 0
     code, _, err = run_cli("export", transformer, "--vae", vae, "-o", out)
-    assert code == 2 and "which exists" in err and "pass --force" in err
+    assert code == 2 and str(out) in err and "--force" in err
     assert run_cli("export", transformer, "--vae", vae, "-o", out, "--force")[0] == 0
 
 
-def test_a_refusal_is_one_json_object_too(tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run) -> None:
+def test_an_error_is_one_json_object_too(tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run) -> None:
     transformer, vae = tiny_checkpoint
     code, out, err = run_cli("export", vae, "--vae", transformer, "-o", tmp_path / "b", "--json")
     assert code == 5
     error = json.loads(out)["error"]
-    assert error["type"] == "ArtifactRefused" and all(error[key] in err for key in ("got", "expected", "fix"))
+    assert error["type"] == "ArtifactRefused" and all(error[key] in err for key in ("got", "fix"))
 
 
 def test_interrupted_export_ends_with_130(
@@ -203,7 +203,7 @@ sys.meta_path.insert(0, Blocked())
 
 @pytest.mark.parametrize("missing", ["torch", "onnx", "onnxscript", "safetensors"])
 @pytest.mark.parametrize("command", ["export", "verify"])
-def test_without_the_export_extra_commands_say_what_to_install(
+def test_without_the_export_extra_errors_name_the_missing_module(
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,29 +216,31 @@ def test_without_the_export_extra_commands_say_what_to_install(
         "export": ["export", str(transformer), "--vae", str(vae), "-o", str(tmp_path / "b")],
         "verify": ["verify", str(tmp_path)],
     }[command]
-    if missing == "torch" and command == "export":  # for real, in a process that cannot import it
+    if missing == "torch" and command == "export":  # in a process that really cannot import it
         done = run_flexvar(arguments, tmp_path, BLOCKED.format(name=missing))
         code, out, err = done.returncode, done.stdout, done.stderr
     else:
         monkeypatch.setitem(sys.modules, missing, None)
         code, out, err = run_cli(*arguments)
     assert (code, out) == (4, "")
-    assert missing in err and "fix: pip install 'flexvar-deploy[cpu,export]'" in err
+    assert missing in err and "pip install 'flexvar-deploy[cpu,export]'" in err
     assert list(tmp_path.iterdir()) == []
 
 
 # flexvar verify
 
 
-@pytest.mark.parametrize("precision", Precision)
-def test_verify_proves_a_bundle_again(tiny_bundles: Callable[[str], Path], run_cli: Run, precision: str) -> None:
-    path = tiny_bundles(precision)
-    code, out, _ = run_cli("verify", path, "--json")
-    assert code == 0
+def test_verify_prints_one_json_object_and_writes_nothing(tiny_bundle: Path, run_cli: Run) -> None:
+    def state(directory: Path) -> dict[str, Any]:
+        return {path.name: path.stat().st_mtime_ns for path in (directory, *directory.iterdir())}
+
+    before = state(tiny_bundle)
+    code, out, _ = run_cli("verify", tiny_bundle, "--json")
+    assert code == 0 and state(tiny_bundle) == before
     data = json.loads(out)
-    assert data.keys() == {"bundle", "parity"} and data["bundle"] == Bundle.open(path).sha256
+    assert data.keys() == {"bundle", "parity"} and data["bundle"] == Bundle.open(tiny_bundle).sha256
     parity = data["parity"]
-    assert parity["passed"] is True and parity["emulated"] is precision.endswith("bf16")
+    assert parity["passed"] is True and parity["emulated"] is False
     assert (parity["backend"], len(parity["rows"])) == ("ort-cpu", 22)
     assert {"graph", "scale", "output", "metric", "value", "bound"} == parity["rows"][0].keys()
 
@@ -256,7 +258,7 @@ def test_verify_prints_a_table_for_people(tiny_bundles: Callable[[str], Path], r
     assert len(rows) == 22 and max(map(len, out.splitlines())) <= 80  # one line a row, in any terminal
     assert rows[13].split()[:2] == ["prefill", "10/10"]
     assert rows[14].split()[:5] == ["decode", "16x16", "image", "PSNR,", "dB"]
-    assert last.startswith("free-running tokens equal to the reference's: ")
+    assert last.endswith("%")
 
 
 def test_verify_against_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Checkpoint, run_cli: Run) -> None:
@@ -264,14 +266,14 @@ def test_verify_against_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Check
     code, out, _ = run_cli("verify", tiny_bundle, "--checkpoint", transformer, "--vae", vae, "--json")
     assert code == 0
     recorded = [row.value for row in Bundle.open(tiny_bundle).manifest.parity.rows]
-    # Every row of logits is compared, as at the export: the same errors, but for what thread counts change in sums.
+    # Every row of logits is compared, as at the export. Only the order of sums may differ, with the thread count.
     assert [row["value"] for row in json.loads(out)["parity"]["rows"]] == pytest.approx(recorded, rel=0.2)
 
 
-def test_threads_reach_torch_and_no_further(
+def test_threads_are_those_of_torch_during_the_command(
     tiny_bundle: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference runs on so many, in `export` and in `verify`."""
+    """The reference runs on that many threads, in `export` and in `verify`."""
     seen: list[int] = []
 
     def make_proof(*_: object) -> None:
@@ -297,18 +299,18 @@ def test_verify_against_other_weights_fails(
     arguments = ["verify", tiny_bundle, "--checkpoint", other, "--vae", tiny_checkpoint[1]]
     code, out, err = run_cli(*arguments)
     assert code == 3
-    assert "condition, output modulation: relative_error" in err and "FAILED" in out
+    assert "condition, output modulation" in err and "FAILED" in out
     code, out, err = run_cli(*arguments, "--json")
     assert code == 3
     error = json.loads(out)["error"]
-    assert error["type"] == "ParityFailed" and error["got"].startswith("condition, output modulation: ")
+    assert error["type"] == "ParityFailed" and "condition, output modulation" in error["got"]
 
     transformer, _ = tiny_checkpoint
     code, _, err = run_cli("verify", tiny_bundle, "--checkpoint", transformer, "--vae", vae)
-    assert code == 3 and "step, scale 2/10 (2x2), output logits: " in err  # the first that the codebook reaches
+    assert code == 3 and "step, scale 2/10 (2x2), output logits" in err  # the first scale with codes
 
 
-def test_verify_against_another_size_fails_and_says_which(
+def test_verify_against_another_size_fails_and_names_the_sizes(
     tiny_bundle: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, run_cli: Run
 ) -> None:
     model = FlexVAR(tiny_transformer(depth=1, classes=7), torch.zeros(512, 8))
@@ -316,11 +318,11 @@ def test_verify_against_another_size_fails_and_says_which(
     vae = tiny_checkpoint[1]
     code, _, err = run_cli("verify", tiny_bundle, "--checkpoint", tmp_path / "deeper.safetensors", "--vae", vae)
     assert code == 3
-    assert "got: a bundle with depth 2, width 128, heads 2, classes 10, null_class 10\n" in err
-    assert "expected: depth 1, width 64, heads 1, classes 7, null_class 7\n" in err
+    for name, bundle, checkpoint in (("depth", 2, 1), ("width", 128, 64), ("classes", 10, 7)):
+        assert f"{name} is {bundle} and {checkpoint}" in err
 
 
-def test_verify_refuses_with_the_code_of_the_reason(
+def test_exit_codes_of_verify(
     tiny_bundle: Path, tiny_checkpoint: Checkpoint, bundle_copy: Path, tmp_path: Path, run_cli: Run
 ) -> None:
     transformer, vae = tiny_checkpoint
@@ -332,7 +334,9 @@ def test_verify_refuses_with_the_code_of_the_reason(
         [],
     ):
         assert run_cli("verify", *arguments)[0] == 2, arguments
-    assert run_cli("verify", tiny_bundle, "--backend", "tensorrt")[0] == 4  # known, but not here: never another instead
+    assert (
+        run_cli("verify", tiny_bundle, "--backend", "tensorrt")[0] == 4
+    )  # it is not installed, and no other backend is used instead
     assert run_cli("verify", tmp_path / "nothing")[0] == 5
     assert run_cli("verify", tiny_bundle, "--checkpoint", vae, "--vae", transformer)[0] == 5
 
@@ -341,7 +345,7 @@ def test_verify_refuses_with_the_code_of_the_reason(
     content[len(content) // 2] ^= 1
     step.write_bytes(content)
     code, _, err = run_cli("verify", bundle_copy)
-    assert code == 5 and "step.onnx" in err and "sha256" in err
+    assert code == 5 and "step.onnx" in err
 
 
 @pytest.mark.parametrize("instead", ["nothing", "tables.npz"])
@@ -352,13 +356,4 @@ def test_verify_refuses_a_bundle_without_a_proof(bundle_copy: Path, run_cli: Run
         shutil.copy(bundle_copy / instead, bundle_copy / "proof.npz")
     seal(bundle_copy, manifest)
     code, _, err = run_cli("verify", bundle_copy)
-    assert code == 5 and "proof.npz" in err and "export again" in err
-
-
-def test_verify_writes_nothing(tiny_bundle: Path, run_cli: Run) -> None:
-    def state(directory: Path) -> dict[str, Any]:
-        return {path.name: path.stat().st_mtime_ns for path in (directory, *directory.iterdir())}
-
-    before = state(tiny_bundle)
-    assert run_cli("verify", tiny_bundle)[0] == 0
-    assert state(tiny_bundle) == before
+    assert code == 5 and "proof.npz" in err

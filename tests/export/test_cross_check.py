@@ -1,4 +1,4 @@
-"""Backends against each other: all outputs are compared, and a difference is found where it is."""
+"""Two backends compared: all outputs are compared, and a difference is found in its place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexvar_runtime.backends.ort.session import OrtGraph
 
 
 class Other(OrtCpu):
-    """A second backend; `spoil` changes one output of one graph."""
+    """A second backend, which changes one output of one graph."""
 
     name = "other"
 
@@ -69,14 +69,14 @@ def test_a_backend_agrees_with_itself(tiny_bundles: Callable[[str], Path], preci
         ("encode", "latent", "latent"),
     ],
 )
-def test_a_difference_is_found_where_it_is(tiny_bundle: Path, graph: str, output: str, row: str) -> None:
+def test_a_difference_is_found_in_its_output(tiny_bundle: Path, graph: str, output: str, row: str) -> None:
     record = check(tiny_bundle, graph, output)
     assert not record.passed
     assert {(found.graph, found.output) for found in record.rows if not holds(found)} == {(graph, row)}
 
 
-def test_images_may_differ_by_twice_what_the_proof_allows(tiny_bundles: Callable[[str], Path]) -> None:
-    """By their PSNR in half precision; in float32 by less."""
+def test_the_bound_of_images_is_twice_that_of_the_proof(tiny_bundles: Callable[[str], Path]) -> None:
+    """By PSNR in half precision. The bound in float32 is stricter."""
     half, full = (check(tiny_bundles(name), "decode", "image", 1.005) for name in ("fp16", "fp32"))
     [decoded] = [row for row in half.rows if row.graph == "decode"]
     assert half.passed and GATES["fp16"].psnr - 6 < decoded.value < 70
@@ -85,11 +85,11 @@ def test_images_may_differ_by_twice_what_the_proof_allows(tiny_bundles: Callable
     assert not check(tiny_bundles("fp16"), "decode", "image", 1.05).passed
 
 
-def test_what_cannot_be_compared(tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidInput, match="got a bf16 bundle to compare between backends"):
+def test_bundles_that_cannot_be_compared(tiny_bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInput, match=r"--against .*bf16"):
         check(tiny_bundles("bf16"))
     monkeypatch.setitem(__import__("sys").modules, "polygraphy.comparator", None)
-    with pytest.raises(BackendUnavailable, match="expected Polygraphy; fix: pip install 'flexvar-deploy"):
+    with pytest.raises(BackendUnavailable, match=r"polygraphy.* pip install"):
         check(tiny_bundles("fp32"))
 
 
@@ -109,4 +109,4 @@ def test_the_command(
         assert run_cli("verify", tiny_bundle, "--backend", name, "--against", "ort-cpu", "--threads", "3")[0] == 0
     assert asked == [("ort-cpu", 3), ("ort-cpu", 3), ("ort-cpu", 3), ("ort-cuda", None)]
     code, _, err = run_cli("verify", tiny_bundle, "--against", "ort-cpu", "--checkpoint", "a", "--vae", "b")
-    assert code == 2 and "--against with --checkpoint" in err
+    assert code == 2 and "--against" in err and "--checkpoint" in err

@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: what is in it, and that nothing unproven is ever left under its name."""
+"""The export of a checkpoint: the content of the bundle, and that no unproved bundle is left under its name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# What is in it
+# The content of a bundle
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -94,7 +94,7 @@ def test_defaults_are_those_of_the_published_evaluation(tiny_bundle: Path) -> No
     assert (defaults.top_k, defaults.top_p, defaults.greedy_scales) == (900, 0.95, "upstream")
 
 
-def test_tables_are_the_references(tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer]) -> None:
+def test_tables_equal_the_reference(tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer]) -> None:
     model, tokenizer = tiny_pair
     bundle = Bundle.open(tiny_bundle)
     tables = Tables.load(bundle.file("tables.npz"), bundle.manifest.model)
@@ -106,7 +106,7 @@ def test_tables_are_the_references(tiny_bundle: Path, tiny_pair: tuple[FlexVAR, 
             assert np.allclose(tables.positions(*size), model.positions(*size), atol=1e-6)
 
 
-def test_class_names_travel(quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_class_names_are_in_the_manifest(quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     bundle = export_bundle(*tiny_checkpoint, tmp_path / "out", class_names=NAMES)
     assert bundle.manifest.model.class_names == NAMES
     assert Bundle.open(tmp_path / "out").manifest == bundle.manifest
@@ -141,7 +141,7 @@ def test_safetensors_give_the_same_bundle(
     tmp_path: Path,
     same_files: Callable[[Bundle, Bundle], None],
 ) -> None:
-    """Weights and sizes are what counts: every file is that of the published layout, only the provenance differs."""
+    """Only the provenance differs from the bundle of the published layout."""
     paths = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
     flexvar_ref.save(tiny_pair[0], paths[0])
     flexvar_ref.save(tiny_pair[1], paths[1])
@@ -194,22 +194,20 @@ def spoil_checkpoint(kind: str, checkpoint: Checkpoint, directory: Path) -> Chec
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "named"),
     [
-        ("a block is missing", r"missing: blocks\.0\.ada_lin\.1\.bias"),
-        ("it runs code", r"transformer\.pth, which asks to run (posix|nt)\.system"),
-        ("the files are swapped", "which holds a "),
-        ("it is cut", r"transformer\.pth, which cannot be read"),
-        ("it is not there", "no file "),
-        ("it holds NaN", "NaN or infinity in head.weight"),
-        ("of another tokenizer", "for 100 codes of dimension 8 with a tokenizer of 512 codes"),
-        ("the tokenizer is cut", r"vae\.pth, which cannot be read"),
+        ("a block is missing", r"blocks\.0\.ada_lin\.1\.bias"),
+        ("it runs code", r"transformer\.pth.*(posix|nt)\.system"),
+        ("the files are swapped", r"\.pth"),
+        ("it is cut", r"transformer\.pth"),
+        ("it is not there", r"transformer\.pth"),
+        ("it holds NaN", r"head\.weight"),
+        ("of another tokenizer", "100 .*512"),
+        ("the tokenizer is cut", r"vae\.pth"),
     ],
 )
-def test_a_checkpoint_that_is_not_one_is_refused(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, kind: str, said: str
-) -> None:
-    with pytest.raises(ArtifactRefused, match=said) as refused:
+def test_a_damaged_checkpoint_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path, kind: str, named: str) -> None:
+    with pytest.raises(ArtifactRefused, match=named) as refused:
         export_bundle(*spoil_checkpoint(kind, tiny_checkpoint, tmp_path), tmp_path / "out")
     assert refused.value.exit_code == 5
     assert all((refused.value.got, refused.value.expected, refused.value.fix))
@@ -217,19 +215,18 @@ def test_a_checkpoint_that_is_not_one_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "named"),
     [
-        (NAMES[:9], "got 9 class names; expected 10; fix: one name for each class"),
-        ((*NAMES, "k"), "got 11 class names; expected 10"),
-        (("a\nb", *NAMES[1:]), r"got the class name 'a\\nb'; expected text without control characters"),
-        (("\ud800", *NAMES[1:]), r"got the class name '\\ud800'"),
+        (NAMES[:9], "9 class names.* 10 classes"),
+        (("a\nb", *NAMES[1:]), r"'a\\nb'"),
+        (("\ud800", *NAMES[1:]), r"'\\ud800'"),
     ],
 )
-def test_names_that_are_not_one_a_class_are_refused_at_once(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, names: tuple[str, ...], said: str
+def test_class_names_are_checked_before_the_export(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, names: tuple[str, ...], named: str
 ) -> None:
     steps: list[str] = []
-    with pytest.raises(InvalidInput, match=said):
+    with pytest.raises(InvalidInput, match=named):
         export_bundle(*tiny_checkpoint, tmp_path / "out", class_names=names, progress=steps.append)
     assert steps == ["loading the checkpoint"] and listing(tmp_path) == []
 
@@ -242,7 +239,7 @@ def test_options_are_refused_before_anything_is_read(tiny_checkpoint: Checkpoint
     assert steps == [] and listing(tmp_path) == []
 
 
-def test_without_onnx_runtime_nothing_is_exported_that_could_not_be_proved(
+def test_without_onnx_runtime_the_export_fails_at_once(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -252,7 +249,7 @@ def test_without_onnx_runtime_nothing_is_exported_that_could_not_be_proved(
     assert steps == [] and listing(tmp_path) == []
 
 
-# Nothing unproven is left
+# No unproved bundle is left
 
 STEPS = (
     "load_reference",
@@ -288,7 +285,7 @@ def test_an_exception_at_any_step_leaves_nothing(
 
 
 def wrong_module(right: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-    """A condition whose modulation is a thousandth too large."""
+    """A `graph_module` that returns a condition whose modulation is a thousandth too large."""
 
     def build(graph: str, *arguments: Any) -> torch.nn.Module:
         module = right(graph, *arguments)
@@ -302,17 +299,17 @@ def wrong_module(right: Callable[..., torch.nn.Module]) -> Callable[..., torch.n
     return build
 
 
-def test_a_bundle_that_fails_its_proof_is_not_left(
+def test_a_bundle_that_fails_its_proof_is_removed(
     quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "graph_module", wrong_module(graph_module))
-    with pytest.raises(ParityFailed, match=r"condition, output modulation: relative_error 0\.001 on ort-cpu") as failed:
+    with pytest.raises(ParityFailed, match=r"condition, output modulation: .* 0\.001 on ort-cpu") as failed:
         export_bundle(*tiny_checkpoint, tmp_path / "out")
     assert failed.value.exit_code == 3
     assert listing(tmp_path) == []
 
 
-def test_force_replaces_a_bundle_only_by_a_proven_one(
+def test_force_replaces_a_bundle_only_by_a_proved_one(
     quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -320,7 +317,7 @@ def test_force_replaces_a_bundle_only_by_a_proven_one(
     before = sha256(out / "manifest.json")
 
     steps: list[str] = []
-    with pytest.raises(InvalidInput, match=r"which exists; .*--force"):
+    with pytest.raises(InvalidInput, match="--force"):
         export_bundle(*tiny_checkpoint, out, class_names=NAMES, progress=steps.append)
     assert steps == [] and sha256(out / "manifest.json") == before
 
@@ -340,7 +337,7 @@ def test_force_replaces_nothing_but_a_bundle(quick_export: None, tiny_checkpoint
     out = tmp_path / "photos"
     out.mkdir()
     (out / "manifest.json").write_text("{}")
-    with pytest.raises(FlexVARError, match="which is no bundle"):
+    with pytest.raises(FlexVARError, match=r"photos .*--force"):
         export_bundle(*tiny_checkpoint, out, force=True)
     assert listing(tmp_path) == ["photos", "photos/manifest.json"]
 
@@ -363,7 +360,7 @@ bundle.export_bundle(*sys.argv[1:])
 """
 
 
-def test_killed_in_the_middle_nothing_stands_under_its_name_and_the_next_export_cleans_up(
+def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(
     quick_export: None, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -378,7 +375,7 @@ def test_killed_in_the_middle_nothing_stands_under_its_name_and_the_next_export_
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.partial-") and "condition.onnx" in listing(left)
     with pytest.raises(ArtifactRefused):
-        Bundle.open(left)  # it is no bundle by its hidden name either
+        Bundle.open(left)  # under its hidden name it is no bundle either
 
     export_bundle(*tiny_checkpoint, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

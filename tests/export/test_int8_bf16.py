@@ -1,4 +1,4 @@
-"""int8-bf16 on ort-openvino: the transformer of the int8 bundle, the tokenizer of the bf16 one, two libraries."""
+"""int8-bf16 on ort-openvino: the transformer of the int8 bundle and the tokenizer of the bf16 bundle."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from flexvar_runtime.backends.openvino import backend as openvino
 from flexvar_runtime.backends.ort import cpu as ort_cpu
 from flexvar_runtime.errors import BackendUnavailable
 from flexvar_runtime.memory.plan import PYTHON, MemoryPlan, plan
+from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.schedule import ScaleSchedule
 from flexvar_runtime.model.signatures import CONDITION, DECODE, ENCODE, GRAPHS, STEP
 
 pytest.importorskip("openvino")
-MIXED = "int8-bf16"
+MIXED = Precision.INT8_BF16
 SCHEDULE = "1_2_3"
 
 
@@ -50,7 +51,7 @@ def test_every_graph_is_that_of_a_bundle_in_its_precision(
     assert own and own == {name: other.manifest.files[name] for name in own}
 
 
-def test_it_is_proved_with_its_tokenizer_emulated(mixed: Bundle) -> None:
+def test_its_proof_emulates_the_tokenizer(mixed: Bundle) -> None:
     parity = mixed.manifest.parity
     assert parity.passed and parity.emulated and parity.backend == "ort-cpu"
     bounds = {row.graph: row.bound for row in parity.rows}
@@ -77,26 +78,24 @@ def test_tokens_are_those_of_the_int8_bundle(mixed: Bundle, tiny_bundles: Callab
     assert 0 < np.abs(own - other).max() <= 16
 
 
-def test_auto_takes_the_one_that_runs_it(mixed: Bundle) -> None:
+def test_auto_takes_the_backend_that_runs_it(mixed: Bundle) -> None:
     assert create("auto", mixed).name == "ort-openvino"
 
 
 @pytest.mark.parametrize("backend", ["ort-cpu", "openvino"])
-def test_one_library_alone_refuses_it(mixed: Bundle, backend: str) -> None:
-    with pytest.raises(
-        BackendUnavailable, match=f"precision int8-bf16 on {backend};.*fix: use ort-openvino, which runs it"
-    ):
+def test_backends_with_one_library_refuse_it(mixed: Bundle, backend: str) -> None:
+    with pytest.raises(BackendUnavailable, match=f"{backend} .*int8-bf16.*ort-openvino"):
         FlexVARPipeline.from_bundle(mixed.path, backend=backend)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_it_refuses_what_one_library_runs(tiny_bundles: Callable[[str], Path], precision: str) -> None:
-    with pytest.raises(BackendUnavailable, match=f"precision {precision} on ort-openvino"):
+def test_ort_openvino_refuses_other_precisions(tiny_bundles: Callable[[str], Path], precision: str) -> None:
+    with pytest.raises(BackendUnavailable, match=f"ort-openvino .*{precision}"):
         FlexVARPipeline.from_bundle(tiny_bundles(precision), backend="ort-openvino")
 
 
 @pytest.mark.parametrize("missing", [ort_cpu, openvino])
-def test_either_library_missing_is_said(missing: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported(missing: object, monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe("ort-openvino").available and "ort-openvino" in BACKENDS
     absent = Availability(False, "it is not installed", "install it")
     monkeypatch.setattr(missing, "probe", lambda name: absent)

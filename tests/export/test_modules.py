@@ -32,7 +32,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def split(outputs: tuple[Tensor, ...]) -> tuple[list[list[Tensor]], list[Tensor], Tensor]:
-    """What `Condition` gives, as `Step` takes it: six parts of all blocks, those of the head, the first input."""
+    """The outputs of `Condition` in the form of `Step`: six parts of all blocks, two of the head, the first input."""
     *parts, scale, shift, first = outputs
     depth = len(parts) // len(MODULATION)
     return [parts[i : i + depth] for i in range(0, len(parts), depth)], [scale, shift], first
@@ -45,9 +45,9 @@ def conditioned(model: FlexVAR, labels: list[int]) -> tuple[list[list[Tensor]], 
 def step_through(
     model: FlexVAR, labels: list[int], branches: list[int], weights: list[float], forced: list[Tensor]
 ) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
-    """Logits, and the keys and values so far, of every scale: `Step` as a runtime drives it.
+    """Run `Step` as a runtime does. Yield the logits, and the keys and values so far, of every scale.
 
-    branches: the labels of all sequences; the first ones are those of the images.
+    branches: the labels of all sequences. Those of the images come first.
     """
     step = Step(model, torch.float32).eval()
     modulation, head, first = conditioned(model, branches)
@@ -80,7 +80,7 @@ def forced(tiny_pair: Pair) -> list[Tensor]:
 def test_step_equals_the_reference_over_a_schedule(
     tiny_pair: Pair, forced: list[Tensor], cfg: float, rule: str
 ) -> None:
-    """Two sequences an image under guidance, one without; the first scale has no past."""
+    """An image has two sequences with guidance, and one without. The first scale has no past."""
     model = tiny_pair[0]
     branches = LABELS + ([model.config.null_class] * len(LABELS) if cfg else [])
     weights = [guidance_weight(rule, cfg, i, len(SCALES), size, 16) for i, size in enumerate(SCALES)]
@@ -92,7 +92,7 @@ def test_step_equals_the_reference_over_a_schedule(
         assert error(logits, scale.logits) < NOISE
 
 
-def test_new_keys_and_values_are_the_references_cache(tiny_pair: Pair, forced: list[Tensor]) -> None:
+def test_keys_and_values_equal_the_cache_of_the_reference(tiny_pair: Pair, forced: list[Tensor]) -> None:
     model = tiny_pair[0]
     cache, cond = None, model.condition(torch.tensor(LABELS))
     inputs = [model.first_input(torch.tensor(LABELS))]
@@ -105,8 +105,8 @@ def test_new_keys_and_values_are_the_references_cache(tiny_pair: Pair, forced: l
             assert error(got.permute(1, 2, 0, 3), expected) < NOISE  # token-major here
 
 
-def test_prefill_leaves_the_keys_and_values_of_all_steps(tiny_pair: Pair, forced: list[Tensor]) -> None:
-    """To float32 noise the reference's own cache, and what `Step` leaves scale by scale."""
+def test_prefill_computes_the_keys_and_values_of_all_steps(tiny_pair: Pair, forced: list[Tensor]) -> None:
+    """They equal the cache of the reference and of `Step`, up to float32 noise."""
     model = tiny_pair[0]
     labels = torch.tensor(LABELS)
     expected = model.prefill(labels, forced, SCALES)
@@ -140,8 +140,8 @@ def test_guiding_before_the_head_equals_guiding_after_it(tiny_pair: Pair, forced
         assert error(guided, (1 + weight) * cond - weight * uncond) < NOISE * (1 + 2 * weight)  # which scales noise too
 
 
-def test_rows_choose_the_branches(tiny_pair: Pair) -> None:
-    """Swapped rows guide the other way, equal rows not at all: nothing but the indices says which branch is which."""
+def test_row_indices_choose_the_branches(tiny_pair: Pair) -> None:
+    """Swapped rows guide the other way, and equal rows not at all."""
     model = tiny_pair[0]
     null = model.config.null_class
     modulation, head, first = conditioned(model, [3, null])
@@ -170,8 +170,8 @@ def test_condition_equals_the_reference(tiny_pair: Pair) -> None:
     assert error(first, model.first_input(torch.tensor(labels))) < NOISE
 
 
-def test_what_all_classes_share_costs_no_precision(tiny_pair: Pair) -> None:
-    """A trained model's modulations have a large common part; rounding it to bfloat16 would drown the differences."""
+def test_the_common_part_of_all_classes_is_not_rounded(tiny_pair: Pair) -> None:
+    """In a trained model it is large. Rounded to bfloat16, its error would exceed the differences of classes."""
     model = copy.deepcopy(tiny_pair[0])
     model.class_emb.weight.add_(2.0)
     linear = model.head_nm.ada_lin.linear
@@ -196,7 +196,7 @@ def test_decode_and_encode_equal_the_reference(tiny_pair: Pair, size: tuple[int,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_modules_keep_float32_at_their_border(tiny_pair: Pair, dtype: torch.dtype) -> None:
+def test_modules_in_half_precision_have_float32_inputs_and_outputs(tiny_pair: Pair, dtype: torch.dtype) -> None:
     model, tokenizer = tiny_pair
     labels = torch.arange(2, dtype=torch.int32)
     modulation, head, first = split(graph_module("condition", *tiny_pair, dtype)(labels))
@@ -212,7 +212,7 @@ def test_half_modules_keep_float32_at_their_border(tiny_pair: Pair, dtype: torch
 
 
 def test_keys_too_small_to_square_in_half_precision_are_normalised(tiny_pair: Pair) -> None:
-    """Squares of 1e-5 are 0 in float16: normalised there, keys would be NaN or 1e7 times too long."""
+    """Squares of 1e-5 are 0 in float16, so keys normalised in float16 would be NaN or 1e7 times too long."""
     model = copy.deepcopy(tiny_pair[0])
     for block in model.blocks:
         width = model.config.width
@@ -227,7 +227,7 @@ def test_keys_too_small_to_square_in_half_precision_are_normalised(tiny_pair: Pa
 
 
 def test_the_temperature_of_attention_is_capped(tiny_pair: Pair) -> None:
-    """The published model takes exp(min(scale_mul, log 100)); 50 instead would make every softmax an argmax."""
+    """The published model uses exp(min(scale_mul, log 100)). exp(50) would make every softmax an argmax."""
     model = copy.deepcopy(tiny_pair[0])
     for block in model.blocks:
         block.attn.scale_mul_1H11.add_(50)

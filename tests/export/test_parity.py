@@ -1,4 +1,4 @@
-"""The gates: right bundles pass them, and every way of being wrong that we could think of fails at least one."""
+"""The parity gates: right bundles pass all of them, and every wrong bundle fails at least one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flexvar_runtime.model.signatures import TABLES_FILE
 
 Spoil = Callable[..., Bundle]
 Run = Callable[..., tuple[int, str, str]]
-FIRST, SECOND, DECODED = "step 1/10 (1x1) logits", "step 2/10 (2x2) logits", "decode 16x16 image"
+FIRST, SECOND, DECODED = "step 1/10 (1x1) logits", "step 2/10 (2x2) logits", "decode 6x9 image"
 PREFILLED = "prefill 10/10 (16x16) logits"
 
 
@@ -38,7 +38,7 @@ def named(row: ParityRow) -> str:
 
 
 def first_failure(bundle: Bundle, proof: Proof, precision: str | None = None) -> str | None:
-    """Graph, scale and output of the first row beyond the gates of a precision (None: the bundle's own)."""
+    """Graph, scale and output of the first row that fails the gate of a precision (None: that of the bundle)."""
     backend = create("ort-cpu", threads=1)
     engine = open_generator(bundle, backend)
     try:
@@ -51,7 +51,7 @@ def first_failure(bundle: Bundle, proof: Proof, precision: str | None = None) ->
 # Gates and metrics
 
 
-def test_gates_are_those_agreed() -> None:
+def test_gates() -> None:
     assert {
         name: (gate.error("condition"), gate.error("step"), gate.error("encode"), gate.psnr)
         for name, gate in GATES.items()
@@ -74,11 +74,10 @@ def test_relative_error_by_hand() -> None:
     assert relative_error(reference, np.zeros_like(reference)) == 1e9
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_beyond_every_gate(bad: float) -> None:
+def test_nan_and_infinity_fail_every_gate() -> None:
     reference = np.array([[1.0, 3.0]], np.float32)
-    got = np.array([[1.0, bad]], np.float32)
-    assert relative_error(got, reference) == 1e9
+    for bad in (np.nan, np.inf, -np.inf):
+        assert relative_error(np.array([[1.0, bad]], np.float32), reference) == 1e9
     assert psnr(np.full(3, np.nan, np.float32), np.zeros(3, np.float32)) == 0
 
 
@@ -86,21 +85,15 @@ def test_psnr_by_hand() -> None:
     zeros = np.zeros((1, 3, 2, 2), np.float32)
     assert psnr(zeros + np.float32(0.02), zeros) == pytest.approx(40, abs=1e-5)  # 10·log10(2² / 0.02²)
     assert psnr(zeros, zeros) == 200
-    assert psnr(zeros + 3, zeros + 1) == 200  # both are white: what is outside −1…1 is not seen
+    assert psnr(zeros + 3, zeros + 1) == 200  # both are clamped to white
     assert psnr(zeros + 3, zeros - 1) == pytest.approx(0)
 
 
-@pytest.mark.parametrize(
-    ("metric", "value", "ok"),
-    [
-        ("relative_error", 1.0, True),
-        ("relative_error", 1.001, False),
-        ("psnr_db", 1.0, True),
-        ("psnr_db", 0.999, False),
-    ],
-)
-def test_errors_stay_below_and_psnr_above(metric: str, value: float, ok: bool) -> None:
-    assert holds(ParityRow(graph="g", scale=None, output="o", metric=metric, value=value, bound=1.0)) is ok
+def test_errors_must_be_below_and_psnr_above_the_bound() -> None:
+    for metric, good, bad in (("relative_error", 1.0, 1.001), ("psnr_db", 1.0, 0.999)):
+        for value in (good, bad):
+            row = ParityRow(graph="g", scale=None, output="o", metric=metric, value=value, bound=1.0)
+            assert holds(row) is (value == good)
 
 
 # Right bundles
@@ -133,7 +126,7 @@ def test_every_precision_holds_every_gate(tiny_bundles: Callable[[str], Path], p
 
 
 @pytest.mark.parametrize("precision", Precision)
-def test_a_bundle_proves_itself_again(tiny_bundles: Callable[[str], Path], tiny_proof: Proof, precision: str) -> None:
+def test_a_bundle_is_proved_again(tiny_bundles: Callable[[str], Path], tiny_proof: Proof, precision: str) -> None:
     bundle = Bundle.open(tiny_bundles(precision))
     again = prove(bundle, tiny_proof)
     require_parity(again)
@@ -144,17 +137,15 @@ def test_a_bundle_proves_itself_again(tiny_bundles: Callable[[str], Path], tiny_
         assert now.value == pytest.approx(then.value, rel=1.0)
 
 
-def test_half_precision_does_not_hold_the_gates_of_float32(
-    tiny_bundles: Callable[[str], Path], tiny_proof: Proof
-) -> None:
+def test_half_precision_fails_the_gates_of_float32(tiny_bundles: Callable[[str], Path], tiny_proof: Proof) -> None:
     assert first_failure(Bundle.open(tiny_bundles("fp16")), tiny_proof, "fp32") == "condition modulation"
 
 
-# Wrong bundles: one control for every part of the way
+# Wrong bundles: a negative control for every part of a generation
 
 
 def weights(model: onnx.ModelProto, operators: tuple[str, ...]) -> list[onnx.TensorProto]:
-    """Constants of two or more axes that the given operators multiply with."""
+    """The matrices and kernels that the given operators multiply with."""
     used = {name for node in model.graph.node if node.op_type in operators for name in node.input}
     return [c for c in model.graph.initializer if c.name in used and len(c.dims) >= 2]
 
@@ -174,7 +165,7 @@ def negate_weight(position: float) -> Callable[[onnx.ModelProto], None]:
 
 
 def redirect(model: onnx.ModelProto, names: dict[str, str]) -> None:
-    """Let every node read another tensor instead."""
+    """Let every node read other tensors instead."""
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = names.get(name, name)
@@ -185,7 +176,7 @@ def swap_branches(model: onnx.ModelProto) -> None:
 
 
 def forget_past(model: onnx.ModelProto) -> None:
-    """Whatever reads the past reads an empty one."""
+    """Let every node read an empty past."""
     pasts = [value.name for value in model.graph.input if value.name.startswith("past_")]
     redirect(model, {name: f"{name}_empty" for name in pasts})
     zero = numpy_helper.from_array(np.zeros(1, np.int64), "nothing")
@@ -197,7 +188,7 @@ def forget_past(model: onnx.ModelProto) -> None:
 
 
 def forget_one_value(model: onnx.ModelProto) -> None:
-    """The values of the last block lose their past's last token, its keys keep it: the rest moves up by one."""
+    """Roll the past values of the last block by one token, but not its keys."""
     name = [value.name for value in model.graph.input if value.name.startswith("past_v")][-1]
     redirect(model, {name: f"{name}_rolled"})
     for suffix, bounds in {"head": (0, 1), "tail": (1, 2**31)}.items():
@@ -228,7 +219,7 @@ def multiply_output(output: str, factor: float) -> Callable[[onnx.ModelProto], N
 
 
 def swap_two_codes(tokens: NDArray[np.int32]) -> Callable[[onnx.ModelProto], None]:
-    """Exchange the two codes used most: rows of whatever the decoder looks tokens up in."""
+    """Exchange the rows of the two most frequent codes in the table of the decoder."""
     first, second = np.argsort(-np.bincount(tokens.ravel()))[:2]
 
     def edit(model: onnx.ModelProto) -> None:
@@ -242,7 +233,7 @@ def swap_two_codes(tokens: NDArray[np.int32]) -> Callable[[onnx.ModelProto], Non
 
 
 def see_all(model: onnx.ModelProto) -> None:
-    """Every token attends to every other."""
+    """Let every token attend to every other."""
     graph = model.graph
     (at,) = [i for i, node in enumerate(graph.node) if node.op_type == "GreaterOrEqual"]
     node = graph.node[at]
@@ -252,6 +243,7 @@ def see_all(model: onnx.ModelProto) -> None:
 
 
 def see_own(model: onnx.ModelProto) -> None:
+    """Let every token attend only to its own scale."""
     (node,) = [node for node in model.graph.node if node.op_type == "GreaterOrEqual"]
     node.op_type = "Equal"
 
@@ -279,23 +271,28 @@ GRAPH_CONTROLS = {
 }
 
 
+def shortened(proof: Proof, graph: str) -> Proof:
+    """The proof without generations, or without the long one, where the fault is in the tokenizer."""
+    return replace(proof, cases={"encode": (), "decode": proof.cases[1:]}.get(graph, proof.cases))
+
+
 @pytest.mark.parametrize("control", GRAPH_CONTROLS)
-def test_a_wrong_graph_is_told_and_named(spoil: Spoil, tiny_proof: Proof, control: str) -> None:
+def test_a_wrong_graph_fails_at_its_output(spoil: Spoil, tiny_proof: Proof, control: str) -> None:
     graph, edit, expected = GRAPH_CONTROLS[control]
-    assert first_failure(spoil(graph, edit), tiny_proof) == expected
+    assert first_failure(spoil(graph, edit), shortened(tiny_proof, graph)) == expected
 
 
 def test_every_weight_of_step_counts(spoil: Spoil, tiny_bundle: Path, tiny_proof: Proof) -> None:
     count = len(weights(onnx.load(str(tiny_bundle / "step.onnx")), ("MatMul", "Gemm")))
     assert count >= 2 * 4 + 2  # of two blocks: qkv, proj, fc1, fc2 at the least; embedding and head
     for i in range(count):
-        # one key alone is attended to whatever it is, and the first scale has no codes: at worst the second tells
+        # attention ignores a single key, and the first scale has no codes, so the second may be the first to fail
         assert first_failure(spoil("step", negate_weight(i / (count - 1))), tiny_proof) in (FIRST, SECOND), i
 
 
-def test_exchanged_codes_of_the_decoder_are_told(spoil: Spoil, tiny_proof: Proof) -> None:
-    edit = swap_two_codes(tiny_proof.cases[0].tokens[-1])
-    assert first_failure(spoil("decode", edit), tiny_proof) == DECODED
+def test_exchanged_codes_of_the_decoder_fail(spoil: Spoil, tiny_proof: Proof) -> None:
+    edit = swap_two_codes(tiny_proof.cases[1].tokens[-1])
+    assert first_failure(spoil("decode", edit), shortened(tiny_proof, "decode")) == DECODED
 
 
 def edit_table(bundle: Path, name: str, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Bundle:
@@ -318,11 +315,11 @@ TABLE_CONTROLS: dict[str, tuple[str, Callable[[NDArray[np.float32]], NDArray[np.
 
 
 @pytest.mark.parametrize("control", TABLE_CONTROLS)
-def test_a_wrong_table_is_told_at_the_second_scale(bundle_copy: Path, tiny_proof: Proof, control: str) -> None:
+def test_a_wrong_table_fails_at_the_second_scale(bundle_copy: Path, tiny_proof: Proof, control: str) -> None:
     assert first_failure(edit_table(bundle_copy, *TABLE_CONTROLS[control]), tiny_proof) == SECOND
 
 
-def test_a_ramp_one_scale_ahead_is_told(tiny_bundle: Path, tiny_proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ramp_one_scale_ahead_fails(tiny_bundle: Path, tiny_proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Guidance.weights
 
     def ahead(self: Guidance, schedule: ScaleSchedule) -> tuple[float, ...]:
@@ -334,10 +331,10 @@ def test_a_ramp_one_scale_ahead_is_told(tiny_bundle: Path, tiny_proof: Proof, mo
 
 
 @pytest.mark.parametrize("part", ["normalisation", "temperature"])
-def test_attention_without_its_normalisation_is_told(
+def test_attention_without_its_normalisation_fails(
     tiny_bundle: Path, tiny_pair: tuple[FlexVAR, Tokenizer], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """The other way round, a wrong reference against the right bundle: the distance is the same."""
+    """The reverse case: a wrong reference and the right bundle. The distance is the same."""
     import flexvar_ref.transformer as transformer
 
     if part == "normalisation":
@@ -376,33 +373,32 @@ HALF_CONTROLS = {
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int8-bf16"])
 @pytest.mark.parametrize("control", [*HALF_CONTROLS, "positions"])
-def test_wider_gates_tell_the_same_faults(
+def test_wider_gates_fail_on_the_same_faults(
     runnable: Callable[[str], Bundle], tiny_proof: Proof, tmp_path: Path, precision: str, control: str
 ) -> None:
-    right = runnable(precision)
+    right, proof = runnable(precision), tiny_proof
     for path in right.path.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if control == "positions":
         wrong, expected = edit_table(tmp_path, *TABLE_CONTROLS["positions one to the right"]), SECOND
     else:
         graph, edit, expected = HALF_CONTROLS[control]
+        proof = shortened(proof, graph)
         file = tmp_path / f"{graph}.onnx"
         model = onnx.load(str(file))
         edit(model)
         file.with_name(f"{file.name}.data").unlink(missing_ok=True)
         onnx.save_model(model, str(file))
         wrong = seal(tmp_path, right.manifest)
-    failure = first_failure(wrong, tiny_proof, precision)
-    if control == "positions" and precision in (
-        "int8",
-        "int8-bf16",
-    ):  # the step is the same; this model minds positions little: some scales are let through
+    failure = first_failure(wrong, proof, precision)
+    if control == "positions" and precision.startswith("int8"):
+        # positions matter little in this model, so some scales are within this wide gate
         assert failure is not None and failure.startswith("step ")
     else:
         assert failure == expected
 
 
-# What is said about it
+# Errors
 
 
 def record(*rows: ParityRow) -> ParityRecord:
@@ -420,22 +416,22 @@ def test_the_first_output_that_diverges_is_named() -> None:
     require_parity(record(ROW, ROW))
     with pytest.raises(ParityFailed) as refused:
         require_parity(record(ROW, wrong, image))
-    assert str(refused.value) == (
-        "got step, scale 2/4 (2x2), output logits: relative_error 0.25 on ort-cpu (2 of 3 checks fail); expected at "
-        "most 1e-05; fix: export again; if it persists, compare tool versions with the bundle's provenance"
+    assert all(
+        text in refused.value.got
+        for text in ("step, scale 2/4 (2x2), output logits", "0.25", "at most 1e-05", "ort-cpu", "2 of 3")
     )
     assert refused.value.exit_code == 3
-    with pytest.raises(ParityFailed, match=r"decode, scale 4x4, output image: psnr_db 31\.5 .* expected at least 80"):
+    with pytest.raises(ParityFailed, match=r"decode, scale 4x4, output image: .*31\.5 .*at least 80"):
         require_parity(record(image))
     with pytest.raises(ParityFailed, match="condition, output modulation: "):
         require_parity(record(replace(wrong, graph="condition", scale=None, output="modulation")))
 
 
-def test_flexvar_verify_ends_with_3_and_names_the_place(spoil: Spoil, run_cli: Run) -> None:
+def test_flexvar_verify_has_exit_code_3_and_names_the_output(spoil: Spoil, run_cli: Run) -> None:
     code, out, err = run_cli("verify", spoil("step", swap_branches).path)
     assert code == 3
-    assert "step, scale 1/10 (1x1), output logits: relative_error" in err and "fix: " in err
-    assert out.count("FAILED") == 16 and out.count(" ok") == 6  # the whole table all the same
+    assert "step, scale 1/10 (1x1), output logits" in err
+    assert out.count("FAILED") == 16 and out.count(" ok") == 6  # the whole table is printed
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -443,5 +439,5 @@ def test_a_proof_of_another_model_is_refused(tiny_bundle: Path, tiny_proof: Proo
     from flexvar_runtime import ArtifactRefused
 
     other = replace(tiny_proof, modulation=tiny_proof.modulation[:, :1])
-    with pytest.raises(ArtifactRefused, match=r"a proof with \(3, 1, 6, 128\); expected \(3, 2, 6, 128\)"):
+    with pytest.raises(ArtifactRefused, match=r"\(3, 1, 6, 128\).*\(3, 2, 6, 128\)"):
         prove(Bundle.open(tiny_bundle), other)

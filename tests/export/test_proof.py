@@ -1,4 +1,4 @@
-"""The recorded proof: what the reference said, whole or thinned, and nothing else under its name."""
+"""The recorded proof: outputs of the reference, complete or thinned. Other files under its name are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def proof(tiny_pair: Pair) -> Proof:
 
 
 def assert_same(a: object, b: object) -> None:
-    """Equal, down: dataclasses by field, arrays by type and content."""
+    """Assert that two values are equal: dataclasses by field, arrays by type and content."""
     assert type(a) is type(b)
     if is_dataclass(a):
         for field in fields(a):
@@ -42,7 +42,7 @@ def assert_same(a: object, b: object) -> None:
         assert a == b
 
 
-def test_it_is_what_the_reference_says(proof: Proof, tiny_pair: Pair) -> None:
+def test_a_proof_holds_the_outputs_of_the_reference(proof: Proof, tiny_pair: Pair) -> None:
     model, tokenizer = tiny_pair
     case, other = proof.cases
     assert (case.labels, case.schedule, case.guidance) == ((3, 9), SCHEDULE, Guidance(2.5, "ramp"))
@@ -75,7 +75,7 @@ def test_options_are_those_of_the_runtime(greedy: str) -> None:
     assert (options.top_k, options.top_p, options.upstream_greedy) == (12, 0.5, greedy == "upstream")
 
 
-def test_it_comes_back_as_it_was_saved(proof: Proof, tmp_path: Path) -> None:
+def test_a_saved_proof_is_loaded_unchanged(proof: Proof, tmp_path: Path) -> None:
     for one in (proof, proof.thinned(), proof.thinned(1)):
         one.save(tmp_path / PROOF_FILE)
         assert_same(Proof.load(tmp_path / PROOF_FILE), one)
@@ -99,7 +99,7 @@ def test_thinning_keeps_rows_spread_evenly(proof: Proof) -> None:
         assert_same(replace(thin, rows=case.rows, logits=case.logits), case)  # nothing else is left out
 
 
-def test_what_travels_in_a_bundle_is_thin(tiny_bundle: Path) -> None:
+def test_the_proof_in_a_bundle_is_thinned(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     travelling = Proof.load(bundle.file(PROOF_FILE))
     travelling.require_fit(bundle.manifest.model)
@@ -132,7 +132,7 @@ def test_another_file_is_refused(proof: Proof, tmp_path: Path, kind: str) -> Non
     if kind != "missing":
         proof.save(path)
         spoiled(kind, path.read_bytes(), path)
-    with pytest.raises(ArtifactRefused, match=r"proof\.npz .*expected a recorded proof; fix: export again"):
+    with pytest.raises(ArtifactRefused, match=r"proof\.npz"):
         Proof.load(path)
 
 
@@ -157,22 +157,22 @@ def test_an_array_that_is_missing_or_impossible_is_refused(
         arrays = dict(stored)
     arrays.pop(name) if value is None else arrays.update({name: value})
     np.savez(path, **arrays)
-    with pytest.raises(ArtifactRefused, match="expected a recorded proof"):
+    with pytest.raises(ArtifactRefused, match=r"proof\.npz"):
         Proof.load(path)
 
 
-def test_a_bundles_tables_are_no_proof(tiny_bundle: Path) -> None:
-    with pytest.raises(ArtifactRefused, match=r"tables\.npz \(KeyError"):
+def test_tables_are_no_proof(tiny_bundle: Path) -> None:
+    with pytest.raises(ArtifactRefused, match=r"tables\.npz"):
         Proof.load(tiny_bundle / "tables.npz")
 
 
 @pytest.mark.parametrize("change", [{"depth": 3}, {"vocabulary": 511}, {"code_dim": 4}, {"downsampling": 8}])
 def test_a_proof_of_another_model_does_not_fit(tiny_bundle: Path, tiny_proof: Proof, change: dict[str, Any]) -> None:
     model = replace(Bundle.open(tiny_bundle).manifest.model, **change)
-    with pytest.raises(ArtifactRefused, match=r"got a proof with \(.*expected \(.* for this model; fix: export again"):
+    with pytest.raises(ArtifactRefused, match=r"shape \(.*shape \("):
         tiny_proof.require_fit(model)
 
 
-def test_a_proof_of_nothing_is_refused(tiny_bundle: Path, tiny_proof: Proof) -> None:
-    with pytest.raises(ArtifactRefused, match="a proof with no case; expected at least one"):
+def test_a_proof_without_cases_is_refused(tiny_bundle: Path, tiny_proof: Proof) -> None:
+    with pytest.raises(ArtifactRefused, match="no case"):
         replace(tiny_proof, cases=()).require_fit(Bundle.open(tiny_bundle).manifest.model)

@@ -1,4 +1,4 @@
-"""What a bundle is exported for: the form of its decoder, and CUDA kernels for every node."""
+"""The target of an export: the form of its decoder, and CUDA kernels for every node."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from flexvar_export.bundle import export_bundle
 from flexvar_export.targets import choose_decoder, choose_target, require_cuda_kernels
 from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
+from flexvar_runtime.model.precision import Precision
 
 
 @pytest.mark.parametrize(
@@ -28,18 +29,18 @@ from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
     ],
 )
 def test_the_decoder_follows_the_target(precision: str, target: str, chosen: str, decoder: str) -> None:
-    assert choose_target(target, precision) == chosen
-    assert choose_decoder("auto", precision, chosen) == decoder
-    assert choose_decoder("phases", precision, chosen) == "phases", "what is named is taken"
+    assert choose_target(target, Precision(precision)) == chosen
+    assert choose_decoder("auto", Precision(precision), chosen) == decoder
+    assert choose_decoder("phases", Precision(precision), chosen) == "phases"
 
 
-@pytest.mark.parametrize(
-    ("target", "precision", "said"),
-    [("tpu", "fp32", "got --target 'tpu'"), ("gpu", "int8", "--target gpu with --precision int8")],
-)
-def test_targets_that_are_refused(target: str, precision: str, said: str) -> None:
-    with pytest.raises(InvalidInput, match=said):
-        choose_target(target, precision)
+def test_options_that_are_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"--target .*'tpu'"):
+        choose_target("tpu", Precision.FP32)
+    with pytest.raises(InvalidInput, match=r"--target gpu .*--precision int8"):
+        choose_target("gpu", Precision.INT8)
+    with pytest.raises(InvalidInput, match=r"--decoder .*'cubic'"):
+        choose_decoder("cubic", Precision.FP32, "cpu")
 
 
 def test_the_command(
@@ -50,11 +51,11 @@ def test_the_command(
     code, _, err = run_cli(
         "export", transformer, "--vae", vae, "-o", out, "--target", "gpu", "--precision", "int8-bf16"
     )
-    assert code == 2 and "--target gpu with --precision int8-bf16" in err and not out.exists()
+    assert code == 2 and "--target gpu" in err and "--precision int8-bf16" in err and not out.exists()
 
 
-def test_bfloat16_for_a_gpu(tiny_checkpoint: tuple[Path, Path], tmp_path: Path, cached_exports: None) -> None:
-    """Doubled without a resize, which the CUDA provider does not have in bfloat16. The gates hold."""
+def test_bfloat16_for_a_gpu(tiny_checkpoint: tuple[Path, Path], tmp_path: Path, quick_export: None) -> None:
+    """The decoder has no resize, for which the CUDA provider has no bfloat16 kernel. The gates hold."""
     bundle = export_bundle(*tiny_checkpoint, tmp_path / "bundle", precision="bf16", target="gpu", threads=1)
     assert bundle.manifest.decoder == "plain" and bundle.manifest.parity.passed
     nodes = onnx.load(str(bundle.graph_file("decode")), load_external_data=False).graph.node
@@ -63,7 +64,7 @@ def test_bfloat16_for_a_gpu(tiny_checkpoint: tuple[Path, Path], tmp_path: Path, 
 
 def test_a_decoder_without_a_kernel_is_refused(tiny_checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
     """Before anything is exported."""
-    with pytest.raises(InvalidInput, match="--decoder transposed with --precision bf16 for a GPU"):
+    with pytest.raises(InvalidInput, match=r"--decoder transposed .*--precision bf16"):
         export_bundle(*tiny_checkpoint, tmp_path / "bundle", precision="bf16", target="gpu", decoder="transposed")
     assert not (tmp_path / "bundle").exists()
 
@@ -76,6 +77,6 @@ def test_a_planted_operator_is_refused_by_name(tiny_bundle: Path, tmp_path: Path
     node = next(node for node in model.graph.node if node.op_type == "Gelu")
     node.op_type, node.name = "Mish", "planted"
     onnx.save(model, str(folder / "step.onnx"))
-    with pytest.raises(ArtifactRefused, match=r"graph step: .* 1 Mish; the first is planted") as refusal:
+    with pytest.raises(ArtifactRefused, match=r"1 Mish .*step.* planted") as refusal:
         require_cuda_kernels(folder, graphs)
     assert "--target cpu" in refusal.value.fix

@@ -1,5 +1,4 @@
-"""The decoder's upsampling, in phases or transposed: the reference's numbers, in torch and as a graph, and what says
-which one a bundle has."""
+"""The forms of the decoder's upsampling equal the reference, in torch and as graphs."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def rewritten(tokenizer: Tokenizer, form: str, dtype: torch.dtype) -> Tokenizer:
 @pytest.mark.parametrize("form", FORMS)
 @torch.inference_mode()
 def test_exact(form: str, channels: tuple[int, ...], groups: int, dtype: torch.dtype, noise: float) -> None:
-    """Noise: sums in another order, once an upsampling."""
+    """Sums are in another order, so float noise remains."""
     plain = random_tokenizer(channels, groups).to(torch.float64)
     other = rewritten(plain, form, dtype)
     assert sum(isinstance(part, FORMS[form]) for part in other.modules()) == len(channels) - 1
@@ -71,20 +70,19 @@ def test_exact(form: str, channels: tuple[int, ...], groups: int, dtype: torch.d
         assert error(other.decode_codes(codes), expected) < noise
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("form", FORMS)
 @torch.inference_mode()
-def test_every_pixel_of_one_upsampling(form: str, size: tuple[int, int]) -> None:
-    """To the last digits, at the border too: there are only zeros outside."""
+def test_every_pixel_of_one_upsampling_is_exact(form: str) -> None:
+    """At the border too."""
     torch.manual_seed(0)
     plain = Upsample(6).double()
-    x = torch.randn(2, 6, *size, dtype=torch.float64)
-    got = FORMS[form](plain, torch.float64)(x)
-    assert torch.allclose(got, plain(x), rtol=0, atol=1e-14)
+    for size in SIZES:
+        x = torch.randn(2, 6, *size, dtype=torch.float64)
+        assert torch.allclose(FORMS[form](plain, torch.float64)(x), plain(x), rtol=0, atol=1e-14)
 
 
 def test_kernels_by_hand() -> None:
-    """The taps 1 to 9 of one channel. Even rows: the first tap above, the other two on the pixel itself."""
+    """The taps are 1 to 9 of one channel. In even rows the first tap reads the pixel above."""
     kernels = phase_kernels(torch.arange(1.0, 10).view(1, 1, 3, 3))[:, :, 0, 0]
     assert kernels.dtype == torch.float64
     assert kernels[0, 0].tolist() == [[1, 2 + 3], [4 + 7, 5 + 6 + 8 + 9]]
@@ -94,7 +92,7 @@ def test_kernels_by_hand() -> None:
 
 
 def test_transposed_kernel_by_hand() -> None:
-    """The same sixteen sums. Inputs come first, and channels do not mix them up."""
+    """The same sixteen sums. The axis of input channels is first."""
     kernel = transposed_kernel(torch.arange(1.0, 10).view(1, 1, 3, 3))
     assert kernel.dtype == torch.float64
     assert kernel[0, 0].tolist() == [
@@ -106,18 +104,19 @@ def test_transposed_kernel_by_hand() -> None:
     assert transposed_kernel(torch.zeros(5, 2, 3, 3)).shape == (2, 5, 4, 4)
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(("00", "01", "10", "11"), 2)))
 @torch.inference_mode()
-def test_swapped_phases_are_noticed(one: str, other: str) -> None:
+def test_swapped_phases_are_wrong() -> None:
+    """A negative control of the tests above."""
     torch.manual_seed(0)
-    plain = Upsample(6)
-    phases, x = PhaseUpsample(plain, torch.float32), torch.randn(2, 6, 3, 5)
-    assert error(phases(x), plain(x)) < 1e-5
-    first, second = (phases.get_buffer(f"weight_{name}") for name in (one, other))
-    kept = first.clone()
-    first.copy_(second)
-    second.copy_(kept)
-    assert error(phases(x), plain(x)) > 0.1
+    plain, x = Upsample(6), torch.randn(2, 6, 3, 5)
+    for names in itertools.combinations(("00", "01", "10", "11"), 2):
+        phases = PhaseUpsample(plain, torch.float32)
+        assert error(phases(x), plain(x)) < 1e-5
+        first, second = (phases.get_buffer(f"weight_{name}") for name in names)
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+        assert error(phases(x), plain(x)) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -131,12 +130,12 @@ def test_weights_are_summed_before_they_are_rounded(dtype: torch.dtype) -> None:
         weight = phases.get_buffer(f"weight_{a}{b}")
         assert weight.dtype == dtype and weight.is_contiguous()
         assert ((weight.double() - exact[a, b]).abs() <= half_a_digit * exact[a, b].abs() + 1e-7).all()
-    twice = phase_kernels(plain.conv.weight.to(dtype))  # what must not be: taps rounded, then their sums
+    twice = phase_kernels(plain.conv.weight.to(dtype))  # the wrong order: taps rounded, then their sums
     assert not torch.equal(twice.to(dtype)[1, 1], phases.get_buffer("weight_11"))
     assert torch.equal(TransposedUpsample(plain, dtype).weight, transposed_kernel(plain.conv.weight).to(dtype))
 
 
-def test_the_reference_is_left_alone(tiny_pair: Pair) -> None:
+def test_the_reference_is_not_changed(tiny_pair: Pair) -> None:
     before = {name: value.clone() for name, value in tiny_pair[1].state_dict().items()}
     for form in FORMS:
         graph_module("decode", *tiny_pair, torch.float16, decoder=form)
@@ -154,14 +153,14 @@ def test_the_reference_is_left_alone(tiny_pair: Pair) -> None:
 def test_every_precision_holds_its_gate(
     tiny_bundles: Callable[[str], Path], precision: str, form: str, worst: float
 ) -> None:
-    """PSNR in dB; in float32 a hundred: a thousandth of a grey level."""
+    """worst: PSNR in dB."""
     manifest = Bundle.open(tiny_bundles(precision)).manifest
     rows = [row for row in manifest.parity.rows if row.graph == "decode"]
     assert manifest.decoder == form and manifest.parity.passed
     assert len(rows) == 2 and all(row.value > worst for row in rows)
 
 
-def test_decodes_as_the_reference(tiny_bundle: Path, tiny_pair: Pair) -> None:
+def test_a_bundle_decodes_as_the_reference(tiny_bundle: Path, tiny_pair: Pair) -> None:
     rng = np.random.default_rng(0)
     with FlexVARPipeline.from_bundle(tiny_bundle, backend="ort-cpu", threads=1) as pipeline:
         for size in ((1, 1), (3, 5), (6, 9)):
@@ -175,7 +174,7 @@ def test_decodes_as_the_reference(tiny_bundle: Path, tiny_pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("form", "doubled", "small", "transposed"), [("plain", 1, 0, 0), ("phases", 0, 4, 0), ("transposed", 0, 0, 1)]
 )
-def test_a_bundle_says_which_decoder_it_has(
+def test_the_manifest_names_the_form_of_the_decoder(
     quick_export: None,
     tiny_checkpoint: tuple[Path, Path],
     tiny_pair: Pair,
@@ -186,7 +185,7 @@ def test_a_bundle_says_which_decoder_it_has(
     small: int,
     transposed: int,
 ) -> None:
-    """All pass; one doubles the map before every large convolution, one has four small ones, one a transposed one."""
+    """The numbers are operators per upsampling: resizes, 2×2 convolutions, transposed convolutions."""
     bundle = export_bundle(*tiny_checkpoint, tmp_path / "bundle", decoder=form)
     assert bundle.manifest.parity.passed and bundle.manifest.decoder == form
     upsamplings = len(tiny_pair[1].config.level_channels) - 1
@@ -203,9 +202,9 @@ def test_a_bundle_says_which_decoder_it_has(
 def test_unknown_decoders_are_refused(
     tiny_checkpoint: tuple[Path, Path], tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
-    with pytest.raises(InvalidInput, match="got --decoder 'fast'; expected auto, plain, phases, transposed"):
+    with pytest.raises(InvalidInput, match=r"--decoder .*'fast'.*auto, plain, phases, transposed"):
         export_bundle(*tiny_checkpoint, tmp_path / "bundle", decoder="fast")
     transformer, vae = tiny_checkpoint
     code, _, err = run_cli("export", transformer, "--vae", vae, "-o", tmp_path / "bundle", "--decoder", "Phases")
-    assert code == 2 and "--decoder 'Phases'" in err and "auto, plain, phases, transposed" in err
+    assert code == 2 and "--decoder" in err and "'Phases'" in err
     assert not list(tmp_path.iterdir())

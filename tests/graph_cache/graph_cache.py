@@ -1,8 +1,8 @@
-"""Graphs that were exported before, for the tests: torch.onnx.export takes nine tenths of an export.
+"""A cache of exported graphs for the tests, because torch.onnx.export takes nine tenths of the time of an export.
 
-What is traced depends on a module's parts and the shapes and types of its weights, not on the weights' values. A graph
-is exported for real when a run first asks for one of its form; later ones are copies with other weights. Tests of the
-exporter itself do not come here, and test_graph_cache.py shows that a copy is what an export would have written.
+A traced graph depends on the parts of a module and on the shapes and types of its weights, but not on their values. The
+first export of a form in a test run is a real one. Later ones are copies with other weights. Tests of the exporter do
+not use the cache. test_graph_cache.py shows that a copy equals the result of an export.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from torch import nn
 from flexvar_export import onnx_graphs
 from flexvar_runtime.model.tensors import GraphSpec
 
-FOLDER = "FLEXVAR_TEST_GRAPHS"  # the variable that names the folder to processes that tests start
-SMALL = 64  # bytes: shapes, axes and factors of the exporter's own
+FOLDER = "FLEXVAR_TEST_GRAPHS"  # environment variable that tells child processes the folder of the cache
+SMALL = 64  # bytes; shapes, axes and factors that the exporter adds are not larger
 EXTERNAL = onnx.TensorProto.EXTERNAL
 export_for_real = onnx_graphs.export_graph
 
 
 class GraphCache:
-    """A folder of graphs that processes share, each in a folder called by its form."""
+    """A folder of graphs that processes share. Every graph has a subfolder named by its form."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables with which a process takes its graphs from here (see sitecustomize.py)."""
+        """The environment variables with which a child process uses this cache (see sitecustomize.py)."""
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {FOLDER: str(self.folder), "PYTHONPATH": os.pathsep.join(paths)}
 
     def export_graph(
         self, module: nn.Module, spec: GraphSpec, directory: Path, weights_of: GraphSpec | None = None
     ) -> None:
-        """As `flexvar_export.onnx_graphs.export_graph`."""
+        """Do the same as `flexvar_export.onnx_graphs.export_graph`, from the cache where possible."""
         state = {name: _bytes(value) for name, value in module.state_dict().items()}
         key = form(module, f"{spec!r} {weights_of and weights_of.file}")
         with locked(self.folder / f"{key}.lock"):
             known = self.folder / key
             if not known.exists():
                 export_for_real(module, spec, directory, weights_of)
-                if _nothing_else(directory / spec.file, state):
+                if _holds_only(directory / spec.file, state):
                     partial = self.folder / f"{key}.partial"
                     partial.mkdir()
                     for path in directory.glob(f"{spec.file}*"):
@@ -59,21 +59,23 @@ class GraphCache:
                 return
         for path in known.iterdir():
             shutil.copy(path, directory)
-        _put(directory / spec.file, state)
+        _write_weights(directory / spec.file, state)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
+    """Hold a lock, so that one process at a time runs the body."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def form(module: nn.Module, how: str) -> str:
-    """A digest of all that a graph depends on, weights apart: but which of them are equal, and which hold one value
-    only, because the exporter keeps such once."""
-    digest = hashlib.sha256(how.encode())
+def form(module: nn.Module, declaration: str) -> str:
+    """A digest of everything that a graph depends on except the values of its weights.
+
+    It includes which weights are equal, and which hold a single value, because the exporter stores these only once.
+    """
+    digest = hashlib.sha256(declaration.encode())
     for name, part in module.named_modules():
         plain = {key: value for key, value in vars(part).items() if key[0] != "_" or key == "_modules"}
         settings = {key: value for key, value in plain.items() if not isinstance(value, nn.Module | dict)}
@@ -92,8 +94,8 @@ def _bytes(value: torch.Tensor) -> bytes:
     return value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _nothing_else(path: Path, state: dict[str, bytes]) -> bool:
-    """Whether a graph's weights are those of the module by name, and what else it holds is no work of theirs."""
+def _holds_only(path: Path, state: dict[str, bytes]) -> bool:
+    """Whether a graph holds the weights of the module by name, and no large constant that was computed from them."""
     for tensor in onnx.load(str(path)).graph.initializer:
         content = tensor.raw_data
         if tensor.name in state:
@@ -104,8 +106,8 @@ def _nothing_else(path: Path, state: dict[str, bytes]) -> bool:
     return True
 
 
-def _put(path: Path, state: dict[str, bytes]) -> None:
-    """Write weights into a graph and its file of weights; those in another graph's file must stand there."""
+def _write_weights(path: Path, state: dict[str, bytes]) -> None:
+    """Write weights into a graph and its file of weights. Weights in the file of another graph must be equal."""
     model = onnx.load(str(path), load_external_data=False)
     for tensor in model.graph.initializer:
         content = state.get(tensor.name)
@@ -121,5 +123,5 @@ def _put(path: Path, state: dict[str, bytes]) -> None:
             if own:
                 file.write(content)
             elif file.read(len(content)) != content:
-                raise AssertionError(f"{path}: other weights {tensor.name} in {where['location']}")
+                raise AssertionError(f"{path}: the weights {tensor.name} in {where['location']} differ")
     onnx.save_model(model, str(path))

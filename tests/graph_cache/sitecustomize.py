@@ -1,5 +1,8 @@
-"""Read at the start of every Python process that has this folder on its PYTHONPATH and FLEXVAR_TEST_GRAPHS set: its
-exports take graphs from that folder. Nothing is imported before the process itself asks for the exporter."""
+"""Let a child process use the graph cache in the folder FLEXVAR_TEST_GRAPHS.
+
+Python imports this module at the start of every process that has this folder on its PYTHONPATH. It imports nothing
+before the process itself imports the exporter.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 
 
 class CachedExports:
-    """Finds `flexvar_export.onnx_graphs` as always, then exchanges its `export_graph`."""
+    """An import hook that replaces `export_graph` when `flexvar_export.onnx_graphs` is imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         if name != "flexvar_export.onnx_graphs":

@@ -1,4 +1,4 @@
-"""What comes out of the cache is what an export would have written, and what an export alone can tell is left to it."""
+"""A graph from the cache equals the result of an export, and graphs that depend on values are not cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flexvar_runtime.model.signatures import CONDITION, STEP, graph_specs
 from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 Pair = tuple[FlexVAR, Tokenizer]
-WHOSE = """
+EXPORTER_MODULE = """
 from flexvar_export import bundle, onnx_graphs
 print(bundle.export_graph.__module__, onnx_graphs.export_graph is bundle.export_graph)
 """
@@ -36,7 +36,7 @@ def pair(tiny_checkpoint: tuple[Path, Path]) -> Pair:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """The same sizes, other weights."""
+    """A model of the same sizes with other weights."""
     return flexvar_ref.load(
         *write_checkpoints(tmp_path_factory.mktemp("other"), tiny_transformer(), TINY_TOKENIZER, seed=1)
     )
@@ -44,7 +44,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Files of the graphs that were exported for real."""
+    """The files of the graphs that were really exported."""
     files: list[str] = []
 
     def export(module: nn.Module, spec: GraphSpec, directory: Path, weights_of: GraphSpec | None = None) -> None:
@@ -55,7 +55,7 @@ def real(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return files
 
 
-def test_a_graph_with_other_weights_is_the_one_an_export_writes(
+def test_a_cached_graph_with_other_weights_equals_an_export(
     pair: Pair, other: Pair, graph_cache: GraphCache, real: list[str], tmp_path: Path
 ) -> None:
     from flexvar_export.facts import model_facts
@@ -69,11 +69,11 @@ def test_a_graph_with_other_weights_is_the_one_an_export_writes(
         export = export_graph if name == "exported" else graph_cache.export_graph
         export(graph_module(CONDITION, *network, torch.float32), spec, folder)
         written[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(real) <= 1, "only the first, if no other test was before it"
+    assert len(real) <= 1, "only the first graph, unless another test exported it before"
     assert written["cached"] == written["exported"] != written["first"]
 
 
-def test_what_makes_another_graph_is_another_form(pair: Pair, other: Pair) -> None:
+def test_different_graphs_have_different_forms(pair: Pair, other: Pair) -> None:
     def of(network: Pair, graph: str = STEP, *how: object) -> str:
         return form(graph_module(graph, *network, *(how or (torch.float16,))), "")  # type: ignore[arg-type]
 
@@ -95,7 +95,7 @@ def test_what_makes_another_graph_is_another_form(pair: Pair, other: Pair) -> No
 
 
 class Folded(nn.Module):
-    """Of its weight the exporter keeps what it computed with it."""
+    """A module whose weight the exporter replaces by a constant computed from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Folded(nn.Module):
         return x + self.weight.exp()
 
 
-def test_a_graph_that_holds_what_was_made_of_weights_is_not_kept(real: list[str], tmp_path: Path) -> None:
+def test_a_graph_with_constants_computed_from_weights_is_not_cached(real: list[str], tmp_path: Path) -> None:
     tensors = [(TensorSpec(name=name, dtype="float32", axes=("images", 64)),) for name in "xy"]
     spec = GraphSpec(file="folded.onnx", inputs=tensors[0], outputs=tensors[1])
     cache = GraphCache(tmp_path / "cache")
@@ -115,16 +115,16 @@ def test_a_graph_that_holds_what_was_made_of_weights_is_not_kept(real: list[str]
     assert real == ["folded.onnx"] * 2
 
 
-def ran(code: str, environment: dict[str, str]) -> list[str]:
+def run_python(code: str, environment: dict[str, str]) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ) | environment
     )
     return done.stdout.split()
 
 
-def test_a_process_takes_its_graphs_from_there_where_it_is_told_to(graph_cache: GraphCache) -> None:
-    assert ran(WHOSE, graph_cache.environment) == ["graph_cache", "True"]
+def test_a_process_uses_the_cache_if_its_environment_says_so(graph_cache: GraphCache) -> None:
+    assert run_python(EXPORTER_MODULE, graph_cache.environment) == ["graph_cache", "True"]
     finders = "import sys; print(*(type(finder).__name__ for finder in sys.meta_path), 'torch' in sys.modules)"
-    told, untold = ran(finders, graph_cache.environment), ran(finders, graph_cache.environment | {FOLDER: ""})
-    assert told[0] == "CachedExports" and "CachedExports" not in untold
-    assert told[-1] == untold[-1] == "False", "nothing is imported before it is needed"
+    cached, plain = (run_python(finders, graph_cache.environment | extra) for extra in ({}, {FOLDER: ""}))
+    assert cached[0] == "CachedExports" and "CachedExports" not in plain
+    assert cached[-1] == plain[-1] == "False", "torch is not imported before it is needed"
