@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexvar_bench import turns, variants, workers
+from flexvar_bench import machine, turns, variants, workers
 from flexvar_bench.against_reference import unavoidable_flops
 from flexvar_bench.limits import PHASE_SAVING, decoder_flops
 from flexvar_bench.records import Measured, Scenario, Served, read
@@ -388,6 +388,7 @@ def test_the_whole_command(
 ) -> None:
     """A backend, a peer on the same graphs and the reference, in turns; a variant that is not there says so."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "CEILING_SECONDS", 0.1)
     results = tmp_path / "results.jsonl"
     transformer, vae = tiny_checkpoint
     call = [
