@@ -19,7 +19,7 @@ PALETTE = (
 MARKERS = "osD^vPX<>p"
 DASHES = ("-", "--", ":", "-.")
 INK, MUTED, GRID = "#22272e", "#5b6470", "#e3e6ea"
-PART_COLOURS = {"condition": "#3d444d", "sampling": "#ffffff", "decode": "#b4bac2", "not told apart": "#eceef1"}
+PART_COLOURS = {"condition": "#3d444d", "sampling": "#ffffff", "decode": "#b4bac2", "not separated": "#eceef1"}
 WIDTH, DPI = 6.0, 200  # inches, and twice the pixels that a page shows
 LETTER = 0.075  # inches
 WIDE = 10.0  # an axis is logarithmic if its largest value is more than 10 times its smallest
@@ -42,7 +42,7 @@ STYLE = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
 }
-PartKind = Literal["condition", "scale", "sampling", "decode", "not told apart"]
+PartKind = Literal["condition", "scale", "sampling", "decode", "not separated"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 It needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich. Everything but the peers in torch also
 needs cuda-core 1.0 or later with NVRTC. It needs no network, and none of our packages has to be installed.
 
-- It tries TensorRT, TensorRT-RTX and ONNX Runtime CUDA, and says why those that fail do not run.
+- It tries TensorRT, TensorRT-RTX and ONNX Runtime CUDA. The result gives the reason for those that do not run.
 - It compares every graph and its tokens with the reference.
 - It times d16, d20 and d24 (random weights, 256 px, 10 guided steps, decoder included) against the eager reference and
   torch.compile.
@@ -13,8 +13,8 @@ needs cuda-core 1.0 or later with NVRTC. It needs no network, and none of our pa
 It measures as much as fits in nine minutes, the most important rows first. The peer torch-modules is measured only by
 --stage first.
 
-Every phase is a process with a limit of its own. The result in DIR is a complete JSON file at any moment, whatever ends
-the run. The plan, in the order of importance, in seconds, for one backend that works:
+Every phase is a process with its own time limit. The result in DIR is a complete JSON file at any moment, whatever ends
+the run. This is the plan in the order of importance, in seconds, for one backend that works:
 
     20  machine: what is installed, and the two rates that limit everything
     90  export of the tiny model, d16, d20 and d24 side by side; meanwhile every backend tries the tiny model, or says
@@ -45,7 +45,7 @@ Then on the GPU machine, from the root of the checkout, with the packed folder b
     python3 benchmarks/gpu_check.py --stage first --carried PACK --work /tmp/work --out DIR     does it work? 200 s
     python3 benchmarks/gpu_check.py --stage measure --carried PACK --work /tmp/work --out DIR   how fast is it? 330 s
 
-At last on your own machine again, with the results of the GPU machine in DIR:
+Finally, on your own machine again, with the results of the GPU machine in DIR:
 
     python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR
 """
@@ -192,7 +192,7 @@ def _run(plan: Sequence[Phase], setup: RunSetup, clock: Clock) -> int:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # so that running phases are ended and their results are written
-    for phase in makers(plan):  # here, because the output of a phase is not shown
+    for phase in makers(plan):  # here, because the message would not be shown from a phase
         ModelFiles.of(setup.work, phase.options["model"]).keep_only(setup.source_sha256)
     measure(plan, setup, clock, finished_before(plan, setup.work, setup.source_sha256))
     return 0

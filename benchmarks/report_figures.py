@@ -105,7 +105,7 @@ def _parts(measured: Measured) -> tuple[Part, ...]:
     ends += [Part("decode", measured.decode, "decode")] if measured.decode is not None else []
     rest = median_of(measured) - sum(part.seconds for part in (*parts, *ends))
     if parts_gap(measured) is None and rest > 0:
-        parts.append(Part("not told apart", rest))
+        parts.append(Part("not separated", rest))
     return (*parts, *ends)
 
 

@@ -58,7 +58,7 @@ def _end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_SECONDS)
-        if os.getpgrp() == os.getpid():  # a group of its own
+        if os.getpgrp() == os.getpid():  # it leads its own process group
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 

@@ -54,7 +54,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
         start = emulated_gpu(Path(folder))
         first_gpu.start_gpu = start
-        if sys.argv[1:2] == ["proof"]:  # it counts captures on a device of its own
+        if sys.argv[1:2] == ["proof"]:  # this job starts its own device, which counts captures
             proof: Any = importlib.import_module(".torch_proof", __package__)
             proof.start_device = start
         return child.main()

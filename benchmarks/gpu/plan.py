@@ -205,7 +205,7 @@ def compiled_rows(batches: Sequence[int]) -> list[tuple[int, bool]]:
 
 
 def compiled(model: str, batch: int, dynamic: bool, budget: dict[str, float], needs: str = "export") -> Phase:
-    """The phase of one row of torch.compile. It is a process of its own, so that one that is stopped costs no other.
+    """The phase of one row of torch.compile. Each row has its own process, so that stopping one loses no other.
 
     needs: the job that makes the proof.
     """

@@ -70,7 +70,7 @@ def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
 
 
 def _fill(module: FlexVAR | Tokenizer) -> None:
-    """Fill every parameter from a random stream of its own, in threads: NumPy does not hold the interpreter lock."""
+    """Fill every parameter from its own random stream, in threads, because NumPy releases the interpreter lock."""
 
     def one(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
         published = published_name(item[0])

@@ -30,7 +30,7 @@ from .torch_compiled import CompiledPeer, Eager, to_pixels
 
 AUTOCAST, RESIDENT = "autocast-fp16", "resident-bf16"
 VARIANTS = {
-    AUTOCAST: "frozen float32 weights, cast anew at every use by torch.autocast(float16), as the published evaluation",
+    AUTOCAST: "frozen float32 weights, cast again at every use by torch.autocast(float16), as the published evaluation",
     RESIDENT: "weights and activations in bfloat16",
 }
 PART_REPEATS = 3
