@@ -1,9 +1,9 @@
-"""The runtime on a CPU against the eager reference: end to end, decoder included, in turns, in one run.
+"""Compares the runtime on a CPU with the eager reference: whole images, decoder included, in alternating calls.
 
     python -m flexvar_bench.against_reference --depth 16 --repeats 7 --work DIR
 
-Each side lives in a process of its own, so that each has its own peak of memory; only one of them computes at a time.
-Weights are random: time depends on sizes, not on values. Prints a table, and writes JSON with --json FILE.
+Each side runs in its own process, so that its peak of memory is known. Only one of them computes at a time. Weights are
+random, because time depends on sizes only. It prints a table, and writes JSON with --json FILE.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one image, decoder included, and of its parts. The reference has its condition in every step."""
+    """Seconds of one image, decoder included, and of its parts. The reference computes its condition in every step."""
 
     total: float
     condition: float | None = None
@@ -46,7 +46,7 @@ class Sample:
 
 
 def checkpoints(work: Path, depth: int) -> tuple[Path, Path]:
-    """Random weights of a published size, written once."""
+    """The paths of transformer and tokenizer with random weights of a published size. They are written once."""
     from flexvar_ref.config import TokenizerConfig, TransformerConfig
     from flexvar_ref.synthetic import write_checkpoints
 
@@ -58,6 +58,7 @@ def checkpoints(work: Path, depth: int) -> tuple[Path, Path]:
 
 
 def exported(work: Path, depth: int, paths: tuple[Path, Path]) -> Path:
+    """The bundle of a checkpoint. It is exported once."""
     from flexvar_export.bundle import export_bundle
 
     bundle = work / f"d{depth}.bundle"
@@ -67,7 +68,7 @@ def exported(work: Path, depth: int, paths: tuple[Path, Path]) -> Path:
 
 
 def unavoidable_flops(manifest: Manifest, schedule: ScaleSchedule) -> float:
-    """Of one guided image, with the decoder that the bundle has."""
+    """The least operations of one guided image, with the decoder of the bundle."""
     saving = 0.0 if manifest.decoder == PLAIN else PHASE_SAVING
     return transformer_flops(manifest.model, schedule, guided=True) + decoder_flops(schedule) * (1 - saving)
 
@@ -88,7 +89,7 @@ def serve_reference(pipe: Connection, transformer: Path, vae: Path, threads: int
         with torch.inference_mode():
             tokenizer.decode(scales[-1].tokens)
         end = time.perf_counter()
-        for scale in scales:  # once more, to know its share; not counted
+        for scale in scales:  # sample again to measure its share; this time is not counted
             draw(probabilities(scale.logits, 900, 0.95), torch.rand(scale.logits.shape[:2]))
         sampling = time.perf_counter() - end
         return Sample(end - start, steps=decoding - start - sampling, sampling=sampling, decode=end - decoding)
@@ -110,9 +111,9 @@ def serve_runtime(pipe: Connection, bundle: Path, threads: int) -> None:
 
 
 def _serve(pipe: Connection, generate: Callable[[int], Sample]) -> None:
-    """Answer labels with samples until None, then with this process's peak of resident memory in bytes.
+    """Answer each label with a sample. Answer None with this process's peak of resident memory in bytes, and return.
 
-    Not ru_maxrss: that remembers the parent's size from before this process's own program was loaded.
+    ru_maxrss cannot be used, because it includes the size of the parent before this program was loaded.
     """
     while (label := pipe.recv()) is not None:
         pipe.send(generate(label))
@@ -121,7 +122,7 @@ def _serve(pipe: Connection, generate: Callable[[int], Sample]) -> None:
 
 
 def compare(bundle: Path, paths: tuple[Path, Path], threads: int, repeats: int) -> dict[str, Any]:
-    """One image each in turns, a new class every time; the first turn warms up and is not counted."""
+    """Time one image of each side in turns, each turn with a new class. The first turn warms up and is not counted."""
     context = mp.get_context("spawn")
     sides: dict[str, tuple[Callable[..., None], tuple[Path, ...]]] = {
         "flexvar_ref eager fp32": (serve_reference, paths),
@@ -132,7 +133,7 @@ def compare(bundle: Path, paths: tuple[Path, Path], threads: int, repeats: int) 
         ends[name], theirs = context.Pipe()
         workers.append(context.Process(target=serve, args=(theirs, *arguments, threads), daemon=True))
         workers[-1].start()
-        theirs.close()  # so that a worker that dies is noticed
+        theirs.close()  # so that the end of a worker is noticed
     samples: dict[str, list[Sample]] = {name: [] for name in ends}
     for turn in range(repeats + 1):
         for name, pipe in ends.items():
@@ -159,11 +160,18 @@ def compare(bundle: Path, paths: tuple[Path, Path], threads: int, repeats: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=16, help="of the transformer; its width is 64 times that")
-    parser.add_argument("--repeats", type=int, default=7, help="counted turns, after one that warms up")
-    parser.add_argument("--threads", type=int, default=2, help="of either side")
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and bundle, used again")
-    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument(
+        "--depth", type=int, default=16, help="Depth of the transformer. Its width is 64 times the depth."
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="Counted turns. One more turn warms up.")
+    parser.add_argument("--threads", type=int, default=2, help="Threads of each side.")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="Folder for the checkpoint and the bundle, which a later run uses again.",
+    )
+    parser.add_argument("--json", type=Path, help="File for the result.")
     arguments = parser.parse_args()
 
     paths = checkpoints(arguments.work, arguments.depth)

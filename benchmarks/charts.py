@@ -1,4 +1,4 @@
-"""Charts as PNG: lines with their spread, and calls taken apart. Only drawn here: the numbers come from elsewhere."""
+"""Draws charts as PNG: lines with their spread, and bars that show the parts of calls."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 from flexvar_runtime.errors import BackendUnavailable
 
-# Okabe and Ito's colours without yellow and black, then three of Paul Tol's: told apart by colour-blind readers.
+# Okabe and Ito's colours without yellow and black, then three of Paul Tol's. Colour-blind readers can tell them apart.
 PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#117733", "#999933", "#666666",
 )  # fmt: skip
 MARKERS = "osD^vPX<>p"
 DASHES = ("-", "--", ":", "-.")
 INK, MUTED, GRID = "#22272e", "#5b6470", "#e3e6ea"
-PART_COLOURS = {"condition": "#3d444d", "sampling": "#ffffff", "decode": "#b4bac2", "not told apart": "#eceef1"}
+PART_COLOURS = {"condition": "#3d444d", "sampling": "#ffffff", "decode": "#b4bac2", "not separated": "#eceef1"}
 WIDTH, DPI = 6.0, 200  # inches, and twice the pixels that a page shows
 LETTER = 0.075  # inches
-WIDE = 10.0  # an axis whose largest value is more than so many times its smallest is logarithmic
+WIDE = 10.0  # an axis is logarithmic if its largest value is more than 10 times its smallest
 STYLE = {
     "font.size": 9,
     "text.color": INK,
@@ -42,12 +42,12 @@ STYLE = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
 }
-PartKind = Literal["condition", "scale", "sampling", "decode", "not told apart"]
+PartKind = Literal["condition", "scale", "sampling", "decode", "not separated"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """y with its spread from low to high, in the unit of the axis; text: written beside it."""
+    """A value with its spread from low to high, in the unit of the axis. text: written beside the point."""
 
     x: float
     y: float
@@ -58,7 +58,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """look: the place of its colour and marker in the palette; dash: tells lines of one look apart."""
+    """A line of a chart. look: index of its colour and marker. dash: index of its dashes, for lines of one look."""
 
     name: str
     look: int
@@ -68,7 +68,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Part:
-    """Of a call; text: what is written into it where there is room."""
+    """A part of a call. text: written into it if there is room."""
 
     kind: PartKind
     seconds: float
@@ -77,8 +77,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Bar:
-    """A call: its parts in order, what it took as a whole, and what it cannot take less than (None: unknown), in
-    seconds."""
+    """A call: its parts in order, its duration and its least possible duration (None if unknown), in seconds."""
 
     name: str
     look: int
@@ -88,12 +87,14 @@ class Bar:
 
 
 def from_extra(module: str) -> ModuleType:
-    """Import what the bench extra brings. Raises BackendUnavailable."""
+    """Import a module of the bench extra. Raises BackendUnavailable where it is not installed."""
     try:
         return import_module(module)
     except ImportError as error:
         raise BackendUnavailable(
-            f"no module {module}", expected="the bench extra", fix="pip install 'flexvar-deploy[bench]'"
+            f"The module {module} is not installed.",
+            expected="the bench extra",
+            fix="Install it: pip install 'flexvar-deploy[bench]'",
         ) from error
 
 
@@ -102,7 +103,7 @@ def colour(look: int) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits, and every digit of what is larger."""
+    """A number with three significant digits, or with all digits before its point if these are more."""
     decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{decimals}f}"
 
@@ -110,8 +111,11 @@ def three_digits(value: float) -> str:
 def line_chart(
     title: str, x_label: str, y_label: str, lines: Sequence[Line], *, counted: bool = True, width: float = WIDTH
 ) -> bytes:
-    """One line a name. counted: x is a count, with a tick at every value, and y begins at zero; otherwise both axes fit
-    the points. width in inches. Raises BackendUnavailable."""
+    """A chart of lines, as PNG.
+
+    counted: x is a count, with a tick at every value, and y begins at zero. Otherwise both axes fit the points. width:
+    inches. Raises BackendUnavailable without the bench extra.
+    """
     with from_extra("matplotlib").rc_context(STYLE):
         names = [line.name for line in lines]
         columns = max(1, int(width / (0.6 + LETTER * max(map(len, names)))))  # of the legend, whose handles take 0.6
@@ -144,7 +148,7 @@ def line_chart(
             if axes.get_yscale() == "linear":
                 axes.set_ylim(bottom=0)
         else:
-            axes.margins(0.08, 0.12)  # room for what is written beside the points
+            axes.margins(0.08, 0.12)  # room for the text beside the points
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.grid(True)
         figure.legend(axes.containers, names, loc="outside lower left", ncols=columns)
@@ -152,12 +156,15 @@ def line_chart(
 
 
 def part_chart(title: str, bars: Sequence[Bar]) -> bytes:
-    """One bar a call, its scales in shades of its colour, in milliseconds. Raises BackendUnavailable."""
+    """A chart with one bar for each call, in milliseconds, as PNG. Scales are shades of the colour of the bar.
+
+    Raises BackendUnavailable without the bench extra.
+    """
     with from_extra("matplotlib").rc_context(STYLE):
         figure, axes = _figure(1.5 + 0.45 * len(bars), 2 * WIDTH)
         longest = max(bar.total for bar in bars)
         for y, bar in enumerate(bars):
-            _bar(axes, y, bar, longest / 10)  # what an inch is worth, nearly
+            _bar(axes, y, bar, longest / 10)  # about the seconds of one inch
         axes.set(title=title, xlabel="time of one call / ms", xlim=(0, 1.1e3 * longest), ylim=(len(bars) - 0.5, -0.6))
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars], color=INK)
         axes.grid(True, axis="x")
@@ -200,7 +207,7 @@ def _part_legend(figure: Any, bars: Sequence[Bar]) -> None:
 
 
 def _figure(height: float, width: float) -> tuple[Any, Any]:
-    """Without pyplot, which keeps every figure and asks for a display."""
+    """A figure and its axes, without pyplot, which keeps every figure and needs a display."""
     figure: Any = from_extra("matplotlib.figure").Figure((width, height), DPI, layout="constrained")
     from_extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure, figure.subplots()
@@ -213,7 +220,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """Logarithmic where the values are far apart."""
+    """Make an axis logarithmic if its values are far apart."""
     ticker = from_extra("matplotlib.ticker")
     if min(values) > 0 and max(values) > WIDE * min(values):
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
@@ -228,13 +235,13 @@ def _ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def _shade(look: int, strength: float) -> str:
-    """The colour thinned with white: from a third of it to all of it."""
+    """The colour mixed with white. strength: 0 is a third of the colour, 1 all of it."""
     strength = 0.3 + 0.7 * strength
     return "#" + "".join(f"{round(255 - strength * (255 - value)):02x}" for value in _rgb(colour(look)))
 
 
 def _on(background: str) -> str:
-    """Ink or white, whichever can be read on it."""
+    """A text colour that can be read on `background`: dark or white."""
     red, green, blue = _rgb(background)
     return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
 

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from .session import Outcome
 
 DEFAULT_VARIANTS = "ort-cpu"
-EACH = "once a bundle, in their order, - for none; or not at all."
+PEERS = "torch-eager, torch-bf16, torch-compile, ort-plain, openvino-plain"
+EACH = "Give it once for each bundle, in their order. A dash (-) means none."
 
 
 def register(app: typer.Typer) -> None:
-    bench = typer.Typer(help="Latency and throughput against steps, peers and the limit.", no_args_is_help=True)
+    bench = typer.Typer(help="Measure latency and throughput, and compare runs.", no_args_is_help=True)
     for command in (run, report, compare):
         bench.command()(command)
     app.add_typer(bench, name="bench")
@@ -31,51 +32,68 @@ def register(app: typer.Typer) -> None:
 def run(
     bundles: Annotated[list[Path] | None, typer.Argument(help="Bundle directories.", show_default=False)] = None,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File of results (JSON lines).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File for the results (JSON lines).")],
     suite: Annotated[
-        Path | None, typer.Option(help="Models and how much of each, as TOML, in place of bundles.")
+        Path | None,
+        typer.Option(help="TOML file that lists the models and how much of each to measure. Replaces the bundles."),
     ] = None,
-    name: Annotated[list[str] | None, typer.Option(help=f"What to call the model; {EACH}")] = None,
+    name: Annotated[list[str] | None, typer.Option(help=f"Name of the model in the results. {EACH}")] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(help=f"The bundle's transformer, for the torch peers; {EACH}")
+        list[str] | None, typer.Option(help=f"Transformer checkpoint of the bundle, for the torch peers. {EACH}")
     ] = None,
-    vae: Annotated[list[str] | None, typer.Option(help=f"The bundle's tokenizer, likewise; {EACH}")] = None,
+    vae: Annotated[
+        list[str] | None, typer.Option(help=f"Tokenizer checkpoint of the bundle, for the torch peers. {EACH}")
+    ] = None,
     quality: Annotated[
-        list[str] | None, typer.Option(help=f"Quality by schedule (JSON), for the chart against time; {EACH}")
+        list[str] | None,
+        typer.Option(help=f"Quality of each schedule (JSON), for the chart of quality against time. {EACH}"),
     ] = None,
     variants: Annotated[
-        str, typer.Option(help="Backends and peers: torch-eager, torch-bf16, torch-compile, ort-plain, openvino-plain.")
+        str,
+        typer.Option(help=f"Backends and peers, comma-separated. Peers: {PEERS}."),
     ] = DEFAULT_VARIANTS,
-    step_counts: Annotated[str, typer.Option("--steps", help="Numbers of steps, 4 to 10.")] = "10,8,6,4",
-    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2",
+    step_counts: Annotated[
+        str, typer.Option("--steps", help="Numbers of steps, comma-separated, 4 to 10.")
+    ] = "10,8,6,4",
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,2",
     repeats: Annotated[
-        int, typer.Option(min=1, help="Counted calls of every variant; 80 for flexvar bench compare.")
+        int, typer.Option(min=1, help="Counted calls of each variant. Use 80 for results to compare.")
     ] = 7,
     seconds: Annotated[
-        float | None, typer.Option(help="No further turns at a piece of work after so long; three are always taken.")
+        float | None,
+        typer.Option(help="Time limit for the calls of one scenario. At least three calls of each variant are made."),
     ] = None,
-    requests: Annotated[int, typer.Option(min=0, help="Requests of every load test; 0 leaves them out.")] = 20,
+    requests: Annotated[int, typer.Option(min=0, help="Requests of each load test. 0 skips the load tests.")] = 20,
     costs: Annotated[
-        bool, typer.Option("--costs/--no-costs", help="Keep what deadlines go by, measured on the runtime's backends.")
+        bool,
+        typer.Option(
+            "--costs/--no-costs", help="Measure and save the costs that --deadline-ms needs, for each backend."
+        ),
     ] = True,
-    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads.")] = None,
-    append: Annotated[bool, typer.Option("--append", help="Add these models to the results in the file.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads of each variant.")] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add the results of these models to the file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure bundles: the machine's limit first, then model after model every variant in turns, each in a process of
-    its own."""
+    """Measure bundles: first the limits of the machine, then each model.
+
+    The variants of a model take turns. Each runs in its own process.
+    """
     from flexvar_runtime.files.atomic import already_exists, require_parent
 
-    from .plans import Extent
     from .session import run_session
     from .suite import from_options, read_suite
     from .variants import usable_threads
+    from .workload import Extent
 
     if append and force:
-        raise InvalidInput("--append with --force", expected="one of them", fix="leave one out")
+        raise InvalidInput("--append cannot be combined with --force.", expected="one of them", fix="Use one of them.")
     if suite is not None and any((bundles, name, checkpoint, vae, quality)):
-        raise InvalidInput("--suite with a bundle or its options", expected="one of them", fix="name it in the suite")
+        raise InvalidInput(
+            "--suite cannot be combined with bundles, --name, --checkpoint, --vae or --quality.",
+            expected="a suite, or bundles",
+            fix="Add the bundle to the suite, or leave out --suite.",
+        )
     require_parent(output)
     if output.exists() and not (append or force):
         raise already_exists(output)
@@ -109,9 +127,9 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report.html and the charts.")],
     as_json: JsonOption = False,
 ) -> None:
-    """One page that stands alone, and its charts as PNG."""
+    """Write results as one HTML page, and its charts as PNG."""
     from .records import read
-    from .report import write_report
+    from .report_page import write_report
 
     files = write_report(read(results), output)
     emit({"files": [str(file) for file in files]}, as_json, lambda: out.print("\n".join(map(str, files))))
@@ -119,10 +137,10 @@ def report(
 
 def compare(
     before: Annotated[Path, typer.Argument(help="File of results.")],
-    after: Annotated[Path, typer.Argument(help="Another, of the same scenarios.")],
+    after: Annotated[Path, typer.Argument(help="File of results of the same scenarios.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What moved between two runs beyond the noise. Exit code 0 whatever moved."""
+    """Show which times changed between two runs by more than the noise. The exit code is 0 in any case."""
     from rich.table import Table
 
     from .comparison import compare as compared
@@ -152,7 +170,7 @@ def compare(
             out.print(text, highlight=False, soft_wrap=True)
 
     data = {
-        "changes": [_plain(change) for change in changes],
+        "changes": [_json_values(change) for change in changes],
         "spread": {"least": min(spreads), "most": max(spreads)} if spreads else None,
         "warnings": list(doubts),
         "unmatched": list(only),
@@ -160,8 +178,8 @@ def compare(
     emit(data, as_json, show)
 
 
-def _plain(change: Change) -> dict[str, Any]:
-    """JSON has no infinity: a bound that is none is null."""
+def _json_values(change: Change) -> dict[str, Any]:
+    """A change as JSON values. An infinite bound becomes null, because JSON has no infinity."""
     values = asdict(change)
     return {name: None if value == math.inf else value for name, value in values.items()}
 
@@ -171,7 +189,9 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InvalidInput(
-            f"{option} {text!r:.100}", expected="numbers as in 10,8,6", fix="separate by commas"
+            f"{option} {text!r:.100} is not a list of whole numbers.",
+            expected="numbers separated by commas",
+            fix=f"Separate them by commas: {option} 8,6,4",
         ) from None
 
 
@@ -195,9 +215,11 @@ def _show(output: Path, outcome: Outcome) -> None:
                 highlight=False,
             )
     for one in outcome.costs:
-        said = one.note or f"{one.rows} schedules and batch sizes, {one.file}"
-        out.print(f"costs of {one.model} on {one.backend}: {said}", highlight=False, soft_wrap=True)
-    out.print(f"{output}: flexvar bench report {output} -o DIR draws it", highlight=False, soft_wrap=True)
+        text = one.note or f"{one.rows} schedules and batch sizes, {one.file}"
+        out.print(f"costs of {one.model} on {one.backend}: {text}", highlight=False, soft_wrap=True)
+    out.print(
+        f"Results: {output}. Draw them with: flexvar bench report {output} -o DIR", highlight=False, soft_wrap=True
+    )
 
 
 def _cells(record: Measured) -> list[str]:

@@ -1,9 +1,9 @@
-"""Two result files compared: what became slower or faster by more than the noise of the machine.
+"""Compares two files of results: what became slower or faster by more than the noise of the machine.
 
-Times on shared processors are skewed, jump now and then, and neighbouring calls are alike. So medians are compared, by
-the logarithm of their ratio; the error of a median comes from resampling whole blocks of neighbouring calls. Added
-is what one run cannot know: by how much the next one is shifted as a whole. Other work on the machine shifts a run by
-far more than that, which no statistic of two runs can tell from a change: `warnings` says where it shows.
+Times on shared processors are skewed and jump at times, and neighbouring calls are alike. Medians are therefore
+compared, by the logarithm of their ratio. The error of a median comes from resampling whole blocks of neighbouring
+calls. An assumed shift between two runs is added, because one run cannot show it. Other work on the machine shifts a
+run by far more. Two runs cannot tell such a shift from a change, but `warnings` names its signs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from flexvar_runtime.errors import ArtifactRefused
 
 from .records import Measured, Results, Scenario
 
-BLOCKS = 8  # a run is resampled in so many blocks of neighbours; with fewer calls than that nothing is said
+BLOCKS = 8  # of neighbouring calls, which are resampled. Fewer calls give no verdict
 RESAMPLES = 250
-RUN_TO_RUN = 0.0125  # assumed: relative standard deviation of a whole run's shift where nothing else is running
-RESTLESS = 0.06  # a spread of one run in a hundred of 80 calls, with the noise that the tests assume
-CEILING = 0.05  # by how much a machine's ceilings may differ, relative
-STUDENT = 2.145  # 95 % of Student's t with 2 x (BLOCKS - 1) degrees of freedom, both sides
+RUN_TO_RUN = 0.0125  # assumed relative standard deviation of the shift of a run on an idle machine
+RESTLESS = 0.06  # with the noise of the tests, one run of 80 calls in a hundred spreads more
+CEILING = 0.05  # largest relative difference of the measured limits of one machine
+STUDENT = 2.145  # two-sided 95 % quantile of Student's t with 2 x (BLOCKS - 1) degrees of freedom
 
 SLOWER, FASTER, SAME, TOO_FEW = "slower", "faster", "same", "too few calls"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One scenario. before, after: medians in seconds; ratio: after / before, in [low, high] with 95 % confidence.
+    """The change of one scenario.
 
-    verdict: "slower" or "faster" where 1 lies outside of these bounds, else "same"; "too few calls" with fewer than
-    BLOCKS in one of the files, where the bounds are 0 and infinity.
+    before, after: medians in seconds. ratio: after / before. low, high: its bounds with 95 % confidence. verdict:
+    "slower" or "faster" if 1 lies outside the bounds, else "same". With fewer than BLOCKS calls in a file the verdict
+    is "too few calls" and the bounds are 0 and infinity.
     """
 
     scenario: Scenario
@@ -47,24 +48,27 @@ class Change:
 
 
 def compare(before: Results, after: Results) -> tuple[Change, ...]:
-    """Every scenario that was measured in both, in the order of `before`.
+    """The changes of all scenarios that both files hold, in the order of `before`.
 
-    Raises ArtifactRefused for times that are none, and for a scenario that is twice in a file.
+    Raises ArtifactRefused for a time that is not positive, and for a scenario that a file holds twice.
     """
     old, new = _by_scenario(before), _by_scenario(after)
     return tuple(change(measured, new[scenario]) for scenario, measured in old.items() if scenario in new)
 
 
 def unmatched(before: Results, after: Results) -> tuple[str, ...]:
-    """Scenarios that were measured in one file alone, one string each. One without a time was not measured."""
+    """One line for each scenario that only one file holds with times."""
     old, new = _by_scenario(before), _by_scenario(after)
     lost = tuple(f"{_name(scenario)}: only before" for scenario in old if scenario not in new)
     return lost + tuple(f"{_name(scenario)}: only after" for scenario in new if scenario not in old)
 
 
 def warnings(before: Results, after: Results) -> tuple[str, ...]:
-    """Why times may differ without any change of ours, one string each: another machine or software ("threads: 2
-    before, 4 after"), other ceilings, and repeats that spread so far that something else was running."""
+    """One line for each reason why times may differ without a change of the code.
+
+    Reasons are another machine or software ("threads: 2 before, 4 after"), other measured limits, and calls that spread
+    so much that other work must have been running.
+    """
     found = [f"{name}: {old} before, {new} after" for name, old, new in _facts(before, after) if old != new]
     for name, old, new in _ceilings(before, after):
         if abs(math.log(new / old)) > CEILING:
@@ -77,7 +81,7 @@ def warnings(before: Results, after: Results) -> tuple[str, ...]:
 
 
 def change(before: Measured, after: Measured) -> Change:
-    """The same scenario, measured twice. Raises ArtifactRefused where a time is no positive number."""
+    """The change of a scenario that was measured twice. Raises ArtifactRefused for a time that is not positive."""
     old, new = _seconds(before), _seconds(after)
     medians = float(np.median(old)), float(np.median(new))
     ratio, reach = medians[1] / medians[0], math.inf
@@ -97,32 +101,38 @@ def change(before: Measured, after: Measured) -> Change:
 
 
 def spread(measured: Measured) -> float | None:
-    """From repeat to repeat: relative standard deviation between the medians of BLOCKS parts of a run, robust against
-    a part that was disturbed. None with fewer calls than BLOCKS."""
+    """The relative standard deviation between the medians of BLOCKS parts of a run, robust against a disturbed part.
+
+    None with fewer calls than BLOCKS.
+    """
     seconds = _seconds(measured)
     if seconds.size < BLOCKS:
         return None
     logs = np.log([np.median(part) for part in np.array_split(seconds, BLOCKS)])
-    return float(1.4826 * np.median(np.abs(logs - np.median(logs))))  # of a normal distribution, 1
+    return float(
+        1.4826 * np.median(np.abs(logs - np.median(logs)))
+    )  # 1.4826 makes it the standard deviation of a normal distribution
 
 
 def _error(seconds: NDArray[np.float64]) -> float:
-    """Relative standard error of the median, by resampling blocks of neighbours in a ring; always the same draws."""
+    """Relative standard error of the median, by resampling blocks of neighbours in a ring, with a fixed seed."""
     count = seconds.size
     length = count // BLOCKS
     starts = np.random.default_rng(0).integers(count, size=(RESAMPLES, math.ceil(count / length), 1))
     places = (starts + np.arange(length)).reshape(RESAMPLES, -1)[:, :count] % count
     medians = np.log(np.median(seconds[places], axis=1))
-    return float(medians.std()) * math.sqrt(BLOCKS / (BLOCKS - 1))  # blocks of one run are too much alike
+    return float(medians.std()) * math.sqrt(
+        BLOCKS / (BLOCKS - 1)
+    )  # corrects for the similarity of the blocks of one run
 
 
 def _seconds(measured: Measured) -> NDArray[np.float64]:
     seconds = np.asarray(measured.seconds, np.float64)
     if seconds.size == 0 or not (np.isfinite(seconds) & (seconds > 0)).all():
         raise ArtifactRefused(
-            f"{_name(measured.scenario)} with times {list(measured.seconds)[:3]}",
+            f"{_name(measured.scenario)} has the times {list(measured.seconds)[:3]}, but all must be above 0 s.",
             expected="seconds above 0",
-            fix="run the benchmark again",
+            fix="Run the benchmark again.",
         )
     return seconds
 
@@ -132,7 +142,9 @@ def _by_scenario(results: Results) -> dict[Scenario, Measured]:
     for measured in results.measured:
         if measured.scenario in found and measured.seconds:
             raise ArtifactRefused(
-                f"{_name(measured.scenario)} twice", expected="a scenario once a file", fix="run the benchmark again"
+                f"A file of results holds {_name(measured.scenario)} twice.",
+                expected="each scenario once",
+                fix="Run the benchmark again.",
             )
         if measured.seconds:
             found[measured.scenario] = measured
@@ -146,7 +158,7 @@ def _name(scenario: Scenario) -> str:
 
 
 def _facts(before: Results, after: Results) -> Iterator[tuple[str, object, object]]:
-    """Name, before, after. The commit differs on purpose, the time always."""
+    """Name, value before and value after of each fact. Commit and time are left out, because they differ anyway."""
     old, new = before.environment, after.environment
     for name in ("cpu", "cores", "threads", "memory_bytes", "gpu", "python"):
         yield name, getattr(old, name), getattr(new, name)
@@ -155,7 +167,7 @@ def _facts(before: Results, after: Results) -> Iterator[tuple[str, object, objec
 
 
 def _ceilings(before: Results, after: Results) -> Iterator[tuple[str, float, float]]:
-    """Name, before, after, of what was measured in both."""
+    """Name, rate before and rate after of each limit that both files hold."""
     old, new = before.ceiling, after.ceiling
     yield "copied bytes/s", old.copy_bytes_per_second, new.copy_bytes_per_second
     for precision in sorted(old.flops_per_second.keys() & new.flops_per_second.keys()):

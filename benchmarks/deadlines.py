@@ -1,10 +1,10 @@
-"""How often deadlines are met: requests with tight and wide ones, right after the costs they go by were measured.
+"""Measures how often deadlines are met, right after the costs of the schedules were measured.
 
     python -m flexvar_bench.deadlines BUNDLE --requests 200 --json FILE
 
-Every request is of a class and a seed of its own. Its deadline is drawn log-uniformly from a little more than the
-fastest schedule of the bundle's quality order takes, to half as much again as the slowest takes. What counts is the
-time of the whole call, the choice and the decoder included.
+Each request has its own class, seed and deadline. Deadlines are drawn log-uniformly, from 1.02 times the cost of the
+fastest schedule in the bundle's quality order to 1.5 times the cost of the slowest. The time of the whole call counts,
+with the choice of the schedule and the decoder.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from flexvar_runtime import CostRow, FlexVARPipeline, ScaleSchedule
 from flexvar_runtime.deadlines.choice import quality_order
 from flexvar_runtime.files.atomic import atomic_write, require_parent
 
-TIGHTEST, WIDEST = 1.02, 1.5  # of the fastest's cost, and of the slowest's
+TIGHTEST, WIDEST = 1.02, 1.5  # times the cost of the fastest schedule, and of the slowest
 console = Console()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A request that was served: its deadline, the schedule taken with its cost, and what it took, in seconds."""
+    """A served request: its deadline, the chosen schedule with its cost (expected), and the time taken, in seconds."""
 
     deadline: float
     schedule: str
@@ -40,15 +40,15 @@ class Answer:
 
     @property
     def late(self) -> float:
-        """By which share of the deadline it was missed; at most 0 where it was met."""
+        """The overrun as a share of the deadline. It is at most 0 if the deadline was met."""
         return self.seconds / self.deadline - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Of some requests: how many met their deadline and how many kept to the cost, which 9 of 10 should.
+    """Shares of some requests that met their deadline, and that took at most the cost, as 9 of 10 should.
 
-    missed_by: median and largest share of the deadline by which the others missed it; None where none did.
+    missed_by: median and largest overrun of the others, as shares of the deadline. None if all met it.
     """
 
     requests: int
@@ -71,14 +71,14 @@ def ask(
     seed: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Answer]:
-    """One request after the other. The costs have to be known."""
+    """Make one request after the other. The costs must have been measured."""
     rng, answers = np.random.default_rng([seed, 1]), []
     for i, deadline in enumerate(wanted):
         labels = rng.integers(pipe.model.classes, size=batch).tolist()
         start = clock()
         choice = pipe(labels, seed=seed + i, deadline_ms=1e3 * deadline).choice
         seconds = clock() - start
-        assert choice is not None  # a deadline makes one
+        assert choice is not None  # a call with a deadline returns its choice
         answers.append(
             Answer(deadline=deadline, schedule=str(choice.schedule), expected=choice.expected, seconds=seconds)
         )
@@ -96,7 +96,7 @@ def share(answers: Sequence[Answer]) -> Share:
 
 
 def by_schedule(answers: Sequence[Answer], order: Sequence[ScaleSchedule]) -> dict[str, Share]:
-    """The schedules that were taken, best first."""
+    """The shares for each schedule that was chosen, best first."""
     groups = {str(schedule): [one for one in answers if one.schedule == str(schedule)] for schedule in order}
     return {schedule: share(group) for schedule, group in groups.items() if group}
 
@@ -104,14 +104,14 @@ def by_schedule(answers: Sequence[Answer], order: Sequence[ScaleSchedule]) -> di
 def measure(
     pipe: FlexVARPipeline, *, requests: int, batch: int, repeats: int, seed: int
 ) -> tuple[list[CostRow], list[Answer]]:
-    """Costs first, then the requests."""
+    """Measure the costs, then make the requests."""
     rows: list[CostRow] = []
     pipe.measure_costs((batch,), repeats=repeats, on_row=rows.append)
     return rows, ask(pipe, deadlines([row.p90 for row in rows], requests, seed), batch, seed)
 
 
 def result(pipe: FlexVARPipeline, rows: Sequence[CostRow], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Everything, as JSON has it."""
+    """The whole result as JSON values."""
     order = quality_order(pipe.bundle.manifest)
     return {
         "bundle": pipe.bundle.sha256,
@@ -138,17 +138,17 @@ def show(found: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=10, help="generations a cost is measured by")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="ort-cpu")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("bundle", type=Path, help="Bundle directory.")
+    parser.add_argument("--requests", type=int, default=200, help="Number of requests.")
+    parser.add_argument("--batch", type=int, default=1, help="Images of each request.")
+    parser.add_argument("--repeats", type=int, default=10, help="Timed generations for each cost.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the deadlines, classes and images.")
+    parser.add_argument("--backend", default="ort-cpu", help="Backend to measure.")
+    parser.add_argument("--threads", type=int, default=None, help="Processor threads.")
+    parser.add_argument("--json", type=Path, help="File for the result.")
     options = parser.parse_args(arguments)
     if options.requests < 1:
-        parser.error(f"got {options.requests} requests; expected at least 1; fix: ask for more")
+        parser.error(f"--requests is {options.requests}, but it must be at least 1.")
     if options.json is not None:
         require_parent(options.json)
     with FlexVARPipeline.from_bundle(options.bundle, options.backend, threads=options.threads) as pipe:

@@ -1,10 +1,14 @@
-"""How good edits of the demo model are: the independent classifier looks at them, and pixels are compared.
+"""Measures the quality of edits of the demo model, with the independent classifier and by comparing pixels.
 
     python -m flexvar_bench.edit_quality --model demo/model --work DIR --json demo/model/edits.json --sheets docs
 
-Everything is made by the runtime on ort-cpu from the exported fp32 bundle, on held-out scenes. Measured: recognised
-share, seam and kept pixels of in-painting; the Fréchet distance of refined small scenes against bicubic up-sampling;
-the recognised share of expansions and of other proportions. The classifier and the bundle in DIR are used again.
+The runtime edits held-out scenes on ort-cpu with the exported fp32 bundle. Measured are:
+
+- of inpainting: the recognised share, the seam and the pixels that stay,
+- of refined small scenes: the Fréchet distance, compared with bicubic upsampling,
+- of expansions and of other proportions: the recognised share.
+
+A later run uses the classifier and the bundle in DIR again.
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ from .demo_quality import (
 from .scene_classifier import HELD_OUT_SEED, REFERENCE_SEED, SceneClassifier, frechet, real, trained
 
 Pixels = NDArray[np.uint8]
-SIDE, SMALL = 64, 16  # pixels of a scene, and of one to be refined
-HELD_OUT_FROM = 5000  # past the scenes that the classifier is tested on
+SIDE, SMALL = 64, 16  # side in pixels of a scene, and of a small scene to refine
+HELD_OUT_FROM = 5000  # behind the scenes that test the classifier
 FEATHER = 4
 STRENGTHS = (0.2, 0.4, 0.6, 0.8)
 # height : width
@@ -50,20 +54,20 @@ console = Console()
 
 
 def psnr(one: Pixels, other: Pixels) -> float:
-    """Peak 255."""
+    """PSNR in dB, peak 255."""
     error = float(((one.astype(np.float64) - other.astype(np.float64)) ** 2).mean())
     return 99.0 if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def centred_hole(size: int = SIDE) -> NDArray[np.bool_]:
-    """A hole of half the side in the middle."""
+    """A mask (size, size) with a centred hole of half the side."""
     mask = np.zeros((size, size), bool)
     mask[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = True
     return mask
 
 
 def seam(images: Pixels, mask: NDArray[np.bool_]) -> float:
-    """Mean absolute difference of pixels on both sides of a mask's edge."""
+    """Mean absolute difference between neighbouring pixels across the edge of a mask."""
     values = images.astype(np.float64)
     across = [
         np.abs(np.diff(values, axis=axis))[:, np.diff(mask.astype(np.int8), axis=axis - 1) != 0] for axis in (1, 2)
@@ -78,7 +82,7 @@ class Edits:
         self.pipe, self.options = pipe, options
 
     def edited(self, pictures: Pixels, labels: NDArray[np.int64] | None, task: str, **settings: Any) -> Pixels:
-        """Scenes (N, H, W, 3) edited in batches; labels None is no class."""
+        """Edit scenes (N, H, W, 3) in batches. labels: None edits without a class."""
 
         def batch(start: int) -> GenerationOutput:
             some = list(pictures[start : start + BATCH])
@@ -96,7 +100,7 @@ class Edits:
         return np.concatenate([batch(start).images for start in range(0, len(pictures), BATCH)])
 
     def generated(self, labels: NDArray[np.int64], size: tuple[int, int]) -> Pixels:
-        """With the default's steps, and at twice the size two more, as in the model's card."""
+        """Generate images with as many steps as the default schedule, or two more at twice the size (see the card)."""
         factor, steps = self.pipe.model.downsampling, len(ScaleSchedule.parse(DEFAULT))
         beyond = size[0] * size[1] > 2 * SIDE * SIDE
         schedule = ScaleSchedule.for_size((size[0] // factor, size[1] // factor), steps + 2 * beyond)
@@ -104,7 +108,7 @@ class Edits:
 
 
 def inpainting(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[str, Any], list[Pixels]]:
-    """A centred hole of half the side in held-out scenes, with and without their class."""
+    """Fill a centred hole in held-out scenes, with and without their class."""
     pictures, labels = real(HELD_OUT_SEED, count, (SIDE, SIDE), start=HELD_OUT_FROM)
     mask = centred_hole()
     rebuilt = _reconstructed(edits.pipe, pictures)
@@ -134,7 +138,7 @@ def inpainting(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[s
 
 
 def refining(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[str, Any], list[Pixels]]:
-    """Scenes a quarter of the side made large again, per strength, against bicubic up-sampling."""
+    """Refine scenes of a quarter of the side for each strength, and compare with bicubic upsampling."""
     pictures, labels = real(HELD_OUT_SEED, count, (SIDE, SIDE), start=HELD_OUT_FROM)
     reference = judge.judge(real(REFERENCE_SEED, count, (SIDE, SIDE))[0], labels).features
     small = _resized(pictures, SMALL, Image.Resampling.BOX)
@@ -161,7 +165,7 @@ def refining(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[str
 
 
 def sizes(edits: Edits, judge: SceneClassifier, count: int) -> tuple[dict[str, Any], dict[str, Pixels]]:
-    """Expansions of held-out scenes, and plain generation, in other proportions."""
+    """Expand held-out scenes, and generate images of other proportions."""
     pictures, scene_labels = real(HELD_OUT_SEED, count, (SIDE, SIDE), start=HELD_OUT_FROM)
     rows: dict[str, Any] = {"images": count}
     shown: dict[str, Pixels] = {}
@@ -190,7 +194,7 @@ def _reconstructed(pipe: FlexVARPipeline, pictures: Pixels) -> Pixels:
 
 
 def beyond(mask: NDArray[np.bool_], feather: int) -> NDArray[np.bool_]:
-    """Pixels farther than `feather` from a rectangular mask."""
+    """A mask of the pixels farther than `feather` from a rectangular mask."""
     far = np.ones_like(mask)
     ranges = []
     for axis in (1, 0):
@@ -205,7 +209,7 @@ def _resized(images: Pixels, side: int, how: Image.Resampling) -> Pixels:
 
 
 def sheet(rows: list[Pixels], columns: int, path: Path, zoom: int = 2) -> None:
-    """Rows of pictures of one size as one PNG, `zoom` times enlarged, white between them."""
+    """Write rows of pictures of one size as one PNG, enlarged by `zoom`, with white between them."""
     frame = ((0, 0), (2, 2), (2, 2), (0, 0))
     framed = [np.pad(row[:columns], frame, constant_values=255) for row in rows]
     whole = np.concatenate([np.concatenate(row, axis=1) for row in framed])
@@ -217,7 +221,7 @@ def sheet(rows: list[Pixels], columns: int, path: Path, zoom: int = 2) -> None:
 def evaluate(
     model: Path, work: Path, options: Options, counts: tuple[int, int, int], sheets: Path | None
 ) -> dict[str, Any]:
-    """All three parts; counts: scenes of each. Writes contact sheets into `sheets`."""
+    """Measure all three parts. counts: scenes of each part. Writes contact sheets into `sheets`."""
     judge = trained(work / "classifier.safetensors", say=console.print)
     with FlexVARPipeline.from_bundle(exported(model, work, "fp32"), backend="ort-cpu") as pipe:
         edits = Edits(pipe, options)
@@ -244,8 +248,8 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
-    parser.add_argument("--counts", type=int, nargs=3, default=(100, 200, 120), help="scenes a part")
-    parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
+    parser.add_argument("--counts", type=int, nargs=3, default=(100, 200, 120), help="Scenes of each part.")
+    parser.add_argument("--sheets", type=Path, help="Folder for contact sheets.")
     arguments = parser.parse_args()
     options = prepare(arguments)
     if arguments.sheets:

@@ -1,18 +1,20 @@
-"""Energy that the machine's GPU has taken, as its driver counts it (NVML)."""
+"""Reads the energy that the GPU has used, as its driver counts it (NVML)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-LEAST_SECONDS = 1.0  # the counter moves in steps of up to a tenth of a second
+LEAST_SECONDS = 1.0  # of counted work, because the counter is updated only every tenth of a second
 
 Counter = Callable[[], float]
 
 
 def gpu_counter() -> Counter | None:
-    """What reads the joules taken since the driver was loaded; None without a GPU, with several of which the work could
-    be on any, and where there is no such counter."""
+    """A function that returns the joules used since the driver was loaded.
+
+    None without a GPU, with several GPUs, and where the GPU has no such counter.
+    """
     try:
         from cuda.bindings import nvml
 
@@ -21,13 +23,13 @@ def gpu_counter() -> Counter | None:
             return None
         gpu = nvml.device_get_handle_by_index_v2(0)
         nvml.device_get_total_energy_consumption(gpu)
-    except Exception:  # no library, no driver, a card that does not count: each says so in its own way
+    except Exception:  # no library, no driver and no counter raise different errors
         return None
     return lambda: float(nvml.device_get_total_energy_consumption(gpu)) / 1e3
 
 
 def joules_of_call(call: Callable[[], object], counter: Counter) -> float:
-    """The mean of calls one after the other, for so long that the counter's steps do not matter."""
+    """The mean energy of one call in joules. Calls are repeated until the counter is precise enough."""
     calls, start, before = 0, time.perf_counter(), counter()
     while time.perf_counter() - start < LEAST_SECONDS:
         call()

@@ -1,9 +1,9 @@
-"""Given scales in one pass against one by one: what an edit saves by the graph `prefill`.
+"""Compares given scales in one pass (the graph `prefill`) with given scales one by one.
 
     python -m flexvar_bench.given_scales BUNDLE --json FILE
 
-Of the default schedule the first scales are given, as many as each of --scales says, guided and not; both ways take
-turns, in alternating order, after one of each that is not counted.
+The first scales of the default schedule are given. --scales says how many. Both ways take turns, with guidance and
+without. The first turn is not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ console = Console()
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Seconds of every turn, one image. ratio: the median of the turns' ratios, above 1 where one pass is faster."""
+    """Seconds of every turn, one image. ratio: the median of the turns' ratios, above 1 if one pass is faster."""
 
     scales: int
     guided: bool
@@ -43,7 +43,7 @@ class Row:
 
 
 def measure(pipe: FlexVARPipeline, scales: Sequence[int], turns: int) -> list[Row]:
-    """Of a pipeline that has the graph."""
+    """Time both ways, in turns. The pipeline must have the graph `prefill`."""
     rows = []
     for guided in (True, False):
         guidance = default_guidance(pipe.bundle, guided)
@@ -61,7 +61,7 @@ def measure(pipe: FlexVARPipeline, scales: Sequence[int], turns: int) -> list[Ro
 
 
 def force(pipe: FlexVARPipeline, count: int, guidance: Guidance, prefills: bool) -> float:
-    """Seconds of the first `count` scales, given."""
+    """Seconds that the first `count` scales take when their tokens are given."""
     rng = np.random.default_rng(count)
     sizes = pipe.schedule.scales[:count]
     tokens = [rng.integers(pipe.model.vocabulary, size=(1, *size)).astype(np.int32) for size in sizes]
@@ -85,12 +85,12 @@ def show(rows: Sequence[Row], title: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--scales", default="4,6,7,8", help="how many are given, joined by commas")
-    parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--backend", default="ort-cpu")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("bundle", type=Path, help="Bundle directory.")
+    parser.add_argument("--scales", default="4,6,7,8", help="How many scales are given, comma-separated.")
+    parser.add_argument("--turns", type=int, default=8, help="Counted turns.")
+    parser.add_argument("--backend", default="ort-cpu", help="Backend to measure.")
+    parser.add_argument("--threads", type=int, default=None, help="Processor threads.")
+    parser.add_argument("--json", type=Path, help="File for the result.")
     options = parser.parse_args(arguments)
     if options.json is not None:
         require_parent(options.json)
@@ -99,11 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.turns < 1 or not all(2 <= count < len(pipe.schedule) for count in counts):
             most = len(pipe.schedule) - 1
             parser.error(
-                f"got scales {options.scales} and {options.turns} turns; expected 2 to {most} scales, 1 turn and more; "
-                "fix: name others"
+                f"--scales {options.scales} and --turns {options.turns} do not fit the bundle. "
+                f"Give numbers of 2 to {most} scales, and at least 1 turn."
             )
         if not pipe.generator.prefills:
-            parser.error(f"got no graph prefill for {pipe.backend.name}; expected one; fix: export or build it")
+            parser.error(
+                f"The bundle has no graph prefill for {pipe.backend.name}. Export it again, or build its engine."
+            )
         rows = measure(pipe, counts, options.turns)
         found = {"bundle": pipe.bundle.sha256, "backend": pipe.backend.name, "threads": pipe.backend.threads}
     show(rows, f"given scales on {found['backend']}, {found['threads']} threads")

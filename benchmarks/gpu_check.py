@@ -5,7 +5,7 @@
 It needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich. Everything but the peers in torch also
 needs cuda-core 1.0 or later with NVRTC. It needs no network, and none of our packages has to be installed.
 
-- It tries TensorRT, TensorRT-RTX and ONNX Runtime CUDA, and says why those that fail do not run.
+- It tries TensorRT, TensorRT-RTX and ONNX Runtime CUDA. The result gives the reason for those that do not run.
 - It compares every graph and its tokens with the reference.
 - It times d16, d20 and d24 (random weights, 256 px, 10 guided steps, decoder included) against the eager reference and
   torch.compile.
@@ -13,8 +13,8 @@ needs cuda-core 1.0 or later with NVRTC. It needs no network, and none of our pa
 It measures as much as fits in nine minutes, the most important rows first. The peer torch-modules is measured only by
 --stage first.
 
-Every phase is a process with a limit of its own. The result in DIR is a complete JSON file at any moment, whatever ends
-the run. The plan, in the order of importance, in seconds, for one backend that works:
+Every phase is a process with its own time limit. The result in DIR is a complete JSON file at any moment, whatever ends
+the run. This is the plan in the order of importance, in seconds, for one backend that works:
 
     20  machine: what is installed, and the two rates that limit everything
     90  export of the tiny model, d16, d20 and d24 side by side; meanwhile every backend tries the tiny model, or says
@@ -45,7 +45,7 @@ Then on the GPU machine, from the root of the checkout, with the packed folder b
     python3 benchmarks/gpu_check.py --stage first --carried PACK --work /tmp/work --out DIR     does it work? 200 s
     python3 benchmarks/gpu_check.py --stage measure --carried PACK --work /tmp/work --out DIR   how fast is it? 330 s
 
-At last on your own machine again, with the results of the GPU machine in DIR:
+Finally, on your own machine again, with the results of the GPU machine in DIR:
 
     python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR
 """
@@ -53,9 +53,9 @@ At last on your own machine again, with the results of the GPU machine in DIR:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import importlib.util
+import runpy
 import signal
 import sys
 import tempfile
@@ -67,14 +67,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .gpu.measurement import Clock, RunSetup
-    from .gpu.plan import Phase, Request
+    from .gpu.plan import Phase, PlanOptions
 
-PACKAGES = {
-    "flexvar_ref": "flexvar_ref",
-    "flexvar_runtime": "runtime",
-    "flexvar_export": "export",
-    "flexvar_bench": "benchmarks",
-}
 RESULT = "gpu_check.json"  # of a stage: gpu_check_first.json, gpu_check_measure.json
 NEEDED = {
     "torch": "torch",
@@ -103,7 +97,6 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
     from flexvar_runtime.errors import FlexVARError
 
     from .gpu.command_line import parse
-    from .gpu.usage_error import UsageError
 
     try:
         mode, arguments = parse(argv, __doc__ or "")
@@ -116,9 +109,6 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
 
             return rehearse(ROOT, arguments.out)
         return (_stage if mode == "stage" else _plan)(arguments, started, package_path)
-    except UsageError as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
-        return 2
     except FlexVARError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return error.exit_code
@@ -146,7 +136,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace, started: float, package_path: Path | None) -> int:
-    from .gpu import emulated, runner
+    from .gpu import emulated, processes
     from .gpu.command_line import recorded_options
     from .gpu.measurement import Clock, work_folder
     from .gpu.pack import SITE, check_pack
@@ -163,7 +153,7 @@ def _stage(arguments: argparse.Namespace, started: float, package_path: Path | N
         options = recorded_options("stage", arguments)
         options |= {"model": stage.model, "backend": stage.backend, "precision": stage.precision}
         setup = _run_setup(arguments.out / stage_result(arguments.stage), work, folders, stage.model, options)
-        command = emulated.COMMAND if stage.rehearsed else runner.CHILD
+        command = emulated.COMMAND if stage.rehearsed else processes.CHILD
         return _run(plan, replace(setup, command=command), clock)
 
 
@@ -171,9 +161,10 @@ def _plan(arguments: argparse.Namespace, started: float, package_path: Path | No
     from .gpu.command_line import PLAN, recorded_options
     from .gpu.measurement import Clock, work_folder
     from .gpu.plan import finished_before, phases, select, with_limits
+    from .gpu.sources import source_hash
 
-    request = _request(arguments)
-    plan = select(phases(request), arguments.only)
+    asked = _plan_options(arguments)
+    plan = select(phases(asked), arguments.only)
     clock = Clock(started, 60 * arguments.minutes)
     with work_folder(arguments.work, arguments.precision) as work:
         there = finished_before(plan, work, source_hash())
@@ -182,11 +173,12 @@ def _plan(arguments: argparse.Namespace, started: float, package_path: Path | No
         plan = [limits.get(phase.name, phase) for phase in plan]
         folders = [package_path] if package_path else []
         options = recorded_options(PLAN, arguments)
-        return _run(plan, _run_setup(arguments.out / RESULT, work, folders, request.models[0], options), clock)
+        return _run(plan, _run_setup(arguments.out / RESULT, work, folders, asked.models[0], options), clock)
 
 
 def _run_setup(result: Path, work: Path, folders: Sequence[Path], model: str, options: Mapping[str, str]) -> RunSetup:
     from .gpu.measurement import RunSetup, environment
+    from .gpu.sources import source_hash
 
     return RunSetup(result, work, environment(work, folders), model, options, source_hash())
 
@@ -197,8 +189,10 @@ def _run(plan: Sequence[Phase], setup: RunSetup, clock: Clock) -> int:
     from .gpu.plan import finished_before, makers
 
     setup.result.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and what is known is written
-    for phase in makers(plan):  # here, since what a phase prints is not shown
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that running phases are ended and their results are written
+    for phase in makers(plan):  # here, because the message would not be shown from a phase
         ModelFiles.of(setup.work, phase.options["model"]).keep_only(setup.source_sha256)
     measure(plan, setup, clock, finished_before(plan, setup.work, setup.source_sha256))
     return 0
@@ -208,16 +202,16 @@ def stage_result(stage: str) -> str:
     return f"gpu_check_{stage}.json"
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    """The request of the command line. Raises InvalidInput for an unknown backend."""
+def _plan_options(arguments: argparse.Namespace) -> PlanOptions:
+    """What the command line asks for. Raises InvalidInput for an unknown backend."""
     from flexvar_runtime.backends import check_name
 
-    from .gpu.plan import BATCHES, GENERATIONS, Request
+    from .gpu.plan import BATCHES, GENERATIONS, PlanOptions
 
     tiny = arguments.tiny
     for backend in arguments.backends:
         check_name(backend)
-    return Request(
+    return PlanOptions(
         depths=arguments.depths,
         batches=arguments.batches or ((1, 2) if tiny else BATCHES),
         backends=arguments.backends,
@@ -227,29 +221,14 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def source_hash(root: Path = ROOT) -> str:
-    """The sha256 of all our source files in the checkout `root`. It tells what was measured, and what made a bundle."""
-    digest = hashlib.sha256()
-    for folder in sorted(PACKAGES.values()):
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".cu"):
-                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def link_packages(root: Path, folder: Path) -> None:
-    """Link our folders into `folder`, under the names by which they are imported."""
-    for name, source in PACKAGES.items():
-        (folder / name).symlink_to(root / source, target_is_directory=True)
-
-
 def run_from_checkout() -> int:
     """Run this file as a script, where our packages are not installed or have another version."""
+    sources = runpy.run_path(str(ROOT / "benchmarks" / "gpu" / "sources.py"))
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"]
     with tempfile.TemporaryDirectory(prefix="gpu-check-packages-") as folder:
-        link_packages(ROOT, Path(folder))
+        sources["link_packages"](ROOT, Path(folder))
         sys.path.insert(0, folder)
-        package = next(name for name, source in PACKAGES.items() if ROOT / source == Path(__file__).resolve().parent)
+        package = next(name for name, source in sources["PACKAGES"].items() if source == "benchmarks")
         again = importlib.import_module(f"{package}.{Path(__file__).stem}")  # this file, with its package around it
         return int(again.main(package_path=Path(folder)))
 

@@ -1,4 +1,4 @@
-"""The arithmetic and the bytes a generation cannot avoid, and what this machine's processor does at best."""
+"""The least operations and bytes of a generation, and measured rates of this machine's processor."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from flexvar_runtime.model.facts import ModelFacts
 PUBLISHED_DECODER_FLOPS = 252.7e9  # the published tokenizer's decoder at 16 x 16 tokens
 PUBLISHED_DECODER_TOKENS = 256
 PUBLISHED_DECODER_BYTES = 0.9e9  # its feature maps in half precision at 16 x 16 tokens, read and written layer by layer
-PHASE_SAVING = 0.106  # of the decoder's flops: nearest upsampling and 3 x 3 convolution as four 2 x 2 convolutions
+PHASE_SAVING = 0.106  # of the decoder's flops, if upsampling and 3 x 3 convolution become four 2 x 2 convolutions
 
-# Half-precision maps of (tokens, width) that a block reads and writes beside weights and past keys and values, with
-# activations and residual sums fused into the products: two normalisations 4, q/k/v 4, their norms 4, attention 2, its
-# projection 3, the MLP 5 + 6.
+# Half-precision maps of (tokens, width) that a block reads and writes, without weights and past keys and values.
+# Activations and residual sums are fused into the products: two normalisations 4, q/k/v 4, their norms 4, attention 2,
+# its projection 3, the MLP 5 + 6.
 BLOCK_MAPS = 28
 HALF = 2  # bytes
 
 
 def transformer_flops(model: ModelFacts, schedule: ScaleSchedule, *, guided: bool) -> float:
-    """Multiply-adds counted as two, for one image: blocks on every branch, the head once, the condition left out."""
+    """Operations of one image (a multiply-add is two): blocks on every branch, the head once, without the condition."""
     branches, flops, past = (2 if guided else 1), 0.0, 0
     for h, w in schedule:
         new = h * w
@@ -35,17 +35,17 @@ def transformer_flops(model: ModelFacts, schedule: ScaleSchedule, *, guided: boo
 
 
 def decoder_flops(schedule: ScaleSchedule) -> float:
-    """Of the published tokenizer, for one image: convolutions grow with the number of tokens."""
+    """Operations of the published decoder for one image. They are proportional to the number of tokens."""
     return PUBLISHED_DECODER_FLOPS * schedule[-1][0] * schedule[-1][1] / PUBLISHED_DECODER_TOKENS
 
 
 def step_weight_bytes(model: ModelFacts) -> float:
-    """Weights of the step graph in half precision: blocks without their condition, and the head."""
+    """Bytes of the step graph's weights in half precision: blocks without their condition, and the head."""
     return HALF * (12 * model.width**2 * model.depth + model.width * model.vocabulary)
 
 
 def kv_read_bytes(model: ModelFacts, schedule: ScaleSchedule, *, guided: bool) -> float:
-    """Keys and values that attention reads over all scales of one image: those of a scale and of all before it."""
+    """Bytes of keys and values that attention reads for one image: at each scale those of all scales so far."""
     read = past = 0
     for h, w in schedule:
         past += h * w
@@ -54,17 +54,18 @@ def kv_read_bytes(model: ModelFacts, schedule: ScaleSchedule, *, guided: bool) -
 
 
 def activation_bytes(model: ModelFacts, schedule: ScaleSchedule, *, guided: bool) -> float:
-    """What passes between the kernels of one image: maps of every block, and the float32 logits, written and read."""
+    """Bytes that kernels pass to each other for one image: maps of every block and float32 logits, written and read."""
     maps = HALF * (2 if guided else 1) * BLOCK_MAPS * model.depth * model.width * schedule.tokens
     return maps + 2 * 4 * model.vocabulary * schedule.tokens
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What `images` images cannot take less than, decoder included, on a GPU of a measured bandwidth and rate.
+    """The least time of `images` images, decoder included, on a GPU of a measured bandwidth and rate.
 
-    strict_s: a scale takes the longer of reading its weights and its arithmetic, the decoder its arithmetic; the first
-    scale, which the class decides, is not counted. serial_s: all bytes, activations too, and then all arithmetic.
+    strict_s: each scale takes the longer of reading its weights and its arithmetic, and the decoder its arithmetic. The
+    first scale is not counted, because it depends on the class only. serial_s: the time of all bytes, with activations,
+    plus the time of all arithmetic.
     """
 
     images: int
@@ -88,8 +89,11 @@ def generation_limit(
     bytes_per_second: float,
     flops_per_second: float,
 ) -> Limit:
-    """Of the published tokenizer's decoder and a half-precision transformer with all exact savings: condition out of
-    the loop, first scale remembered, head after guidance, upsampling as phase convolutions."""
+    """The limit of a half-precision transformer with the published decoder.
+
+    All exact savings are counted: the condition outside the loop, a cached first scale, the head after guidance, and
+    upsampling as phase convolutions.
+    """
     branches, weights = (2 if guided else 1), step_weight_bytes(model)
     decoder = images * decoder_flops(schedule) * (1 - PHASE_SAVING)
     flops, strict, past = decoder, decoder / flops_per_second, schedule[0][0] * schedule[0][1]

@@ -1,4 +1,4 @@
-"""The machine of a benchmark: what it is, and what it does at best."""
+"""The machine of a benchmark: its facts, and its measured limits."""
 
 from __future__ import annotations
 
@@ -36,21 +36,24 @@ def environment(threads: int) -> Environment:
 
 
 def ceiling(threads: int) -> Ceiling:
-    """Measured with nothing else running: the faster of NumPy's and torch's matrix products, where torch is there.
+    """Measure the limits of the machine, while nothing else runs.
 
-    In bfloat16 by torch alone; where the processor has no such arithmetic it is computed in float32, whose rate counts.
+    The rate in float32 is the faster of NumPy's and torch's matrix products. The rate in bfloat16 is torch's. If the
+    processor has no bfloat16 arithmetic, it computes in float32, and the float32 rate counts.
     """
     rates = {"fp32": measured_flops_per_second(CEILING_SECONDS)}
     with contextlib.suppress(ImportError):
         rates["fp32"] = max(rates["fp32"], _torch_flops_per_second(threads, "float32"))
         rates["bf16"] = rates["fp32"]
-        if _torch_flops_per_second(threads, "bfloat16", 256) > rates["fp32"] / 4:  # else a large one may take minutes
+        if (
+            _torch_flops_per_second(threads, "bfloat16", 256) > rates["fp32"] / 4
+        ):  # otherwise a large product may take minutes
             rates["bf16"] = max(rates["fp32"], _torch_flops_per_second(threads, "bfloat16"))
     return Ceiling(copy_bytes_per_second=measured_copy_bytes_per_second(CEILING_SECONDS), flops_per_second=rates)
 
 
 def best(one: Ceiling, other: Ceiling) -> Ceiling:
-    """The higher of two measurements of the same machine."""
+    """The higher rates of two measurements of one machine."""
     kinds = one.flops_per_second.keys() | other.flops_per_second.keys()
     return Ceiling(
         copy_bytes_per_second=max(one.copy_bytes_per_second, other.copy_bytes_per_second),
@@ -91,7 +94,7 @@ def _gpu() -> str | None:
 
 
 def installed(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of those that are there."""
+    """The versions of the distributions that are installed."""
     found = {}
     for name in distributions:
         try:
@@ -102,7 +105,7 @@ def installed(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout this file lies in; marked where files differ from it."""
+    """The commit of the checkout of this file, with "-dirty" if files were changed. None outside a checkout."""
     folder = Path(__file__).parent
     try:
         done = subprocess.run(

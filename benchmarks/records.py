@@ -1,7 +1,7 @@
-"""What a benchmark leaves: JSON lines, one record a line, each of them readable on its own.
+"""The results of a benchmark as JSON lines. Each line is one record and can be read by itself.
 
-The first line is the machine, the second what it can do at best, then one line a measurement. A file that ends in
-half a line (a run that was killed) is read up to there.
+The first line describes the machine, and the second holds its measured limits. Then each line is one measurement. If a
+run was killed, the file may end in half a line, which is ignored.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """The machine and the software. gpu: None without one; commit: of this project, None outside a checkout; started:
-    ISO 8601 in UTC."""
+    """The machine and the software.
+
+    gpu: its name, None without one. commit: of this project, None outside a checkout. started: ISO 8601 in UTC.
+    """
 
     cpu: str
     cores: int
@@ -39,8 +41,11 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """What this machine does at best, measured before and after everything else: bytes/s of a copy (read and written
-    counted), and operations/s of a large matrix product by precision (a multiply-add is two)."""
+    """The limits of the machine, measured before and after everything else.
+
+    copy_bytes_per_second: of a copy, read and written bytes counted. flops_per_second: of a large matrix product, by
+    precision. A multiply-add is two operations.
+    """
 
     copy_bytes_per_second: float
     flops_per_second: dict[str, float]
@@ -48,8 +53,11 @@ class Ceiling:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What is measured. variant: a backend ("ort-cpu") or a peer ("torch-eager"); model: a name people know it by;
-    precision: the bundle's, or what a peer computes in."""
+    """What is measured.
+
+    variant: a backend ("ort-cpu") or a peer ("torch-eager"). model: its name in the results. precision: of the bundle,
+    or the one that a peer computes in.
+    """
 
     name: str
     model: str
@@ -63,14 +71,17 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One scenario. seconds: wall time of every counted call, decoder included, in the order taken; turns: the place of
-    each among all calls of the run, since variants take turns.
+    """The measurement of one scenario.
 
-    Medians in seconds, None where a variant does not tell: `scales` one a scale (the transformer's step, without
-    sampling), `condition`, `sampling` (all scales), `decode`. told: the share of a call that all these add up to, as
-    the median over calls (a sum of medians says less where times scatter). peak_memory_bytes: of the process, from the
-    warm-up on, None where that cannot be known. flops: operations of one call that cannot be avoided; joules: of one
-    call, where a counter says. note: "not measured" and why, where `seconds` is empty.
+    seconds: wall time of each counted call, decoder included, in order. turns: the position of each call among all
+    calls of the run, because variants take turns.
+
+    condition, scales, sampling, decode: medians in seconds, None where the variant does not report them. scales: the
+    transformer's step of each scale, without sampling. sampling: of all scales. told: the sum of these parts as a share
+    of the call, as a median over the calls.
+
+    peak_memory_bytes: of the process, from the warm-up on, None if unknown. flops: the least operations of one call.
+    joules: of one call, if the GPU counts them. note: "not measured" and why, if `seconds` is empty.
     """
 
     scenario: Scenario
@@ -90,11 +101,11 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """One load, MLPerf's way. mode: "single-stream" (one after the other), "offline" (all at once, in batches) or
-    "server" (requests arrive by a Poisson process of `rate` a second; `bound` is the latency asked for, in seconds).
+    """The result of one load test, with the modes of MLPerf.
 
-    latencies: seconds from arrival to image, of every request; images_per_second over the whole load.
-    """
+    mode: "single-stream" (one request after the other), "offline" (all at once, in batches) or "server" (requests
+    arrive by a Poisson process). rate: requests per second. bound: the required latency in seconds. latencies: seconds
+    from arrival to image of each request. images_per_second: over the whole load."""
 
     scenario: Scenario
     mode: str
@@ -106,7 +117,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How good the pictures of a schedule are: recognised share (0 … 1, None where unknown) and Fréchet distance."""
+    """The quality of a schedule: recognised share of its images (0 … 1) and Fréchet distance. None if unknown."""
 
     model: str
     schedule: str
@@ -122,7 +133,7 @@ KINDS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Results:
-    """A file of results."""
+    """The content of a file of results."""
 
     environment: Environment
     ceiling: Ceiling
@@ -132,19 +143,19 @@ class Results:
 
 
 def line(record: Record) -> str:
-    """One line of JSON, without its end."""
+    """A record as one line of JSON, without the newline."""
     kind = type(record).__name__.lower()
     return json.dumps({"schema": SCHEMA, "kind": kind, "value": encode(record)}, sort_keys=True, allow_nan=False)
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    """Replace `path` at once."""
+    """Write records to `path`, which is replaced at once."""
     with atomic_write(path, force=True) as temporary:
         temporary.write_text("".join(f"{line(record)}\n" for record in records), encoding="utf-8")
 
 
 def read(path: Path) -> Results:
-    """Raises ArtifactRefused for what is no such file."""
+    """The results in a file. Raises ArtifactRefused for another file."""
     records: list[Record] = []
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, text in enumerate(lines[:-1], 1):
@@ -152,7 +163,7 @@ def read(path: Path) -> Results:
     environments, ceilings = _of(Environment, records), _of(Ceiling, records)
     if len(environments) != 1 or len(ceilings) != 1:
         raise ArtifactRefused(
-            f"{path.name} with {len(environments)} environments and {len(ceilings)} ceilings",
+            f"{path.name} holds {len(environments)} environments and {len(ceilings)} ceilings, not one of each.",
             expected="one of each, as flexvar bench run writes them",
             fix=_FIX,
         )
@@ -163,7 +174,11 @@ def _record(text: str, where: str) -> Record:
     document = loads(text, where=where, fix=_FIX)
     known = isinstance(document, dict) and document.get("schema") == SCHEMA and document.get("kind") in KINDS
     if not isinstance(document, dict) or not known:
-        raise ArtifactRefused(f"{where}: {text[:60]!r}", expected=f"a result of schema {SCHEMA}", fix=_FIX)
+        raise ArtifactRefused(
+            f"{where} is not a result of schema {SCHEMA}: {text[:60]!r}.",
+            expected=f"a result of schema {SCHEMA}",
+            fix=_FIX,
+        )
     record: Record = decode(KINDS[document["kind"]], document.get("value"), where=where, fix=_FIX)
     return record
 

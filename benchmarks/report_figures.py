@@ -1,4 +1,4 @@
-"""The charts of a report: which measurements each one shows, and what its caption says."""
+"""The charts of a report: the measurements that each one shows, and its caption."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Looks = dict[str, int]  # the place of every variant in the palette
 
 @dataclass(frozen=True)
 class Figure:
-    """png: None where too little was measured, and the caption is then what follows those words."""
+    """A chart. png: None if too little was measured. The caption then follows the words "not measured"."""
 
     file: str
     title: str
@@ -34,8 +34,10 @@ class Figure:
 
 
 def curves(model: str, timed: Sequence[Measured], looks: Looks) -> tuple[Figure, ...]:
-    """Latency and throughput against steps, at one batch and image size, and throughput against batch, at one
-    schedule: those of which most was measured."""
+    """Latency and throughput against steps at one batch and image size, and throughput against batch at one schedule.
+
+    Batch, size and schedule are those with the most measurements.
+    """
     by_steps = _fullest(timed, lambda one: (one.scenario.batch, _last(one)), count_steps)
     by_batch = _fullest(timed, schedule_of, lambda one: one.scenario.batch)
     at_batch = f"Batch {by_steps[0].scenario.batch}, {_last(by_steps[0])} tokens" if by_steps else ""
@@ -65,17 +67,17 @@ def _throughput(measured: Measured, x: int) -> Point:
     return Point(x, batch / times["median"], batch / times["p90"], batch / times["p10"])
 
 
-def taken_apart(model: str, timed: Sequence[Measured], ceiling: Ceiling, looks: Looks) -> Figure:
-    """One bar a variant, at the batch and schedule at which most variants tell their parts."""
+def parts_of_calls(model: str, timed: Sequence[Measured], ceiling: Ceiling, looks: Looks) -> Figure:
+    """A chart with one bar for each variant, at the batch and schedule at which most variants report their parts."""
     title = f"{model}: parts of a call"
 
     def at(one: Measured) -> tuple[int, str]:
         return one.scenario.batch, schedule_of(one)
 
-    telling = _fullest([one for one in timed if one.scales is not None], at, lambda one: _settings(one.scenario))
-    if not telling:
+    reporting = _fullest([one for one in timed if one.scales is not None], at, lambda one: _settings(one.scenario))
+    if not reporting:
         return Figure("parts", title, "", None)
-    batch, schedule = at(telling[0])
+    batch, schedule = at(reporting[0])
     chosen = [one for one in timed if at(one) == (batch, schedule)]
     names = _names({_settings(one.scenario) for one in chosen})
     bars = [
@@ -94,7 +96,7 @@ def taken_apart(model: str, timed: Sequence[Measured], ceiling: Ceiling, looks: 
 
 
 def _parts(measured: Measured) -> tuple[Part, ...]:
-    """In the order of a call. What a variant does not tell is the rest."""
+    """The parts of a call in order. The rest is what the variant does not report."""
     parts = [Part("condition", measured.condition)] if measured.condition is not None else []
     if measured.scales is not None:
         texts = (_tokens(h, w) for h, w in ScaleSchedule.parse(measured.scenario.schedule))
@@ -103,12 +105,12 @@ def _parts(measured: Measured) -> tuple[Part, ...]:
     ends += [Part("decode", measured.decode, "decode")] if measured.decode is not None else []
     rest = median_of(measured) - sum(part.seconds for part in (*parts, *ends))
     if parts_gap(measured) is None and rest > 0:
-        parts.append(Part("not told apart", rest))
+        parts.append(Part("not separated", rest))
     return (*parts, *ends)
 
 
 def trades(model: str, timed: Sequence[Measured], quality: Sequence[Quality], looks: Looks) -> tuple[Figure, ...]:
-    """Quality over the time of a call, at the batch at which most rated schedules were measured."""
+    """Charts of quality against the time of a call, at the batch at which most rated schedules were measured."""
     accuracy = {normal(one.schedule): 100 * one.accuracy for one in quality if one.accuracy is not None}
     frechet = {normal(one.schedule): one.frechet for one in quality if one.frechet is not None}
 
@@ -135,7 +137,7 @@ def _rated(measured: Measured, value: float, ends: Collection[int]) -> Point:
 
 
 def _lines(points: Iterable[tuple[Measured, Point]], looks: Looks) -> tuple[Line, ...]:
-    """One line a variant, or more where it was measured in several settings."""
+    """One line for each variant, or several if it was measured in several settings."""
     lines, groups = [], grouped(points, lambda pair: _settings(pair[0].scenario))
     names, dashes = _names(groups), dict[str, int]()
     for settings, group in groups.items():
@@ -154,12 +156,14 @@ def _settings(scenario: Scenario) -> Settings:
 
 
 def _names(every: Collection[Settings]) -> dict[Settings, str]:
-    """A variant's name, and what tells its settings apart."""
+    """A name for each of the settings: the variant, and the settings in which its lines differ."""
     names = {}
     for settings in every:
-        kin = [other for other in every if other[0] == settings[0]]
+        related = [other for other in every if other[0] == settings[0]]
         names[settings] = ", ".join(
-            text for text, *others in zip(settings, *kin, strict=True) if text == settings[0] or len(set(others)) > 1
+            text
+            for text, *others in zip(settings, *related, strict=True)
+            if text == settings[0] or len(set(others)) > 1
         )
     return names
 
@@ -167,7 +171,7 @@ def _names(every: Collection[Settings]) -> dict[Settings, str]:
 def _fullest(
     measured: Iterable[Measured], same: Callable[[Measured], Hashable], count: Callable[[Measured], Hashable]
 ) -> list[Measured]:
-    """The group of one `same` with the most different `count`, the first of them on a tie."""
+    """Of the groups with equal `same`, the one with the most different values of `count`. The first one on a tie."""
     groups = grouped(measured, same).values()
     return max(groups, key=lambda group: len({count(one) for one in group}), default=[])
 

@@ -1,4 +1,4 @@
-"""What a report reads off its records: medians, steps, limits, and which of them belong together."""
+"""Numbers that a report computes from its records: medians, steps, limits and groups."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def count_steps(measured: Measured) -> int:
 
 
 def limit_of(measured: Measured, ceiling: Ceiling) -> float | None:
-    """Seconds that the arithmetic of a call takes at the measured rate of its precision."""
+    """Seconds that the arithmetic of a call takes at the measured rate of its precision. None if unknown."""
     rate = ceiling.flops_per_second.get(measured.scenario.precision)
     return measured.flops / rate if measured.flops is not None and rate else None
 
 
 def parts_gap(measured: Measured) -> float | None:
-    """How far the parts' sum is from the whole, as a share of it; None unless every part is told.
+    """The difference between a call and the sum of its parts, as a share of the call. None unless all parts are known.
 
-    Of results that do not say it call by call, of the medians.
+    Without `told`, it is computed from the medians.
     """
     scales, parts = measured.scales, (measured.condition, measured.sampling, measured.decode)
     known = [part for part in parts if part is not None]
@@ -48,6 +48,7 @@ def parts_gap(measured: Measured) -> float | None:
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their key, in the order of their first occurrence."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -55,6 +56,7 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def normal(schedule: str) -> str:
+    """A schedule in its normal form, so that equal schedules have equal texts."""
     return str(ScaleSchedule.parse(schedule))
 
 

@@ -1,6 +1,6 @@
-"""A small classifier of scenes that has nothing to do with the model it judges: another network, other scenes.
+"""A small classifier of scenes, independent of the models that it judges: another network, trained on other scenes.
 
-Its share of recognised classes and the Fréchet distance between its features say how good generated scenes are.
+The quality of generated scenes is the share whose class it recognises, and the Fréchet distance of its features.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from flexvar_ref.training import scenes
 from flexvar_runtime.files.atomic import atomic_write
 
-SIDE = 64  # pixels of the shorter side the classifier looks at
+SIDE = 64  # pixels of the shorter side, to which images are scaled
 WIDTHS = (32, 64, 128, 128)
 TRAIN_SEED, HELD_OUT_SEED, REFERENCE_SEED, FLOOR_SEED = 7001, 7002, 7003, 7004
-"""Seeds of scenes; the model's training and held-out scenes have 0 and 1."""
-SIZES = ((64, 64), (64, 64), (64, 96), (96, 64))  # it must know every aspect ratio that it judges
+"""Seeds of scenes. The training and held-out scenes of the model have the seeds 0 and 1."""
+SIZES = ((64, 64), (64, 64), (64, 96), (96, 64))  # training covers every aspect ratio that is judged
 BATCH = 48
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What the classifier says of images: the recognised share, and features (N, D) float64."""
+    """The judgement of some images. accuracy: the recognised share. features: (N, D) float64."""
 
     accuracy: float
     features: NDArray[np.float64]
 
 
 class SceneClassifier(nn.Module):
-    """Images (B, 3, H, W) in −1…1 of any size to features (B, 128) and logits (B, classes)."""
+    """Maps images (B, 3, H, W) in −1…1, of any size, to features (B, 128) and logits (B, classes)."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -55,16 +55,16 @@ class SceneClassifier(nn.Module):
 
     @torch.inference_mode()
     def judge(self, images: Pixels, labels: NDArray[np.int64]) -> Judged:
-        """Images uint8 (N, H, W, 3) of one size; the shorter side is brought to 64 pixels by averaging."""
+        """Judge images (N, H, W, 3) uint8 of one size. They are scaled to a shorter side of 64 pixels by averaging."""
         self.eval()
-        parts = [self(_seen(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
+        parts = [self(_scaled(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
         features, logits = (torch.cat(values) for values in zip(*parts, strict=True))
         right = (logits.argmax(1).numpy() == labels).mean()
         return Judged(float(right), features.double().numpy())
 
 
 def real(seed: int, count: int, size: tuple[int, int], start: int = 0) -> tuple[Pixels, NDArray[np.int64]]:
-    """Scenes drawn by the data set: uint8 (N, H, W, 3) and their labels."""
+    """Scenes of the data set, (N, H, W, 3) uint8, and their labels."""
     drawn = [scenes.render(seed, start + index, size) for index in range(count)]
     return np.stack([image for image, _ in drawn]), np.array([label for _, label in drawn], np.int64)
 
@@ -72,7 +72,7 @@ def real(seed: int, count: int, size: tuple[int, int], start: int = 0) -> tuple[
 def trained(
     path: Path, count: int = 9600, epochs: int = 4, say: Callable[[str], None] = lambda _: None
 ) -> SceneClassifier:
-    """The classifier in `path`, trained first where there is none."""
+    """The classifier in `path`. It is trained first if the file does not exist."""
     torch.manual_seed(TRAIN_SEED)
     model = SceneClassifier(len(scenes.CLASSES))
     if path.exists():
@@ -90,7 +90,7 @@ def trained(
         order = torch.randperm(share)[: share // BATCH * BATCH].view(-1, BATCH).numpy()
         for rows in order:
             for images, labels in groups:
-                logits = model(_varied(_seen(images[rows])))[1]
+                logits = model(_varied(_scaled(images[rows])))[1]
                 loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]), label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ def trained(
     return model.eval()
 
 
-def _seen(images: Pixels) -> Tensor:
+def _scaled(images: Pixels) -> Tensor:
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     scale = SIDE / min(x.shape[2:])
     size = [round(side * scale) for side in x.shape[2:]]
@@ -111,7 +111,7 @@ def _seen(images: Pixels) -> Tensor:
 
 
 def _varied(x: Tensor) -> Tensor:
-    """Blurred, brightened and mirrored at random, so that what is recognised is the scene, not its finest pixels."""
+    """Images that are blurred, brightened and mirrored at random, so that the fine pixels do not decide."""
     if torch.rand(()) < 0.3:
         small = F.interpolate(x, scale_factor=0.5, mode="area")
         x = F.interpolate(small, size=x.shape[2:], mode="bilinear")
@@ -123,7 +123,7 @@ def _varied(x: Tensor) -> Tensor:
 def frechet(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Fréchet distance between the Gaussians of two sets of features (N, D): |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 √(Σ₁Σ₂)).
 
-    Source: Heusel et al., 2017. Both sets should be of the same size: the estimate is biased by it.
+    Source: Heusel et al., 2017. Both sets should have the same size, because the estimate depends on it.
     """
     means = [values.mean(0) for values in (first, second)]
     one, two = (np.cov(values, rowvar=False) for values in (first, second))

@@ -1,6 +1,6 @@
-"""A whole run: the models that a suite does not bring are made, then the machine's limit, then model after model.
+"""A whole run: makes the missing models of a suite, measures the limits of the machine, then each model.
 
-The limit is measured again at the end, and the best counts: other work that comes and goes would lower it.
+The limits are measured again at the end, and the higher rate counts, because other work on the machine lowers it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from flexvar_runtime.cli.console import steps
 from flexvar_runtime.errors import InvalidInput
 
 from .machine import best, ceiling, environment
-from .models import make, model_of
-from .plans import Extent, plan, read_quality
 from .records import Ceiling, Environment, Record, Results, read, write
-from .run import Costs, measure
 from .suite import Entry
+from .suite_models import make, model_of
+from .turns import Costs, measure
+from .workload import Extent, plan, read_quality
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The records that a run added to its file, and what it kept for deadlines."""
+    """The records that a run added to its file, and the costs that it saved for deadlines."""
 
     made: tuple[Record, ...]
     costs: tuple[Costs, ...]
@@ -32,12 +32,11 @@ class Outcome:
 def run_session(
     entries: Sequence[Entry], options: Extent, output: Path, *, threads: int, costs: bool = True, append: bool = False
 ) -> Outcome:
-    """Measure every model into the file `output`, which is whole after each result; the file's own records stay in
-    front where `append` says so.
+    """Measure every model, and write the file `output` after each result.
 
-    Models that are made for the run lie in `output` with the suffix .models. Raises InvalidInput for plans that cannot
-    be and for models that cannot be appended, before anything is made, and ArtifactRefused for a bundle, table or file
-    of results that cannot be read.
+    append: keep the records of the file. Models that are made for the run lie in a folder named as `output`, with the
+    suffix .models. Before anything is made, it raises InvalidInput for a plan that is not possible and for models that
+    cannot be appended, and ArtifactRefused for a bundle, table or file of results that cannot be read.
     """
     models = [model_of(entry, output.with_suffix(".models")) for entry in entries]
     extents = [entry.extent(options) for entry in entries]
@@ -45,14 +44,14 @@ def run_session(
     plans = [plan(model, extent) for model, extent in zip(models, extents, strict=True)]
     for entry in entries:
         if entry.bundle is not None:
-            Bundle.open(entry.bundle)  # refused now, not after the models before it
+            Bundle.open(entry.bundle)  # refused before anything is measured
     records: list[Record] = []
     if append and output.exists():
         before = read(output)
         names = [entry.name for entry in entries]
         _require_new(before, names, environment(threads), output.name)
         records = [before.environment, before.ceiling, *before.measured, *before.served]
-        records += [one for one in before.quality if one.model not in names]  # of a run that was killed
+        records += [one for one in before.quality if one.model not in names]  # left by a run that was killed
     made: list[Record] = [
         row for entry in entries if entry.quality for row in read_quality(Path(entry.quality), entry.name)
     ]
@@ -63,7 +62,9 @@ def run_session(
         for entry, model in exports:
             make(entry, model, threads, progress)
         size = f"{len(plans)} {'model' if len(plans) == 1 else 'models'}, {sum(one.calls for one in plans)} calls"
-        progress(f"{size}, {'what the machine can do is in the file' if records else 'after what the machine can do'}")
+        progress(
+            f"{size}, {'the limits of the machine are in the file' if records else 'after the limits of the machine'}"
+        )
         if not records:
             records = [environment(threads), ceiling(threads)]
         for one in plans:
@@ -79,18 +80,18 @@ def run_session(
 
 
 def _require_new(before: Results, names: Sequence[str], now: Environment, file: str) -> None:
-    """Refuse to add another machine's times, and models that the file has. Raises InvalidInput."""
+    """Raises InvalidInput if the file is of another machine, or if it holds one of the models."""
     for fact in ("cpu", "cores", "threads"):
         if (there := getattr(before.environment, fact)) != (here := getattr(now, fact)):
             raise InvalidInput(
-                f"{file} with {fact} {there}, here {here}",
-                expected="one machine and one number of threads a file",
-                fix="write another file: -o",
+                f"{file} was measured with {fact} {there}, but {fact} here is {here}.",
+                expected="one machine and one number of threads in a file",
+                fix="Write another file: -o FILE",
             )
     known = {one.scenario.model for one in before.measured} | {one.scenario.model for one in before.served}
     if again := [name for name in names if name in known]:
         raise InvalidInput(
-            f"models {', '.join(map(repr, again))}, which {file} has",
-            expected="a model once a file",
-            fix="name them otherwise (--name, or name = in the suite), or write another file: -o",
+            f"{file} holds the models {', '.join(map(repr, again))} already.",
+            expected="each model once in a file",
+            fix="Give them other names (--name, or name = in the suite), or write another file: -o FILE",
         )

@@ -1,4 +1,4 @@
-"""Which models a run measures, and how much of each: from a TOML file, or from the options of the command."""
+"""The models that a run measures, and how much of each: from a TOML file, or from the options of the command."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from flexvar_runtime.errors import ArtifactRefused, InvalidInput
 from flexvar_runtime.files.strict_json import decode
 from flexvar_runtime.model.precision import Precision
 
-from .plans import Extent, names_of
+from .workload import Extent, names_of
 
-NONE = "-"  # in place of a value: this bundle has none
+NONE = "-"  # the value of an option for a bundle without one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model: a `bundle`, or one that is exported for the run from `checkpoint` and `vae`, or from `random` weights of
-    a size ("d16"), in `precision` (fp32). The torch peers need one of the latter two. quality: a table of quality by
+    """A model of a suite.
+
+    It is a `bundle`, or it is exported for the run in `precision` (default fp32): from `checkpoint` and `vae`, or from
+    `random` weights of a size ("d16"). The torch peers need an exported model. quality: a file with the quality of each
     schedule.
 
-    The rest is how much of it is measured, as in `Extent`; None is what the options say.
+    The other fields say how much is measured, as in `Extent`. None takes the options of the command.
     """
 
     name: str
@@ -47,47 +49,47 @@ class Entry:
         if not pair or sources != 1 or not self.name:
             given = [key for key in ("bundle", "random", "checkpoint", "vae") if getattr(self, key) is not None]
             raise InvalidInput(
-                f"model {self.name!r:.100} with {' and '.join(given) or 'nothing to measure'}",
+                f"The model {self.name!r:.100} has {' and '.join(given) or 'nothing to measure'}. It needs a name, and "
+                "either a bundle, or a checkpoint with its vae, or random.",
                 expected="a name, and a bundle, or a checkpoint with its vae, or random weights",
-                fix="give the checkpoint and its vae together, or random alone",
+                fix="Give checkpoint and vae together, or random alone.",
             )
         if self.precision not in (None, *Precision):
             raise InvalidInput(
-                f"precision {self.precision!r:.100}", expected=" or ".join(Precision), fix="name one of them"
+                f"precision of the model {self.name!r:.100} is {self.precision!r:.100}, which is unknown.",
+                expected=" or ".join(Precision),
+                fix=f"Use one of: {', '.join(Precision)}.",
             )
         if self.precision is not None and self.bundle is not None:
             raise InvalidInput(
-                f"model {self.name!r:.100} with a bundle and precision {self.precision}",
-                expected="a precision for what is exported for the run",
-                fix="leave it out: the bundle has one",
+                f"precision of the model {self.name!r:.100} cannot be combined with its bundle, which has a precision.",
+                expected="a precision for an exported model",
+                fix="Leave out precision.",
             )
 
     def extent(self, options: Extent) -> Extent:
-        """How much of this model is measured where `options` say the rest."""
+        """How much of this model is measured: its own fields, and `options` for those that are None."""
         own = {field.name: getattr(self, field.name) for field in fields(Extent)}
         return replace(options, **{key: value for key, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """The form of the file: a list of tables [[model]]."""
+    """The content of a suite file: a list of tables [[model]]."""
 
     model: tuple[Entry, ...]
 
 
 def read_suite(path: Path) -> tuple[Entry, ...]:
-    """The models of a suite; files are relative to it. Raises ArtifactRefused, InvalidInput."""
-    fix = "see benchmarks/standard.toml, which is one"
+    """The models of a suite. Its paths are relative to the file. Raises ArtifactRefused and InvalidInput."""
+    fix = f"Correct {path.name}. benchmarks/standard.toml is an example."
     try:
-        entries = decode(
-            Suite, tomllib.loads(path.read_text(encoding="utf-8")), where=path.name, fix=f"Correct {path.name}."
-        ).model
-    except ArtifactRefused as error:
-        raise ArtifactRefused(error.got, expected=error.expected, fix=fix) from None
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise ArtifactRefused(f"{path.name}: {error}", expected="TOML in UTF-8", fix=fix) from error
+        raise ArtifactRefused(
+            f"{path.name} is not TOML in UTF-8: {error}.", expected="TOML in UTF-8", fix=fix
+        ) from error
+    entries = decode(Suite, document, where=path.name, fix=fix).model
 
     def beside(name: str | None) -> str | None:
         return None if name is None else str(path.parent / name)
@@ -114,9 +116,9 @@ def from_options(
     vaes: Sequence[str],
     quality: Sequence[str],
 ) -> tuple[Entry, ...]:
-    """A model for every bundle. An option is given once a bundle, in their order, `-` for none, or not at all.
+    """One model for each bundle. Each option has one value for each bundle, in their order, or no value at all.
 
-    Raises InvalidInput, and ArtifactRefused for what is no bundle.
+    The value `-` means none. Raises InvalidInput, and ArtifactRefused for a folder that is not a bundle.
     """
     by_option = {"--name": names, "--checkpoint": checkpoints, "--vae": vaes, "--quality": quality}
     matched = [_matched(option, values, len(bundles)) for option, values in by_option.items()]
@@ -135,15 +137,17 @@ def from_options(
 
 
 def distinct(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """Refuse no model, and two of one name. Raises InvalidInput."""
+    """The models as a tuple. Raises InvalidInput without any model, and for two models of one name."""
     names = [entry.name for entry in entries]
     if not names:
-        raise InvalidInput("no model", expected="at least one", fix="name a bundle, or a suite: --suite FILE.toml")
+        raise InvalidInput(
+            "There is no model to measure.", expected="at least one", fix="Pass a bundle, or a suite: --suite FILE.toml"
+        )
     if len(set(names)) < len(names):
         raise InvalidInput(
-            f"models {', '.join(map(repr, names))}",
-            expected="each with a name of its own",
-            fix="name them: --name a --name b, or name = in the suite",
+            f"Two models have the same name: {', '.join(map(repr, names))}.",
+            expected="a different name for each model",
+            fix="Give each a different name: --name a --name b, or name = in the suite.",
         )
     return tuple(entries)
 
@@ -151,8 +155,8 @@ def distinct(entries: Sequence[Entry]) -> tuple[Entry, ...]:
 def _matched(option: str, values: Sequence[str], count: int) -> list[str | None]:
     if values and len(values) != count:
         raise InvalidInput(
-            f"{len(values)} of {option} for {count} bundles",
-            expected="one for every bundle, in their order, or none at all",
-            fix=f"give {option} {NONE} for a bundle that has none",
+            f"{option} is given {len(values)} times for {count} bundles.",
+            expected="one value for each bundle, or none",
+            fix=f"Give it once for each bundle, in their order. {option} {NONE} means none.",
         )
     return [None if value == NONE else value for value in values] or [None] * count

@@ -1,4 +1,4 @@
-"""How times are taken: warm-up, repetition within a budget, quantiles; and the height of the device's memory."""
+"""Measures times (warm-up, repetition within a budget, quantiles) and the peak of memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEMORY_POLL_SECONDS = 0.002
 
 @dataclass(frozen=True)
 class Budget:
-    """How often something is repeated: `most` times at the most, and no new time after `seconds`, but `least` times."""
+    """How often a call is repeated: until `seconds` have passed, but at least `least` and at most `most` times."""
 
     warmup: int = 3
     least: int = 5
@@ -35,8 +35,11 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Times:
-    """Wall seconds of every counted call, seconds on the device where it says them, and the energy of all counted
-    calls; None where it is not counted, or they were too short for the counter."""
+    """The times of counted calls.
+
+    walls: wall seconds of each call. devices: seconds on the device of each call, if it reports them. joules: of all
+    calls together, None if they are not counted or if the calls were too short for the counter.
+    """
 
     walls: list[float]
     devices: list[float]
@@ -44,7 +47,7 @@ class Times:
 
 
 def repeat(run: Callable[[], float | None], budget: Budget, counter: Counter | None = None) -> Times:
-    """Call `run` again and again. It returns when its work is done, with its seconds on the device or None."""
+    """Time calls of `run`, which returns when its work is done: the seconds on the device, or None."""
     for _ in range(budget.warmup):
         run()
     walls: list[float] = []
@@ -63,7 +66,7 @@ def repeat(run: Callable[[], float | None], budget: Budget, counter: Counter | N
 
 
 def timed_row(batch: int, times: Times, budget: Budget) -> dict[str, Any]:
-    """What every row of times says."""
+    """The values that every row of times has."""
     wall = quantiles(times.walls)
     return {
         "batch": batch,
@@ -79,9 +82,9 @@ def timed_row(batch: int, times: Times, budget: Budget) -> dict[str, Any]:
 
 @contextmanager
 def memory_watch(used_bytes: Callable[[], int] | None) -> Iterator[dict[str, int]]:
-    """Bytes in use on the device, asked again and again while the body runs: "before", "peak" and "after".
+    """Poll the bytes in use on the device while the body runs. Yields a dictionary of "before", "peak" and "after".
 
-    Empty without a device. The asking disturbs times: nothing is timed in such a body.
+    The dictionary stays empty without a device. Polling disturbs times, so nothing may be timed in the body.
     """
     found: dict[str, int] = {}
     if used_bytes is None:
@@ -106,7 +109,7 @@ def memory_watch(used_bytes: Callable[[], int] | None) -> Iterator[dict[str, int
 
 
 def resident_bytes() -> int | None:
-    """Of this process; None where the system does not say."""
+    """Resident memory of this process. None if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))

@@ -1,9 +1,10 @@
-"""What is timed: a backend of the runtime, or a peer. Each opens in a process of its own and makes images on demand.
+"""The variants that are timed: backends of the runtime, and peers. Each one opens in its own process.
 
-Peers: `torch-eager`, the reference as published (float32); `torch-bf16`, the same with weights and activations in
-bfloat16; `torch-compile`, its blocks and decoder compiled; `ort-plain` and `openvino-plain`, the bundle's own graphs as
-ONNX Runtime and OpenVINO run them with their default settings: arrays in and out, nothing bound. OpenVINO's default is
-bfloat16 where the processor has it.
+- `torch-eager`: the reference as published, in float32.
+- `torch-bf16`: the reference with weights and activations in bfloat16.
+- `torch-compile`: the reference with its blocks and decoder compiled.
+- `ort-plain` and `openvino-plain`: the graphs of the bundle in ONNX Runtime and OpenVINO with their default settings,
+  with plain arrays instead of bindings. OpenVINO then computes in bfloat16 if the processor has it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RunGraph = Callable[[str, Mapping[str, NDArray[Any]]], Arrays]
 
 @dataclass(frozen=True)
 class Subject:
-    """A variant and what it runs. transformer, vae: the checkpoint, which the torch peers need."""
+    """A variant with its files. transformer, vae: the checkpoint, which the torch peers need."""
 
     variant: str
     bundle: Path
@@ -54,7 +55,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Work:
-    """One call: images of the classes 0, 1, … by a schedule, with the bundle's default guidance or none."""
+    """One call: images of the classes 0, 1, … with the bundle's default guidance or without guidance."""
 
     schedule: ScaleSchedule
     batch: int
@@ -66,15 +67,15 @@ class Work:
 
 @dataclass(frozen=True)
 class CostWork:
-    """Times of the bundle's quality order to be kept for deadlines: at these batch sizes, each so many times."""
+    """Costs to measure for deadlines: the schedules of the bundle's quality order, at these batch sizes."""
 
     batches: tuple[int, ...]
     repeats: int
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Where costs are kept, and of how many schedules and batch sizes they were measured just now."""
+class SavedCosts:
+    """The file of saved costs, and the number of schedules and batch sizes that were just measured."""
 
     file: str
     rows: int
@@ -82,7 +83,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one call, decoder included, and of its parts where the variant tells them apart."""
+    """Seconds of one call, decoder included, and of its parts. None where the variant does not report a part."""
 
     total: float
     condition: float | None = None
@@ -91,20 +92,25 @@ class Sample:
     decode: float | None = None
 
 
-Make = Callable[[Work], Sample]
+Caller = Callable[[Work], Sample]
 
 
 def usable_threads() -> int:
-    """Processors this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
-def opened(subject: Subject) -> Iterator[Make]:
-    """Raises InvalidInput (no such variant, or no checkpoint for a torch peer), BackendUnavailable."""
+def opened(subject: Subject) -> Iterator[Caller]:
+    """Open a variant.
+
+    Raises InvalidInput for an unknown variant and for a torch peer without a checkpoint, and BackendUnavailable.
+    """
     if subject.variant not in VARIANTS:
         raise InvalidInput(
-            f"variant {subject.variant!r:.100}", expected=f"one of {', '.join(VARIANTS)}", fix="name one of them"
+            f"The variant {subject.variant!r:.100} is unknown.",
+            expected=f"one of {', '.join(VARIANTS)}",
+            fix=f"Use one of: {', '.join(VARIANTS)}.",
         )
     if subject.variant in TORCH_PEERS:
         yield _torch_peer(subject)
@@ -113,7 +119,7 @@ def opened(subject: Subject) -> Iterator[Make]:
     else:
         threads = subject.threads if subject.variant in CPU_BACKENDS else None
         with FlexVARPipeline.from_bundle(subject.bundle, backend=subject.variant, threads=threads) as pipeline:
-            yield RuntimeMake(pipeline)
+            yield RuntimeCaller(pipeline)
 
 
 def default_guidance(bundle: Bundle, guided: bool) -> Guidance:
@@ -122,8 +128,8 @@ def default_guidance(bundle: Bundle, guided: bool) -> Guidance:
 
 
 @dataclass(frozen=True)
-class RuntimeMake:
-    """Calls of the runtime, which can also measure what deadlines go by."""
+class RuntimeCaller:
+    """Calls the runtime. It can also measure the costs for deadlines."""
 
     pipeline: FlexVARPipeline
 
@@ -136,29 +142,31 @@ class RuntimeMake:
         return Sample(times.total, times.condition, steps, times.sampling, times.decode)
 
     def joules(self, work: Work) -> float | None:
-        """Of one call on a GPU; None on a processor, and where it is not counted."""
+        """The energy of one call on a GPU in joules. None on a processor, and if the GPU does not count it."""
         counter = None if self.pipeline.backend.device is None else gpu_counter()
         return None if counter is None else joules_of_call(lambda: self(work), counter)
 
-    def keep_costs(self, work: CostWork) -> Kept:
-        """Not from the calls above: those are always of the same classes, whose conditions are known by then."""
+    def save_costs(self, work: CostWork) -> SavedCosts:
+        """Measure and save costs. The timed calls cannot serve: they repeat classes, whose conditions are cached."""
         rows: list[CostRow] = []
         table = self.pipeline.measure_costs(work.batches, repeats=work.repeats, on_row=rows.append)
-        return Kept(str(table.path()), len(rows))
+        return SavedCosts(str(table.path()), len(rows))
 
 
-def _torch_peer(subject: Subject) -> Make:
+def _torch_peer(subject: Subject) -> Caller:
     if subject.transformer is None or subject.vae is None:
         raise InvalidInput(
-            f"{subject.variant} without a checkpoint",
-            expected="the one behind the bundle",
-            fix="--checkpoint and --vae",
+            f"The variant {subject.variant} needs the checkpoint of the bundle.",
+            expected="the checkpoint of the bundle",
+            fix="Pass --checkpoint FILE and --vae FILE",
         )
     try:
         import torch
     except ImportError as error:
         raise BackendUnavailable(
-            "no module torch", expected="the export extra", fix="pip install 'flexvar-deploy[export]'"
+            "The module torch is not installed.",
+            expected="the export extra",
+            fix="Install it: pip install 'flexvar-deploy[export]'",
         ) from error
     import flexvar_ref
     from flexvar_export.proof import reference_options
@@ -192,8 +200,8 @@ def _sampling(bundle: Bundle) -> Sampling:
 
 
 @dataclass(frozen=True)
-class PlainMake:
-    """Calls of a peer on the bundle's graphs. precision: what its library computes in."""
+class PlainCaller:
+    """Calls a peer on the graphs of the bundle. precision: the one that its library computes in."""
 
     bundle: Bundle
     tables: Tables
@@ -204,10 +212,10 @@ class PlainMake:
         return _plain_sample(self.bundle, self.tables, self.run, work)
 
 
-def _plain_peer(subject: Subject) -> PlainMake:
+def _plain_peer(subject: Subject) -> PlainCaller:
     bundle = Bundle.open(subject.bundle)
     run, precision = {"ort-plain": _onnx_runtime, "openvino-plain": _openvino}[subject.variant](bundle, subject.threads)
-    return PlainMake(bundle, Tables.load(bundle.file(TABLES_FILE), bundle.manifest.model), run, precision)
+    return PlainCaller(bundle, Tables.load(bundle.file(TABLES_FILE), bundle.manifest.model), run, precision)
 
 
 def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
@@ -216,7 +224,7 @@ def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if bundle.manifest.precision.of(STEP) == "int8":
-        make_exact(onnxruntime, options)  # no setting of speed: what saturates is another model
+        make_exact(onnxruntime, options)  # not for speed: without it products saturate, which changes the model
     sessions = {
         graph: onnxruntime.InferenceSession(str(bundle.graph_file(graph)), options, providers=["CPUExecutionProvider"])
         for graph in (CONDITION, STEP, DECODE)
@@ -234,7 +242,9 @@ def _openvino(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
         core = shared_core()
     except ImportError as error:
         raise BackendUnavailable(
-            "no module openvino", expected="the openvino extra", fix="pip install 'flexvar-deploy[openvino]'"
+            "The module openvino is not installed.",
+            expected="the openvino extra",
+            fix="Install it: pip install 'flexvar-deploy[openvino]'",
         ) from error
     compiled = {
         graph: core.compile_model(str(bundle.graph_file(graph)), "CPU", {"INFERENCE_NUM_THREADS": threads})
@@ -243,18 +253,20 @@ def _openvino(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
 
     def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         results = compiled[graph](dict(feeds))
-        outputs = bundle.graph(graph).outputs  # the library calls bfloat16 float16
+        outputs = bundle.graph(graph).outputs  # the library reports bfloat16 arrays as float16
         return {t.name: results[t.name].view(host_dtype(t.dtype)) for t in outputs}
 
     shapes = {t.name: [axis if isinstance(axis, int) else 1 for axis in t.axes] for t in bundle.graph(STEP).inputs}
     dtypes = {t.name: host_dtype(t.dtype) for t in bundle.graph(STEP).inputs}
-    run(STEP, {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()})  # without a past first: garbage
+    run(
+        STEP, {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
+    )  # a first call without a past gives wrong values
     hint = compiled[STEP].get_property("INFERENCE_PRECISION_HINT").get_type_name()  # f32: as the graph declares
     return run, {"bf16": "bf16", "f16": "fp16"}.get(hint, bundle.manifest.precision)
 
 
 def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> Sample:
-    """One call as a first script would write it: the past is joined anew at every scale."""
+    """One call, written in the simplest way: the past is concatenated again at every scale."""
     model, B = bundle.manifest.model, work.batch
     sampling, labels = _sampling(bundle), work.labels(model.classes)
     branches = 2 if work.guided else 1
@@ -264,8 +276,10 @@ def _plain_sample(bundle: Bundle, tables: Tables, run: RunGraph, work: Work) -> 
     modulation = {name: array for name, array in condition.items() if name != "first_input"}
     conditioned = time.perf_counter()
     rows = np.arange(B, dtype=np.int32)
-    kept = host_dtype(bundle.manifest.precision.dtype)
-    past = {name: np.empty((0, branches * B, model.heads, model.head_size), kept) for name in past_names(model.depth)}
+    past_dtype = host_dtype(bundle.manifest.precision.dtype)
+    past = {
+        name: np.empty((0, branches * B, model.heads, model.head_size), past_dtype) for name in past_names(model.depth)
+    }
     weights = default_guidance(bundle, work.guided).weights(work.schedule)
     steps, drawing, tokens = [], 0.0, np.empty((B, 1, 1), np.int32)
     for i, (h, w) in enumerate(work.schedule):

@@ -1,4 +1,4 @@
-"""Processes that make images on demand: one a variant, so that each has its own memory, and only one of them works."""
+"""Processes that generate images on demand, one for each variant, so that each has its own memory."""
 
 from __future__ import annotations
 
@@ -12,40 +12,43 @@ from typing import Any
 
 from flexvar_runtime.errors import FlexVARError
 
-from .variants import CostWork, Kept, Make, PlainMake, RuntimeMake, Sample, Subject, Work, opened
+from .variants import Caller, CostWork, PlainCaller, RuntimeCaller, Sample, SavedCosts, Subject, Work, opened
 
-RESET, PEAK = "reset the peak of memory", "the peak of memory"  # asked of a process beside work
+RESET, PEAK = "reset the peak of memory", "the peak of memory"  # requests to a process, in addition to work
 
 
 @dataclass(frozen=True)
 class EnergyWork:
-    """Work whose energy is asked for, on a GPU."""
+    """Asks for the energy of a call on a GPU."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Worker:
-    """The near end of a process. refusal: why it made nothing; precision: what its library chose to compute in, None
-    where that is the bundle's or the variant's."""
+    """A process, seen from the parent.
+
+    refusal: why the variant could not be opened, else None. precision: the one that its library computes in, None if it
+    follows from the bundle or the variant.
+    """
 
     subject: Subject
     connection: Connection
     refusal: str | None
     precision: str | None = None
 
-    def make(self, work: Work) -> Sample | str:
-        """One call, or why it failed."""
+    def call(self, work: Work) -> Sample | str:
+        """The sample of one call, or why it failed."""
         answer: Sample | str = self._ask(work)
         return answer
 
-    def keep_costs(self, work: CostWork) -> Kept | str:
-        """Measure and keep what deadlines go by, or why that failed. For backends of the runtime."""
-        answer: Kept | str = self._ask(work)
+    def save_costs(self, work: CostWork) -> SavedCosts | str:
+        """Measure and save costs for deadlines, or return why that failed. Only for backends of the runtime."""
+        answer: SavedCosts | str = self._ask(work)
         return answer
 
     def joules(self, work: Work) -> float | None:
-        """Of one call, where it is counted: on a GPU. Takes a second and more there."""
+        """The energy of one call on a GPU, None if it is not counted. It takes at least a second."""
         joules = self._ask(EnergyWork(work))
         return joules if isinstance(joules, float) else None
 
@@ -56,21 +59,21 @@ class Worker:
             self.connection.send(work)
             return self.connection.recv()
         except (EOFError, OSError):
-            return "the process died"
+            return "the process ended"
 
     def reset_peak(self) -> bool:
-        """Let the height of resident memory be counted from now on. False where the system does not allow it."""
+        """Reset the peak of resident memory. False if the system does not allow it."""
         return self._ask(RESET) is True
 
     def peak_bytes(self) -> int | None:
-        """Resident memory at its height since it was reset."""
+        """The peak of resident memory since it was reset."""
         peak = self._ask(PEAK)
         return peak if isinstance(peak, int) else None
 
 
 @contextmanager
 def started(subjects: Sequence[Subject]) -> Iterator[list[Worker]]:
-    """A process each, opened one after the other; those that cannot open say why."""
+    """Start a process for each subject, one after the other. A variant that cannot open has a `refusal`."""
     context = mp.get_context("spawn")
     with ExitStack() as stack:
         workers = []
@@ -78,12 +81,12 @@ def started(subjects: Sequence[Subject]) -> Iterator[list[Worker]]:
             near, far = context.Pipe()
             process = context.Process(target=_serve, args=(far, subject), daemon=True)
             process.start()
-            far.close()  # so that a process that dies is noticed
+            far.close()  # so that the end of a process is noticed
             stack.callback(_end, process, near)
             try:
                 refusal, precision = near.recv()
             except EOFError:
-                refusal, precision = "the process died while it opened", None
+                refusal, precision = "the process ended while it opened", None
             workers.append(Worker(subject, near, refusal, precision))
         yield workers
 
@@ -96,33 +99,33 @@ def _end(process: mp.process.BaseProcess, connection: Connection) -> None:
 
 
 def _serve(connection: Connection, subject: Subject) -> None:
-    """Say why it cannot open, if so, and in what it computes; then answer work with samples or kept costs."""
+    """Send why the variant cannot open, or None, and its precision. Then answer each request."""
     with ExitStack() as stack:
         try:
-            make = stack.enter_context(opened(subject))
+            call = stack.enter_context(opened(subject))
         except Exception as error:  # a library may raise anything
-            connection.send((str(error) if isinstance(error, FlexVARError) else _said(error), None))
+            connection.send((str(error) if isinstance(error, FlexVARError) else _describe(error), None))
             return
-        connection.send((None, make.precision if isinstance(make, PlainMake) else None))
+        connection.send((None, call.precision if isinstance(call, PlainCaller) else None))
         with suppress(EOFError):
             while True:
-                connection.send(_answer(make, connection.recv()))
+                connection.send(_answer(call, connection.recv()))
 
 
-def _answer(make: Make, work: Work | CostWork | EnergyWork | str) -> Sample | Kept | float | str | None:
+def _answer(call: Caller, work: Work | CostWork | EnergyWork | str) -> Sample | SavedCosts | float | str | None:
     try:
         if isinstance(work, Work):
-            return make(work)
+            return call(work)
         if isinstance(work, EnergyWork):
-            return make.joules(work.work) if isinstance(make, RuntimeMake) else None
+            return call.joules(work.work) if isinstance(call, RuntimeCaller) else None
         if isinstance(work, str):
             return _reset_peak() if work == RESET else _peak_bytes()
-        return make.keep_costs(work) if isinstance(make, RuntimeMake) else "no backend of the runtime"
-    except Exception as error:  # those of ONNX Runtime derive from nothing else
-        return _said(error)
+        return call.save_costs(work) if isinstance(call, RuntimeCaller) else "not a backend of the runtime"
+    except Exception as error:  # ONNX Runtime raises subclasses of Exception only
+        return _describe(error)
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
@@ -135,6 +138,6 @@ def _reset_peak() -> bool:
 
 
 def _peak_bytes() -> int:
-    """Not ru_maxrss: that remembers the parent's size from before this process's own program was loaded."""
+    """The peak from /proc, because ru_maxrss includes the size of the parent before this program was loaded."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))

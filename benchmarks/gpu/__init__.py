@@ -1,1 +1,1 @@
-"""What `gpu_check` measures on a machine with a GPU, each part in a process of its own."""
+"""The measurements of `gpu_check` on a machine with a GPU. Each phase runs in its own process."""

@@ -1,4 +1,4 @@
-"""One phase in a process of its own: what it finds goes to a file, again and again, so that a crash loses little.
+"""Runs one phase in its own process, and writes its result to a file after each part, so that a crash loses little.
 
 python -m flexvar_bench.gpu.child JOB --work DIR --result FILE --options JSON
 """
@@ -30,8 +30,8 @@ def main() -> int:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--options", type=json.loads, required=True)
     arguments = parser.parse_args()
-    faulthandler.enable()  # a crash leaves the place it happened in
-    _die_with_parent()
+    faulthandler.enable()  # a crash prints its stack
+    _end_with_parent()
     try:
         JOBS[arguments.job](arguments.work, _saver(arguments.result), **arguments.options)
     except Exception as error:
@@ -51,25 +51,25 @@ def _saver(path: Path) -> Save:
     return save
 
 
-def _die_with_parent() -> None:
-    """A phase whose orchestrator was killed would go on using the device, and so would what it started."""
+def _end_with_parent() -> None:
+    """End this process and its children when its parent ends. Otherwise they would go on using the device."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_SECONDS)
-        if os.getpgrp() == os.getpid():  # a group of its own
+        if os.getpgrp() == os.getpid():  # it leads its own process group
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
-# A job imports what it needs, and no more: a library that crashes when it is loaded takes only its own phases along.
+# A job imports only what it needs: a library that crashes while loading then ends only the phases that use it.
 
 
 def _machine(work: Path, save: Save, *, tiny: bool) -> None:
-    from .machine import machine
+    from .hardware import machine
 
     machine(save, tiny)
 
@@ -77,7 +77,7 @@ def _machine(work: Path, save: Save, *, tiny: bool) -> None:
 def _export(work: Path, save: Save, *, model: str, precision: str, processes: int) -> None:
     import torch
 
-    from .models import export_model
+    from .random_models import export_model
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     export_model(model, work, precision, save)
@@ -90,8 +90,8 @@ def _unpack(work: Path, save: Save, *, carried: str, bundles: list[str]) -> None
 
 
 def _regenerate(work: Path, save: Save, *, model: str, carried: str) -> None:
-    from .models import regenerate_model
     from .pack import skeleton_of
+    from .random_models import regenerate_model
 
     regenerate_model(model, work, skeleton_of(Path(carried), model), save)
 
@@ -103,13 +103,13 @@ def _sanitize(work: Path, save: Save) -> None:
 
 
 def _in_phases(work: Path, save: Save, *, model: str) -> None:
-    from .models import phases_model
+    from .random_models import phases_model
 
     phases_model(model, work, save)
 
 
 def _tiny(work: Path, save: Save, *, backend: str) -> None:
-    from .runs import tiny
+    from .runtime_jobs import tiny
 
     tiny(work, backend, save)
 
@@ -118,23 +118,23 @@ def _kernels(work: Path, save: Save, *, model: str, batches: list[int]) -> None:
     from flexvar_ref import TransformerConfig
     from flexvar_ref.synthetic import tiny_transformer
 
-    from .device import device_kernels
-    from .models import schedule_of
     from .plan import TINY
+    from .random_models import schedule_of
+    from .sampler_checks import device_kernels
 
     config = tiny_transformer() if model == TINY else TransformerConfig.published(int(model.removeprefix("d")))
     device_kernels(config.vocabulary, schedule_of(model), batches, save)
 
 
 def _build(work: Path, save: Save, *, model: str, backend: str, max_batch: int) -> None:
-    from .runs import build
+    from .runtime_jobs import build
 
     build(work, model, backend, max_batch, save)
 
 
 def _run(work: Path, save: Save, *, model: str, backend: str, batches: list[int], budget: dict[str, Any]) -> None:
     from ..timing import Budget
-    from .runs import run
+    from .runtime_jobs import run
 
     run(work, model, backend, batches, Budget(**budget), save)
 
@@ -146,7 +146,7 @@ def _profile(work: Path, save: Save, *, model: str, backend: str, batches: list[
 
 
 def _growth(work: Path, save: Save, *, model: str, backend: str, generations: int) -> None:
-    from .runs import growth
+    from .runtime_jobs import growth
 
     growth(work, model, backend, generations, save)
 
@@ -155,7 +155,7 @@ def _decoders(
     work: Path, save: Save, *, model: str, backend: str, batches: list[int], max_batch: int, budget: dict[str, Any]
 ) -> None:
     from ..timing import Budget
-    from .runs import decoders
+    from .runtime_jobs import decoders
 
     decoders(work, model, backend, batches, max_batch, Budget(**budget), save)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexvar_runtime.errors import InvalidInput
+
 from .plan import BATCHES, GENERATIONS, GPU_BACKENDS, MINUTES, MODELS
 from .stages import SECONDS
-from .usage_error import UsageError
 
 PLAN = "plan"  # the mode without --merge, --pack, --stage and --rehearse
 
@@ -34,8 +35,8 @@ MODES = {
     ),
 }
 MISSING = {
-    "out": "--out is missing. Add --out DIR.",
-    "carried": "--stage needs --carried. Add --carried DIR, the folder that --pack made.",
+    "out": ("--out is missing.", "Add --out DIR."),
+    "carried": ("--stage needs --carried.", "Add --carried DIR, the folder that --pack made."),
 }
 FOLDERS = ("out", "work", "carried")
 DEFAULTS: dict[str, Any] = {
@@ -53,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse(argv: Sequence[str] | None, description: str) -> tuple[str, argparse.Namespace]:
-    """Returns the mode and all options, with defaults. Raises UsageError for options that do not go together."""
+    """The mode and all options, with defaults. Raises InvalidInput for options that do not go together."""
     given = vars(_parser(description).parse_args(argv))
     chosen = [name for name in MODES if name in given]
     mode = chosen[0] if chosen else PLAN
@@ -61,10 +62,13 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[str, argparse.N
     of_mode = "without --stage, --pack, --rehearse or --merge" if mode == PLAN else f"with --{mode}"
     for name in given:
         if name not in allowed:
-            raise UsageError(f"--{name} cannot be used {of_mode}.")
+            raise InvalidInput(
+                f"--{name} cannot be used {of_mode}.", expected="options of one mode", fix="Leave it out."
+            )
     for name in MODES[mode].needed:
         if name not in given:
-            raise UsageError(MISSING[name])
+            got, fix = MISSING[name]
+            raise InvalidInput(got, expected=f"--{name}", fix=fix)
     return mode, argparse.Namespace(**{**DEFAULTS, **given})
 
 

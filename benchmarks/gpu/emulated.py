@@ -1,7 +1,7 @@
-"""A phase of a rehearsal: `child`, with the tests' emulated device in place of the first GPU.
+"""Runs one phase of a rehearsal, as `child` does, with the tests' emulated device in place of the first GPU.
 
-The emulated device compiles our kernels with the C compiler and runs what is enqueued when somebody waits for it. It
-says nothing of times, of CUDA libraries or of a driver.
+The emulated device compiles our kernels with the C compiler. It runs queued work at the next synchronisation. Its times
+mean nothing, and it tests neither CUDA libraries nor a driver.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ BLOCK = 64  # threads of a block of the sampling kernel: fewer are faster on a p
 
 
 def emulated_gpu(folder: Path) -> Callable[[], Any]:
-    """What starts an emulated device that counts its captures. folder: for its kernels."""
+    """A function that starts an emulated device, which counts its captures. folder: for the compiled kernels."""
     if not FAKES.is_dir():
-        raise EnvironmentFailed("no tests beside benchmarks/", expected="a checkout", fix="rehearse in a clone")
+        raise EnvironmentFailed(
+            f"The folder {FAKES} is missing.",
+            expected="a checkout with its tests",
+            fix="Run the rehearsal in a git clone.",
+        )
     sys.path.insert(0, str(FAKES))
     fakes, host_kernels = importlib.import_module("fakes"), importlib.import_module("host_kernels")
 
@@ -50,7 +54,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
         start = emulated_gpu(Path(folder))
         first_gpu.start_gpu = start
-        if sys.argv[1:2] == ["proof"]:  # it counts captures on a device of its own
+        if sys.argv[1:2] == ["proof"]:  # this job starts its own device, which counts captures
             proof: Any = importlib.import_module(".torch_proof", __package__)
             proof.start_device = start
         return child.main()

@@ -60,9 +60,9 @@ def keep_kernels(library: Path, architecture: int, wanted: Callable[[bytes], boo
     ours = [e for c in found for e in c.entries if (e.kind, e.architecture) == (CUBIN, architecture)]
     if not ours or {entry.number for entry in ours} != set(names):
         raise ArtifactRefused(
-            f"{library.name} with {len(ours)} cubins for sm_{architecture}; cuobjdump lists {len(names)}",
+            f"{library.name} holds {len(ours)} cubins for sm_{architecture}, but cuobjdump lists {len(names)}.",
             expected=f"the same cubins for sm_{architecture} in the file and from cuobjdump, at least one",
-            fix="use the onnxruntime-gpu version of trim_onnxruntime.VERSION",
+            fix="Use the onnxruntime-gpu version of trim_onnxruntime.VERSION.",
         )
     smallest = min((entry.data for entry in ours), key=len)  # a container that keeps no other entry must stay valid
     target, kept = bytearray(source), 0
@@ -86,9 +86,9 @@ def section(library: Path, name: str = SECTION) -> tuple[int, int]:
         if match and match[1] == name:
             return int(match[2], 16), int(match[3], 16)
     raise ArtifactRefused(
-        f"{library.name} without the section {name}",
+        f"{library.name} has no section {name}.",
         expected="a CUDA library",
-        fix="use the onnxruntime-gpu version of trim_onnxruntime.VERSION",
+        fix="Use the onnxruntime-gpu version of trim_onnxruntime.VERSION.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The files of a run: where the models lie in its folder, and what its phases write."""
+"""The files of a run: the places of its models in the work folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from flexvar_runtime.files.atomic import atomic_write
 
 Save = Callable[[dict[str, Any]], None]
-"""What a phase calls with all that it has found so far."""
+"""Saves all that a phase has found so far."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class ModelFiles:
         return self.stamp.is_file() and self.stamp.read_text().strip() == sources
 
     def keep_only(self, sources: str) -> None:
-        """Delete files that other sources made, say so in one line, and stamp what will be made with `sources`."""
+        """Delete files that other sources made, print one line about it, and stamp what will be made with `sources`."""
         if self.made_by(sources):
             return
         old = [path for path in (self.bundle, self.in_phases, self.proof) if path.exists()]
         if old:
-            print(f"{self.bundle}: made by other sources, so it is made anew", flush=True)
+            print(f"{self.bundle}: was made by other sources, so it is made again.", flush=True)
         for path in old:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         with atomic_write(self.stamp, force=True) as temporary:

@@ -1,4 +1,4 @@
-"""The GPU that our kernels are checked on. A rehearsal puts the emulated device in its place."""
+"""Opens the GPU for checks of our kernels. A rehearsal replaces `start_gpu`, which then returns the emulated device."""
 
 from __future__ import annotations
 

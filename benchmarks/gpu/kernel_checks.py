@@ -22,7 +22,7 @@ from flexvar_runtime.model.sampling import sample
 from flexvar_runtime.pictures.pixels import to_uint8
 
 from . import first_gpu
-from .device import upload_options
+from .sampler_checks import upload_options
 
 CONFIG = KernelConfig(512, 8, 128)  # of the tiny model
 SEEDS, INDICES = (2**63, 7, 2**63), (0, 5, 2**32)
@@ -37,7 +37,7 @@ class KernelHarness:
         self.device = first_gpu.start_gpu()
         self.device.load(CONFIG)
         self.arrays = DeviceArrays(self.device)
-        self._held: list[DeviceArray] = []  # a launch holds addresses only
+        self._held: list[DeviceArray] = []  # a launch holds only addresses, so the arrays must stay alive
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         self._held.append(self.arrays.upload(np.ascontiguousarray(array)))

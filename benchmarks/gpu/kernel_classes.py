@@ -1,4 +1,4 @@
-"""What a kernel is for, told by its name; and what that says of one generation: time per class and per scale."""
+"""Sorts the kernels of a profile into classes by their names, and sums their time per class and per scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 OTHER = "other"
 SAMPLER = "sample_rows"  # our kernel that ends every scale
 
-# Looked at in this order: an implicit GEMM is a convolution, a fused attention kernel is named after its products.
+# Tried in this order: an implicit GEMM is a convolution, and a fused attention kernel is named after its products.
 _CLASSES = (
     (
         "sampling",
@@ -33,17 +33,17 @@ _CLASSES = (
 )
 _PATTERNS = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _CLASSES)
 CLASSES = (*(name for name, _ in _CLASSES), OTHER)
-NAME_LENGTH = 160  # templates go on for thousands of letters
+NAME_LENGTH = 160  # names of templates have thousands of characters
 
 
 def classify(kernel: str) -> str:
-    """One of CLASSES; what no pattern knows is "other", never guessed."""
+    """The class of a kernel, one of CLASSES. A name that matches no pattern is "other"."""
     return next((name for name, pattern in _PATTERNS if pattern.search(kernel)), OTHER)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, copy or fill on the device; microseconds."""
+    """One kernel, copy or fill on the device. start, duration: microseconds."""
 
     name: str
     start: float
@@ -55,7 +55,7 @@ class Kernel:
 
 
 def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
-    """Work on the device in a trace of torch's profiler (Chrome format), in order."""
+    """The kernels, copies and fills in a trace of torch's profiler (Chrome format), in order of their start."""
     device = {"kernel", "gpu_memcpy", "gpu_memset"}
     events = (event for event in trace.get("traceEvents", []) if event.get("cat") in device)
     return sorted((Kernel(e["name"], float(e["ts"]), float(e["dur"])) for e in events), key=lambda k: k.start)
@@ -64,8 +64,8 @@ def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
 def summary(kernels: Sequence[Kernel], scales: int, top: int = 15) -> dict[str, Any]:
     """Seconds and shares by class, the kernels that take longest, and seconds by scale.
 
-    A scale ends with its draws; what follows the last is the decoder. Unless there are as many draws as `scales`, the
-    scales are told to be unknown.
+    A scale ends with the kernel that samples its tokens. The decoder follows the last one. If the number of sampling
+    kernels differs from `scales`, `scale_s` and `decoder_s` are None.
     """
     if not kernels:
         return {"reason": "the profiler saw no kernel"}
@@ -101,12 +101,12 @@ def summary(kernels: Sequence[Kernel], scales: int, top: int = 15) -> dict[str, 
 
 
 def _begin(kernels: Sequence[Kernel]) -> float:
-    """Of the first scale: a request's rows are gathered before it, and the status is zeroed."""
+    """The start of the first scale. Before it the rows of the request are gathered and the status is cleared."""
     gathered = max((i for i, kernel in enumerate(kernels) if "gather_rows" in kernel.name), default=-1)
     rest = kernels[gathered + 1 :]
     return next((kernel.start for kernel in rest if classify(kernel.name) != "copies"), kernels[0].start)
 
 
 def _end(kernels: Sequence[Kernel]) -> float:
-    """Of the decoder: its pixels; what follows is their way to the host."""
+    """The end of the decoder, which is the conversion to pixels. Only their copy to the host follows."""
     return max((kernel.end for kernel in kernels if "to_uint8" in kernel.name), default=max(k.end for k in kernels))

@@ -22,9 +22,9 @@ from rich.console import Console
 from flexvar_runtime import __version__
 
 from .plan import Phase
-from .report import document, headline, show
+from .processes import CHILD, Record, Runner
 from .result_file import ResultFile
-from .runner import CHILD, Record, Runner
+from .rows_and_goals import document, headline, show
 
 CUDA_PROBE = """
 import cuda.core
@@ -109,8 +109,8 @@ def _warn_without_cuda() -> str | None:
     missing = without_cuda()
     if missing:
         print(
-            f"gpu_check: {missing}: our kernels and backends on a GPU will not be measured, only the peers in torch; "
-            "fix: pip install 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
+            f"gpu_check: Our kernels cannot run here: {missing}. Only the peers in torch will be measured on a GPU. "
+            "Install what is missing: pip install 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
             file=sys.stderr,
             flush=True,
         )
@@ -139,7 +139,7 @@ def without_cuda() -> str | None:
 def environment(work: Path, folders: Sequence[Path]) -> dict[str, str]:
     """The environment variables of the phases.
 
-    Python imports from `folders` first. Receipts and caches lie in `work`, so that nobody else's are touched.
+    Python imports from `folders` first. Receipts and caches lie in `work`, so that those of the user stay untouched.
     """
     path = [*map(str, folders), *(part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part)]
     own = {

@@ -1,6 +1,6 @@
 """Makes and unpacks the folder that travels to a GPU machine beside the tracked files. It holds:
 
-pack.json              every file with its size and sha256
+pack.json              size and sha256 of every file
 onnxruntime.tar.xz     onnxruntime-gpu, trimmed; not in a pack for a rehearsal
 tiny/                  the bundle of the tiny model and its proof
 d16/                   the skeleton of d16
@@ -19,19 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
+from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed, InvalidInput
 
-from ..gpu_check import source_hash
 from .files import ModelFiles
+from .sources import source_hash
 from .stages import StageSetup
 from .trim_onnxruntime import VERSION, find_cuobjdump, require_tools, trim_onnxruntime
-from .usage_error import UsageError
 
 CONTENTS, ONNXRUNTIME, SITE = "pack.json", "onnxruntime.tar.xz", "site"
 MIB = 2**20
 MOST_BYTES = 60 * MIB  # of the packed folder and the tracked files together; a machine takes 64 MiB
 MOST_PACKED_BYTES = 38 * MIB
-REMAKE = "make the folder anew with gpu_check.py --pack DIR"
+REMAKE = "Make the folder again with gpu_check.py --pack DIR."
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,17 @@ def make_pack(folder: Path, setup: StageSetup, work: Path, root: Path, cuobjdump
 
     root: folder of the checkout. cuobjdump: NVIDIA's tool; it is looked for if None.
 
-    Raises UsageError if `folder` exists, and EnvironmentFailed for a tool that is missing, before anything is exported.
+    Raises InvalidInput if `folder` exists, and EnvironmentFailed for a missing tool, before anything is exported.
     Raises ArtifactRefused if the folder is larger than 38 MiB, or if the folder and the tracked files are larger than
     60 MiB together. Then no folder is written.
     """
-    from .models import export_model, write_only_bundle
+    from .random_models import export_model, write_only_bundle
     from .skeleton import make_skeleton
 
     if folder.exists():
-        raise UsageError(f"--pack {folder} exists already. Remove it, or name a new folder.")
+        raise InvalidInput(
+            f"--pack {folder} exists already.", expected="a new folder", fix="Remove it, or name a new folder."
+        )
     if not setup.rehearsed and not _archive(work).is_file():
         cuobjdump = find_cuobjdump(cuobjdump)
         require_tools()
@@ -92,13 +93,13 @@ def require_fit(size: Size) -> None:
     """Raises ArtifactRefused for more than 38 MiB packed, or more than 60 MiB together. It names the exceeded limit."""
     packed, together = f"{MOST_PACKED_BYTES / MIB:.0f} MiB packed", f"{MOST_BYTES / MIB:.0f} MiB together"
     if size.packed > MOST_PACKED_BYTES:
-        exceeded, fix = packed, "leave something out of the packed folder"
+        exceeded, fix = packed, "Leave something out of the packed folder."
     elif size.packed + size.tracked > MOST_BYTES:
-        exceeded, fix = together, "track smaller files, or leave something out of the packed folder"
+        exceeded, fix = together, "Track smaller files, or leave something out of the packed folder."
     else:
         return
     raise ArtifactRefused(
-        f"{size}, which exceeds the limit of {exceeded}", expected=f"at most {packed} and {together}", fix=fix
+        f"There are {size}. This exceeds the limit of {exceeded}.", expected=f"at most {packed} and {together}", fix=fix
     )
 
 
@@ -114,27 +115,35 @@ def tracked_files(root: Path) -> list[str]:
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise EnvironmentFailed(
-            f"no list of tracked files ({error})", expected="a git checkout", fix="run --pack in a git clone"
+            f"git cannot list the tracked files of {root} ({error}).",
+            expected="a git checkout",
+            fix="Run --pack in a git clone.",
         ) from error
     return [name for name in listed.split("\0") if name and (root / name).is_symlink() | (root / name).is_file()]
 
 
 def check_pack(pack: Path, setup: StageSetup) -> None:
-    """Raises UsageError for a folder that --pack did not make, or that it made for another model."""
+    """Raises InvalidInput for a folder that --pack did not make, or that it made for another model."""
     try:
         made_for = json.loads((pack / CONTENTS).read_text())["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--carried {pack} is not a packed folder ({error}). Make one with --pack DIR.") from error
+        raise InvalidInput(
+            f"--carried {pack} is not a packed folder ({error}).",
+            expected="a packed folder",
+            fix="Make one with --pack DIR.",
+        ) from error
     if made_for == setup.model:
         return
     if setup.rehearsed:
-        raise UsageError(
-            f"--carried {pack} was packed for {made_for}, but --tiny needs a pack of the tiny model. "
-            "Leave out --tiny, or make another folder with --pack DIR --tiny."
+        raise InvalidInput(
+            f"--carried {pack} was packed for {made_for}, but --tiny needs a pack of the tiny model.",
+            expected="a pack of the tiny model",
+            fix="Leave out --tiny, or make another folder with --pack DIR --tiny.",
         )
-    raise UsageError(
-        f"--carried {pack} was packed for the {made_for} model, but a stage without --tiny needs a pack of "
-        f"{setup.model}. Add --tiny, or make another folder with --pack DIR."
+    raise InvalidInput(
+        f"--carried {pack} was packed for the {made_for} model, but without --tiny it must be a pack of {setup.model}.",
+        expected=f"a pack of {setup.model}",
+        fix="Add --tiny, or make another folder with --pack DIR.",
     )
 
 
@@ -147,7 +156,9 @@ def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[
     contents = json.loads((pack / CONTENTS).read_text())
     for name, record in contents["files"].items():
         if not (pack / name).is_file() or _sha256(pack / name) != record["sha256"]:
-            raise ArtifactRefused(f"{name} with another sha256 than packed", expected="the packed file", fix=REMAKE)
+            raise ArtifactRefused(
+                f"{pack / name} has another sha256 than {CONTENTS} says.", expected="the packed file", fix=REMAKE
+            )
     for model in bundles:
         files, packed = ModelFiles.of(work, model), ModelFiles.of(pack / model, model)
         files.keep_only(source_hash())

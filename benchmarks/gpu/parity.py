@@ -1,4 +1,4 @@
-"""A pipeline against the reference: every graph, tokens under teacher forcing, tokens running free."""
+"""Compares a pipeline with the reference: every graph, tokens under teacher forcing, and free-running tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from flexvar_runtime.backends.device_arrays import DeviceArrays
 from flexvar_runtime.model.sampling import sample
 from flexvar_runtime.request import Request
 
-from . import device
+from . import sampler_checks
 from .token_agreement import Agreement, agreement, compare_tokens
 
 
 def parity(pipeline: FlexVARPipeline, proof: Proof) -> dict[str, Any]:
-    """Every graph against the reference, then tokens under teacher forcing, then tokens running free."""
+    """Compare every graph with the reference, then tokens under teacher forcing, then free-running tokens."""
     proof.require_fit(pipeline.model)
     gate = GATES[pipeline.bundle.manifest.precision]
     rows = list(compare(pipeline.generator, proof, gate))
@@ -46,12 +46,12 @@ def parity(pipeline: FlexVARPipeline, proof: Proof) -> dict[str, Any]:
 
 
 def _sign(metric: str) -> int:
-    """The worst is the largest error, but the smallest PSNR."""
+    """−1 for PSNR, of which the smallest is the worst. 1 for errors, of which the largest is."""
     return -1 if metric == "psnr_db" else 1
 
 
 def forced_tokens(pipeline: FlexVARPipeline, case: Case) -> Agreement:
-    """Tokens drawn where the backend draws, from its own logits, the reference's tokens fed at every scale."""
+    """Compare tokens that the backend draws from its own logits, fed with the reference's tokens at every scale."""
     sampling = Sampling(max_side=case.guidance.max_side)
     request = Request.of(case.labels, case.schedule, case.guidance, sampling, SEED)
     parts = []
@@ -61,7 +61,9 @@ def forced_tokens(pipeline: FlexVARPipeline, case: Case) -> Agreement:
             got = np.array(loop.logits(i, previous))
             reference, previous = case.logits[i], case.tokens[i]
             if reference.shape != got.shape:
-                raise ValueError(f"logits of {reference.shape} in the proof; all rows, {got.shape}, are needed")
+                raise ValueError(
+                    f"The proof holds logits of shape {reference.shape}, but all rows are needed: {got.shape}."
+                )
             flat = got.reshape(-1, got.shape[-1])
             top_k, noise = request.top_k(i), request.noise(i)
             tokens = _draw(pipeline, got, request, i)
@@ -84,10 +86,12 @@ def _draw(
 ) -> NDArray[np.int32]:
     top_k, top_p, backend = request.top_k(scale), request.sampling.top_p, pipeline.backend
     if isinstance(backend, DeviceArrays):
-        return device.sample_on_device(backend, logits_BLV, (request.seeds, request.indices), scale, top_k, top_p)
+        return sampler_checks.sample_on_device(
+            backend, logits_BLV, (request.seeds, request.indices), scale, top_k, top_p
+        )
     return sample(logits_BLV.reshape(-1, logits_BLV.shape[-1]), request.noise(scale), top_k=top_k, top_p=top_p)
 
 
 def equal_share(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
-    """Of the tokens of all scales."""
+    """The share of equal tokens, over all scales."""
     return sum(int((x == y).sum()) for x, y in zip(a, b, strict=True)) / sum(x.size for x in a)

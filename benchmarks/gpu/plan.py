@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flexvar_runtime.backends import TENSORRT_BACKENDS
+from flexvar_runtime.errors import InvalidInput
 
 from .files import ModelFiles
-from .usage_error import UsageError
 
 TINY = "tiny"  # the name of the tiny model
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
@@ -41,7 +41,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanOptions:
     """The models, batches and backends that the command line asks for."""
 
     depths: tuple[int, ...] = MODELS
@@ -66,29 +66,29 @@ class Request:
         return {"warmup": 1, "least": 2, "most": 3, "seconds": 0.2} if self.tiny else {"seconds": 2.5}
 
 
-def phases(request: Request) -> list[Phase]:
+def phases(asked: PlanOptions) -> list[Phase]:
     """The plan of a run, in the order of importance. Names are unique."""
-    main, others = request.models[0], request.models[1:]
-    small = () if request.tiny else (TINY,)
-    found = [Phase("machine", "machine", {"tiny": request.tiny}, 20, 60)]
-    exported: tuple[str, ...] = (*small, *request.models)
-    found += [_export(model, request, share=len(exported)) for model in exported]
-    found += [_tiny(backend) for backend in request.backends]
+    main, others = asked.models[0], asked.models[1:]
+    small = () if asked.tiny else (TINY,)
+    found = [Phase("machine", "machine", {"tiny": asked.tiny}, 20, 60)]
+    exported: tuple[str, ...] = (*small, *asked.models)
+    found += [_export(model, asked, share=len(exported)) for model in exported]
+    found += [_tiny(backend) for backend in asked.backends]
     found.append(
         Phase(f"in-phases {main}", "in-phases", {"model": main}, 20, 60, alone=False, needs=(f"export {main}",))
     )
-    found.append(Phase("kernels", "kernels", {"model": main, "batches": request.batches}, 12, 40))
-    for backend in request.backends:
-        found += _measure(main, backend, request)
-    rows = [compiled(main, batch, dynamic, request.budget) for batch, dynamic in compiled_rows(request.batches)]
-    others_first = len(request.batches) - 1
-    found += [_reference(main, request), *rows[:others_first]]
-    found += [_growth(main, backend, request) for backend in request.backends]
-    found += [_decoders(main, backend, request) for backend in request.backends]
+    found.append(Phase("kernels", "kernels", {"model": main, "batches": asked.batches}, 12, 40))
+    for backend in asked.backends:
+        found += _measure(main, backend, asked)
+    rows = [compiled(main, batch, dynamic, asked.budget) for batch, dynamic in compiled_rows(asked.batches)]
+    others_first = len(asked.batches) - 1
+    found += [_reference(main, asked), *rows[:others_first]]
+    found += [_growth(main, backend, asked) for backend in asked.backends]
+    found += [_decoders(main, backend, asked) for backend in asked.backends]
     for model in others:
-        for backend in request.backends:
-            found += _measure(model, backend, request)
-        found.append(_reference(model, request))
+        for backend in asked.backends:
+            found += _measure(model, backend, asked)
+        found.append(_reference(model, asked))
     return [*found, *rows[others_first:]]
 
 
@@ -132,13 +132,17 @@ def finished_before(plan: Sequence[Phase], work: Path, sources: str) -> dict[str
 
 
 def select(plan: Sequence[Phase], only: Sequence[str] | None) -> list[Phase]:
-    """The phases of these names or jobs, and the phases that they need. Raises UsageError for an unknown name."""
+    """The phases of these names or jobs, and the phases that they need. Raises InvalidInput for an unknown name."""
     if not only:
         return list(plan)
     known = {phase.name for phase in plan} | {phase.job for phase in plan}
     strange = sorted(set(only) - known)
     if strange:
-        raise UsageError(f"--only {strange[0]!r} is neither a phase nor a job. Use one of: {', '.join(sorted(known))}.")
+        raise InvalidInput(
+            f"--only {strange[0]!r} is neither a phase nor a job.",
+            expected="names of phases or jobs",
+            fix=f"Use one of: {', '.join(sorted(known))}.",
+        )
     wanted = {phase.name for phase in plan if {phase.name, phase.job} & {*only, "machine"}}
     for phase in reversed(plan):  # what is needed comes before
         if phase.name in wanted:
@@ -152,8 +156,8 @@ def with_limits(plan: Sequence[Phase], minutes: float) -> list[Phase]:
     return [replace(phase, limit=factor * phase.limit) for phase in plan]
 
 
-def _export(model: str, request: Request, share: int) -> Phase:
-    options = {"model": model, "precision": request.precision, "processes": share}
+def _export(model: str, asked: PlanOptions, share: int) -> Phase:
+    options = {"model": model, "precision": asked.precision, "processes": share}
     small = model == TINY
     return Phase(f"export {model}", "export", options, 20 if small else 90, 60 if small else 200, alone=False)
 
@@ -163,7 +167,7 @@ def _tiny(backend: str) -> Phase:
     return Phase(f"tiny {backend}", "tiny", options, 15, 75, alone=False, needs=(f"export {TINY}",))
 
 
-def _measure(model: str, backend: str, request: Request) -> list[Phase]:
+def _measure(model: str, backend: str, asked: PlanOptions) -> list[Phase]:
     """The phases of a model on a backend: engines if the backend needs them, parity and times, then a profile."""
     options, found = {"model": model, "backend": backend}, list[Phase]()
     ready: tuple[str, ...] = (f"export {model}", f"tiny {backend}")
@@ -171,23 +175,23 @@ def _measure(model: str, backend: str, request: Request) -> list[Phase]:
         build = Phase(
             f"build {backend} {model}",
             "build",
-            options | {"max_batch": request.max_batch},
+            options | {"max_batch": asked.max_batch},
             70,
             150,
             alone=backend == "tensorrt",  # it chooses kernels by timing them
             needs=ready,
         )
         found, ready = [build], (build.name,)
-    timed = {"batches": request.batches, "budget": request.budget}
+    timed = {"batches": asked.batches, "budget": asked.budget}
     run = Phase(f"run {backend} {model}", "run", options | timed, 30, 90, needs=ready)
-    ends = tuple(dict.fromkeys((request.batches[0], request.batches[-1])))
+    ends = tuple(dict.fromkeys((asked.batches[0], asked.batches[-1])))
     profile = Phase(f"profile {backend} {model}", "profile", options | {"batches": ends}, 15, 45, needs=(run.name,))
     return [*found, run, profile]
 
 
-def _reference(model: str, request: Request) -> Phase:
-    budget = request.budget | {"warmup": 1, "least": 2, "most": 10}
-    options = {"model": model, "batches": request.batches, "budget": budget}
+def _reference(model: str, asked: PlanOptions) -> Phase:
+    budget = asked.budget | {"warmup": 1, "least": 2, "most": 10}
+    options = {"model": model, "batches": asked.batches, "budget": budget}
     return Phase(f"reference {model}", "reference", options, 25, 60, needs=("machine",))
 
 
@@ -201,7 +205,7 @@ def compiled_rows(batches: Sequence[int]) -> list[tuple[int, bool]]:
 
 
 def compiled(model: str, batch: int, dynamic: bool, budget: dict[str, float], needs: str = "export") -> Phase:
-    """The phase of one row of torch.compile. It is a process of its own, so that one that is stopped costs no other.
+    """The phase of one row of torch.compile. Each row has its own process, so that stopping one loses no other.
 
     needs: the job that makes the proof.
     """
@@ -210,18 +214,18 @@ def compiled(model: str, batch: int, dynamic: bool, budget: dict[str, float], ne
     return Phase(name, "compiled", options, 70 if dynamic else 60, 100, needs=(f"{needs} {model}",))
 
 
-def _growth(model: str, backend: str, request: Request) -> Phase:
-    options = {"model": model, "backend": backend, "generations": request.generations}
+def _growth(model: str, backend: str, asked: PlanOptions) -> Phase:
+    options = {"model": model, "backend": backend, "generations": asked.generations}
     return Phase(f"growth {backend} {model}", "growth", options, 20, 60, needs=(f"run {backend} {model}",))
 
 
-def _decoders(model: str, backend: str, request: Request) -> Phase:
+def _decoders(model: str, backend: str, asked: PlanOptions) -> Phase:
     options = {
         "model": model,
         "backend": backend,
-        "batches": request.batches,
-        "max_batch": request.max_batch,
-        "budget": request.budget | {"seconds": 1},
+        "batches": asked.batches,
+        "max_batch": asked.max_batch,
+        "budget": asked.budget | {"seconds": 1},
     }
     needs = (f"in-phases {model}", f"run {backend} {model}")
     return Phase(f"decoders {backend} {model}", "decoders", options, 20, 90, needs=needs)

@@ -1,4 +1,4 @@
-"""Where the time of one generation goes: the runtime under torch's profiler, which sees every kernel of the process."""
+"""Profiles one generation of the runtime with torch's profiler, which records every kernel of the process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .files import Save
+from .hardware import uses_gpu
 from .kernel_classes import kernels_of, summary
-from .machine import uses_gpu
-from .models import schedule_of
-from .runs import opened
+from .random_models import schedule_of
+from .runtime_jobs import opened
 
 WARM_UPS = 3
 
 
 def profile_runtime(work: Path, model: str, backend: str, batches: Sequence[int], save: Save) -> None:
-    """One generation by batch, kernel by kernel. The profiler slows it: shares count here, not seconds."""
+    """Profile one generation for each batch. The profiler slows it down, so only the shares are meaningful."""
     if uses_gpu():
-        torch.zeros(1, device="cuda")  # the profiler looks at what torch has started
+        torch.zeros(1, device="cuda")  # the profiler needs torch to have started CUDA
     with opened(work, model, backend) as run:
         result: dict[str, Any] = run.facts | {"warmup": WARM_UPS, "decoder_included": True, "rows": []}
         for batch in batches:

@@ -24,11 +24,11 @@ from rich.table import Table
 
 from .pack import tracked_files
 from .plan import Phase
-from .runner import DONE, FAILED
+from .processes import DONE, FAILED
 from .stages import BACKEND, SECONDS, rehearsal, stage_plan
 
 REFUSED = f"tiny {BACKEND}"
-GRACE_SECONDS = 15.0  # a stage is killed so long after its limit
+GRACE_SECONDS = 15.0  # after its limit, until a stage is killed
 SCRIPT = "benchmarks/gpu_check.py"
 NOTE_LETTERS = 160
 
@@ -122,9 +122,9 @@ def show(console: Console, stage: str, steps: list[Step], seconds: float, ran: S
 
 
 def run_stage(stage: str, seconds: float, checkout: Path, pack: Path, work: Path, out: Path) -> StageRun:
-    """Run a stage from the copied checkout, with none of our packages on the path but the copy.
+    """Run a stage from the copied checkout, with only the copy on the import path.
 
-    A stage that takes 15 seconds more than `seconds` is killed.
+    It is killed 15 seconds after its limit of `seconds`.
     """
     command = [sys.executable, str(checkout / SCRIPT), "--stage", stage, "--tiny", "--carried", str(pack)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

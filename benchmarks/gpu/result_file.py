@@ -11,8 +11,8 @@ from typing import Any
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.files.atomic import atomic_write
 
-from .report import MAIN, SCHEMA, document, measured_precision, results
-from .runner import DONE, NOT_MEASURED, RUNNING
+from .processes import DONE, NOT_MEASURED, RUNNING
+from .rows_and_goals import MAIN, SCHEMA, document, measured_precision, results
 
 STATES = (NOT_MEASURED, "failed", RUNNING, "stopped", DONE)  # of a phase, the best last
 FACTS = ("created", "minutes_taken", "options", "source_sha256", "version", "missing")  # of one run
@@ -84,11 +84,13 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
-            raise ValueError(f"schema {data['schema']}")
+            raise ValueError(f"its schema is {data['schema']}")
         return data
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactRefused(
-            f"{path} ({error})", expected=f"the result of a run, schema {SCHEMA}", fix="name the folder given as --out"
+            f"{path} is not the result of a run ({error}).",
+            expected=f"the result of a run, schema {SCHEMA}",
+            fix="Pass the folder that the run was given: --out DIR",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Our kernels compared with the host, and then run under compute-sanitizer where it is installed."""
+"""Compares our kernels with the host, then runs them under compute-sanitizer if it is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tools import find_tool
 
 TOOL = "compute-sanitizer"
 FOUND_ERRORS = 7  # exit code
-LAST_WORDS = 1000  # letters
+KEPT_CHARACTERS = 1000  # of each output
 CHECKS = (sys.executable, "-m", "flexvar_bench.gpu.kernel_checks")
 
 
@@ -28,16 +28,16 @@ def sanitize(save: Save) -> None:
     wrong = [name for name, holds in result["equal_host"].items() if not holds]
     if wrong:
         raise DeviceFailed(
-            f"other results than the host's in {', '.join(wrong)}",
+            f"These kernel checks differ from the host: {', '.join(wrong)}.",
             expected="equal results",
-            fix="run python -m flexvar_bench.gpu.kernel_checks, and correct the kernel in runtime/cuda",
+            fix="Correct the kernel in runtime/cuda, then run python -m flexvar_bench.gpu.kernel_checks",
         )
     if result["memcheck"].get("exit_code"):
         said = result["memcheck"]["last_words"] or result["memcheck"]["stderr"]
         raise DeviceFailed(
-            f"memcheck: {said}",
+            f"memcheck found an error in our kernels: {said}",
             expected="no error from memcheck",
-            fix="run compute-sanitizer on python -m flexvar_bench.gpu.kernel_checks, and correct the kernel it names",
+            fix="Correct that kernel, then run compute-sanitizer python -m flexvar_bench.gpu.kernel_checks",
         )
 
 
@@ -52,5 +52,5 @@ def memcheck() -> dict[str, Any]:
         return {"reason": f"not measured: there is no GPU here ({error.got})"}
     command = [str(tool), "--tool", "memcheck", "--error-exitcode", str(FOUND_ERRORS), *CHECKS]
     done = subprocess.run(command, capture_output=True, text=True)
-    last_words, stderr = (text.strip()[-LAST_WORDS:] for text in (done.stdout, done.stderr))
+    last_words, stderr = (text.strip()[-KEPT_CHARACTERS:] for text in (done.stdout, done.stderr))
     return {"tool": str(tool), "exit_code": done.returncode, "last_words": last_words, "stderr": stderr}

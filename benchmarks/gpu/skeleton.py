@@ -1,14 +1,14 @@
 """Makes a skeleton of a bundle, which leaves out random weights, and makes the same bundle from it again.
 
-The skeleton of d16 has 7 MiB, its bundle 780. The weights come from `random_model`, so they need not travel. A skeleton
-is a folder:
+The skeleton of d16 takes 7 MiB, its bundle 780 MiB. `random_model` makes the weights again, so they need not travel. A
+skeleton is a folder:
 
     bundle/        the bundle's graphs, its manifest and its tables
-    weights.json   for every file of weights: its tensors, where they lie, and a checksum of each
-    weights.bin    the tensors that do travel, one behind the other
+    weights.json   for every file of weights: the place and a checksum of each of its tensors
+    weights.bin    the tensors that do travel, one after the other
 
-Tensors that are computed at export travel, since another processor may round them otherwise: those of the names below,
-and all small ones. So do those that are not found in the module of their graph.
+Tensors that are computed at export travel, because another processor may round them differently. These are the tensors
+of the names below, and all small ones. Tensors that are not in the module of their graph travel, too.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ SMALL_BYTES = 64 * 1024
 COMPUTED = frozenset({"offset", "mean", "start", "temperature"})  # last part of the name
 BUNDLE, INDEX, CARRIED = "bundle", "weights.json", "weights.bin"
 DATA_SUFFIX = ".data"
-WORKERS = 4  # files made at a time: each needs its weights twice in memory
+WORKERS = 4  # files made at a time, because each needs its weights twice in memory
 Model = tuple[FlexVAR, Tokenizer]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor in a file of weights. carried: where it lies among the tensors that travel, None for one that does
-    not."""
+    """A tensor in a file of weights. carried: its offset among the tensors that travel, None for one that does not."""
 
     name: str
     offset: int
@@ -83,7 +82,7 @@ def make_skeleton(bundle: Path, model: Model, folder: Path) -> None:
 
 
 def regenerate(skeleton: Path, model: Model, bundle: Path) -> dict[str, Any]:
-    """Write `bundle` from a skeleton; returns how many files were made.
+    """Write `bundle` from a skeleton. Returns how many files were made.
 
     Raises ArtifactRefused where a file has another sha256 than in the manifest, naming the tensors that differ. Then
     nothing is written.
@@ -122,11 +121,11 @@ def _check(directory: Path, manifest: Manifest, different: list[str]) -> None:
     with ThreadPoolExecutor(WORKERS) as pool:
         bad = [file for file, is_wrong in zip(manifest.files, pool.map(wrong, manifest.files), strict=True) if is_wrong]
     if bad:
-        tensors = f"; tensors that differ: {', '.join(different[:8])}" if different else ""
+        tensors = f" Tensors that differ: {', '.join(different[:8])}." if different else ""
         raise ArtifactRefused(
-            f"{', '.join(bad)} with another sha256 than in the skeleton's manifest{tensors}",
+            f"{', '.join(bad)} has another sha256 than the skeleton's manifest says.{tensors}",
             expected="the files that were exported",
-            fix="make the skeleton anew with these sources, or export the model on this machine",
+            fix="Make the skeleton again with these sources, or export the model on this machine.",
         )
 
 
@@ -136,12 +135,14 @@ def _read(skeleton: Path) -> tuple[dict[str, Any], memoryview]:
         return index, memoryview((skeleton / CARRIED).read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactRefused(
-            f"{skeleton} ({error})", expected="a skeleton", fix="make one with gpu_check.py --pack"
+            f"{skeleton} is not a skeleton ({error}).",
+            expected="a skeleton",
+            fix="Make one with gpu_check.py --pack DIR",
         ) from error
 
 
 def _external(graph: Path) -> list[tuple[str, int, int]]:
-    """Name, offset and bytes of the tensors whose values lie in the graph's own file of weights."""
+    """Name, offset and length of the tensors whose values lie in the graph's own file of weights."""
     found = []
     for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}

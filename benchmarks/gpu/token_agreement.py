@@ -1,9 +1,8 @@
-"""Tokens that two computations of the same logits must agree on: where the draw lies farther from the edge of its token
-than their distributions differ.
+"""Compares the tokens that two computations drew from their own logits, and tells rounding from errors.
 
-Both drew with the same uniform number u from their own cumulative distribution, in vocabulary order. The reference's
-token covers a stretch of 0…1; u's distance to the nearer end of it, against the largest difference of the two
-cumulative distributions in that row, says whether another token can be explained by rounding.
+Both draw with the same uniform number u from their cumulative distribution, in vocabulary order. The token of the
+reference covers an interval of 0…1. If u lies farther from both ends of it than the two distributions of that row
+differ, rounding cannot change the token: the row is decided, and both tokens must be equal.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ _ROUNDING = 1e-9  # of weights to integers and of float64 sums, far below any di
 
 @dataclass(frozen=True)
 class Agreement:
-    """rows: tokens compared; equal: of them the same; decided: where the draw is farther from its edge than the
-    distributions differ; broken: decided rows with another token, of which there may be none.
+    """The result of a comparison.
 
-    largest_error, median_error: difference of the cumulative distributions, of the worst row and of the middle one.
+    rows: the number of compared tokens. equal: rows with equal tokens. decided: rows that rounding cannot change.
+    broken: decided rows with different tokens, which must be 0. largest_error, median_error: over the rows, the largest
+    difference of the two cumulative distributions of a row.
     """
 
     rows: int
@@ -45,7 +45,7 @@ class Agreement:
 
 
 def agreement(parts: Sequence[Agreement]) -> Agreement:
-    """Of all scales together; the median is that of their medians."""
+    """The agreement of all scales together. Its median error is the median of theirs."""
     return Agreement(
         rows=sum(part.rows for part in parts),
         equal=sum(part.equal for part in parts),
@@ -66,7 +66,7 @@ def compare_tokens(
     top_k: int,
     top_p: float,
 ) -> Agreement:
-    """Hold tokens against the reference's, given the logits (rows, V) that each side drew from and the 24-bit draws."""
+    """Compare tokens (R,) with the reference's, given the logits (R, V) of each side and the 24-bit draws (R,)."""
     errors, distances = [], []
     for start in range(0, len(draws_R), _ROWS):
         rows = slice(start, start + _ROWS)

@@ -1,7 +1,7 @@
 """A proof backend: the torch modules of the export, run by the runtime's own device path.
 
-No engine and no ONNX Runtime is involved, so a GPU that has torch can run, capture and replay everything around the
-graphs: buffers, kernels, the CUDA graph. Tests run the same code on a device that computes on the host.
+It needs no engine and no ONNX Runtime. A GPU with torch can therefore run, capture and replay everything around the
+graphs: buffers, kernels, the CUDA graph. Tests run the same code on an emulated device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexvar_runtime.cuda.gpu import CudaDevice
 from flexvar_runtime.errors import DeviceFailed, InvalidInput
 from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
-# Types of `__cuda_array_interface__`, which has no bfloat16: its bits travel as int16.
+# Types of `__cuda_array_interface__`. It has no bfloat16, so its bits are passed as int16.
 TYPE_STRINGS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2", "int32": "<i4"}
 
 
@@ -35,14 +35,14 @@ class EmulatedDevice(Device, Protocol):
     """A device whose memory is the host's and whose stream is a queue."""
 
     def enqueue(self, event: str, work: Callable[[], None]) -> None:
-        """Call `work` after everything that was enqueued before. event: what it is, for the device's record."""
+        """Call `work` after everything that was enqueued before. event: its name in the record of the device."""
 
 
 class TorchBackend(DeviceBackend):
     """Opens a graph as the torch module it was exported from.
 
     device: a GPU, or an emulated one. model and tokenizer: the float32 models, on the CPU, that the bundle was exported
-    from. dtype: what the graphs compute in; a bundle of another precision is refused with BackendUnavailable.
+    from. dtype: the type that the graphs compute in. A bundle of another precision raises BackendUnavailable.
     """
 
     def __init__(
@@ -78,7 +78,9 @@ class TorchGraph:
     @property
     def module(self) -> nn.Module:
         if self._module is None:
-            raise InvalidInput(f"{self.name}, closed", expected="an open graph", fix="open the bundle again")
+            raise InvalidInput(
+                f"The graph {self.name} is closed.", expected="an open graph", fix="Open the bundle again."
+            )
         return self._module
 
     def holds(self, size: tuple[int, int]) -> bool:
@@ -97,7 +99,7 @@ class TorchGraph:
 
 
 class TorchBound:
-    """A graph and tensors that lie where the bound arrays lie: nothing is copied in, results are written in place."""
+    """A graph with tensors on the memory of the bound arrays: inputs are not copied, results are written in place."""
 
     def __init__(self, graph: TorchGraph, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         def view(tensor: TensorSpec) -> Tensor:
@@ -107,10 +109,10 @@ class TorchBound:
         self.graph = graph
         self.arguments = call_arguments(graph.spec, view)
         self.results = [view(tensor) if tensor.name in outputs else None for tensor in graph.spec.outputs]
-        self._arrays: object = (inputs, outputs)  # they own the memory
+        self._arrays: object = (inputs, outputs)  # keep their memory alive
 
     def run(self) -> None:
-        """Enqueue `forward`. Raises InvalidInput where the graph is closed, OutOfMemory, DeviceFailed."""
+        """Enqueue `forward`. Raises InvalidInput for a closed graph, OutOfMemory and DeviceFailed."""
         self.graph.executor.run(self.graph.name, partial(self.forward, self.graph.module))
 
     @torch.inference_mode()
@@ -135,7 +137,7 @@ def flatten(results: Tensor | list[Tensor] | tuple[Tensor | list[Tensor], ...]) 
 
 
 class Executor(Protocol):
-    """How torch works on a device."""
+    """Runs torch modules on a device."""
 
     def load(self, module: nn.Module) -> nn.Module:
         """The module with its weights on the device."""
@@ -144,7 +146,7 @@ class Executor(Protocol):
         """A tensor on the memory of an array. dtype: the declared one."""
 
     def run(self, graph: str, work: Callable[[], None]) -> None:
-        """Enqueue what `work` does."""
+        """Enqueue the work that `work` does. graph: named in errors."""
 
 
 class GpuExecutor:
@@ -158,7 +160,7 @@ class GpuExecutor:
     def load(self, module: nn.Module) -> nn.Module:
         with self._device.translating("weights for torch"):
             loaded = module.to(self._place)
-            torch.cuda.synchronize(self._place)  # they came on torch's own stream
+            torch.cuda.synchronize(self._place)  # the copy ran on torch's own stream
         return loaded
 
     def view(self, array: DeviceArray, dtype: str) -> Tensor:
@@ -167,7 +169,7 @@ class GpuExecutor:
         tensor = torch.as_tensor(_CudaArray(array, dtype), device=self._place)
         if tensor.data_ptr() != array.address:
             raise DeviceFailed(
-                "a bound array that torch copied", expected="a view of it", fix="use the tested torch version"
+                "torch copied a bound array.", expected="a view of it", fix="Install the tested version of torch."
             )
         return tensor.view(TORCH_DTYPES[dtype])
 

@@ -1,5 +1,7 @@
-"""The strongest torch peer we know how to write: the deployment modules, blocks compiled once and used for all of them,
-keys and values written in place, the whole generation with its draws and its decoder one CUDA graph.
+"""The fastest torch peer that we know: the deployment modules with torch.compile, captured as one CUDA graph.
+
+Blocks are compiled once and used for all of them. Keys and values are written in place. The graph holds the whole
+generation, with its draws and its decoder.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from flexvar_export.proof import Case
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Sampling, ScaleSchedule
 
-from .models import default_guidance
+from .random_models import default_guidance
 
-RECOMPILES = 256  # torch gives up on a function after 8
+RECOMPILES = 256  # by default torch stops compiling a function after 8
 WARM_UPS = 3
 
 
@@ -30,7 +32,7 @@ def to_pixels(image_BCHW: Tensor) -> Tensor:
 
 
 class PeerBlock(nn.Module):
-    """A `StepBlock` over a cache (N, heads, all tokens, 64) that it fills from `past` on: no past is copied."""
+    """A `StepBlock` that writes keys and values into a cache (N, heads, all tokens, 64), from `past` on."""
 
     def __init__(self, block: StepBlock) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class PeerBlock(nn.Module):
 
 
 class Eager:
-    """The modules in half precision on a device, and what a schedule needs beside them."""
+    """The modules in half precision on a device, with the constants of a schedule."""
 
     def __init__(self, model: FlexVAR, tokenizer: Tokenizer, schedule: ScaleSchedule, device: torch.device) -> None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -70,7 +72,9 @@ class Eager:
         self.codebook = tokenizer.codebook_VD.detach().to(device)
         bias = model.word_embed.bias
         self.offsets = [(model.positions(*size) + bias).detach().to(device) for size in schedule]
-        self.weights = torch.tensor(default_guidance().weights(schedule), device=device)  # numbers would be compiled in
+        self.weights = torch.tensor(
+            default_guidance().weights(schedule), device=device
+        )  # torch.compile would make plain numbers constants
 
     def head(self, x: Tensor, modulation: tuple[Tensor, Tensor], t: Tensor) -> Tensor:
         """Guided logits (B, L, V) of both branches (2B, L, C)."""
@@ -91,9 +95,9 @@ class Eager:
 
 
 def sample_sorted(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Tokens (B, L): the draw over the top_k in descending order, which needs no sort of the vocabulary.
+    """Tokens (B, L), drawn from the top_k in descending order. This needs no sort of the vocabulary.
 
-    The distribution is the published one (ties at the threshold aside); the order of the inverse CDF is another.
+    The distribution is the published one, except for ties at the threshold. The order of the inverse CDF differs.
     """
     values, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     mass = values.softmax(-1)
@@ -108,7 +112,7 @@ class CompiledPeer:
     """Generations of one batch at a time: `prepare` it, `run` it as often as wanted, `release` it."""
 
     def __init__(self, eager: Eager, *, compiler: str | None, dynamic: bool = True) -> None:
-        """compiler: a backend of torch.compile, None for none; dynamic: compile for all shapes at once."""
+        """compiler: a backend of torch.compile, or None to compile nothing. dynamic: compile for all shapes at once."""
         self.eager, self.mode = eager, ""
         import torch._dynamo
 
@@ -125,7 +129,7 @@ class CompiledPeer:
 
     @torch.no_grad()
     def prepare(self, labels: Sequence[int]) -> None:
-        """Allocate, compile, warm up and capture. The condition is computed here: the runtime remembers it too."""
+        """Allocate, compile, warm up and capture. The condition is computed here: the runtime caches it, too."""
         self._begin(labels)
         if self.eager.device.type != "cuda":
             self.mode, self._replay = "eager", self._generate
@@ -158,7 +162,7 @@ class CompiledPeer:
 
     @torch.no_grad()
     def relative_error(self, case: Case) -> float:
-        """Largest over the scales of a proof, its tokens fed at every scale."""
+        """The largest relative error of the logits over the scales of a proof, whose tokens are fed at every scale."""
         self._begin(case.labels)
         previous, worst = None, 0.0
         for i in range(len(case.schedule)):

@@ -1,6 +1,6 @@
-"""The peers in torch, timed as the runtime is: the reference as published and with resident weights, and compiled.
+"""Times the peers in torch: the reference as published, the reference in bfloat16, and torch.compile.
 
-Everything ends as bytes on the host, as the runtime's images do.
+Every timed call ends with images as bytes on the host, as calls of the runtime do.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from flexvar_runtime import Sampling
 from ..energy import gpu_counter
 from ..timing import Budget, memory_watch, repeat, timed_row
 from .files import Save
-from .machine import device_seconds, used_bytes, uses_gpu
-from .models import default_guidance, load_proof, random_model, schedule_of
+from .hardware import device_seconds, used_bytes, uses_gpu
+from .random_models import default_guidance, load_proof, random_model, schedule_of
 from .torch_compiled import CompiledPeer, Eager, to_pixels
 
 AUTOCAST, RESIDENT = "autocast-fp16", "resident-bf16"
 VARIANTS = {
-    AUTOCAST: "frozen float32 weights, cast anew at every use by torch.autocast(float16), as the published evaluation",
+    AUTOCAST: "frozen float32 weights, cast again at every use by torch.autocast(float16), as the published evaluation",
     RESIDENT: "weights and activations in bfloat16",
 }
 PART_REPEATS = 3
-SAMPLED_BATCH = 8  # beyond it sampling is not timed on its own: its sorts take gigabytes
+SAMPLED_BATCH = 8  # sampling larger batches is not timed, because its sorts take gigabytes
 
 
 def place() -> torch.device:
@@ -42,7 +42,7 @@ def place() -> torch.device:
 
 
 def reference(model_name: str, batches: Sequence[int], budget: Budget, save: Save) -> None:
-    """Both variants of the eager reference, batch by batch."""
+    """Time both variants of the eager reference, batch by batch."""
     model, tokenizer = random_model(model_name)
     model, tokenizer = model.to(place()), tokenizer.to(place())
     resident = copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(tokenizer).to(torch.bfloat16)
@@ -102,7 +102,7 @@ def _part(work: Callable[[], object]) -> float:
 
 
 def _row(whole: Callable[[], object], batch: int, budget: Budget) -> dict[str, Any]:
-    """Times between events where there is a GPU, and the height of memory in a call that is not timed."""
+    """Times of calls, between events if there is a GPU, and the peak of memory in a call that is not timed."""
     times = repeat(lambda: device_seconds(whole) if uses_gpu() else _none(whole()), budget, gpu_counter())
     row = timed_row(batch, times, budget)
     with memory_watch(used_bytes()) as memory:
@@ -116,18 +116,18 @@ def _none(_: object) -> None:
 
 
 def compiled(work: Path, model_name: str, batch: int, budget: Budget, dynamic: bool, save: Save) -> None:
-    """Blocks and decoder compiled, the whole generation one CUDA graph. dynamic: blocks for all shapes at once, else
-    for each.
+    """Time torch.compile: blocks and decoder compiled, the whole generation captured as one CUDA graph.
 
-    Held against the proof first, uncompiled: a peer that computes something else would be no peer.
+    dynamic: compile the blocks for all shapes at once, else for each. First the peer is compared with the proof,
+    without compilation.
     """
     result = _facts(model_name) | {"precision": "float16" if uses_gpu() else "float32", "rows": []}
-    torch.backends.cudnn.benchmark = True  # convolutions are chosen by timing them, in the warm-up
+    torch.backends.cudnn.benchmark = True  # cuDNN times its convolutions in the warm-up and picks the fastest
     eager = Eager(*random_model(model_name), schedule_of(model_name), place())
     result["relative_error"] = CompiledPeer(eager, compiler=None).relative_error(load_proof(work, model_name).cases[0])
     result["gate"] = GATES["fp16" if uses_gpu() else "fp32"].relative
     save(result)
-    compiler = "inductor" if uses_gpu() else "eager"  # a rehearsal needs no code
+    compiler = "inductor" if uses_gpu() else "eager"  # a rehearsal compiles nothing
     peer = CompiledPeer(eager, compiler=compiler, dynamic=dynamic)
     labels = [i % eager.classes for i in range(batch)]
     seconds = device_seconds(lambda: peer.prepare(labels))

@@ -1,4 +1,4 @@
-"""The runtime's device path on this machine's GPU, with torch modules as its graphs: parity, replays, times, memory."""
+"""Tests the runtime's device path on this GPU, with torch modules as its graphs: parity, replays, times and memory."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from flexvar_runtime.cuda.gpu import CudaDevice, CudaReplay, GpuFacts, find_gpu
 
 from ..timing import Budget
 from .files import ModelFiles, Save
-from .machine import used_bytes
-from .models import default_guidance, load_proof, random_model, schedule_of
+from .hardware import used_bytes
 from .parity import equal_share, parity
-from .runs import Opened, latency, memory_growth
+from .random_models import default_guidance, load_proof, random_model, schedule_of
+from .runtime_jobs import Opened, latency, memory_growth
 from .torch_backend import TorchBackend
 
 SEEDS = (0, 1, 2)
 GUIDANCE_SCALES = (2.5, 4.0)
-IMAGES = 3  # of the replays: parity generates two at a time, so this shape is captured for them alone
+IMAGES = 3  # of the replays. Parity generates two at a time, so only the replays use this shape
 
 
 class CountingDevice(CudaDevice):
-    """A GPU that counts its captures, those that fail too."""
+    """A GPU that counts its captures, including those that fail."""
 
     def __init__(self, facts: GpuFacts) -> None:
         super().__init__(facts)
@@ -63,7 +63,7 @@ def proof(work: Path, model: str, batches: Sequence[int], generations: int, budg
     weights_s, start = time.perf_counter() - start, time.perf_counter()
     bundle = Bundle.open(ModelFiles.of(work, model).bundle)
     backend = TorchBackend(device, *weights, TORCH_PRECISIONS[bundle.manifest.precision])
-    with FlexVARPipeline(bundle, cast(Backend, backend)) as pipeline:  # of a Backend `device` may also be None
+    with FlexVARPipeline(bundle, cast(Backend, backend)) as pipeline:  # the protocol allows `device` to be None
         run = Opened(pipeline, model, time.perf_counter() - start)
         rows: list[dict[str, Any]] = []
         failed: dict[str, str] = {}
@@ -93,12 +93,15 @@ def proof(work: Path, model: str, batches: Sequence[int], generations: int, budg
                 failed[name] = f"{type(error).__name__}: {error}"
                 save(result)
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(parts)} parts failed: {', '.join(failed)}")
+        raise RuntimeError(f"{len(failed)} of {len(parts)} parts failed: {', '.join(failed)}.")
 
 
 def replays(run: Opened, device: CountingDevice) -> dict[str, Any]:
-    """Whole generations of one shape against the same requests scale by scale, with other seeds, guidance scales and
-    classes each time. holds: all tokens are equal, and one captured CUDA graph served every request."""
+    """Compare whole generations with the same requests scale by scale.
+
+    Each request has another seed, guidance scale and classes. holds: all tokens are equal, and one captured CUDA graph
+    served every request.
+    """
     before, classes, found = device.captures, run.pipeline.model.classes, []
     for turn, (seed, scale) in enumerate(product(SEEDS, GUIDANCE_SCALES)):
         labels = [(turn + i) % classes for i in range(IMAGES)]

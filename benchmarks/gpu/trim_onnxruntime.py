@@ -1,8 +1,8 @@
-"""onnxruntime-gpu, cut down to what one Hopper GPU needs for this model: 255 MB become about 25.
+"""Trims onnxruntime-gpu to what one Hopper GPU needs for this model: from 255 MB to about 25 MB.
 
-The wheel (Linux x86-64, CPython 3.12, CUDA 13) holds kernels for many GPUs. Only those for sm_90 are kept, without the
-families that the model does not use: mixture of experts, XQA, int4 products, flash attention of other head sizes,
-CUTLASS products. The archive is unpacked into a folder on PYTHONPATH. It was run on an H200 (2026-11-27).
+The wheel (Linux x86-64, CPython 3.12, CUDA 13) holds kernels for many GPUs. Only those for sm_90 are kept. Families of
+kernels that the model does not use are removed: mixture of experts, XQA, int4 products, flash attention of other head
+sizes, and CUTLASS products. The archive is unpacked into a folder on PYTHONPATH. It was run on an H200 (2026-11-27).
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def find_cuobjdump(given: Path | None) -> Path:
     found = given or find_tool("cuobjdump") or carried
     if not found or not os.access(found, os.X_OK):
         raise EnvironmentFailed(
-            f"no cuobjdump that can be run ({found or 'neither on PATH, nor in /usr/local/cuda*/bin, nor in Triton'})",
+            f"There is no cuobjdump that can be run ({found or 'PATH, /usr/local/cuda*/bin and Triton have none'}).",
             expected="NVIDIA's cuobjdump",
-            fix="pip install triton, whose wheel carries it, or pass --cuobjdump FILE",
+            fix="Pass --cuobjdump FILE, or install Triton, whose wheel holds it: pip install triton",
         )
     return Path(found)
 
@@ -92,7 +92,9 @@ def require_tools() -> None:
     """Raises EnvironmentFailed where readelf or xz is missing."""
     for tool, package in (("readelf", "binutils"), ("xz", "xz-utils")):
         if shutil.which(tool) is None:
-            raise EnvironmentFailed(f"no {tool}", expected=f"{tool} on PATH", fix=f"install the package {package}")
+            raise EnvironmentFailed(
+                f"The program {tool} is missing.", expected=f"{tool} on PATH", fix=f"Install the package {package}."
+            )
 
 
 def _download(folder: Path) -> Path:
@@ -102,17 +104,17 @@ def _download(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     found = next(folder.glob("onnxruntime_gpu*.whl"), None)
     if done.returncode or found is None:
-        reason = (done.stderr.strip().splitlines() or ["no last words"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise EnvironmentFailed(
-            f"no onnxruntime-gpu {VERSION} ({reason:.200})",
+            f"pip could not download onnxruntime-gpu {VERSION} ({reason:.200}).",
             expected="its wheel from the package index",
-            fix="run --pack where pip reaches a package index",
+            fix="Run --pack where pip reaches a package index.",
         )
     return found
 
 
 def _pack(site: Path, archive: Path) -> None:
-    """In the order of names and without times or owners, so that the same wheel gives the same archive."""
+    """Write the archive in order of names, without times or owners, so that the same wheel gives the same archive."""
 
     def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.mtime = info.uid = info.gid = 0
@@ -128,4 +130,6 @@ def _pack(site: Path, archive: Path) -> None:
                     tar.add(path, str(path.relative_to(site)), recursive=False, filter=plain)
             packer.stdin.close()
         if packer.returncode:
-            raise EnvironmentFailed(f"xz, exit code {packer.returncode}", expected="0", fix="see what xz printed")
+            raise EnvironmentFailed(
+                f"xz ended with exit code {packer.returncode}.", expected="exit code 0", fix="See its message above."
+            )

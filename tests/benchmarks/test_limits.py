@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexvar_bench.gpu.report import published
+from flexvar_bench.gpu.rows_and_goals import published
 from flexvar_bench.limits import Limit, decoder_flops, generation_limit, transformer_flops
 from flexvar_runtime import ScaleSchedule
 

@@ -8,7 +8,7 @@ import pytest
 from fakes import FakeDevice
 from host_kernels import COMPILER, HostKernels
 
-from flexvar_bench.gpu.models import default_guidance, random_model, schedule_of
+from flexvar_bench.gpu.random_models import default_guidance, random_model, schedule_of
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime.cuda.kernels import KernelConfig

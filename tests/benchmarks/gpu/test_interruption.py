@@ -30,9 +30,9 @@ measurement.measure(plan, setup, measurement.Clock(time.monotonic(), 60))
 PHASE = """
 import json, os, sys, time
 from pathlib import Path
-from flexvar_bench.gpu.child import _die_with_parent
+from flexvar_bench.gpu.child import _end_with_parent
 job, result = sys.argv[1], Path(sys.argv[sys.argv.index("--result") + 1])
-_die_with_parent()
+_end_with_parent()
 result.write_text(json.dumps({"backend": "b", "model": "m", "pid": os.getpid()}))
 time.sleep(60 if job == "long" else 0)
 """

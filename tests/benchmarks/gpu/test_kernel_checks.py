@@ -45,7 +45,7 @@ def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[dict[str, Any]] = []
     monkeypatch.setattr(sanitizer, "find_tool", lambda *_: None)
     monkeypatch.setattr(kernel_checks, "to_uint8", lambda image: np.zeros((2, 33, 31, 3), np.uint8))
-    with pytest.raises(DeviceFailed, match="other results than the host's in to_uint8;"):
+    with pytest.raises(DeviceFailed, match="to_uint8"):
         sanitizer.sanitize(saved.append)
 
 
@@ -63,7 +63,7 @@ def memcheck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_memcheck_finds(memcheck: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[dict[str, Any]] = []
     monkeypatch.setattr(sanitizer, "find_gpu", lambda: None)
-    with pytest.raises(DeviceFailed, match="memcheck: 1 error"):
+    with pytest.raises(DeviceFailed, match="1 error"):
         sanitizer.sanitize(saved.append)
     assert saved[-1]["memcheck"]["exit_code"] == 7 and saved[-1]["memcheck"]["stderr"] == "a traceback"
     memcheck.write_text("#!/bin/sh\nexit 0\n")

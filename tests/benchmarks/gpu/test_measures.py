@@ -16,10 +16,10 @@ from fakes import FakeDevice
 
 import flexvar_ref
 from flexvar_bench.energy import gpu_counter, joules_of_call
-from flexvar_bench.gpu import device as gpu_device
-from flexvar_bench.gpu.models import random_model, schedule_of
+from flexvar_bench.gpu import sampler_checks
 from flexvar_bench.gpu.parity import parity
-from flexvar_bench.gpu.runs import Opened, latency
+from flexvar_bench.gpu.random_models import random_model, schedule_of
+from flexvar_bench.gpu.runtime_jobs import Opened, latency
 from flexvar_bench.gpu.torch_compiled import CompiledPeer, Eager, sample_sorted
 from flexvar_bench.timing import Budget, memory_watch, repeat, timed_row
 from flexvar_export.proof import Proof
@@ -42,14 +42,14 @@ def test_random_models_are_those_of_the_checkpoints(tiny_checkpoint: tuple[Path,
 def test_kernels_against_the_host(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays, schedule = DeviceArrays(device), ScaleSchedule.parse("1_2_3")
     device.load(KernelConfig(VOCABULARY, 8, 64))
-    monkeypatch.setattr(gpu_device, "ROWS", 6)
-    found = gpu_device.draws_equal(arrays, schedule)
+    monkeypatch.setattr(sampler_checks, "ROWS", 6)
+    found = sampler_checks.draws_equal(arrays, schedule)
     assert found == {"holds": True, "draws": 4 * 4 * 14, "different": 0}
-    assert all(row["holds"] for row in gpu_device.tokens_equal(arrays, VOCABULARY))
-    times = gpu_device.sampling_seconds(arrays, VOCABULARY, ScaleSchedule.parse("1_2"), 2)
-    assert [scale["median"] for scale in times] == [0.25 / gpu_device.LAUNCHES] * 2
-    monkeypatch.setattr(gpu_device, "sample", lambda *a, **k: -gpu_device.np.ones(6, "int32"))
-    assert not any(row["holds"] for row in gpu_device.tokens_equal(arrays, VOCABULARY))
+    assert all(row["holds"] for row in sampler_checks.tokens_equal(arrays, VOCABULARY))
+    times = sampler_checks.sampling_seconds(arrays, VOCABULARY, ScaleSchedule.parse("1_2"), 2)
+    assert [scale["median"] for scale in times] == [0.25 / sampler_checks.LAUNCHES] * 2
+    monkeypatch.setattr(sampler_checks, "sample", lambda *a, **k: -sampler_checks.np.ones(6, "int32"))
+    assert not any(row["holds"] for row in sampler_checks.tokens_equal(arrays, VOCABULARY))
 
 
 def test_parity_and_times_on_a_device(

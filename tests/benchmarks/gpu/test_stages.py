@@ -15,6 +15,7 @@ from flexvar_bench.gpu import rehearsal as gpu_rehearsal
 from flexvar_bench.gpu.measurement import RESERVE_SECONDS
 from flexvar_bench.gpu.plan import REUSED, Phase, finished_before, planned_seconds
 from flexvar_bench.gpu.rehearsal import REFUSED, rehearse, steps_of
+from flexvar_bench.gpu.sources import source_hash
 from flexvar_bench.gpu.stages import FIRST, MEASURE, SECONDS, StageSetup, rehearsal, stage_plan
 
 ROOT = Path(gpu_check.__file__).resolve().parent.parent
@@ -145,7 +146,7 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     printed = capsys.readouterr().out
     assert "Stage first, rehearsed" in printed and "compiled tiny batch 64 exact" in printed
     first, measured = (json.loads((tmp_path / f"gpu_check_{stage}.json").read_text()) for stage in SECONDS)
-    assert first["source_sha256"] == gpu_check.source_hash()
+    assert first["source_sha256"] == source_hash()
     assert first["phases"]["kernels"]["result"]["device"] == "emulated GPU"
     assert all(first["phases"]["sanitize"]["result"]["equal_host"].values())
     assert first["phases"]["regenerate tiny"]["result"]["made"] > 0, "weights were made, not carried"

@@ -75,7 +75,7 @@ def test_only_kernels_that_are_used_stay(library: Path, cuobjdump: Path) -> None
 
 
 def test_another_library_is_refused(library: Path, cuobjdump: Path) -> None:
-    with pytest.raises(ArtifactRefused, match="0 cubins for sm_120"):
+    with pytest.raises(ArtifactRefused, match="sm_120"):
         keep_kernels(library, 120, trim.is_used, cuobjdump)
 
 
@@ -98,15 +98,15 @@ def test_a_tool_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(trim.importlib.util, "find_spec", lambda _: None)  # type: ignore[attr-defined]
     monkeypatch.setattr(trim, "find_tool", lambda _: None)
-    with pytest.raises(EnvironmentFailed, match=r"cuobjdump.*triton.*--cuobjdump") as refusal:
+    with pytest.raises(EnvironmentFailed, match="--cuobjdump") as refusal:
         trim.find_cuobjdump(None)
     assert refusal.value.exit_code == 4
     with pytest.raises(EnvironmentFailed, match="nowhere"):
         trim.find_cuobjdump(tmp_path / "nowhere")
-    with pytest.raises(EnvironmentFailed, match="no readelf"):
+    with pytest.raises(EnvironmentFailed, match="readelf"):
         trim.require_tools()
     (tmp_path / "readelf").symlink_to("/bin/true")
-    with pytest.raises(EnvironmentFailed, match="no xz"):
+    with pytest.raises(EnvironmentFailed, match="xz"):
         trim.require_tools()
 
 

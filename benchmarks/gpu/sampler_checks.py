@@ -1,4 +1,4 @@
-"""Our kernels on the GPU, without any graph: the host's draws, the host's tokens, and how long sampling takes."""
+"""Compares draws and tokens of our kernels with the host, and times the sampling kernel. No graph is needed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .files import Save
 SEEDS = (0, 1, 2**63, 2**64 - 1)
 INDICES = (0, 5, 2**32, 2**64 - 1)
 ROWS = 512
-LAUNCHES = 20  # captured and timed together: one alone is shorter than the launch of the next
+LAUNCHES = 20  # captured and timed together, because one takes less time than its launch
 WARM_UPS, REPEATS = 2, 10
 
 
 def device_kernels(vocabulary: int, schedule: ScaleSchedule, batches: Sequence[int], save: Save) -> None:
-    """Compile and run them on the first GPU."""
+    """Compile our kernels, then check and time them on the first GPU."""
     device = first_gpu.start_gpu()
     arrays = DeviceArrays(device)
     device.load(KernelConfig(vocabulary, 32, 64))
@@ -46,7 +46,7 @@ def device_kernels(vocabulary: int, schedule: ScaleSchedule, batches: Sequence[i
 
 
 def draws_equal(arrays: Any, schedule: ScaleSchedule) -> dict[str, Any]:
-    """24-bit draws of every scale, for seeds and image indices up to the largest, against `noise.draws`."""
+    """Compare the 24-bit draws of every scale with those of the host, for seeds and indices up to the largest."""
     checked = different = 0
     for seed in SEEDS:
         seeds = (seed,) * len(INDICES)
@@ -61,7 +61,7 @@ def draws_equal(arrays: Any, schedule: ScaleSchedule) -> dict[str, Any]:
 
 
 def tokens_equal(arrays: Any, vocabulary: int) -> list[dict[str, Any]]:
-    """Tokens of random logits against `sampling.sample`, for several options."""
+    """Compare tokens drawn from random logits with `sampling.sample`, for several options."""
     logits = (4 * np.random.default_rng(0).standard_normal((1, ROWS, vocabulary))).astype(np.float32)
     rows = []
     for top_k, top_p in ((900, 0.95), (0, 0.0), (1, 0.95), (50, 0.0), (0, 0.9)):
@@ -91,7 +91,7 @@ def sample_on_device(
     found: NDArray[np.int32] = arrays.download(tokens).reshape(-1)
     refused = kernels.read_status(arrays.download(status))
     if refused is not None:
-        raise ValueError(f"the kernel refused row {refused.row} of the logits")
+        raise ValueError(f"The kernel refused row {refused.row} of the logits.")
     return found
 
 
@@ -104,7 +104,7 @@ def upload_options(arrays: DeviceArrays, top_k: int, top_p: float, vocabulary: i
 
 
 def sampling_seconds(arrays: Any, vocabulary: int, schedule: ScaleSchedule, batch: int) -> list[dict[str, float]]:
-    """Of the sampling kernel alone, by scale, published options, logits as peaked as a model's."""
+    """Times of the sampling kernel for each scale, with the published options and logits as peaked as a model's."""
     device = arrays.device
     sampling = Sampling()
     streams = arrays.upload(kernels.stream_block((0,) * batch, range(batch)))

@@ -1,4 +1,4 @@
-"""The content of a result: one row for each measurement with its limit, and the goals compared with the rows."""
+"""The content of a result: one row for each measurement, with its limit, and the goals with what was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexvar_runtime.bundle.manifest import PLAIN
 from flexvar_runtime.model.facts import ModelFacts
 
 from ..limits import generation_limit
-from .runner import DONE, NOT_MEASURED
+from .processes import DONE, NOT_MEASURED
 
 SCHEMA = 1
 REFERENCE, COMPILED, MODULES = PEERS = ("flexvar_ref", "torch.compile", "torch-modules")
@@ -28,7 +28,7 @@ GOALS = {
     f"{MAIN} B=64 images/s": 400.0,
     "sampling share": 0.05,
     "resident bytes grown in the second half": 4 * 2**20,
-    "device bytes grown": 2 * 2**20,  # what the driver hands out at a time
+    "device bytes grown": 2 * 2**20,  # the driver allocates in such blocks
 }
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -72,8 +72,11 @@ def measured_precision(result: Mapping[str, Any]) -> str:
 
 
 def rows(records: Records) -> list[dict[str, Any]]:
-    """Every measured batch of every side; share: of the strict limit, where the machine's rates are known; left_out:
-    why it does not count towards the goals."""
+    """One row for each measured batch of each side.
+
+    share_of_limit: the strict limit as a share of the time, None where the rates of the machine are unknown. left_out:
+    why the row does not count towards the goals.
+    """
     found = []
     for result in (result for job in MEASURED for result in results(records, job)):
         for row in result.get("rows", ()):
@@ -109,7 +112,7 @@ def rows(records: Records) -> list[dict[str, Any]]:
 
 
 def _left_out(result: Mapping[str, Any]) -> str | None:
-    """Speed counts where what was computed is right: a backend within its gates, the compiled peer within ours."""
+    """Why a result does not count: a graph is outside its gate, or the compiled peer is. None if it counts."""
     if "backend" in result and not result.get("parity", {}).get("passed"):
         return "parity failed"
     error, gate = result.get("relative_error", 0.0), result.get("gate", 0.0)
@@ -134,7 +137,7 @@ def _rates(records: Records) -> tuple[float, float] | None:
 
 
 def goals(records: Records, model: str, flat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every acceptance line with what was measured; held is None where it was not. Only what is right counts."""
+    """Every goal with what was measured. held: None where nothing was measured. Rows that are left out do not count."""
     flat = [row for row in flat if row["left_out"] is None]
     right = {(r["backend"], r["model"]) for r in results(records, "run") if not _left_out(r)}
     best = {batch: _best(flat, model, batch) for batch in (1, 64)}
@@ -218,7 +221,7 @@ def _gpu(records: Records) -> str | None:
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers for one line."""
+    """The most important numbers, which are printed as one line of JSON."""
     states: dict[str, list[str]] = {}
     for name, record in result["phases"].items():
         states.setdefault(record["status"], []).append(name)
@@ -236,6 +239,7 @@ def headline(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
+    """Print the rows, the goals, and the phases that are not done."""
     table = Table("side", "model", "B", "wall ms", "device ms", "images/s", "J/image", "of limit", "peak GB", "mode")
     table.title = f"{result['gpu'] or 'no GPU: times of a CPU'}, medians, decoder included"
     for row in result["rows"]:

@@ -1,4 +1,4 @@
-"""The models of a suite as files: a bundle that is there, or one that is exported for the run."""
+"""The files of the models of a suite: bundles that exist, or bundles that are exported for the run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flexvar_export.quality import best_first, read_quality
 from flexvar_runtime import ScaleSchedule
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput, OutOfMemory
 
-from .plans import Model
 from .suite import Entry
+from .workload import Model
 
 TINY = "tiny"
 _PUBLISHED = re.compile(r"d[1-9]\d?")
@@ -24,25 +24,27 @@ Progress = Callable[[str], None]
 
 
 def model_of(entry: Entry, folder: Path) -> Model:
-    """Where the files of a model lie; in `folder` those that `make` has to make. Raises InvalidInput."""
-    file = quote(entry.name, safe="")  # two names never share one
+    """The places of a model's files. Those that `make` writes lie in `folder`. Raises InvalidInput."""
+    file = quote(entry.name, safe="")  # quoted, so that two names never share a file
     bundle = folder / f"{file}.bundle" if entry.bundle is None else Path(entry.bundle)
     if entry.random is None:
         given = [None if name is None else Path(name) for name in (entry.checkpoint, entry.vae)]
         return Model(name=entry.name, bundle=bundle, transformer=given[0], vae=given[1])
     if entry.random != TINY and _PUBLISHED.fullmatch(entry.random) is None:
         raise InvalidInput(
-            f"random = {entry.random!r:.100}", expected=f"d16, d20, d24 or {TINY}", fix="name one of these sizes"
+            f"random of the model {entry.name!r:.100} is {entry.random!r:.100}, which is no size.",
+            expected=f"d16, d20, d24 or {TINY}",
+            fix=f"Use d16, d20, d24 or {TINY}.",
         )
     weights = folder / f"{file}.weights"
     return Model(name=entry.name, bundle=bundle, transformer=weights / "transformer.pth", vae=weights / "vae.pth")
 
 
 def make(entry: Entry, model: Model, threads: int, progress: Progress = lambda _: None) -> None:
-    """Write what the suite does not bring, in place of what an earlier run left there: weights, and a proved bundle.
+    """Write the files of a model that has no bundle: random weights if needed, and a bundle with its proof.
 
-    In a process of its own, so that nothing of it is in memory when times are taken. Raises what
-    `flexvar_export.bundle.export_bundle` raises.
+    Files of an earlier run are replaced. The export runs in its own process, so that it leaves nothing in memory when
+    times are measured. Raises the errors of `flexvar_export.bundle.export_bundle`.
     """
     if entry.bundle is not None:
         return
@@ -53,9 +55,9 @@ def make(entry: Entry, model: Model, threads: int, progress: Progress = lambda _
             pool.submit(_make, entry, model, threads).result()
         except BrokenProcessPool as error:
             raise OutOfMemory(
-                f"an export of {model.name!r:.100} that was killed",
+                f"The export of {model.name!r:.100} was killed, probably because memory ran out.",
                 expected="memory for the checkpoint, its reference and its graphs",
-                fix="end other programs, or leave the model out of the suite",
+                fix="End other programs, or leave the model out of the suite.",
             ) from error
 
 
@@ -65,7 +67,9 @@ def _make(entry: Entry, model: Model, threads: int) -> None:
         from flexvar_export.facts import PUBLISHED_DEFAULTS
     except ImportError as error:
         raise BackendUnavailable(
-            f"no module {error.name}", expected="the export extra", fix="pip install 'flexvar-deploy[cpu,export]'"
+            f"The module {error.name} is not installed.",
+            expected="the export extra",
+            fix="Install it: pip install 'flexvar-deploy[cpu,export]'",
         ) from error
     assert model.transformer is not None and model.vae is not None  # a model without a bundle has a checkpoint
     if entry.random is not None:

@@ -1,4 +1,4 @@
-"""A run: every case in turns between its variants, then the loads; each result is given as soon as it is there."""
+"""Measures a plan: the variants of each case take turns, then the load tests follow. Yields each result at once."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from flexvar_runtime.backends import BACKENDS
 from flexvar_runtime.model.facts import ModelFacts
 
 from .limits import PHASE_SAVING, decoder_flops, transformer_flops
-from .plans import LEAST, Case, Load, Plan, calls_of
 from .records import Measured, Scenario, Served
 from .variants import CostWork, Sample, Subject, Work
 from .workers import Worker, started
+from .workload import LEAST, Case, Load, Plan, calls_of
 
 PUBLISHED_TOKENIZER = 16, 8912, 32  # downsampling, vocabulary, dimension of a code
 SEED = 0
-REST_SECONDS = (
-    0.1  # before every call: threads of the one before may go on spinning, ONNX Runtime's by default for 45 ms
-)
+REST_SECONDS = 0.1  # before each call, because threads of the last one may still spin: ONNX Runtime's for 45 ms
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a backend keeps for deadlines after a run: the file and how many schedules and batch sizes were measured.
-    note: why nothing was."""
+    """The costs for deadlines that a backend saved.
+
+    rows: how many schedules and batch sizes were measured. note: why none was.
+    """
 
     model: str
     backend: str
@@ -41,8 +41,10 @@ class Costs:
 
 
 def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> Iterator[Measured | Served | Costs]:
-    """One process a variant, all open at once, one of them working at a time. Raises ArtifactRefused only where the
-    bundle cannot be read: a variant that cannot run is "not measured", with its reason."""
+    """Measure all cases and load tests of a plan, then the costs for deadlines.
+
+    Each variant runs in its own process. All processes are open at once, and one of them works at a time. A variant
+    that cannot run is "not measured", with the reason. Raises ArtifactRefused for a bundle that cannot be read."""
     bundle = Bundle.open(plan.model.bundle)
     names = dict.fromkeys(name for case in plan.cases for name in case.variants)
     subjects = [Subject(name, plan.model.bundle, plan.model.transformer, plan.model.vae, threads) for name in names]
@@ -51,12 +53,12 @@ def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> It
     with started(subjects) as workers:
         by_name = {worker.subject.variant: worker for worker in workers}
         for case in plan.cases:
-            progress(f"{plan.model.name}: {_said(case.work)}, {case.repeats} calls of {', '.join(case.variants)}")
+            progress(f"{plan.model.name}: {_describe(case.work)}, {case.repeats} calls of {', '.join(case.variants)}")
             yield from _in_turns(plan, bundle, case, [by_name[name] for name in case.variants], turns, threads)
         for load in plan.loads:
             progress(f"{plan.model.name}: {load.mode}, {load.requests} requests on {load.variant}")
             worker = by_name[load.variant]
-            served = serve(load, worker.make, _scenario(plan, bundle, worker, load.work, threads))
+            served = serve(load, worker.call, _scenario(plan, bundle, worker, load.work, threads))
             if served is not None:
                 yield served
         for worker in workers:
@@ -67,10 +69,10 @@ def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> It
 def _costs(model: str, worker: Worker, work: CostWork, progress: Progress) -> Costs:
     backend = worker.subject.variant
     progress(f"{model}: costs for deadlines on {backend}, batch {', '.join(map(str, work.batches))}")
-    kept = worker.keep_costs(work)
-    if isinstance(kept, str):
-        return Costs(model=model, backend=backend, file=None, rows=0, note=kept)
-    return Costs(model=model, backend=backend, file=kept.file, rows=kept.rows, note="")
+    saved = worker.save_costs(work)
+    if isinstance(saved, str):
+        return Costs(model=model, backend=backend, file=None, rows=0, note=saved)
+    return Costs(model=model, backend=backend, file=saved.file, rows=saved.rows, note="")
 
 
 def _in_turns(
@@ -78,22 +80,22 @@ def _in_turns(
 ) -> Iterable[Measured]:
     samples: dict[str, list[tuple[int, Sample]]] = {name: [] for name in case.variants}
     notes = dict.fromkeys(case.variants, "")
-    anew: dict[str, bool] = {}
-    for worker in workers:  # warm-up: opens graphs, allocates, compiles
-        anew[worker.subject.variant] = worker.reset_peak()
-        answer = worker.make(case.work)
+    peak_was_reset: dict[str, bool] = {}
+    for worker in workers:  # the warm-up opens graphs, allocates and compiles
+        peak_was_reset[worker.subject.variant] = worker.reset_peak()
+        answer = worker.call(case.work)
         notes[worker.subject.variant] = answer if isinstance(answer, str) else ""
     end = time.perf_counter() + case.seconds
     for turn in range(case.repeats):
         if turn >= LEAST and time.perf_counter() >= end:
             break
-        order = workers if turn % 2 == 0 else list(reversed(workers))  # nobody always follows the same one
+        order = workers if turn % 2 == 0 else list(reversed(workers))  # no variant always follows the same one
         for worker in order:
             name = worker.subject.variant
             if notes[name]:
                 continue
             time.sleep(REST_SECONDS)
-            answer = worker.make(case.work)
+            answer = worker.call(case.work)
             if isinstance(answer, str):
                 notes[name] = answer
             else:
@@ -101,7 +103,7 @@ def _in_turns(
     for worker in workers:
         name = worker.subject.variant
         scenario = _scenario(plan, bundle, worker, case.work, threads)
-        peak = worker.peak_bytes() if anew[name] and not notes[name] else None
+        peak = worker.peak_bytes() if peak_was_reset[name] and not notes[name] else None
         joules = worker.joules(case.work) if samples[name] else None
         flops = call_flops(bundle.manifest.model, case.work)
         yield measured(scenario, bundle.sha256, samples[name], peak, flops, joules, notes[name])
@@ -116,7 +118,7 @@ def measured(
     joules: float | None,
     note: str,
 ) -> Measured:
-    """Samples with their turns as one record. note: why there are none, or fewer."""
+    """Samples with their turns, as one record. note: why there are none, or fewer than planned."""
     only = [sample for _, sample in samples]
 
     def median(values: list[float | None]) -> float | None:
@@ -138,23 +140,23 @@ def measured(
         flops=flops,
         joules=joules,
         note=f"not measured: {note}" if note and not only else note,
-        told=median([_told(sample) for sample in only]),
+        told=median([_parts_share(sample) for sample in only]),
     )
 
 
-def _told(sample: Sample) -> float | None:
-    """The share of a call that its parts add up to; None where the variant does not tell them all."""
+def _parts_share(sample: Sample) -> float | None:
+    """The sum of the parts as a share of the call. None if the variant does not report all parts."""
     if sample.scales is None or sample.condition is None or sample.sampling is None or sample.decode is None:
         return None
     return (sample.condition + sum(sample.scales) + sample.sampling + sample.decode) / sample.total
 
 
-def serve(load: Load, make: Callable[[Work], Sample | str], scenario: Scenario) -> Served | None:
-    """The latencies of a load; None where the variant cannot run.
+def serve(load: Load, call: Callable[[Work], Sample | str], scenario: Scenario) -> Served | None:
+    """The result of a load test. None if the variant cannot run.
 
-    server: requests come by a Poisson process and are made one by one in their order; time spent waiting counts.
+    In the mode "server" requests arrive by a Poisson process and are served one by one. Their waiting time counts.
     """
-    first = make(load.work)
+    first = call(load.work)
     if isinstance(first, str):
         return None
     calls = calls_of(load)
@@ -170,7 +172,7 @@ def serve(load: Load, make: Callable[[Work], Sample | str], scenario: Scenario) 
         if at > now:
             time.sleep(at - now)
         arrived = at if load.mode == "server" else (0.0 if load.mode == "offline" else time.perf_counter() - start)
-        if isinstance(make(load.work), str):
+        if isinstance(call(load.work), str):
             return None
         latencies += [time.perf_counter() - start - arrived] * load.work.batch
     elapsed = time.perf_counter() - start
@@ -185,8 +187,10 @@ def serve(load: Load, make: Callable[[Work], Sample | str], scenario: Scenario) 
 
 
 def call_flops(model: ModelFacts, work: Work) -> float:
-    """Operations a call cannot avoid, upsampling counted in phases. Of another decoder than the published one none are
-    counted: the figure is then too low, and so is a share of the limit."""
+    """The least operations of a call, with the decoder's upsampling in phases.
+
+    The operations of a decoder other than the published one are not counted. The result is then too low.
+    """
     flops = transformer_flops(model, work.schedule, guided=work.guided)
     if (model.downsampling, model.vocabulary, model.code_dim) == PUBLISHED_TOKENIZER:
         flops += decoder_flops(work.schedule) * (1 - PHASE_SAVING)
@@ -198,7 +202,7 @@ def _scenario(plan: Plan, bundle: Bundle, worker: Worker, work: Work, threads: i
     peer = variant.removeprefix("torch-") if variant.startswith("torch-") else None
     precision = worker.precision or {None: bundle.manifest.precision, "bf16": "bf16"}.get(peer, "fp32")
     return Scenario(
-        name=f"{plan.model.name}, {_said(work)}",
+        name=f"{plan.model.name}, {_describe(work)}",
         model=plan.model.name,
         variant=variant,
         precision=precision,
@@ -209,5 +213,5 @@ def _scenario(plan: Plan, bundle: Bundle, worker: Worker, work: Work, threads: i
     )
 
 
-def _said(work: Work) -> str:
+def _describe(work: Work) -> str:
     return f"{len(work.schedule)} steps, batch {work.batch}, {'guidance' if work.guided else 'no guidance'}"

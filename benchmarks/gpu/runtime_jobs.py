@@ -1,4 +1,4 @@
-"""The runtime on one backend: does it run, does it agree, how fast is it, does it leak."""
+"""Jobs that run the runtime on one backend: engines, parity, times, memory growth, and both forms of the decoder."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from flexvar_runtime.model.signatures import DECODE
 from ..energy import gpu_counter
 from ..timing import Budget, memory_watch, quantiles, repeat, resident_bytes, timed_row
 from .files import ModelFiles, Save
-from .machine import probe_backend, used_bytes
-from .models import default_guidance, load_proof, schedule_of
+from .hardware import probe_backend, used_bytes
 from .parity import equal_share, parity
 from .plan import CPU_BACKEND, TINY
+from .random_models import default_guidance, load_proof, schedule_of
 
 NEW_CLASSES = Budget(warmup=1, least=3, most=50, seconds=1.0)
 GROWTH_WARM_UP = 20
 GROWTH_SAMPLES = 10
-KNOWN_CLASSES = 32  # their conditions are remembered
+KNOWN_CLASSES = 32  # the pipeline keeps the conditions of so many classes
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ class Opened:
 
 @contextmanager
 def opened(work: Path, model: str, backend: str, *, in_phases: bool = False) -> Iterator[Opened]:
-    """in_phases: the bundle with a decoder in phases. Both have their engines in one folder."""
+    """Open a model of the run on a backend. in_phases: the bundle whose decoder upsamples in phases.
+
+    Both bundles have their engines in one folder.
+    """
     files, start = ModelFiles.of(work, model), time.perf_counter()
     bundle, engines = files.in_phases if in_phases else files.bundle, files.bundle / ENGINES
     with FlexVARPipeline.from_bundle(
@@ -75,7 +78,7 @@ def opened(work: Path, model: str, backend: str, *, in_phases: bool = False) -> 
 
 
 def build(work: Path, model: str, backend: str, max_batch: int, save: Save, *, in_phases: bool = False) -> None:
-    """`flexvar build` for this machine's GPU: engines of every graph. How far it came stands on standard error."""
+    """Run `flexvar build` for the GPU of this machine: engines of every graph. Progress goes to standard error."""
     files, start, printed = ModelFiles.of(work, model), time.perf_counter(), io.StringIO()
     with redirect_stdout(printed):
         build_command.build(
@@ -99,14 +102,14 @@ def build(work: Path, model: str, backend: str, max_batch: int, save: Save, *, i
 
 
 def tiny(work: Path, backend: str, save: Save) -> None:
-    """The whole way on the tiny model: probe, engines where needed, parity, and tokens against ort-cpu."""
+    """Check a backend on the tiny model: probe, engines if needed, parity, and tokens compared with ort-cpu."""
     result: dict[str, Any] = {"probe": probe_backend(backend)}
     save(result)
     if not result["probe"]["available"]:
         raise BackendUnavailable(
-            f"backend {backend}: {result['probe']['detail']}",
-            expected="one that works here",
-            fix=result["probe"]["fix"] or "flexvar doctor",
+            f"The backend {backend} does not work here: {result['probe']['detail']}",
+            expected="a backend that works here",
+            fix=result["probe"]["fix"] or "Run flexvar doctor.",
         )
     if backend in TENSORRT_BACKENDS:
         build(work, TINY, backend, 2, lambda built: result.update(build=built))
@@ -122,13 +125,13 @@ def tiny(work: Path, backend: str, save: Save) -> None:
         with opened(work, TINY, CPU_BACKEND) as host:
             pairs = zip(outputs, map(host.generate, batches), strict=True)
             result["tokens_equal_to_ort_cpu"] = [equal_share(ours.tokens, theirs.tokens) for ours, theirs in pairs]
-    except FlexVARError as error:  # a processor that cannot be asked says nothing of this backend
+    except FlexVARError as error:  # a failure of ort-cpu says nothing about this backend
         result["tokens_equal_to_ort_cpu"] = f"not measured: {error}"
     save(result)
 
 
 def run(work: Path, model: str, backend: str, batches: Sequence[int], budget: Budget, save: Save) -> None:
-    """Parity first, in a fresh process, then times by batch, then times by scale."""
+    """Measure parity first, in a fresh process, then times by batch, then times by scale."""
     proof = load_proof(work, model)
     used = used_bytes()
     with opened(work, model, backend) as run:
@@ -138,7 +141,7 @@ def run(work: Path, model: str, backend: str, batches: Sequence[int], budget: Bu
         for batch in batches:
             try:
                 row = latency(run, batch, budget, used)
-            except FlexVARError as error:  # too large a batch says nothing of the others
+            except FlexVARError as error:  # a batch that is too large must not end the others
                 row = {"batch": batch, "reason": f"not measured: {error}"}
             result["rows"].append(row)
             save(result)
@@ -150,7 +153,7 @@ def run(work: Path, model: str, backend: str, batches: Sequence[int], budget: Bu
 
 
 def latency(run: Opened, batch: int, budget: Budget, used: Callable[[], int] | None) -> dict[str, Any]:
-    """One row of times, and on its own the height of memory: both with everything opened and captured."""
+    """One row of times, and the peak of memory, measured separately. Everything is opened and captured before."""
     labels = [i % run.pipeline.model.classes for i in range(batch)]
     modes = set()
 
@@ -187,7 +190,7 @@ def latency(run: Opened, batch: int, budget: Budget, used: Callable[[], int] | N
 
 
 def scale_times(run: Opened, repeats: int = 5) -> list[float]:
-    """Seconds of every scale, draws included, driven one by one."""
+    """Seconds of every scale, sampling included, when each scale is waited for."""
     schedule, guidance = schedule_of(run.model), default_guidance()
     times = []
     for _ in range(repeats + 1):
@@ -197,13 +200,13 @@ def scale_times(run: Opened, repeats: int = 5) -> list[float]:
 
 
 def growth(work: Path, model: str, backend: str, generations: int, save: Save) -> None:
-    """Memory of the process and of the device over many generations of one image."""
+    """Measure the memory of the process and of the device over many generations of one image."""
     with opened(work, model, backend) as run:
         memory_growth(run, generations, save)
 
 
 def memory_growth(run: Opened, generations: int, save: Save) -> None:
-    """What `growth` saves, of a pipeline that is already open."""
+    """As `growth`, with an open pipeline."""
     device = run.pipeline.backend.device
 
     def look(done: int) -> dict[str, int | None]:
@@ -244,10 +247,10 @@ def _difference(a: dict[str, int | None], b: dict[str, int | None], key: str) ->
 def decoders(
     work: Path, model: str, backend: str, batches: Sequence[int], max_batch: int, budget: Budget, save: Save
 ) -> None:
-    """The decoder alone in both forms: whether upsampling in phases saves time on this device."""
+    """Time the decoder alone in both forms. It shows whether upsampling in phases saves time on this device."""
     case, result = load_proof(work, model).cases[0], dict[str, Any]()
     for in_phases in (False, True):
-        if in_phases and backend in TENSORRT_BACKENDS:  # of the other graphs, engines are there
+        if in_phases and backend in TENSORRT_BACKENDS:  # the engines of the other graphs exist
             build(work, model, backend, max_batch, lambda _: None, in_phases=True)
         with opened(work, model, backend, in_phases=in_phases) as run:
             generator = run.pipeline.generator
@@ -260,7 +263,7 @@ def decoders(
 
 
 def decoder_times(generator: Generator, size: tuple[int, int], batch: int, budget: Budget) -> dict[str, Any]:
-    """Of one run of the graph, from tokens on the device to images there."""
+    """Times of one run of the decoder graph, from tokens to images, both on the device."""
     (h, w), factor, device = size, generator.model.downsampling, generator.backend.device
     tokens = generator.backend.upload(np.zeros((batch, h, w), np.int32))
     image = generator.backend.empty((batch, 3, h * factor, w * factor), "float32")

@@ -1,4 +1,4 @@
-"""Runs phases as processes: starts them in order, stops them at their limits, and keeps the results of every one."""
+"""Runs phases as processes: starts them in order, stops them at their limits, and keeps their results."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from .plan import Phase
 
 CHILD = (sys.executable, "-m", "flexvar_bench.gpu.child")
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 2.0  # between asking a process to end and ending it
-TAIL = 2000  # letters of a failed phase's last words
-LEAST_SHARE = 0.5  # of what a phase should take must be left for it to be started
+GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
+TAIL = 2000  # characters kept of the stderr of a failed phase
+LEAST_SHARE = 0.5  # a phase is started if so much of its expected duration is left
 
 DONE, FAILED, STOPPED, NOT_MEASURED, RUNNING = "done", "failed", "stopped", "not measured", "running"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a phase. result: what it last wrote, whole or in part; reason: why it is not done, in one line;
-    stderr: its last words, where it is not done. A status of "running" stays only where the whole run was killed."""
+    """The outcome of a phase.
+
+    result: what it last wrote, complete or partial. reason: why it is not done, in one line. stderr: the end of its
+    standard error, if it is not done. The status "running" stays only if the whole run was killed.
+    """
 
     status: str
     reason: str | None = None
@@ -58,8 +61,9 @@ class _Running:
 
 
 class Runner:
-    """Runs phases until all are through or the deadline comes. `report` is called with all records after each change:
-    a phase that begins, one that has found something, and one that ends.
+    """Runs phases until all have ended or the deadline comes.
+
+    `report` is called with all records when a phase begins, when it has a new result, and when it ends.
     """
 
     def __init__(
@@ -89,11 +93,11 @@ class Runner:
         try:
             self._report(self.records)
             while self._waiting or self._running:
-                self._start_what_can()
+                self._start_ready_phases()
                 self._collect()
                 time.sleep(POLL_SECONDS if self._running else 0)
         finally:
-            for running in self._running:  # all are asked before the first is waited for
+            for running in self._running:  # signal all before waiting for the first
                 _signal(running.process, signal.SIGTERM)
             for running in list(self._running):
                 _end(running.process)
@@ -101,10 +105,10 @@ class Runner:
                 self._finish(running, Record(STOPPED, "the run was interrupted"))
         return self.records
 
-    def _start_what_can(self) -> None:
-        """In order. A phase that is ready to run alone keeps those behind it from starting."""
+    def _start_ready_phases(self) -> None:
+        """Start phases in their order. A ready phase that must run alone holds back those behind it."""
         for phase in list(self._waiting):
-            missing = self._why_never(phase)
+            missing = self._why_not_runnable(phase)
             if missing:
                 self._waiting.remove(phase)
                 self._record(phase, not_measured(missing))
@@ -118,15 +122,15 @@ class Runner:
                 if phase.alone:
                     return
 
-    def _why_never(self, phase: Phase) -> str | None:
-        """Why a phase cannot be run any more: what it needs went wrong, or time is up."""
+    def _why_not_runnable(self, phase: Phase) -> str | None:
+        """Why a phase cannot run any more: a phase that it needs is not done, or too little time is left."""
         for need in phase.needs:
             record, pending = self.records.get(need), {p.name for p in self._waiting} | self._active()
             if need not in pending and (record is None or record.status != DONE):
                 return f"it needs {need!r}, which {f'is {record.status}' if record else 'was left out'}"
         left = self._deadline - time.monotonic()
         if left < LEAST_SHARE * phase.seconds:
-            return f"{max(left, 0):.0f} s were left, it takes about {phase.seconds:.0f}"
+            return f"{max(left, 0):.0f} s were left, and it takes about {phase.seconds:.0f} s"
         return None
 
     def _active(self) -> set[str]:
@@ -145,7 +149,7 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                start_new_session=True,  # so that what it starts can be ended with it
+                start_new_session=True,  # so that its children can be ended with it
             )
         began = time.monotonic()
         started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -161,7 +165,7 @@ class Runner:
                 self._report_progress(running)
                 continue
             taken = time.monotonic() - running.began
-            _end(running.process)  # what it started, too
+            _end(running.process)  # with its children
             self._running.remove(running)
             if code == 0:
                 record = Record(DONE)
@@ -191,7 +195,7 @@ class Runner:
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
-    """What a phase has written, if it has."""
+    """The result that a phase has written, or None."""
     with suppress(OSError, ValueError):
         found: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return found
@@ -205,19 +209,19 @@ def _tail(stderr: Path) -> str:
 
 
 def _why_failed(code: int, stderr: str) -> str:
-    """The last line a process wrote, or the signal that ended it."""
+    """The last line of stderr, or the signal that ended the process."""
     if code < 0:
         with suppress(ValueError):
             return f"ended by {signal.Signals(-code).name}"
-    return (stderr.splitlines() or [f"exit code {code}, no last words"])[-1]
+    return (stderr.splitlines() or [f"exit code {code}, nothing on stderr"])[-1]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started: politely, then not."""
+    """End a process and its children: with SIGTERM, then with SIGKILL."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
         _signal(process, kind)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)  # not for ever: one that hangs in the driver cannot be ended
+            process.wait(GRACE_SECONDS)  # a process that hangs in the driver cannot be ended
 
 
 def _signal(process: subprocess.Popen[bytes], kind: signal.Signals) -> None:

@@ -1,7 +1,7 @@
-"""Models to measure: random weights of the published sizes, their bundles and their proofs.
+"""Makes the models to measure: random weights of the published sizes, with their bundles and proofs.
 
-Times depend on sizes, not on values; parity does depend on values, hence the recipe of `flexvar_ref.synthetic`, whose
-activations and logits are those of a trained model in size.
+Times depend on sizes only, but parity depends on values. The recipe of `flexvar_ref.synthetic` therefore gives
+activations and logits as large as those of a trained model.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from flexvar_runtime.files.atomic import atomic_write
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.signatures import DECODE, SCHEMA_VERSION, TABLES_FILE, WEIGHTS_OF, graph_specs
 
-from ..gpu_check import source_hash
 from .files import ModelFiles, Save
 from .plan import REUSED, TINY
+from .sources import source_hash
 
 SEED = 0
 
 
 def schedule_of(model: str) -> ScaleSchedule:
-    """The published ten steps; for the tiny model five, the last as large as those of its proof."""
+    """The published schedule of ten scales. For the tiny model five scales, the last as large as in its proof."""
     return ScaleSchedule.parse("1_2_3_4_10" if model == TINY else PUBLISHED_DEFAULTS.schedule)
 
 
@@ -70,7 +70,7 @@ def random_model(name: str) -> tuple[FlexVAR, Tokenizer]:
 
 
 def _fill(module: FlexVAR | Tokenizer) -> None:
-    """Fill every parameter from a random stream of its own, in threads: NumPy does not hold the interpreter lock."""
+    """Fill every parameter from its own random stream, in threads, because NumPy releases the interpreter lock."""
 
     def one(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
         published = published_name(item[0])
@@ -83,7 +83,7 @@ def _fill(module: FlexVAR | Tokenizer) -> None:
 def export_model(name: str, work: Path, precision: str, save: Save) -> None:
     """Write the unproven bundle of a random model, and its proof: what the reference computes in float32 on the CPU.
 
-    Files that the same sources have made in `work` already are kept. `work` holds one precision.
+    Files that the same sources have made in `work` before are kept. `work` holds one precision.
     """
     files, seconds, start = ModelFiles.of(work, name), dict[str, float](), time.perf_counter()
     attention: dict[str, int] = {}
@@ -174,7 +174,7 @@ def _write_bundle(
 
 
 def phases_model(name: str, work: Path, save: Save) -> None:
-    """Write the bundle of an exported model again, with a decoder that upsamples in phases. Other files are linked."""
+    """Write the bundle of an exported model again, with a decoder that upsamples in phases. The rest is hard links."""
     files = ModelFiles.of(work, name)
     manifest = replace(Bundle.open(files.bundle).manifest, decoder=PHASES)
     with write_bundle(files.in_phases, force=True) as directory:

@@ -1,6 +1,6 @@
-"""A file of results as one page that works without a network, and its charts beside it.
+"""Writes results as one HTML page that works without a network, and its charts as files.
 
-The limit stands first and everything is held against it. What is not there reads "not measured".
+The page begins with the limits of the machine, and compares each time with them. Missing values read "not measured".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexvar_runtime.files.atomic import atomic_write
 
 from .charts import colour, from_extra, three_digits
 from .records import Ceiling, Measured, Quality, Results, Scenario, Served
-from .report_figures import FILES, NOT_MEASURED, Figure, Looks, curves, taken_apart, trades
+from .report_figures import FILES, NOT_MEASURED, Figure, Looks, curves, parts_of_calls, trades
 from .report_numbers import count_steps, grouped, limit_of, median_of, normal, parts_gap, schedule_of, steps_of
 from .timing import quantiles
 
@@ -30,8 +30,11 @@ BASELINE = "torch-eager"
 
 @dataclass(frozen=True)
 class Row:
-    """A variant in a case. median in seconds; spread: half of p10 … p90, of the median; share of the arithmetic limit;
-    ratio: how many times faster than the baseline; gap: see `parts_gap`. None: not measured."""
+    """A variant in a case. None means not measured.
+
+    median: seconds. spread: half of p90 − p10, as a share of the median. share: the arithmetic limit as a share of the
+    median. ratio: times as fast as the baseline. gap: see `parts_gap`.
+    """
 
     measured: Measured
     median: float | None
@@ -44,13 +47,13 @@ class Row:
     @property
     def note(self) -> str:
         """Why there is no time."""
-        said = self.measured.note
-        return said if said.startswith(NOT_MEASURED) else f"{NOT_MEASURED}{said and ': '}{said}"
+        note = self.measured.note
+        return note if note.startswith(NOT_MEASURED) else f"{NOT_MEASURED}{note and ': '}{note}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Calls that can be compared, the fastest first."""
+    """Variants that can be compared, the fastest first."""
 
     schedule: str
     steps: int
@@ -62,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Rating:
-    """A schedule's quality and its fastest guided call, in seconds; None: not measured."""
+    """The quality of a schedule, and its fastest guided call with its median in seconds. None means not measured."""
 
     quality: Quality
     steps: int
@@ -72,7 +75,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class Load:
-    """Percentiles in seconds, None without requests; within: share of requests within the bound, None without one."""
+    """A load test. p50, p90, p99: seconds, None without requests. within: share of requests within the bound."""
 
     served: Served
     steps: int
@@ -84,7 +87,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Model:
-    """What the page says of one model."""
+    """The part of the page about one model."""
 
     name: str
     cases: tuple[Case, ...]
@@ -100,10 +103,10 @@ class Model:
 
 
 def write_report(results: Results, out: Path) -> tuple[Path, ...]:
-    """Write report.html and its charts into the folder `out`, replacing what has their names: the page's path first.
-    Charts of the report before that this one does not have are removed.
+    """Write report.html and its charts into the folder `out`. Returns their paths, the page first.
 
-    Raises BackendUnavailable (without the bench extra).
+    Files of these names are replaced. Charts that only the earlier report had are deleted. Raises BackendUnavailable
+    without the bench extra.
     """
     jinja = from_extra("jinja2")
     models = _models(results)
@@ -130,7 +133,7 @@ def write_report(results: Results, out: Path) -> tuple[Path, ...]:
 
 
 def _stale(out: Path, names: Collection[str]) -> list[Path]:
-    """Files of other names than these that are certainly charts of the earlier report: its page holds their bytes."""
+    """Charts of the earlier report with other names than `names`: those whose bytes its page holds."""
     page = out / PAGE
     if not page.is_file():
         return []
@@ -146,14 +149,14 @@ def _models(results: Results) -> tuple[Model, ...]:
     for name in dict.fromkeys((*(one.model for one in scenarios), *(one.model for one in results.quality))):
         measured = tuple(one for one in results.measured if one.scenario.model == name)
         timed = sorted((one for one in measured if one.seconds), key=_place)
-        guided = [one for one in timed if one.scenario.guided]  # as the pictures were whose quality is known
+        guided = [one for one in timed if one.scenario.guided]  # quality was measured with guidance
         quality = tuple(one for one in results.quality if one.model == name)
         served = (one for one in results.served if one.scenario.model == name)
         model = Model(
             name,
             cases=_cases(measured, results.ceiling),
             curves=curves(name, timed, looks),
-            parts=taken_apart(name, timed, results.ceiling, looks),
+            parts=parts_of_calls(name, timed, results.ceiling, looks),
             ratings=tuple(_rating(one, guided) for one in sorted(quality, key=lambda one: -steps_of(one.schedule))),
             trades=trades(name, guided, quality, looks),
             loads=tuple(map(_load, served)),
@@ -163,7 +166,7 @@ def _models(results: Results) -> tuple[Model, ...]:
 
 
 def _with_file_names(model: Model, taken: set[str]) -> Model:
-    """Charts carry the model's name, as far as a file can, and a number where two models would share it."""
+    """The model with file names for its charts: the model's name, with a number if two models would share it."""
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", model.name).strip("-.") or "model"
     suffix = next(one for i in range(1, 2 + len(taken)) if (one := plain if i == 1 else f"{plain}-{i}") not in taken)
     taken.add(suffix)
@@ -183,12 +186,12 @@ def _with_file_names(model: Model, taken: set[str]) -> Model:
 
 
 def _place(measured: Measured) -> tuple[int, int]:
-    """Small batches first, then long schedules."""
+    """A sort key: small batches first, then long schedules."""
     return measured.scenario.batch, -count_steps(measured)
 
 
 def _share(measured: Measured, ceiling: Ceiling) -> float | None:
-    """Of the arithmetic limit; above 1 where that was measured too low."""
+    """The arithmetic limit as a share of the median. Above 1 if the limit was measured too low."""
     limit = limit_of(measured, ceiling)
     return None if limit is None else limit / median_of(measured)
 
@@ -225,7 +228,7 @@ def _row(measured: Measured, baseline: Measured | None, ceiling: Ceiling) -> Row
 
 
 def _rating(quality: Quality, timed: Iterable[Measured]) -> Rating:
-    """The fastest call of the smallest batch."""
+    """The rating of a schedule, with its fastest call of the smallest batch."""
     same = [one for one in timed if schedule_of(one) == normal(quality.schedule)]
     fastest = min(same, key=lambda one: (one.scenario.batch, median_of(one)), default=None)
     return Rating(quality, steps_of(quality.schedule), fastest, None if fastest is None else median_of(fastest))

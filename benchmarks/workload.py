@@ -1,4 +1,4 @@
-"""What a run measures, as data: which model, which variants, which schedules and batches, how often."""
+"""The work of a run as values: the model, the variants, the schedules, the batches and the repeats."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .records import Quality
 from .variants import TORCH_PEERS, VARIANTS, CostWork, Work
 
 STEPS = {4: "1_3_8_16", 5: "1_2_5_10_16", 7: "1_2_3_5_8_13_16", **{n: PUBLISHED[str(n)] for n in (6, 8, 9, 10)}}
-"""Schedules by number of steps: the paper's, and ours where it has none."""
-LEAST = 3  # turns, whatever the time
-COST_REPEATS = 10  # as many as the 90 % quantile of costs needs
+"""Schedules by number of steps: those of the paper, and ours for numbers that it lacks."""
+LEAST = 3  # turns that are made even if the time is up
+COST_REPEATS = 10  # the 90 % quantile of costs needs as many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A bundle and the checkpoint behind it, which the torch peers need."""
+    """A bundle and its checkpoint, which the torch peers need."""
 
     name: str
     bundle: Path
@@ -34,8 +34,8 @@ class Model:
 class Extent:
     """How much of a model is measured.
 
-    repeats: counted calls of every variant, fewer where they take more than `seconds`, but LEAST; requests: of each
-    load test, 0 for none; costs: batch sizes whose times are kept for deadlines, None for those of `batches`.
+    repeats: counted calls of each variant. seconds: no new turn begins later, but LEAST turns are made. requests: of
+    each load test, 0 for none. costs: batch sizes to measure for deadlines, None for those of `batches`.
     """
 
     variants: tuple[str, ...] = ("ort-cpu",)
@@ -49,8 +49,11 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Variants that take turns at the same work. Each gets `repeats` counted calls after one that warms up; no new turn
-    begins after `seconds`, but LEAST are taken."""
+    """Variants that take turns at the same work.
+
+    repeats: counted calls of each variant, after one that warms up. seconds: no new turn begins later, but LEAST turns
+    are made.
+    """
 
     variants: tuple[str, ...]
     work: Work
@@ -60,8 +63,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """A load test, MLPerf's way. rate: requests a second as a share of what the variant does one by one; bound: the
-    latency asked for, as a multiple of one image's."""
+    """A load test, with the modes of MLPerf.
+
+    rate: requests per second, as a share of the variant's rate one by one. bound: the required latency, as a multiple
+    of the time of one call.
+    """
 
     variant: str
     work: Work
@@ -73,7 +79,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """costs: what is timed for deadlines, on every backend of the runtime; None for nothing."""
+    """The cases and load tests of a model. costs: to measure on each backend of the runtime, None for nothing."""
 
     model: Model
     cases: tuple[Case, ...]
@@ -82,20 +88,24 @@ class Plan:
 
     @property
     def calls(self) -> int:
-        """Of all variants at the most, warm-ups included and costs not."""
+        """The largest number of calls of all variants, with warm-ups and without costs."""
         return sum(len(case.variants) * (1 + case.repeats) for case in self.cases) + sum(
             1 + calls_of(load) for load in self.loads
         )
 
 
 def calls_of(load: Load) -> int:
-    """After one that tells how long one takes."""
+    """The calls of a load test, without the first, which measures the time of a call."""
     return max(1, round(load.requests / load.work.batch))
 
 
 def plan(model: Model, extent: Extent) -> Plan:
-    """Every variant at the most steps asked for and batch 1; the runtime's own (those that are no torch peers) at every
-    number of steps and at every batch; the first one without guidance too, and under load. Raises InvalidInput."""
+    """The plan of a model. Raises InvalidInput.
+
+    Every variant is measured at the largest and smallest number of steps, at batch 1. Variants that are not torch peers
+    are also measured at the other numbers of steps and the other batches. The first of them is also measured without
+    guidance and under load.
+    """
     _check(extent)
     peers, steps = extent.variants, extent.steps
     quick = tuple(name for name in peers if name not in TORCH_PEERS) or peers
@@ -136,22 +146,31 @@ def schedule(steps: int) -> ScaleSchedule:
 def _check(extent: Extent) -> None:
     for name in extent.variants:
         if name not in VARIANTS:
-            raise InvalidInput(f"variant {name!r:.100}", expected=f"some of {', '.join(VARIANTS)}", fix="name those")
-    checks = [(f"no {name}", bool(getattr(extent, name)), "at least one") for name in ("variants", "steps", "batches")]
-    checks += [(f"{n} steps", n in STEPS, f"{min(STEPS)} to {max(STEPS)}") for n in extent.steps]
-    checks += [(f"a batch of {n}", n >= 1, "at least 1") for n in (*extent.batches, *(extent.costs or ()))]
+            raise InvalidInput(
+                f"variants has {name!r:.100}, which is unknown.",
+                expected=f"some of {', '.join(VARIANTS)}",
+                fix=f"Use some of: {', '.join(VARIANTS)}.",
+            )
+    for name in ("variants", "steps", "batches"):
+        if not getattr(extent, name):
+            raise InvalidInput(
+                f"{name} is empty.", expected="at least one value", fix=f"Give {name} at least one value."
+            )
+    checks = [("steps", n, n in STEPS, f"{min(STEPS)} to {max(STEPS)}") for n in extent.steps]
+    checks += [("batches", n, n >= 1, "at least 1") for n in extent.batches]
+    checks += [("costs", n, n >= 1, "at least 1") for n in extent.costs or ()]
     checks += [
-        (f"{extent.repeats} repeats", extent.repeats >= 1, "at least 1"),
-        (f"{extent.requests} requests", extent.requests >= 0, "0 or more"),
-        (f"{extent.seconds} seconds", extent.seconds > 0, "more than 0"),
+        ("repeats", extent.repeats, extent.repeats >= 1, "at least 1"),
+        ("requests", extent.requests, extent.requests >= 0, "at least 0"),
     ]
-    for got, right, expected in checks:
+    limits: list[tuple[str, float, bool, str]] = [*checks, ("seconds", extent.seconds, extent.seconds > 0, "above 0")]
+    for name, value, right, expected in limits:
         if not right:
-            raise InvalidInput(got, expected=expected, fix="correct that option")
+            raise InvalidInput(f"{name} has the value {value}.", expected=expected, fix=f"Use a value of {expected}.")
 
 
 def read_quality(path: Path, model: str) -> tuple[Quality, ...]:
-    """A table of quality by schedule as records of a model. Raises ArtifactRefused."""
+    """The quality of each schedule in a file, as records of a model. Raises ArtifactRefused."""
     return tuple(
         Quality(model=model, schedule=str(one.schedule), accuracy=one.accuracy, frechet=one.frechet)
         for one in rated_schedules(path)
@@ -159,6 +178,6 @@ def read_quality(path: Path, model: str) -> tuple[Quality, ...]:
 
 
 def names_of(bundle: Bundle) -> str:
-    """What people call a model of this size."""
+    """The usual name of a model of this size, such as "d16"."""
     model = bundle.manifest.model
     return f"d{model.depth}" if model.width == 64 * model.depth else f"{model.depth} blocks of {model.width}"

@@ -1,4 +1,4 @@
-"""The machine of a run: what it is, what is installed, and the two rates that limit everything, measured."""
+"""Facts of the machine of a run, and its measured copy and matrix-product rates, which limit every generation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def uses_gpu() -> bool:
 
 
 def used_bytes() -> Callable[[], int] | None:
-    """Bytes in use on the device, whoever uses them; None without one."""
+    """A function that returns the bytes in use on the GPU, by all processes. None without a GPU."""
     if not uses_gpu():
         return None
 
@@ -75,7 +75,7 @@ def used_bytes() -> Callable[[], int] | None:
 
 
 def device_seconds(work: Callable[[], object]) -> float:
-    """Of one call, between two events on torch's stream, or by the clock where there is no GPU."""
+    """Seconds of one call, between two events on torch's stream. Without a GPU: by the clock of the host."""
     if not uses_gpu():
         start = time.perf_counter()
         work()
@@ -89,7 +89,7 @@ def device_seconds(work: Callable[[], object]) -> float:
 
 
 def machine(save: Callable[[dict[str, Any]], None], tiny: bool) -> None:
-    """Facts first, then rates: a machine without a GPU has the facts."""
+    """Save the facts of the machine first, then its rates. Without a GPU the rates are "not measured"."""
     result: dict[str, Any] = {
         "platform": platform.platform(),
         "python": sys.version.split()[0],
@@ -120,7 +120,7 @@ def machine(save: Callable[[dict[str, Any]], None], tiny: bool) -> None:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """One GPU as nvidia-smi describes it; else the reason."""
+    """The first GPU as nvidia-smi describes it, or the reason why it does not."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -132,7 +132,7 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def onnxruntime_facts() -> dict[str, Any]:
-    """Version, folder and providers of the module that is imported, which may be another than the installed one."""
+    """Version, folder and providers of the imported onnxruntime, which need not be the installed one."""
     try:
         ort = importlib.import_module("onnxruntime")
         return {
@@ -145,7 +145,7 @@ def onnxruntime_facts() -> dict[str, Any]:
 
 
 def probe_backend(name: str) -> dict[str, Any]:
-    """Whether a backend works here, with the reason where not. Loads its libraries: a process of its own is wise."""
+    """Whether a backend works here, and otherwise why not. Loads its libraries, so call it in a separate process."""
     start = time.perf_counter()
     found: dict[str, Any] = asdict(probe(name)) | {"seconds": time.perf_counter() - start}
     if name.startswith("ort"):
@@ -154,12 +154,14 @@ def probe_backend(name: str) -> dict[str, Any]:
 
 
 def copy_rate(nbytes: int) -> float:
+    """Bytes per second of a copy on the GPU, read and written bytes counted."""
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * nbytes / _median(lambda: target.copy_(source))
 
 
 def gemm_rate(side: int) -> float:
+    """Floating-point operations per second of a bfloat16 matrix product on the GPU."""
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     out = torch.empty_like(a)
     return 2 * side**3 / _median(lambda: torch.mm(a, b, out=out))
