@@ -10,7 +10,6 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -151,6 +150,8 @@ def hash_files(root: Path, names: Iterable[str], workers: int | None = None) -> 
     """
     if workers is not None:
         check_whole("threads", workers, 1, MAX_WORKERS)
+    from concurrent.futures import ThreadPoolExecutor  # slow to import
+
     ordered = list(names)
     with ThreadPoolExecutor(max_workers=workers or min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(ordered, pool.map(lambda name: _hash(root, name), ordered), strict=True))

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +74,8 @@ class CostRow:
         scales: Sequence[Sequence[float]] = (),
     ) -> Self:
         """A row from the seconds of every generation, and of every scale of every generation."""
+        import statistics  # takes longer to import than the rest of this package
+
         return cls(
             schedule=str(schedule),
             batch=batch,
