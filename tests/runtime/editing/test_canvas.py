@@ -175,7 +175,7 @@ def test_no_thin_line_of_a_mask_is_lost(fit: str) -> None:
     mask=arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40))),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
 )
-def test_a_pixel_of_a_mask_is_as_white_as_the_resized_mask_it_covers(mask: np.ndarray, size: tuple[int, int]) -> None:
+def test_a_pixel_of_a_mask_is_as_white_as_the_whitest_it_covers(mask: np.ndarray, size: tuple[int, int]) -> None:
     made = _resized_mask(mask, size)
     assert made.shape == size and made.max() == mask.max()
     for (i, j), value in np.ndenumerate(made):
