@@ -43,6 +43,7 @@ class FlexVARPipeline(WithDeadlines):
         self.defaults = RequestDefaults.of(bundle.manifest.defaults)
         self.schedule, self.guidance = self.defaults.schedule, self.defaults.guidance
         self.sampling = self.defaults.sampling
+        self._request = partial(parse_request, self.model, self.defaults)  # checks the arguments of every call
 
     @classmethod
     def from_bundle(
@@ -189,17 +190,6 @@ class FlexVARPipeline(WithDeadlines):
         with self.generator.in_use():
             given = plan.given(self.generator.encode, self.generator.tables, self.model.value_range, request.images)
             return plan.finished(self._generate(replace(request, given=given), keep_decoded, on_scale, start))
-
-    def _request(
-        self,
-        labels: Labels,
-        schedule: ScheduleLike | None = None,
-        guidance: GuidanceLike | None = None,
-        sampling: Sampling | None = None,
-        seed: Numbers | None = None,
-        first_index: Numbers = 0,
-    ) -> Request:
-        return parse_request(self.model, self.defaults, labels, schedule, guidance, sampling, seed, first_index)
 
     def check(self, labels: Labels, seed: Numbers | None = None, first_index: Numbers = 0) -> None:
         """Check classes, seed and index before anything is computed. Raises InvalidInput."""

@@ -30,16 +30,8 @@ class WithDeadlines(ABC):
     generator: Generator
     defaults: RequestDefaults
 
-    @abstractmethod
-    def _request(
-        self,
-        labels: Sequence[int],
-        schedule: ScheduleLike | None,
-        guidance: GuidanceLike | None,
-        sampling: Sampling | None,
-        /,
-    ) -> Request:
-        """The checked request of a call."""
+    _request: Callable[..., Request]
+    """Checks the arguments of a call and returns its request."""
 
     @abstractmethod
     def _generate(self, request: Request, keep_decoded: bool, on_scale: None, start: float, /) -> GenerationOutput:
