@@ -23,8 +23,8 @@ from .terminal import show_picture
 Schedule = Annotated[
     str | None,
     typer.Option(
-        help="Schedule: sizes in tokens of the scales (token maps) from 1x1 to the image, such as 1_2_4_8_16. HxW is "
-        "not square: 1_2_3x5_12x20. 512px is the published schedule for 512 pixels."
+        help="Schedule: sizes in tokens of the scales (token maps) from 1x1 to the image, such as 1_2_4_8_16. "
+        "1_2_3x5_12x20 ends in 12x20 (height x width). 512px is the published schedule for 512 pixels."
     ),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", help="Number of scales. The schedule is derived for it.")]
@@ -37,10 +37,10 @@ Deadline = Annotated[
 ]
 Cfg = Annotated[
     float | None,
-    typer.Option(help="Guidance scale: how closely images follow their class. Off at 0 (ramp) or 1 (constant)."),
+    typer.Option(help="Guidance scale: how closely images follow their class. 0 (ramp) or 1 (constant) is off."),
 ]
 GuidanceRule = Annotated[
-    str | None, typer.Option(help="Guidance rule. ramp: it grows from scale to scale. constant: it stays the same.")
+    str | None, typer.Option(help="Guidance rule. ramp: guidance grows with each scale. constant: it stays the same.")
 ]
 TopK = Annotated[
     int | None, typer.Option(help="Draw tokens from the k most likely codes. 0 means all; 1 takes the most likely.")
@@ -58,7 +58,7 @@ Greedy = Annotated[
 ]
 MaxSide = Annotated[
     int | None,
-    typer.Option(help="Side in tokens. On larger scales, ramp is at its full guidance scale and upstream is greedy."),
+    typer.Option(help="Side in tokens above which ramp applies the full guidance scale and upstream is greedy."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed from 0 to 2^64 - 1. The default is a new one each time.")]
 FirstIndex = Annotated[int | None, typer.Option(help="Index of the first image in the random stream of the seed.")]
