@@ -211,7 +211,7 @@ class Recorder:
         text = re.sub(rf"{re.escape(str(self.bundle))}|{re.escape(str(self.folder))}/\d+\.bundle", "BUNDLE", text)
         text = re.sub(r"\d+\.bundle", "BUNDLE", text.replace(str(self.folder), "DIR"))
         text = re.sub(r"\b([0-9a-f]{64}|[0-9a-f]{16}(?=…))", "SHA256", text)
-        text = re.sub(r"\b\d+(\.\d+)? ([KMGT]i?B|bytes)\b", "SIZE", text)
+        text = re.sub(r"\b\d+(\.\d+)? ([KMGT]i?B|bytes)\b( instead of \d+)?", "SIZE", text)
         return re.sub(r"\b\d+\.\d+\.\d+(\.dev\d+)?\b", "VERSION", text)
 
 
