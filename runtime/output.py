@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,15 +120,13 @@ def _whole(text: object) -> int:
     return int(text)
 
 
-def settings_of(
-    request: Request, bundle: str, backend: str, edits: Sequence[EditRecord | None] | None = None
-) -> tuple[Settings, ...]:
-    """The settings of every image of a request. edits: one record for each image."""
-    records = [None] * request.images if edits is None else edits
-    images = zip(request.labels, request.seeds, request.indices, request.guidance, records, strict=True)
+def settings_of(request: Request, bundle: str, backend: str) -> tuple[Settings, ...]:
+    """The settings of every image of a request. bundle: its sha256."""
     return tuple(
-        Settings(bundle, label, seed, index, request.schedule, guidance, request.sampling, backend, edit)
-        for label, seed, index, guidance, edit in images
+        Settings(bundle, label, seed, index, request.schedule, guidance, request.sampling, backend)
+        for label, seed, index, guidance in zip(
+            request.labels, request.seeds, request.indices, request.guidance, strict=True
+        )
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bundle.manifest import Defaults
-from .checks import check_index, check_seed
+from .checks import check_index, check_seed, invalid
 from .errors import ArtifactRefused, InvalidInput
 from .model.facts import ModelFacts
 from .model.guidance import Guidance
@@ -174,16 +174,15 @@ def parse_request(
             fix="Pass a list such as [207].",
         )
     if not isinstance(sampling, Sampling | None):
-        raise InvalidInput(
-            f"sampling is {sampling!r:.100}, but it must be a Sampling or None.",
-            expected="a Sampling or None",
-            fix="Pass Sampling(...).",
-        )
-    used = fresh_seed() if seed is None else check_seed(seed) if _is_one(seed) else _seeds(seed, len(checked))
+        raise invalid(f"sampling is {sampling!r:.100}", "a Sampling or None", "Pass Sampling(...).")
+    if seed is None or _is_one(seed):
+        seed = fresh_seed() if seed is None else check_seed(seed)
+    else:
+        seed = tuple(map(check_seed, _listed("seed", seed, len(checked))))
     return Request(
         labels=checked,
-        seed=used,
-        indices=_indices(first_index, len(checked), isinstance(used, tuple)),
+        seed=seed,
+        indices=_indices(first_index, len(checked), isinstance(seed, tuple)),
         guidance=_guidance(guidance, defaults.guidance, len(checked)),
         schedule=defaults.schedule if schedule is None else ScaleSchedule.parse(schedule),
         sampling=defaults.sampling if sampling is None else sampling,
@@ -198,11 +197,7 @@ def check_label(model: ModelFacts, label: object) -> int:
     whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
     if not whole or not 0 <= int(label) <= null:  # type: ignore[call-overload]
         expected = f"a whole number from 0 to {null} ({null} means no class)" + (", or a name" if names else "")
-        raise InvalidInput(
-            f"The class is {label!r:.100}, but it must be {expected}.",
-            expected=expected,
-            fix="flexvar inspect BUNDLE lists the classes.",
-        )
+        raise invalid(f"The class is {label!r:.100}", expected, "Choose one that flexvar inspect BUNDLE lists.")
     return int(label)  # type: ignore[call-overload, no-any-return]
 
 
@@ -222,13 +217,9 @@ def _listed(name: str, values: Any, images: int) -> list[Any]:
     return listed
 
 
-def _seeds(seeds: Any, images: int) -> tuple[int, ...]:
-    return tuple(check_seed(seed) for seed in _listed("seed", seeds, images))
-
-
 def _indices(first_index: Any, images: int, many_seeds: bool) -> tuple[int, ...]:
     if not _is_one(first_index):
-        return tuple(check_index(index) for index in _listed("first_index", first_index, images))
+        return tuple(map(check_index, _listed("first_index", first_index, images)))
     first = check_index(first_index)
     if many_seeds and first:
         raise InvalidInput(
@@ -260,9 +251,6 @@ def check_tokens(model: ModelFacts, tokens: ArrayLike) -> Tokens:
     whole = array.ndim == 3 and array.size > 0 and array.dtype.kind in "iu" and max(array.shape[1:]) <= MAX_SIDE
     if not whole or array.min() < 0 or array.max() >= model.vocabulary:
         expected = f"(B, h, w) whole numbers from 0 to {model.vocabulary - 1}, with sides up to {MAX_SIDE}"
-        raise InvalidInput(
-            f"tokens has shape {array.shape} and dtype {array.dtype}, but it must be {expected}.",
-            expected=expected,
-            fix="Pass the tokens of one scale.",
-        )
+        got = f"tokens has shape {array.shape} and dtype {array.dtype}"
+        raise invalid(got, expected, "Pass the tokens of one scale.")
     return np.ascontiguousarray(array, np.int32)
