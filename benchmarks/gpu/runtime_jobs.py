@@ -107,7 +107,7 @@ def tiny(work: Path, backend: str, save: Save) -> None:
     save(result)
     if not result["probe"]["available"]:
         raise BackendUnavailable(
-            f"The backend {backend} does not work here: {result['probe']['detail']}",
+            f"The backend {backend} does not work here: {result['probe']['detail'].rstrip('.')}.",
             expected="a backend that works here",
             fix=result["probe"]["fix"] or "Run flexvar doctor.",
         )

@@ -66,7 +66,7 @@ def measured(of: Scenario, median: float = 0.1) -> Measured:
     )
 
 
-def untold(one: Measured) -> Measured:
+def without_parts(one: Measured) -> Measured:
     return replace(one, condition=None, scales=None, sampling=None)
 
 
@@ -75,7 +75,7 @@ def full() -> Results:
     for schedule in SCHEDULES:
         for batch in (1, 2):
             rows.append(measured(scenario("ort-cpu", schedule=schedule, batch=batch), 0.1 * batch))
-            rows.append(untold(measured(scenario("torch-eager", schedule=schedule, batch=batch), 0.25 * batch)))
+            rows.append(without_parts(measured(scenario("torch-eager", schedule=schedule, batch=batch), 0.25 * batch)))
     failed = replace(measured(scenario("openvino")), seconds=(), note="no memory")
     served = [
         Served(
@@ -210,14 +210,14 @@ def test_nothing_measured(tmp_path: Path) -> None:
 
 
 def test_a_curve_needs_two_values(tmp_path: Path) -> None:
-    page = rendered(replace(NOTHING, measured=(untold(measured(scenario())),)), tmp_path)
+    page = rendered(replace(NOTHING, measured=(without_parts(measured(scenario())),)), tmp_path)
     assert "demo: latency against steps: not measured (one value only)" in page
     assert "demo: parts of a call: not measured" in page
     assert rows_of(page, "peers")[0][6:8] == ["not measured", "not measured"]  # no rate, no baseline
 
 
 def test_energy_where_a_counter_says(tmp_path: Path) -> None:
-    page = rendered(replace(NOTHING, measured=(replace(untold(measured(scenario())), joules=12.5),)), tmp_path)
+    page = rendered(replace(NOTHING, measured=(replace(without_parts(measured(scenario())), joules=12.5),)), tmp_path)
     assert rows_of(page, "peers")[0][-1] == "12.5" and "Energy: not measured" not in page
 
 
@@ -227,7 +227,7 @@ def test_the_gpu_is_named(tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    one = replace(untold(measured(scenario("<b>x</b>", model="<script>alert(1)</script>"))), note='"&<')
+    one = replace(without_parts(measured(scenario("<b>x</b>", model="<script>alert(1)</script>"))), note='"&<')
     failed = replace(measured(scenario("y", model=one.scenario.model)), seconds=(), note="<i>why</i>")
     page = rendered(replace(NOTHING, measured=(one, failed)), tmp_path)
     assert "<script" not in page and "<b>" not in page and "<i>why" not in page
@@ -238,7 +238,7 @@ def test_models_whose_names_no_file_can_have(tmp_path: Path) -> None:
     """Every chart stays in the folder and none replaces another."""
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     names = ("../a $x_1$", "../a/$x_1$", "模")
-    results = replace(NOTHING, measured=tuple(untold(measured(scenario(model=name))) for name in names))
+    results = replace(NOTHING, measured=tuple(without_parts(measured(scenario(model=name))) for name in names))
     quality = tuple(Quality(model=name, schedule="1_2_4", accuracy=0.5, frechet=None) for name in names[:2])
     paths = write_report(replace(results, quality=quality), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
@@ -246,14 +246,14 @@ def test_models_whose_names_no_file_can_have(tmp_path: Path) -> None:
 
 
 def test_more_than_the_limit_is_marked_in_its_row(tmp_path: Path) -> None:
-    fast = replace(untold(measured(scenario())), flops=1.01 * 0.1 * 100e9)
-    slow = untold(measured(scenario("torch-eager"), 0.25))
+    fast = replace(without_parts(measured(scenario())), flops=1.01 * 0.1 * 100e9)
+    slow = without_parts(measured(scenario("torch-eager"), 0.25))
     first, second = rows_of(rendered(Results(ENVIRONMENT, CEILING, (fast, slow), (), ()), tmp_path), "peers")
     assert first[6].startswith("above 1") and second[6] == "50.0 %"
 
 
 def test_a_precision_without_a_ceiling_has_no_share(tmp_path: Path) -> None:
-    rounded = untold(measured(replace(scenario("openvino-plain"), precision="bf16")))
+    rounded = without_parts(measured(replace(scenario("openvino-plain"), precision="bf16")))
     [row] = rows_of(rendered(Results(ENVIRONMENT, CEILING, (rounded,), (), ()), tmp_path), "peers")
     assert row[1] == "bf16" and row[6] == "not measured"
 
