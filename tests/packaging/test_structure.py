@@ -12,7 +12,12 @@ import pytest
 from flexvar_runtime.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"runtime": "flexvar_runtime", "export": "flexvar_export", "flexvar_ref": "flexvar_ref"}
+PACKAGES = {
+    "runtime": "flexvar_runtime",
+    "export": "flexvar_export",
+    "flexvar_ref": "flexvar_ref",
+    "benchmarks": "flexvar_bench",
+}
 FLOORS = (  # from the ground up: a room imports from its own floor and those below it
     {"errors", "checks", "_version", "files"},
     {"model", "cuda"},
