@@ -245,7 +245,7 @@ def test_a_folder_of_engines_that_is_a_link(run_cli: Run, half_bundle: Path, tmp
     (tmp_path / "elsewhere").mkdir()
     (half_bundle / "engines").symlink_to(tmp_path / "elsewhere")
     code, _, err = run_cli("build", half_bundle, *SMALL)
-    assert code == 5 and str(half_bundle / "engines") in err and not files(tmp_path / "elsewhere")
+    assert code == 5 and "engines" in err and not files(tmp_path / "elsewhere")
 
 
 def test_a_folder_of_receipts_that_others_can_write(run_cli: Run, half_bundle: Path) -> None:
