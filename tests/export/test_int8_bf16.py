@@ -102,7 +102,8 @@ def test_a_missing_library_is_reported(missing: object, monkeypatch: pytest.Monk
     assert ort_openvino.probe("ort-openvino") == absent
 
 
-def test_memory_is_planned_for_each_library(mixed: Bundle) -> None:
+def test_memory_is_planned_for_each_library(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexvar_runtime.backends.openvino.backend.has_bf16_arithmetic", lambda: False)
     schedule = ScaleSchedule.parse(SCHEDULE)
     plans = {
         name: plan(mixed.manifest, schedule, 1, True, libraries(name, mixed.manifest.precision))
@@ -114,8 +115,8 @@ def test_memory_is_planned_for_each_library(mixed: Bundle) -> None:
     assert both.runtime == plans["openvino"].runtime + plans["ort-cpu"].runtime - PYTHON and both.kept == frozenset()
 
 
-def test_memory_where_bf16_is_computed_as_such(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what computes in it takes less: of this bundle the tokenizer. Images of the usual size are decoded alone."""
+def test_memory_on_a_processor_with_bf16_arithmetic(mixed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer takes less. Images of the default size are decoded one by one."""
     usual = ScaleSchedule.parse(mixed.manifest.defaults.schedule)
 
     def planned(schedule: ScaleSchedule, images: int, arithmetic: bool) -> MemoryPlan:
