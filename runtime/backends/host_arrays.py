@@ -19,7 +19,7 @@ from ..memory.available import available_bytes
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
 from ..model.tensors import host_dtype
-from .base import Graph
+from .base import Graph, refuse_option
 
 MAX_THREADS = 1024
 
@@ -41,12 +41,7 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def check_options(name: str, device: str | None, threads: int | None, engines: Path | None) -> int:
     """The number of threads to use. Raises InvalidInput for options that a CPU backend does not take."""
-    if engines is not None:
-        raise InvalidInput(
-            f"engines cannot be used with backend {name}, which runs none.",
-            expected="none",
-            fix="Leave out engines, or name a TensorRT backend.",
-        )
+    refuse_option("engines", engines, f"{name}, which runs none", instead=", or name a TensorRT backend")
     if device not in (None, "cpu"):
         raise InvalidInput(
             f"device is {device!r}, but backend {name} runs on the CPU.",

@@ -8,7 +8,6 @@ never rounds a tensor that the graph declares float32.
 from __future__ import annotations
 
 import importlib
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.opening import Bundle
-from ...cuda.libraries import first_line
+from ...cuda.libraries import first_line, version_numbers
 from ...errors import ArtifactRefused
 from ...memory.library import LibraryMemory
 from ...model.precision import Precision
 from ...model.signatures import DECODE, GRAPHS
-from ...model.tensors import GraphSpec, host_dtype
+from ...model.tensors import GraphSpec, TensorSpec, host_dtype
 from ..base import EXPORT_AGAIN, Array, Availability, Graph, check_bindings, closed_graph, no_memory, runs_precision
 from ..host_arrays import HostBackend, check_options, default_threads, require_contiguous
 from .memory import library_of
@@ -35,7 +34,7 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """The shape of each tensor, by name."""
 
 PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16})  # it computes int8 in float32, which is slower
-MINIMUM = (2026, 4)  # the version that was tested; it reads ONNX's Attention
+MINIMUM = "2026.4"  # the version that was tested; it reads ONNX's Attention
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 _CORE_LOCK = threading.Lock()
@@ -62,16 +61,15 @@ def probe(name: str) -> Availability:
     try:
         openvino = importlib.import_module("openvino")
         version = str(openvino.__version__).partition("-")[0]
-        number = tuple(int(part) for part in re.findall("[0-9]+", version)[:2])
-        kinds = set(shared_core().get_property("CPU", _CAPABILITIES)) if number >= MINIMUM else set()
+        old = version_numbers(version) < version_numbers(MINIMUM)
+        kinds = set() if old else set(shared_core().get_property("CPU", _CAPABILITIES))
     except ModuleNotFoundError:
         return Availability(False, "openvino is not installed", "pip install 'flexvar-deploy[openvino]'")
     except Exception as error:  # a damaged wheel can raise any error
         fix = "pip install --force-reinstall openvino"
         return Availability(False, f"openvino cannot be loaded ({first_line(error)})", fix)
-    if number < MINIMUM:
-        wanted = ".".join(map(str, MINIMUM))
-        return Availability(False, f"openvino {version} is older than {wanted}", f"pip install 'openvino>={wanted}'")
+    if old:
+        return Availability(False, f"openvino {version} is older than {MINIMUM}", f"pip install 'openvino>={MINIMUM}'")
     arithmetic = "bf16 arithmetic" if "BF16" in kinds else "no bf16 arithmetic"
     return Availability(True, f"openvino {version}, {default_threads()} threads, {arithmetic}")
 
@@ -132,10 +130,8 @@ class OpenVino(HostBackend):
         return OpenVinoGraph(model, path.name, spec)
 
 
-class OpenVinoGraph:
+class OpenVinoGraph(Graph):
     """A compiled model. If it takes all shapes, OpenVINO prepares and keeps kernels at the first run of each shape."""
-
-    most_images = None  # any number
 
     def __init__(self, model: Any, name: str, spec: GraphSpec) -> None:
         self.spec, self.name = spec, name
@@ -144,9 +140,6 @@ class OpenVinoGraph:
         self._library: Any = importlib.import_module("openvino")
         if any("past" in tensor.axes for tensor in spec.inputs):
             self._warm_up_with_past()
-
-    def holds(self, size: tuple[int, int]) -> bool:
-        return True
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound:
         if self._model is None:
@@ -157,9 +150,6 @@ class OpenVinoGraph:
             for name, array in (*inputs.items(), *outputs.items()):
                 request.set_tensor(name, self._shared(name, require_contiguous(array)))
         return OpenVinoBound(self, request, (inputs, outputs))
-
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        self.bind(inputs, outputs).run()
 
     def close(self) -> None:
         self._model = None
@@ -173,16 +163,11 @@ class OpenVinoGraph:
 
         If the very first run of a dynamic model has no past tokens, later runs compute garbage (OpenVINO 2026.4).
         """
-        inputs, outputs = (
-            {
-                tensor.name: np.zeros(
-                    [axis if isinstance(axis, int) else 1 for axis in tensor.axes], host_dtype(tensor.dtype)
-                )
-                for tensor in tensors
-            }
-            for tensors in (self.spec.inputs, self.spec.outputs)
-        )
-        self.run(inputs, outputs)
+
+        def zeros(tensor: TensorSpec) -> NDArray[Any]:
+            return np.zeros([axis if isinstance(axis, int) else 1 for axis in tensor.axes], host_dtype(tensor.dtype))
+
+        self.run({t.name: zeros(t) for t in self.spec.inputs}, {t.name: zeros(t) for t in self.spec.outputs})
 
 
 class OpenVinoBound:
@@ -199,14 +184,12 @@ class OpenVinoBound:
         self._request = self._arrays = None
 
 
-class DefaultSizeGraph:
+class DefaultSizeGraph(Graph):
     """The decoder in bfloat16 as two models: one for a single image of the default size, and one for all other sizes.
 
     A model for one shape is an eighth faster. A model for every size would cost a second of compilation and a copy of
     the weights each. Each model is compiled at its first use. The size of the images alone decides which one runs.
     """
-
-    most_images = None  # any number
 
     def __init__(
         self, spec: GraphSpec, default: tuple[int, int], compiled: Callable[[Shapes | None], OpenVinoGraph]
@@ -229,9 +212,6 @@ class DefaultSizeGraph:
         if not default:
             return graph.bind(inputs, outputs)
         return OneByOne([graph.bind(_image(inputs, i), _image(outputs, i)) for i in range(images)])
-
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        self.bind(inputs, outputs).run()
 
     def close(self) -> None:
         self._open = False
