@@ -24,6 +24,9 @@ EXPORT_AGAIN = "Export the bundle again with this version."
 Array: TypeAlias = Any
 """A contiguous array of the backend. `array[i]`, `array[i:j]` (first axis) and `array.reshape` are views."""
 
+Arrays: TypeAlias = Mapping[str, Array]
+"""Arrays by the names of the tensors that they hold."""
+
 
 @dataclass(frozen=True)
 class Availability:
@@ -72,10 +75,10 @@ class Graph(Protocol):
         """Whether the weights for images of (h, w) tokens are in memory already. A memory plan does not count them."""
         return True
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Bound:
         """Bind all inputs and any of the outputs, without a copy. Raises FlexVARError."""
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays) -> None:
         """Bind, run and close in one call. Raises FlexVARError."""
         self.bind(inputs, outputs).run()
 
@@ -108,6 +111,7 @@ class Backend(Protocol):
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         """Whether an optional graph of the bundle can be opened. TensorRT needs an engine of it."""
+        return True
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An uninitialised array of a manifest dtype."""
@@ -190,7 +194,7 @@ class BindingCheck:
             for tensors in (spec.inputs, spec.outputs)
         )
 
-    def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
+    def __call__(self, inputs: Arrays, outputs: Arrays) -> dict[str, int]:
         """The size of every named axis. Outputs may be left out.
 
         Raises InvalidInput, because an array that does not fit would corrupt memory: arrays are bound by address.
@@ -220,6 +224,6 @@ class BindingCheck:
         return sizes
 
 
-def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
+def check_bindings(spec: GraphSpec, inputs: Arrays, outputs: Arrays) -> dict[str, int]:
     """Run a `BindingCheck` once. Raises InvalidInput."""
     return BindingCheck(spec)(inputs, outputs)

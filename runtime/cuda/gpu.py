@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
+from ..checks import invalid
+from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, OutOfMemory
 from .array import DeviceArray
 from .kernels import KERNEL_NAMES, KernelConfig, Launch, compile_kernels
 from .libraries import first_line, version_numbers
@@ -70,8 +71,8 @@ def find_gpu(device: str | None = None) -> GpuFacts:
 def _ordinal(device: str | None) -> int:
     kind, _, number = (device or "cuda").partition(":")
     if kind != "cuda" or not (number or "0").isdecimal():
-        got = f"device is {device!r}, but this backend needs cuda or cuda:N."
-        raise InvalidInput(got, expected="cuda or cuda:N", fix="Name a GPU, or leave out device.")
+        expected = "cuda or cuda:N for this backend"
+        raise invalid(f"device is {device!r}", expected, "Name a GPU, or leave out device.")
     return int(number or 0)
 
 
@@ -209,13 +210,11 @@ class CudaDevice:
             try:
                 enqueue()
                 return CudaReplay(self, builder.end_building().complete())
-            except BaseException:
-                with suppress(Exception):  # ends the capture, so that the stream stays usable
-                    if builder.is_building:
-                        builder.end_building()
-                raise
             finally:
                 self.core_stream = self._home
+                with suppress(Exception):
+                    if builder.is_building:  # `enqueue` failed; ends the capture, so that the stream stays usable
+                        builder.end_building()
                 with suppress(Exception):
                     builder.close()
 

@@ -16,7 +16,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ...cuda.gpu import CudaDevice, find_gpu
 from ...cuda.libraries import describe_missing, load_cuda_libraries
 from ...errors import BackendUnavailable, FlexVARError, InvalidInput
 from ...model.signatures import DECODE, STEP
-from ..base import Array, Availability, refuse_option, runs_precision
+from ..base import Arrays, Availability, refuse_option, runs_precision
 from ..device_arrays import DeviceBackend, probe_gpu
 from .placement import EXPORT_FOR_GPU, RECORD_ASSIGNMENT, count_operators, require_placed, without_cuda_kernel
 from .session import OrtGraph, open_session, probe_onnxruntime
@@ -174,7 +174,7 @@ class CapturingGraph(OrtGraph):
         self._wait = wait
         self._bounds: weakref.WeakSet[CapturedBound] = weakref.WeakSet()
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> CapturedBound:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> CapturedBound:
         bound = CapturedBound(self, inputs, outputs)
         self._bounds.add(bound)
         return bound
@@ -198,9 +198,9 @@ class CapturingGraph(OrtGraph):
 class CapturedBound:
     """Arrays that are bound to the current session of a graph, and the number of their CUDA graph."""
 
-    def __init__(self, graph: CapturingGraph, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def __init__(self, graph: CapturingGraph, inputs: Arrays, outputs: Arrays) -> None:
         self._graph = graph
-        self._arrays: tuple[Mapping[str, Array], Mapping[str, Array]] | None = (inputs, outputs)
+        self._arrays: tuple[Arrays, Arrays] | None = (inputs, outputs)
         self._binding: Any = None
         self._options: Any = None
         self._threads: set[threading.Thread] = set()  # captured in these; objects, because thread ids are reused

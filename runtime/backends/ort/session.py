@@ -6,18 +6,21 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ...cuda.libraries import first_line, version_numbers
 from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError
 from ...model.tensors import GraphSpec
-from ..base import EXPORT_AGAIN, Array, Availability, BindingCheck, Bound, Graph, closed_graph, no_memory
+from ..base import EXPORT_AGAIN, Array, Arrays, Availability, BindingCheck, Bound, Graph, closed_graph, no_memory
+
+Places: TypeAlias = dict[str, tuple[int, tuple[int, ...]]]
+"""The address and shape of each array, by name."""
 
 MINIMUM = "1.24"  # older versions read weights from any path that a graph names
 _ONNX_BFLOAT16 = 16  # ONNX element type; NumPy has no bfloat16
@@ -75,7 +78,7 @@ class _Reused:
 
     binding: Any
     outputs: set[str]
-    bound: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    bound: Places = field(default_factory=dict)
 
 
 class OrtGraph(Graph):
@@ -116,10 +119,10 @@ class OrtGraph(Graph):
         """Free the session. The next use opens a new one. It must not be running."""
         self._session = self._reused = None
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Bound:
         return OrtBound(self, self.binding(inputs, outputs), (inputs, outputs))
 
-    def binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+    def binding(self, inputs: Arrays, outputs: Arrays) -> Any:
         """ONNX Runtime's binding of these arrays to the session. It does not keep the arrays."""
         binding = self._new_binding()
         self._bind(binding, inputs, outputs, {})
@@ -130,7 +133,7 @@ class OrtGraph(Graph):
         with _errors(self.name):
             return session.io_binding()
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays) -> None:
         """See `Graph.run`. A step has a hundred inputs. Only those whose address or shape changed are bound again."""
         reused, self._reused = self._reused, None  # a binding that failed halfway is not reused
         if reused is None or reused.outputs != outputs.keys():
@@ -139,14 +142,8 @@ class OrtGraph(Graph):
         self.run_binding(reused.binding)
         self._reused = reused
 
-    def _bind(
-        self,
-        binding: Any,
-        inputs: Mapping[str, Array],
-        outputs: Mapping[str, Array],
-        bound: dict[str, tuple[int, tuple[int, ...]]],
-    ) -> None:
-        """Bind arrays. bound: name to the address and shape that are bound already; updated."""
+    def _bind(self, binding: Any, inputs: Arrays, outputs: Arrays, bound: Places) -> None:
+        """Bind arrays. bound: what is bound already; updated."""
         self._check(inputs, outputs)
         with _errors(self.name):
             for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):

@@ -11,9 +11,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...bundle.opening import Bundle
+from ...checks import invalid
 from ...cuda.array import ALIGNMENT, DeviceArray
 from ...cuda.device import Device, ignore_errors
 from ...cuda.gpu import CudaDevice, GpuFacts, find_gpu, find_gpus
@@ -24,6 +25,9 @@ from ..base import Availability, Graph, check_bindings, refuse_option, runs_prec
 from ..device_arrays import DeviceArrays, DeviceBackend
 from .engine_files import WIDE, EngineId, Found, build_line, find_engine, read_engine
 from .library import TENSORRT_RTX, TrtLibrary, load, probe_library, require_runs_on, runs_on
+
+Tensors: TypeAlias = Mapping[str, DeviceArray]
+"""Arrays by the names of the tensors that they hold."""
 
 log = logging.getLogger(__name__)
 
@@ -168,10 +172,10 @@ class TrtGraph(Graph):
                 fix=f"Run: {build} --force",
             )
 
-    def bind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> TrtBound:
+    def bind(self, inputs: Tensors, outputs: Tensors) -> TrtBound:
         return TrtBound(self, self.profile(check_bindings(self.spec, inputs, outputs)), inputs, outputs)
 
-    def run(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+    def run(self, inputs: Tensors, outputs: Tensors) -> None:
         """Run with the context that is kept for these shapes."""
         sizes = check_bindings(self.spec, inputs, outputs)
         key = tuple(sorted(sizes.items()))
@@ -233,9 +237,7 @@ class TrtGraph(Graph):
 class TrtBound:
     """An execution context with its profile, shapes, addresses and working memory."""
 
-    def __init__(
-        self, graph: TrtGraph, profile: int, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
-    ) -> None:
+    def __init__(self, graph: TrtGraph, profile: int, inputs: Tensors, outputs: Tensors) -> None:
         self._graph, self._device, self._messages = graph, graph.device, graph.library.messages
         with self._messages.reading() as errors:
             self._context: Any = graph.new_context()
@@ -257,16 +259,13 @@ class TrtBound:
         self.rebind(inputs, outputs)
         self._device.synchronize()  # waits until the profile is set
 
-    def rebind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+    def rebind(self, inputs: Tensors, outputs: Tensors) -> None:
         """Use other arrays of the same shapes. Captured work still uses the old ones."""
         for name, array in (*inputs.items(), *outputs.items()):
             if array.address == 0 or array.address % ALIGNMENT:
-                expected = f"a multiple of {ALIGNMENT}"
-                raise InvalidInput(
-                    f"The tensor {name} is at address {array.address:#x}, but TensorRT needs {expected}.",
-                    expected=expected,
-                    fix=f"Use a batch for which the keys of one token take {expected} bytes.",
-                )
+                expected = f"a multiple of {ALIGNMENT} for TensorRT"
+                fix = f"Use a batch for which the keys of one token take a multiple of {ALIGNMENT} bytes."
+                raise invalid(f"The address of the tensor {name} is {array.address:#x}", expected, fix)
             self._require(self._context.set_tensor_address(name, array.address), f"the address of {name}", "")
         self._arrays = (inputs, outputs)
 

@@ -65,13 +65,7 @@ class Profile:
 
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Smallest, best and largest shape of an input."""
-        sizes = [(axis,) * 3 if isinstance(axis, int) else self._sizes(axis) for axis in tensor.axes]
-        low, best, high = zip(*sizes, strict=True) if sizes else ((), (), ())
-        return low, best, high
-
-    def _sizes(self, axis: str) -> Sizes:
-        base, _, factor = axis.partition("_x")
-        low, best, high = (size * int(factor or 1) for size in self.axes[base])
+        low, best, high = (tensor.shape({axis: sizes[i] for axis, sizes in self.axes.items()}) for i in range(3))
         return low, best, high
 
 
