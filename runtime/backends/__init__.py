@@ -120,11 +120,9 @@ def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> 
 
 def check_name(name: str) -> None:
     """Raise InvalidInput for a name that is neither "auto" nor a backend."""
-    if name != "auto":
-        _module(name)
+    check_choice("backend", name, ("auto", *BACKENDS))
 
 
 def _module(name: str) -> BackendModule:
-    if name not in BACKENDS:
-        check_choice("backend", name, ("auto", *BACKENDS))
+    check_name(name)
     return cast(BackendModule, importlib.import_module(f".{BACKENDS[name]}", __package__))

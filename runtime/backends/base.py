@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.opening import Bundle
+from ..checks import invalid
 from ..errors import FlexVARError, InvalidInput, OutOfMemory
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
@@ -23,6 +23,9 @@ EXPORT_AGAIN = "Export the bundle again with this version."
 
 Array: TypeAlias = Any
 """A contiguous array of the backend. `array[i]`, `array[i:j]` (first axis) and `array.reshape` are views."""
+
+Arrays: TypeAlias = Mapping[str, Array]
+"""Arrays by the names of the tensors that they hold."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,25 @@ class Bound(Protocol):
 
 
 class Graph(Protocol):
-    """An opened graph of a bundle."""
+    """An opened graph of a bundle. Classes that derive from it inherit what most graphs do."""
 
     spec: GraphSpec
 
     @property
     def most_images(self) -> int | None:
         """The largest number of images in one run; None means any number."""
+        return None
 
     def holds(self, size: tuple[int, int]) -> bool:
         """Whether the weights for images of (h, w) tokens are in memory already. A memory plan does not count them."""
+        return True
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Bound:
         """Bind all inputs and any of the outputs, without a copy. Raises FlexVARError."""
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays) -> None:
         """Bind, run and close in one call. Raises FlexVARError."""
+        self.bind(inputs, outputs).run()
 
     def close(self) -> None:
         """Free the weights and everything else."""
@@ -105,6 +111,7 @@ class Backend(Protocol):
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         """Whether an optional graph of the bundle can be opened. TensorRT needs an engine of it."""
+        return True
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An uninitialised array of a manifest dtype."""
@@ -138,6 +145,16 @@ class BackendModule(Protocol):
 
     def create(self, name: str, *, device: str | None, threads: int | None, engines: Path | None) -> Backend:
         """Start the backend. engines: the folder of the engines; None means that of the bundle. Raises FlexVARError."""
+
+
+def refuse_option(option: str, value: object, backend: str, *, instead: str = "") -> None:
+    """Raise InvalidInput if an option was given that a backend does not take.
+
+    backend: its name, and why it does not take the option. instead: added to the advice.
+    """
+    if value is not None:
+        got = f"{option} cannot be used with backend {backend}."
+        raise InvalidInput(got, expected="none", fix=f"Leave out {option}{instead}.")
 
 
 def closed_graph(name: str) -> InvalidInput:
@@ -177,7 +194,7 @@ class BindingCheck:
             for tensors in (spec.inputs, spec.outputs)
         )
 
-    def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
+    def __call__(self, inputs: Arrays, outputs: Arrays) -> dict[str, int]:
         """The size of every named axis. Outputs may be left out.
 
         Raises InvalidInput, because an array that does not fit would corrupt memory: arrays are bound by address.
@@ -192,31 +209,21 @@ class BindingCheck:
                 )
             for name, array in bound.items():
                 axes, dtype = declared[name]
-                self._check(name, array, axes, dtype, sizes)
+                fits = len(array.shape) == len(axes)
+                for axis, size in zip(axes, array.shape, strict=False):
+                    fits &= size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
+                if not fits:
+                    raise InvalidInput(
+                        f"The tensor {name} has shape {tuple(array.shape)}, but its axes are {axes} with {sizes}.",
+                        expected=f"axes {axes} with {sizes}",
+                        fix="Bind an array of that shape.",
+                    )
+                if array.dtype is not dtype and host_dtype(array.dtype) != dtype:
+                    problem = f"The tensor {name} has dtype {array.dtype}"
+                    raise invalid(problem, str(dtype), "Convert the array first.")
         return sizes
 
-    @staticmethod
-    def _check(
-        name: str, array: Array, axes: tuple[str | int, ...], dtype: np.dtype[Any], sizes: dict[str, int]
-    ) -> None:
-        shape = array.shape
-        fits = len(shape) == len(axes)
-        for axis, size in zip(axes, shape, strict=False):
-            fits &= size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
-        if not fits:
-            raise InvalidInput(
-                f"The tensor {name} has shape {tuple(shape)}, but its axes are {axes} with {sizes}.",
-                expected=f"axes {axes} with {sizes}",
-                fix="Bind an array of that shape.",
-            )
-        if array.dtype is not dtype and host_dtype(array.dtype) != dtype:
-            raise InvalidInput(
-                f"The tensor {name} has dtype {array.dtype}, but it must be {dtype}.",
-                expected=str(dtype),
-                fix="Convert the array first.",
-            )
 
-
-def check_bindings(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, int]:
+def check_bindings(spec: GraphSpec, inputs: Arrays, outputs: Arrays) -> dict[str, int]:
     """Run a `BindingCheck` once. Raises InvalidInput."""
     return BindingCheck(spec)(inputs, outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.opening import Bundle
 from ..checks import check_whole
 from ..errors import InvalidInput, OutOfMemory
 from ..memory.available import available_bytes
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
 from ..model.tensors import host_dtype
-from .base import Graph
+from .base import Backend, refuse_option
 
 MAX_THREADS = 1024
 
@@ -41,12 +40,7 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def check_options(name: str, device: str | None, threads: int | None, engines: Path | None) -> int:
     """The number of threads to use. Raises InvalidInput for options that a CPU backend does not take."""
-    if engines is not None:
-        raise InvalidInput(
-            f"engines cannot be used with backend {name}, which runs none.",
-            expected="none",
-            fix="Leave out engines, or name a TensorRT backend.",
-        )
+    refuse_option("engines", engines, f"{name}, which runs none", instead=", or name a TensorRT backend")
     if device not in (None, "cpu"):
         raise InvalidInput(
             f"device is {device!r}, but backend {name} runs on the CPU.",
@@ -56,15 +50,13 @@ def check_options(name: str, device: str | None, threads: int | None, engines: P
     return default_threads() if threads is None else check_whole("threads", threads, 1, MAX_THREADS)
 
 
-class HostBackend(ABC):
+class HostBackend(Backend):
     """A backend whose arrays are in the memory of the process.
 
     maps_weights: whether a graph that is opened with `once` uses its weights from the mapped file. It then opens fast
     and takes no memory for float32 weights. Weights in half precision are widened to float32 in memory.
     """
 
-    name: str
-    precisions: frozenset[Precision]
     labels_per_run = 2
     maps_weights = False
     device = None
@@ -73,15 +65,8 @@ class HostBackend(ABC):
         self.threads = threads
 
     @abstractmethod
-    def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
-        """See `Backend.open`."""
-
-    @abstractmethod
     def libraries(self, precision: Precision) -> Mapping[str, LibraryMemory]:
         """The memory of the library that runs each graph of a bundle of this precision."""
-
-    def prepared(self, bundle: Bundle, graph: str) -> bool:
-        return True
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         try:
@@ -102,8 +87,8 @@ class HostBackend(ABC):
     def available_bytes(self) -> int | None:
         return available_bytes()
 
-    def close(self) -> None:  # noqa: B027  # most libraries hold nothing that a backend must free
-        """See `Backend.close`."""
+    def close(self) -> None:
+        """See `Backend.close`. Most libraries hold nothing that a backend must free."""
 
 
 def require_contiguous(array: NDArray[Any]) -> NDArray[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..bundle.opening import Bundle
 from ..memory.library import LibraryMemory
 from ..model.precision import TOKENIZER_GRAPHS, Precision
-from .base import Availability, Graph, runs_precision
+from .base import Availability, Graph
 from .host_arrays import HostBackend, check_options
 from .openvino import backend as openvino
 from .ort import cpu as ort_cpu
@@ -26,8 +26,7 @@ def probe(name: str) -> Availability:
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    state = runs_precision(name, bundle.manifest.precision, PRECISIONS)
-    return ort_cpu.exact_products(state, bundle.manifest.precision)
+    return ort_cpu.runs_exactly(name, bundle.manifest.precision, PRECISIONS)
 
 
 def libraries(precision: Precision) -> dict[str, LibraryMemory]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .array import DeviceArray, aligned
 from .device import Device
@@ -22,22 +23,18 @@ class Arena:
     """
 
     def __init__(self, device: Device, fields: Fields, *, pinned: bool = False) -> None:
-        arrays, end = {}, 0
+        self.nbytes = nbytes(fields)
+        memory = device.allocate(self.nbytes)
+        self.whole = DeviceArray(memory.address, (self.nbytes,), "uint8", memory)
+        self.host_whole = device.pinned(self.nbytes) if pinned else np.empty(0, np.uint8)
+        self.arrays: dict[str, DeviceArray] = {}
+        self.host: dict[str, NDArray[Any]] = {}
+        start = 0
         for name, (shape, dtype) in fields.items():
-            arrays[name] = DeviceArray(end, shape, dtype, None)
-            end += aligned(arrays[name].nbytes)
-        memory = device.allocate(end)
-        self.nbytes = end
-        self.arrays = {
-            name: DeviceArray(memory.address + array.address, array.shape, array.dtype, memory)
-            for name, array in arrays.items()
-        }
-        self.whole = DeviceArray(memory.address, (end,), "uint8", memory)
-        self.host_whole = device.pinned(end) if pinned else np.empty(0, np.uint8)
-        self.host = {
-            name: self.host_whole[array.address : array.address + array.nbytes].view(array.dtype).reshape(array.shape)
-            for name, array in (arrays.items() if pinned else ())
-        }
+            array = self.arrays[name] = DeviceArray(memory.address + start, shape, dtype, memory)
+            if pinned:
+                self.host[name] = self.host_whole[start : start + array.nbytes].view(dtype).reshape(shape)
+            start += aligned(array.nbytes)
 
     def __getitem__(self, name: str) -> DeviceArray:
         return self.arrays[name]

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
+from ..checks import invalid
+from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, OutOfMemory
 from .array import DeviceArray
 from .kernels import KERNEL_NAMES, KernelConfig, Launch, compile_kernels
-from .libraries import first_line
+from .libraries import first_line, version_numbers
 
 MINIMUM = (1, 0)  # the first version of cuda.core with a stable interface
 
@@ -70,8 +71,8 @@ def find_gpu(device: str | None = None) -> GpuFacts:
 def _ordinal(device: str | None) -> int:
     kind, _, number = (device or "cuda").partition(":")
     if kind != "cuda" or not (number or "0").isdecimal():
-        got = f"device is {device!r}, but this backend needs cuda or cuda:N."
-        raise InvalidInput(got, expected="cuda or cuda:N", fix="Name a GPU, or leave out device.")
+        expected = "cuda or cuda:N for this backend"
+        raise invalid(f"device is {device!r}", expected, "Name a GPU, or leave out device.")
     return int(number or 0)
 
 
@@ -85,7 +86,7 @@ def _libraries() -> tuple[Any, Any]:
             expected="the package cuda-core",
             fix="Run: pip install 'flexvar-deploy[gpu]'",
         ) from error
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
+    if version_numbers(version) < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))
         raise BackendUnavailable(
             f"cuda.core {version} is older than {wanted}.",
@@ -156,9 +157,8 @@ class CudaDevice:
 
     def trim(self) -> None:
         self.synchronize()  # buffers are freed in stream order
-        pool = self._pool()
-        if pool is not None:
-            self._call("cuMemPoolTrimTo", pool.handle, 0)
+        if self._has_pool():
+            self._call("cuMemPoolTrimTo", self._device.memory_resource.handle, 0)
 
     def pinned(self, nbytes: int) -> NDArray[Any]:
         with self.translating(f"allocating {nbytes / 2**20:.0f} MiB of page-locked memory"):
@@ -170,18 +170,20 @@ class CudaDevice:
 
     def write(self, array: DeviceArray, host: NDArray[Any]) -> None:
         _require_same_size(array, host)
-        if array.nbytes:
-            self._call("cuMemcpyHtoDAsync", array.address, host.ctypes.data, array.nbytes, self.stream)
+        self._copy("cuMemcpyHtoDAsync", array.address, host.ctypes.data, array.nbytes)
 
     def read(self, host: NDArray[Any], array: DeviceArray) -> None:
         _require_same_size(array, host)
-        if array.nbytes:
-            self._call("cuMemcpyDtoHAsync", host.ctypes.data, array.address, array.nbytes, self.stream)
+        self._copy("cuMemcpyDtoHAsync", host.ctypes.data, array.address, array.nbytes)
 
     def copy(self, target: DeviceArray, source: DeviceArray) -> None:
         if target.nbytes != source.nbytes:
             raise ValueError(f"the source has {source.nbytes} bytes, but the target has {target.nbytes}")
-        self._call("cuMemcpyDtoDAsync", target.address, source.address, target.nbytes, self.stream)
+        self._copy("cuMemcpyDtoDAsync", target.address, source.address, target.nbytes)
+
+    def _copy(self, name: str, target: int, source: int, nbytes: int) -> None:
+        if nbytes:
+            self._call(name, target, source, nbytes, self.stream)
 
     def zero(self, array: DeviceArray) -> None:
         self._call("cuMemsetD8Async", array.address, 0, array.nbytes, self.stream)
@@ -208,13 +210,11 @@ class CudaDevice:
             try:
                 enqueue()
                 return CudaReplay(self, builder.end_building().complete())
-            except BaseException:
-                with suppress(Exception):  # ends the capture, so that the stream stays usable
-                    if builder.is_building:
-                        builder.end_building()
-                raise
             finally:
                 self.core_stream = self._home
+                with suppress(Exception):
+                    if builder.is_building:  # `enqueue` failed; ends the capture, so that the stream stays usable
+                        builder.end_building()
                 with suppress(Exception):
                     builder.close()
 
@@ -238,19 +238,14 @@ class CudaDevice:
     def free_bytes(self) -> int:
         self.activate()
         free, _ = _check(self._driver, self._driver.cuMemGetInfo())
-        return int(free) + self._cached_bytes()
+        if not self._has_pool():
+            return int(free)
+        pool = self._device.memory_resource.attributes  # cuda.core never returns unused memory by itself
+        return int(free) + max(int(pool.reserved_mem_current) - int(pool.used_mem_current), 0)
 
-    def _cached_bytes(self) -> int:
-        """Bytes that the pool has reserved but nobody uses. cuda.core never returns them by itself."""
-        pool = self._pool()
-        if pool is None:
-            return 0
-        return max(int(pool.attributes.reserved_mem_current) - int(pool.attributes.used_mem_current), 0)
-
-    def _pool(self) -> Any:
-        """The memory pool of `allocate`; None if the driver has no pools."""
-        resource = self._device.memory_resource
-        return resource if hasattr(resource, "attributes") else None
+    def _has_pool(self) -> bool:
+        """Whether `allocate` takes memory from a pool. Some drivers have none."""
+        return hasattr(self._device.memory_resource, "attributes")
 
     def close(self) -> None:
         self._kernels.clear()

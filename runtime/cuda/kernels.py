@@ -159,9 +159,8 @@ def sample_rows(
     B, L, V = logits_BLV.shape
     fits = streams.shape == (stream_words(B),) and tokens.size == B * L and top_k.size == drop.size == 1
     _require(fits, "streams, tokens or options", streams, tokens, top_k, drop)
-    pointers = (array.address for array in (logits_BLV, streams, tokens, status, top_k, drop))
-    numbers = ctypes.c_uint32(L), ctypes.c_uint32(scale)
-    return Launch("sample_rows", (B * L, 1, 1), (_threads(V), 1, 1), 0, (*pointers, *numbers))
+    arrays = (logits_BLV, streams, tokens, status, top_k, drop)
+    return _launch("sample_rows", (B * L, 1, 1), _threads(V), arrays, L, scale)
 
 
 def next_inputs(
@@ -183,8 +182,7 @@ def next_inputs(
     fits = new_h * new_w == L == len(positions_LC) and N in (B, 2 * B) and codebook_VD.shape[1] == D
     _require(fits and offset_NLC.shape == (N, L, C), "codes, offset or taps", tokens_Bhw, codes_NLD, offset_NLC)
     arrays = (tokens_Bhw, codebook_VD, *y_taps, *x_taps, positions_LC, codes_NLD, offset_NLC)
-    sizes = (ctypes.c_uint32(size) for size in (h, w, new_w, N // B))
-    return Launch("next_inputs", (L, B, 1), (128, 1, 1), 0, (*(array.address for array in arrays), *sizes))
+    return _launch("next_inputs", (L, B, 1), 128, arrays, h, w, new_w, N // B)
 
 
 def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
@@ -195,8 +193,8 @@ def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> 
     fits = _same_tables(source, target) and rows.shape == target.shape[1:2]
     _require(fits, "rows", source, rows, target)
     columns = target[0][0].size
-    args = source.address, rows.address, target.address, ctypes.c_uint32(columns), ctypes.c_uint32(source.shape[1])
-    return Launch("gather_rows", (-(-columns // 4096), target.shape[1], len(target)), (256, 1, 1), 0, args)
+    grid = (-(-columns // 4096), target.shape[1], len(target))
+    return _launch("gather_rows", grid, 256, (source, rows, target), columns, source.shape[1])
 
 
 def scatter_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
@@ -208,9 +206,8 @@ def scatter_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) ->
     fits = _same_tables(source, target) and len(rows.shape) == 1 and 0 < rows.shape[0] <= source.shape[1]
     _require(fits, "rows", source, rows, target)
     columns = target[0][0].size
-    numbers = (ctypes.c_uint32(number) for number in (columns, source.shape[1], target.shape[1]))
-    args = source.address, rows.address, target.address, *numbers
-    return Launch("scatter_rows", (-(-columns // 4096), rows.shape[0], len(target)), (256, 1, 1), 0, args)
+    grid = (-(-columns // 4096), len(rows), len(target))
+    return _launch("scatter_rows", grid, 256, (source, rows, target), columns, source.shape[1], target.shape[1])
 
 
 def to_uint8(
@@ -227,17 +224,24 @@ def to_uint8(
     _require(channels == 3 and pixels_BHWC.shape == (B, H, W, 3), "pixels", image_BCHW, pixels_BHWC)
     low, high = value_range
     gain = np.float32(255 / (high - low))
-    numbers = ctypes.c_uint32(H * W), ctypes.c_float(float(gain)), ctypes.c_float(float(np.float32(low) * gain))
-    args = image_BCHW.address, pixels_BHWC.address, status.address, *numbers
-    return Launch("to_uint8", (-(-H * W // 1024), B, 1), (256, 1, 1), 0, args)
+    shift = np.float32(low) * gain
+    arrays = (image_BCHW, pixels_BHWC, status)
+    return _launch("to_uint8", (-(-H * W // 1024), B, 1), 256, arrays, H * W, float(gain), float(shift))
 
 
 def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
     """The 24-bit draws (B, L) uint32 of one scale, as `noise.draws` computes them. Only tests run it."""
     B, L = out_BL.shape
     _require(streams.shape == (stream_words(B),), "streams", streams, out_BL)
-    args = streams.address, out_BL.address, ctypes.c_uint32(B * L), ctypes.c_uint32(L), ctypes.c_uint32(scale)
-    return Launch("draws", (-(-B * L // 256), 1, 1), (256, 1, 1), 0, args)
+    return _launch("draws", (-(-B * L // 256), 1, 1), 256, (streams, out_BL), B * L, L, scale)
+
+
+def _launch(
+    name: str, grid: tuple[int, int, int], threads: int, arrays: Sequence[DeviceArray], *numbers: int | float
+) -> Launch:
+    """A launch in blocks of `threads`. The kernel takes pointers to the arrays, then uint32 and float numbers."""
+    values = (ctypes.c_float(n) if isinstance(n, float) else ctypes.c_uint32(n) for n in numbers)
+    return Launch(name, grid, (threads, 1, 1), 0, (*(array.address for array in arrays), *values))
 
 
 def _same_tables(source: DeviceArray, target: DeviceArray) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,10 @@ def load_cuda_libraries(importer: Callable[[str], Any] = importlib.import_module
     """
     try:
         load = importer("cuda.pathfinder").load_nvidia_dynamic_lib
+        libraries = tuple(_load(name, load) for name in NAMES)
     except Exception as error:  # a damaged wheel can raise any error
         problem = f"cuda.pathfinder cannot be imported ({first_line(error)})"
         libraries = tuple(CudaLibrary(name, None, problem) for name in NAMES)
-    else:
-        libraries = tuple(_load(name, load) for name in NAMES)
     for library in libraries:
         log.debug("%s: %s", library.name, library.path or f"not loaded, {library.problem}")
     return libraries
@@ -56,6 +56,11 @@ def _load(name: str, load: Callable[[str], Any]) -> CudaLibrary:
     except Exception as error:  # not found, or refused by the dynamic loader
         return CudaLibrary(name, None, first_line(error))
     return CudaLibrary(name, str(loaded.abs_path or name))  # the system may not know the path
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version, for comparisons: (1, 31, 1) for "1.31.1"."""
+    return tuple(map(int, re.findall("[0-9]+", version)))
 
 
 def first_line(error: BaseException) -> str:

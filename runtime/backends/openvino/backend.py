@@ -8,7 +8,6 @@ never rounds a tensor that the graph declares float32.
 from __future__ import annotations
 
 import importlib
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.opening import Bundle
-from ...cuda.libraries import first_line
+from ...cuda.libraries import first_line, version_numbers
 from ...errors import ArtifactRefused
 from ...memory.library import LibraryMemory
 from ...model.precision import Precision
 from ...model.signatures import DECODE, GRAPHS
-from ...model.tensors import GraphSpec, host_dtype
-from ..base import EXPORT_AGAIN, Array, Availability, Graph, check_bindings, closed_graph, no_memory, runs_precision
+from ...model.tensors import GraphSpec, TensorSpec, host_dtype
+from ..base import EXPORT_AGAIN, Arrays, Availability, Graph, check_bindings, closed_graph, no_memory, runs_precision
 from ..host_arrays import HostBackend, check_options, default_threads, require_contiguous
 from .memory import library_of
 from .norms import keep_layout
@@ -35,7 +34,7 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """The shape of each tensor, by name."""
 
 PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16})  # it computes int8 in float32, which is slower
-MINIMUM = (2026, 4)  # the version that was tested; it reads ONNX's Attention
+MINIMUM = "2026.4"  # the version that was tested; it reads ONNX's Attention
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 _CORE_LOCK = threading.Lock()
@@ -62,16 +61,15 @@ def probe(name: str) -> Availability:
     try:
         openvino = importlib.import_module("openvino")
         version = str(openvino.__version__).partition("-")[0]
-        number = tuple(int(part) for part in re.findall("[0-9]+", version)[:2])
-        kinds = set(shared_core().get_property("CPU", _CAPABILITIES)) if number >= MINIMUM else set()
+        old = version_numbers(version) < version_numbers(MINIMUM)
+        kinds = set() if old else set(shared_core().get_property("CPU", _CAPABILITIES))
     except ModuleNotFoundError:
         return Availability(False, "openvino is not installed", "pip install 'flexvar-deploy[openvino]'")
     except Exception as error:  # a damaged wheel can raise any error
         fix = "pip install --force-reinstall openvino"
         return Availability(False, f"openvino cannot be loaded ({first_line(error)})", fix)
-    if number < MINIMUM:
-        wanted = ".".join(map(str, MINIMUM))
-        return Availability(False, f"openvino {version} is older than {wanted}", f"pip install 'openvino>={wanted}'")
+    if old:
+        return Availability(False, f"openvino {version} is older than {MINIMUM}", f"pip install 'openvino>={MINIMUM}'")
     arithmetic = "bf16 arithmetic" if "BF16" in kinds else "no bf16 arithmetic"
     return Availability(True, f"openvino {version}, {default_threads()} threads, {arithmetic}")
 
@@ -132,57 +130,42 @@ class OpenVino(HostBackend):
         return OpenVinoGraph(model, path.name, spec)
 
 
-class OpenVinoGraph:
+class OpenVinoGraph(Graph):
     """A compiled model. If it takes all shapes, OpenVINO prepares and keeps kernels at the first run of each shape."""
-
-    most_images = None  # any number
 
     def __init__(self, model: Any, name: str, spec: GraphSpec) -> None:
         self.spec, self.name = spec, name
         self._model = model
-        self._tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
         self._library: Any = importlib.import_module("openvino")
+        tensors = (*spec.inputs, *spec.outputs)
+        self._types = {tensor.name: getattr(self._library.Type, _TYPES[tensor.dtype]) for tensor in tensors}
         if any("past" in tensor.axes for tensor in spec.inputs):
             self._warm_up_with_past()
 
-    def holds(self, size: tuple[int, int]) -> bool:
-        return True
-
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> OpenVinoBound:
         if self._model is None:
             raise closed_graph(self.name)
         check_bindings(self.spec, inputs, outputs)
         with _errors(self.name):
             request = self._model.create_infer_request()  # 0.05 ms; an old request would keep its tensors
             for name, array in (*inputs.items(), *outputs.items()):
-                request.set_tensor(name, self._shared(name, require_contiguous(array)))
+                shape = self._library.Shape(list(array.shape))
+                request.set_tensor(name, self._library.Tensor(require_contiguous(array), shape, self._types[name]))
         return OpenVinoBound(self, request, (inputs, outputs))
-
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        self.bind(inputs, outputs).run()
 
     def close(self) -> None:
         self._model = None
-
-    def _shared(self, name: str, array: NDArray[Any]) -> Any:
-        kind = getattr(self._library.Type, _TYPES[self._tensors[name].dtype])
-        return self._library.Tensor(array, self._library.Shape(list(array.shape)), kind)
 
     def _warm_up_with_past(self) -> None:
         """Run once with one past token.
 
         If the very first run of a dynamic model has no past tokens, later runs compute garbage (OpenVINO 2026.4).
         """
-        inputs, outputs = (
-            {
-                tensor.name: np.zeros(
-                    [axis if isinstance(axis, int) else 1 for axis in tensor.axes], host_dtype(tensor.dtype)
-                )
-                for tensor in tensors
-            }
-            for tensors in (self.spec.inputs, self.spec.outputs)
-        )
-        self.run(inputs, outputs)
+
+        def zeros(tensor: TensorSpec) -> NDArray[Any]:
+            return np.zeros([axis if isinstance(axis, int) else 1 for axis in tensor.axes], host_dtype(tensor.dtype))
+
+        self.run({t.name: zeros(t) for t in self.spec.inputs}, {t.name: zeros(t) for t in self.spec.outputs})
 
 
 class OpenVinoBound:
@@ -199,14 +182,12 @@ class OpenVinoBound:
         self._request = self._arrays = None
 
 
-class DefaultSizeGraph:
+class DefaultSizeGraph(Graph):
     """The decoder in bfloat16 as two models: one for a single image of the default size, and one for all other sizes.
 
     A model for one shape is an eighth faster. A model for every size would cost a second of compilation and a copy of
     the weights each. Each model is compiled at its first use. The size of the images alone decides which one runs.
     """
-
-    most_images = None  # any number
 
     def __init__(
         self, spec: GraphSpec, default: tuple[int, int], compiled: Callable[[Shapes | None], OpenVinoGraph]
@@ -219,7 +200,7 @@ class DefaultSizeGraph:
     def holds(self, size: tuple[int, int]) -> bool:
         return (size == self._default) in self._graphs
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> OpenVinoBound | OneByOne:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> OpenVinoBound | OneByOne:
         if not self._open:
             raise closed_graph(self.spec.file)
         check_bindings(self.spec, inputs, outputs)
@@ -229,9 +210,6 @@ class DefaultSizeGraph:
         if not default:
             return graph.bind(inputs, outputs)
         return OneByOne([graph.bind(_image(inputs, i), _image(outputs, i)) for i in range(images)])
-
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        self.bind(inputs, outputs).run()
 
     def close(self) -> None:
         self._open = False
@@ -246,7 +224,7 @@ class DefaultSizeGraph:
         return self._graphs[default]
 
 
-def _image(arrays: Mapping[str, Array], i: int) -> dict[str, Array]:
+def _image(arrays: Arrays, i: int) -> Arrays:
     """Image i of a batch, as a batch of one."""
     return {name: array[i : i + 1] for name, array in arrays.items()}
 

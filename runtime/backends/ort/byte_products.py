@@ -8,16 +8,16 @@ shows whether sums saturate.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from ...cuda.libraries import version_numbers
 from ...errors import BackendUnavailable
 from ..base import Availability
 
-MINIMUM = (1, 31)  # with the option, older versions read beyond the inputs of a product with fewer than four rows
+MINIMUM = "1.31"  # with the option, older versions read beyond the inputs of a product with fewer than four rows
 LARGEST = 255, 127
 # An ONNX file with one MatMulInteger (a: 2x64 uint8, b: 64x16 int8 -> c: 2x16 int32). A test builds it again.
 PRODUCT = bytes.fromhex(
@@ -41,11 +41,10 @@ def make_exact(ort: Any, options: Any) -> None:
 
 def exact_here(ort: Any) -> Availability:
     """Whether the onnxruntime module `ort` multiplies bytes exactly on this processor, perhaps with the option."""
-    if not saturates(ort) or tuple(map(int, re.findall("[0-9]+", ort.__version__)[:2])) >= MINIMUM:
+    if not saturates(ort) or version_numbers(ort.__version__) >= version_numbers(MINIMUM):
         return Availability(True, "exact products of bytes")
-    wanted = ".".join(map(str, MINIMUM))
-    detail = f"onnxruntime {ort.__version__} cannot multiply bytes exactly on this processor ({wanted} and later can)"
-    return Availability(False, detail, f"pip install 'onnxruntime>={wanted}'")
+    detail = f"onnxruntime {ort.__version__} cannot multiply bytes exactly on this processor ({MINIMUM} and later can)"
+    return Availability(False, detail, f"pip install 'onnxruntime>={MINIMUM}'")
 
 
 @cache
@@ -54,9 +53,6 @@ def saturates(ort: Any) -> bool:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     session = ort.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
-    a, b = (
-        np.full(shape, value, kind)
-        for shape, value, kind in zip(((2, 64), (64, 16)), LARGEST, (np.uint8, np.int8), strict=True)
-    )
+    a, b = np.full((2, 64), LARGEST[0], np.uint8), np.full((64, 16), LARGEST[1], np.int8)
     (product,) = session.run(None, {"a": a, "b": b})
     return bool((product != 64 * LARGEST[0] * LARGEST[1]).any())

@@ -31,16 +31,16 @@ def probe(name: str) -> Availability:
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
-    state = runs_precision(name, bundle.manifest.precision, PRECISIONS)
-    return exact_products(state, bundle.manifest.precision)
+    return runs_exactly(name, bundle.manifest.precision, PRECISIONS)
 
 
 def libraries(precision: Precision) -> dict[str, LibraryMemory]:
     return dict.fromkeys(GRAPHS, ORT)
 
 
-def exact_products(state: Availability, precision: Precision) -> Availability:
-    """`state`; or why not, if bundles of this precision need exact byte products and cannot have them here."""
+def runs_exactly(name: str, precision: Precision, precisions: frozenset[Precision]) -> Availability:
+    """Like `runs_precision`. A bundle with byte products also needs that they are exact on this processor."""
+    state = runs_precision(name, precision, precisions)
     if not state.available or precision.of(STEP) is not Precision.INT8:
         return state
     exact = exact_here(importlib.import_module("onnxruntime"))
@@ -68,9 +68,8 @@ class OrtCpu(HostBackend):
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 4  # FATAL only: errors are raised
         options.add_session_config_entry("session.prepack.enable_parallel", "1")  # halves the time to open
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # threads would spin for 45 ms after a run
+        # threads would spin for 45 ms after a run
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if bundle.manifest.precision.of(graph) is Precision.INT8:
             make_exact(ort, options)
         if once:
@@ -87,5 +86,4 @@ class OrtCpu(HostBackend):
 
 
 def _address(array: NDArray[Any]) -> int:
-    address: int = require_contiguous(array).__array_interface__["data"][0]
-    return address
+    return int(require_contiguous(array).__array_interface__["data"][0])

@@ -16,7 +16,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ...cuda.gpu import CudaDevice, find_gpu
 from ...cuda.libraries import describe_missing, load_cuda_libraries
 from ...errors import BackendUnavailable, FlexVARError, InvalidInput
 from ...model.signatures import DECODE, STEP
-from ..base import Array, Availability, runs_precision
+from ..base import Arrays, Availability, refuse_option, runs_precision
 from ..device_arrays import DeviceBackend, probe_gpu
 from .placement import EXPORT_FOR_GPU, RECORD_ASSIGNMENT, count_operators, require_placed, without_cuda_kernel
 from .session import OrtGraph, open_session, probe_onnxruntime
@@ -79,9 +79,7 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> OrtCuda:
     for option, value in (("threads", threads), ("engines", engines)):
-        if value is not None:
-            got = f"{option} cannot be used with backend {name}, which runs on a GPU without engines."
-            raise InvalidInput(got, expected="none", fix=f"Leave out {option}.")
+        refuse_option(option, value, f"{name}, which runs on a GPU without engines")
     return OrtCuda(CudaDevice(find_gpu(device)))
 
 
@@ -113,20 +111,17 @@ class OrtCuda(DeviceBackend):
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
         """Open a session that enqueues on the device's stream. `once` changes nothing: weights stay on the GPU."""
         path, spec = bundle.graph_file(graph), bundle.graph(graph)
-        captured = graph in CAPTURED
-        opened = (CapturingGraph if captured else OrtGraph)(
-            path.name,
-            spec,
-            opener=lambda: self._open_session(path, graph, captured),
-            place=("cuda", self.device.ordinal),
-            address=lambda array: int(array.address),
-            run_options=run_options(NOT_CAPTURED),
-        )
-        if isinstance(opened, CapturingGraph):
-            opened.wait = self.device.synchronize
-        return opened
+        options: dict[str, Any] = {
+            "opener": lambda: self._open_session(path, graph),
+            "place": ("cuda", self.device.ordinal),
+            "address": lambda array: int(array.address),
+            "run_options": run_options(NOT_CAPTURED),
+        }
+        if graph in CAPTURED:
+            return CapturingGraph(path.name, spec, wait=self.device.synchronize, **options)
+        return OrtGraph(path.name, spec, **options)
 
-    def _open_session(self, path: Path, graph: str, captured: bool) -> Any:
+    def _open_session(self, path: Path, graph: str) -> Any:
         ort = importlib.import_module("onnxruntime")
         options = ort.SessionOptions()
         options.log_severity_level = SILENT  # `require_placed` checks what the log would say
@@ -137,7 +132,7 @@ class OrtCuda(DeviceBackend):
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",  # the decoder takes twice as long under EXHAUSTIVE, the default
             "use_tf32": "0",
-            "enable_cuda_graph": str(int(captured)),
+            "enable_cuda_graph": str(int(graph in CAPTURED)),
         }
         session = open_session(path, options, (PROVIDER, provider))
         first = str(session.get_providers()[0])
@@ -169,48 +164,43 @@ class CapturingGraph(OrtGraph):
     that are still in use again.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, wait: Callable[[], None], **options: Any) -> None:
+        """wait: waits for the device. It is called before a session is freed."""
         super().__init__(*args, **options)
-        self.wait: Callable[[], None] = lambda: None
-        """Waits for the device. Called before a session is freed."""
-        self._numbers = itertools.count(1)
+        self.numbers = itertools.count(1)
+        """The numbers of the next CUDA graphs."""
+        self.unused = 0
+        """The number of CUDA graphs that will not be replayed again."""
+        self._wait = wait
         self._bounds: weakref.WeakSet[CapturedBound] = weakref.WeakSet()
-        self._unused = 0
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> CapturedBound:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> CapturedBound:
         bound = CapturedBound(self, inputs, outputs)
         self._bounds.add(bound)
         return bound
 
-    def next_number(self) -> int:
-        return next(self._numbers)
-
-    def count_unused(self, cuda_graphs: int) -> None:
-        """Count CUDA graphs that will not be replayed again."""
-        self._unused += cuda_graphs
-
     def remove(self, bound: CapturedBound) -> None:
         """Remove a closed binding. Frees the session if too many of its CUDA graphs are unused."""
         self._bounds.discard(bound)
-        if self._unused >= UNUSED_KEPT:
+        if self.unused >= UNUSED_KEPT:
             self.free_cuda_graphs()
 
     def free_cuda_graphs(self) -> None:
         """Free the session with all its CUDA graphs. The next run opens a new one."""
-        self.wait()
+        self._wait()
         for bound in self._bounds:
             bound.detach()  # a binding keeps its session alive
-        log.info("%s: opens its session again, to free %d unused CUDA graphs", self.name, self._unused)
+        log.info("%s: opens its session again, to free %d unused CUDA graphs", self.name, self.unused)
         self.free_session()
-        self._unused = 0
+        self.unused = 0
 
 
 class CapturedBound:
     """Arrays that are bound to the current session of a graph, and the number of their CUDA graph."""
 
-    def __init__(self, graph: CapturingGraph, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def __init__(self, graph: CapturingGraph, inputs: Arrays, outputs: Arrays) -> None:
         self._graph = graph
-        self._arrays: tuple[Mapping[str, Array], Mapping[str, Array]] | None = (inputs, outputs)
+        self._arrays: tuple[Arrays, Arrays] | None = (inputs, outputs)
         self._binding: Any = None
         self._options: Any = None
         self._threads: set[threading.Thread] = set()  # captured in these; objects, because thread ids are reused
@@ -221,12 +211,12 @@ class CapturedBound:
             got = f"This binding of {self._graph.name} is closed."
             raise InvalidInput(got, expected="an open binding", fix="Bind the graph again.")
         self._binding = self._graph.binding(*self._arrays)
-        self._options = run_options(self._graph.next_number())
+        self._options = run_options(next(self._graph.numbers))
 
     def detach(self) -> None:
         """Drop the session's binding and its CUDA graphs. The next run makes new ones."""
         self._binding = self._options = None
-        self._graph.count_unused(len(self._threads))
+        self._graph.unused += len(self._threads)
         self._threads.clear()
 
     def run(self) -> None:

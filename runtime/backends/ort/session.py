@@ -5,23 +5,26 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...cuda.libraries import first_line
+from ...cuda.libraries import first_line, version_numbers
 from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError
 from ...model.tensors import GraphSpec
-from ..base import EXPORT_AGAIN, Array, Availability, BindingCheck, Bound, closed_graph, no_memory
+from ..base import EXPORT_AGAIN, Array, Arrays, Availability, BindingCheck, Bound, Graph, closed_graph, no_memory
+
+Places: TypeAlias = dict[str, tuple[int, tuple[int, ...]]]
+"""The address and shape of each array, by name."""
 
 MINIMUM = "1.24"  # older versions read weights from any path that a graph names
 _ONNX_BFLOAT16 = 16  # ONNX element type; NumPy has no bfloat16
+_NO_MEMORY = ("Failed to allocate", "bad_alloc", "bad allocation", "out of memory")
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
@@ -43,17 +46,10 @@ def probe_onnxruntime(extra: str, minimum: str = MINIMUM) -> Availability:
             return Availability(False, "onnxruntime is not installed", f"pip install 'flexvar-deploy[{extra}]'")
         detail = f"{wheel} cannot be loaded ({first_line(error)})"
         return Availability(False, detail, f"pip install --force-reinstall {wheel}")
-    if _numbers(version) < _numbers(minimum):
-        return Availability(
-            False,
-            f"{wheel or 'onnxruntime'} {version} is older than {minimum}",
-            f"pip install '{wheel or 'onnxruntime'}>={minimum}'",
-        )
-    return Availability(True, f"{wheel or 'onnxruntime'} {version}")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall("[0-9]+", version)[:3])
+    name = wheel or "onnxruntime"
+    if version_numbers(version) < version_numbers(minimum):
+        return Availability(False, f"{name} {version} is older than {minimum}", f"pip install '{name}>={minimum}'")
+    return Availability(True, f"{name} {version}")
 
 
 def _wheels() -> list[str]:
@@ -72,15 +68,8 @@ def _wheels() -> list[str]:
 def open_session(path: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
     """A session of ONNX Runtime. Raises ArtifactRefused, BackendUnavailable, OutOfMemory."""
     ort = importlib.import_module("onnxruntime")
-    try:
-        return ort.InferenceSession(
-            str(path),
-            options,
-            providers=[provider],
-            enable_fallback=0,  # or it tries the CPU and prints that to standard output
-        )
-    except Exception as error:
-        raise _translate(error, path.name) from error
+    with _errors(path.name):  # without enable_fallback=0 it tries the CPU and prints that to standard output
+        return ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
 
 
 @dataclass
@@ -89,13 +78,11 @@ class _Reused:
 
     binding: Any
     outputs: set[str]
-    bound: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    bound: Places = field(default_factory=dict)
 
 
-class OrtGraph:
+class OrtGraph(Graph):
     """A graph in one session. Arrays are bound by address: inputs are read and outputs written without a copy."""
-
-    most_images = None  # any number
 
     def __init__(
         self,
@@ -116,10 +103,8 @@ class OrtGraph:
         self._session: Any = opener()
         self._reused: _Reused | None = None
         self._check = BindingCheck(spec)
-        self._types = {
-            t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype)
-            for t in (*spec.inputs, *spec.outputs)
-        }
+        tensors = (*spec.inputs, *spec.outputs)
+        self._types = {t.name: _ONNX_BFLOAT16 if t.dtype == "bfloat16" else np.dtype(t.dtype) for t in tensors}
 
     @property
     def session(self) -> Any:
@@ -134,13 +119,10 @@ class OrtGraph:
         """Free the session. The next use opens a new one. It must not be running."""
         self._session = self._reused = None
 
-    def holds(self, size: tuple[int, int]) -> bool:
-        return True
-
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Bound:
         return OrtBound(self, self.binding(inputs, outputs), (inputs, outputs))
 
-    def binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+    def binding(self, inputs: Arrays, outputs: Arrays) -> Any:
         """ONNX Runtime's binding of these arrays to the session. It does not keep the arrays."""
         binding = self._new_binding()
         self._bind(binding, inputs, outputs, {})
@@ -148,12 +130,10 @@ class OrtGraph:
 
     def _new_binding(self) -> Any:
         session = self.session
-        try:
+        with _errors(self.name):
             return session.io_binding()
-        except Exception as error:
-            raise _translate(error, self.name) from error
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays) -> None:
         """See `Graph.run`. A step has a hundred inputs. Only those whose address or shape changed are bound again."""
         reused, self._reused = self._reused, None  # a binding that failed halfway is not reused
         if reused is None or reused.outputs != outputs.keys():
@@ -162,34 +142,22 @@ class OrtGraph:
         self.run_binding(reused.binding)
         self._reused = reused
 
-    def _bind(
-        self,
-        binding: Any,
-        inputs: Mapping[str, Array],
-        outputs: Mapping[str, Array],
-        bound: dict[str, tuple[int, tuple[int, ...]]],
-    ) -> None:
-        """Bind arrays. bound: name to the address and shape that are bound already; updated."""
+    def _bind(self, binding: Any, inputs: Arrays, outputs: Arrays, bound: Places) -> None:
+        """Bind arrays. bound: what is bound already; updated."""
         self._check(inputs, outputs)
-        try:
+        with _errors(self.name):
             for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
                 for name, array in arrays.items():
                     place = self._address(array), array.shape
                     if bound.get(name) != place:
                         bind(name, *self._place, self._types[name], place[1], place[0])
                         bound[name] = place
-        except FlexVARError:
-            raise
-        except Exception as error:
-            raise _translate(error, self.name) from error
 
     def run_binding(self, binding: Any, run_options: Any = None) -> None:
         """Run the session. run_options replaces those of the graph."""
         session = self.session
-        try:
+        with _errors(self.name):
             session.run_with_iobinding(binding, self._run_options if run_options is None else run_options)
-        except Exception as error:
-            raise _translate(error, self.name) from error
 
     def close(self) -> None:
         self.free_session()
@@ -209,17 +177,22 @@ class OrtBound:
         self._binding = self._arrays = None
 
 
-def _translate(error: Exception, name: str) -> Exception:
-    """An error of ONNX Runtime as OutOfMemory, BackendUnavailable or ArtifactRefused."""
-    text, reason = str(error), first_line(error)
-    memory = ("Failed to allocate", "bad_alloc", "bad allocation", "out of memory")
-    if isinstance(error, MemoryError) or any(sign in text for sign in memory):
-        return no_memory(name, reason)
-    if "NOT_IMPLEMENTED" in text or "NotImplemented" in type(error).__name__:
-        return BackendUnavailable(
-            f"ONNX Runtime has no kernel for an operator of {name}: {reason}.",
-            expected="operators that this backend has",
-            fix="Export the bundle with --precision fp32, or name another backend.",
-        )
-    got = f"ONNX Runtime cannot run {name}: {reason}."
-    return ArtifactRefused(got, expected="a graph that this ONNX Runtime can run", fix=EXPORT_AGAIN)
+@contextmanager
+def _errors(name: str) -> Iterator[None]:
+    """Raise ONNX Runtime's errors as OutOfMemory, BackendUnavailable or ArtifactRefused."""
+    try:
+        yield
+    except FlexVARError:
+        raise
+    except Exception as error:
+        text, reason = str(error), first_line(error)
+        if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
+            raise no_memory(name, reason) from error
+        if "NOT_IMPLEMENTED" in text or "NotImplemented" in type(error).__name__:
+            raise BackendUnavailable(
+                f"ONNX Runtime has no kernel for an operator of {name}: {reason}.",
+                expected="operators that this backend has",
+                fix="Export the bundle with --precision fp32, or name another backend.",
+            ) from error
+        got = f"ONNX Runtime cannot run {name}: {reason}."
+        raise ArtifactRefused(got, expected="a graph that this ONNX Runtime can run", fix=EXPORT_AGAIN) from error

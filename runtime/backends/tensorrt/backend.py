@@ -11,19 +11,23 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...bundle.opening import Bundle
+from ...checks import invalid
 from ...cuda.array import ALIGNMENT, DeviceArray
-from ...cuda.device import Device, allocate, ignore_errors
-from ...cuda.gpu import CudaDevice, find_gpu, find_gpus
+from ...cuda.device import Device, ignore_errors
+from ...cuda.gpu import CudaDevice, GpuFacts, find_gpu, find_gpus
 from ...errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 from ...model.signatures import REQUIRED
 from ...model.tensors import GraphSpec
-from ..base import Availability, check_bindings, runs_precision
-from ..device_arrays import DeviceBackend
+from ..base import Availability, Graph, check_bindings, refuse_option, runs_precision
+from ..device_arrays import DeviceArrays, DeviceBackend
 from .engine_files import WIDE, EngineId, Found, build_line, find_engine, read_engine
 from .library import TENSORRT_RTX, TrtLibrary, load, probe_library, require_runs_on, runs_on
+
+Tensors: TypeAlias = Mapping[str, DeviceArray]
+"""Arrays by the names of the tensors that they hold."""
 
 log = logging.getLogger(__name__)
 
@@ -57,26 +61,30 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
     if not runs.available:
         return runs
     try:
-        library, gpu = load(name), find_gpu(device)
-        state = runs_on(library, gpu.capability)
-        if not state.available:
-            return state
+        library, gpu = _find(name, device)
         for graph in REQUIRED:
-            find_engine(
-                bundle, graph, flavour=name, version=library.version, target=gpu.capability, engines_dir=engines
-            )
+            _find_engine(bundle, graph, library, gpu.capability, engines)
     except FlexVARError as error:
         return Availability.of_error(error)
     return Availability(True, "engines are built")
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> TensorRT:
-    if threads is not None:
-        got = f"threads cannot be used with backend {name}, which runs on a GPU."
-        raise InvalidInput(got, expected="none", fix="Leave out threads.")
+    refuse_option("threads", threads, f"{name}, which runs on a GPU")
+    library, gpu = _find(name, device)
+    return TensorRT(library, CudaDevice(gpu), engines)
+
+
+def _find(name: str, device: str | None) -> tuple[TrtLibrary, GpuFacts]:
+    """The library and the GPU that it runs on. Raises BackendUnavailable, InvalidInput."""
     library, gpu = load(name), find_gpu(device)
     require_runs_on(library, gpu.capability)
-    return TensorRT(library, CudaDevice(gpu), engines)
+    return library, gpu
+
+
+def _find_engine(bundle: Bundle, graph: str, library: TrtLibrary, target: str, engines: Path | None) -> Found:
+    flavour, version = library.flavour, library.version
+    return find_engine(bundle, graph, flavour=flavour, version=version, target=target, engines_dir=engines)
 
 
 class TensorRT(DeviceBackend):
@@ -84,27 +92,23 @@ class TensorRT(DeviceBackend):
 
     def __init__(self, library: TrtLibrary, device: Device, engines: Path | None) -> None:
         super().__init__(library.flavour, device)
-        self._library, self._engines = library, engines
+        self.library, self._engines = library, engines
         self._runtime: Any = library.module.Runtime(library.logger)
         self.scratch = Scratch(device)
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         try:
-            self._find(bundle, graph)
+            _find_engine(bundle, graph, self.library, self.device.capability, self._engines)
         except ArtifactRefused as error:
             log.info("%s is not used, so given scales run one by one. %s", graph, error.got)
             return False
         return True
 
-    def _find(self, bundle: Bundle, graph: str) -> Found:
-        version, target = self._library.version, self.device.capability
-        return find_engine(bundle, graph, flavour=self.name, version=version, target=target, engines_dir=self._engines)
-
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> TrtGraph:
         """Load the engine of a graph. `once` changes nothing: an engine needs no preparation."""
-        found = self._find(bundle, graph)
+        found = _find_engine(bundle, graph, self.library, self.device.capability, self._engines)
         data, build = read_engine(found), build_line(bundle.path, self.name, self._engines)
-        with self._library.messages.reading() as errors:
+        with self.library.messages.reading() as errors:
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
                 reason = errors()
@@ -119,7 +123,7 @@ class TensorRT(DeviceBackend):
                     expected=f"an engine for {self.device.name}, compute capability {self.device.capability}",
                     fix=f"Run: {build} --force",
                 )
-        return TrtGraph(self._library, engine, self.device, self.scratch, bundle.graph(graph), found.receipt, build)
+        return TrtGraph(self, engine, bundle.graph(graph), found.receipt, build)
 
     def close(self) -> None:
         self.scratch.close()
@@ -130,7 +134,7 @@ class Scratch:
     """Working memory that contexts share. A context keeps its block, because captured work writes there."""
 
     def __init__(self, device: Device) -> None:
-        self._device = device
+        self._arrays = DeviceArrays(device)
         self._needed, self._block = 0, DeviceArray(0, (0,), "uint8", None)
 
     def reserve(self, nbytes: int) -> None:
@@ -140,60 +144,50 @@ class Scratch:
     def take(self) -> DeviceArray:
         """A block of the reserved size, allocated if the last one is too small."""
         if self._block.nbytes < self._needed:
-            memory = allocate(self._device, self._needed)
-            self._block = DeviceArray(memory.address, (self._needed,), "uint8", memory)
+            self._block = self._arrays.empty((self._needed,), "uint8")
         return self._block
 
     def close(self) -> None:
         self._block = DeviceArray(0, (0,), "uint8", None)
 
 
-class TrtGraph:
-    """A loaded engine."""
+class TrtGraph(Graph):
+    """A loaded engine. build: the command that builds it again."""
 
-    def __init__(
-        self,
-        library: TrtLibrary,
-        engine: Any,
-        device: Device,
-        scratch: Scratch,
-        spec: GraphSpec,
-        receipt: EngineId,
-        build: str,
-    ) -> None:
-        self.spec, self.library, self.device, self.scratch = spec, library, device, scratch
+    def __init__(self, backend: TensorRT, engine: Any, spec: GraphSpec, receipt: EngineId, build: str) -> None:
+        self.spec, self.library, self.device, self.scratch = spec, backend.library, backend.device, backend.scratch
         self.engine: Any = engine
         self._receipt, self._build = receipt, build
-        self._runtime_config = _runtime_config(library, engine)
+        self._runtime_config = _runtime_config(self.library, engine)
         self._logged: set[int] = set()
         self._contexts: OrderedDict[tuple[tuple[str, int], ...], TrtBound] = OrderedDict()
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         declared = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
         if names != declared or engine.num_optimization_profiles != len(receipt.profiles):
+            count = len(receipt.profiles)
             raise ArtifactRefused(
                 f"The engine of {receipt.graph} does not match the bundle: it has {engine.num_optimization_profiles} "
-                f"profiles, not {len(receipt.profiles)}, and differs in the tensors {sorted(names ^ declared)}.",
-                expected=f"{len(receipt.profiles)} profiles and the tensors of the manifest",
+                f"profiles, not {count}, and differs in the tensors {sorted(names ^ declared)}.",
+                expected=f"{count} profiles and the tensors of the manifest",
                 fix=f"Run: {build} --force",
             )
 
-    def bind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> TrtBound:
+    def bind(self, inputs: Tensors, outputs: Tensors) -> TrtBound:
         return TrtBound(self, self.profile(check_bindings(self.spec, inputs, outputs)), inputs, outputs)
 
-    def run(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+    def run(self, inputs: Tensors, outputs: Tensors) -> None:
         """Run with the context that is kept for these shapes."""
         sizes = check_bindings(self.spec, inputs, outputs)
         key = tuple(sorted(sizes.items()))
-        bound = self._contexts.pop(key, None)
-        if bound is None:
-            bound = TrtBound(self, self.profile(sizes), inputs, outputs)
+        if key in self._contexts:
+            self._contexts.move_to_end(key)
+            self._contexts[key].rebind(inputs, outputs)
         else:
-            bound.rebind(inputs, outputs)
-        self._contexts[key] = bound
+            self._contexts[key] = TrtBound(self, self.profile(sizes), inputs, outputs)
         if len(self._contexts) > CONTEXTS_KEPT:
             self.device.synchronize()
             self._contexts.popitem(last=False)[1].close()
-        bound.run()
+        self._contexts[key].run()
 
     def profile(self, sizes: Mapping[str, int]) -> int:
         """Index of the first profile for these sizes. Raises InvalidInput if there is none."""
@@ -226,9 +220,6 @@ class TrtGraph:
         layers = self.library.module.LayerInformationFormat.JSON
         return str(self.engine.create_engine_inspector().get_engine_information(layers))
 
-    def holds(self, size: tuple[int, int]) -> bool:
-        return True
-
     @property
     def most_images(self) -> int:
         """The number of images that the largest profile takes."""
@@ -246,9 +237,7 @@ class TrtGraph:
 class TrtBound:
     """An execution context with its profile, shapes, addresses and working memory."""
 
-    def __init__(
-        self, graph: TrtGraph, profile: int, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
-    ) -> None:
+    def __init__(self, graph: TrtGraph, profile: int, inputs: Tensors, outputs: Tensors) -> None:
         self._graph, self._device, self._messages = graph, graph.device, graph.library.messages
         with self._messages.reading() as errors:
             self._context: Any = graph.new_context()
@@ -270,16 +259,13 @@ class TrtBound:
         self.rebind(inputs, outputs)
         self._device.synchronize()  # waits until the profile is set
 
-    def rebind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+    def rebind(self, inputs: Tensors, outputs: Tensors) -> None:
         """Use other arrays of the same shapes. Captured work still uses the old ones."""
         for name, array in (*inputs.items(), *outputs.items()):
             if array.address == 0 or array.address % ALIGNMENT:
-                expected = f"a multiple of {ALIGNMENT}"
-                raise InvalidInput(
-                    f"The tensor {name} is at address {array.address:#x}, but TensorRT needs {expected}.",
-                    expected=expected,
-                    fix=f"Use a batch for which the keys of one token take {expected} bytes.",
-                )
+                expected = f"a multiple of {ALIGNMENT} for TensorRT"
+                fix = f"Use a batch for which the keys of one token take a multiple of {ALIGNMENT} bytes."
+                raise invalid(f"The address of the tensor {name} is {array.address:#x}", expected, fix)
             self._require(self._context.set_tensor_address(name, array.address), f"the address of {name}", "")
         self._arrays = (inputs, outputs)
 

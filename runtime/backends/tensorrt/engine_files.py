@@ -65,13 +65,7 @@ class Profile:
 
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Smallest, best and largest shape of an input."""
-        sizes = [(axis,) * 3 if isinstance(axis, int) else self._sizes(axis) for axis in tensor.axes]
-        low, best, high = zip(*sizes, strict=True) if sizes else ((), (), ())
-        return low, best, high
-
-    def _sizes(self, axis: str) -> Sizes:
-        base, _, factor = axis.partition("_x")
-        low, best, high = (size * int(factor or 1) for size in self.axes[base])
+        low, best, high = (tensor.shape({axis: sizes[i] for axis, sizes in self.axes.items()}) for i in range(3))
         return low, best, high
 
 
@@ -192,26 +186,24 @@ def find_engine(
 
 def read_engine(found: Found) -> bytes:
     """The bytes of an engine. They are read once, and exactly these bytes are checked. Raises ArtifactRefused."""
-    receipt, name = found.receipt, found.path.name
-    fix = "Delete the file, if it is there, and run flexvar build again."
-    if not os.path.lexists(found.path):
-        raise ArtifactRefused(f"The engine {name} does not exist.", expected="the engine of its receipt", fix=fix)
+    receipt = found.receipt
+    expected = f"a regular file of {receipt.size} bytes with sha256 {receipt.engine_sha256}"
+
+    def refused(problem: str) -> ArtifactRefused:
+        fix = "Delete the file, if it is there, and run flexvar build again."
+        return ArtifactRefused(f"The engine {found.path.name} {problem}.", expected=expected, fix=fix)
+
     try:
         with open_unlinked(found.path) as (file, info):
             if not stat.S_ISREG(info.st_mode):
-                raise ArtifactRefused(f"The engine {name} is no regular file.", expected="a regular file", fix=fix)
+                raise refused("is no regular file")
             data = file.read(receipt.size + 1)
+    except FileNotFoundError as error:
+        raise refused("does not exist") from error
     except OSError as error:
-        problem = "is a link" if found.path.is_symlink() else f"cannot be read ({error.strerror})"
-        got = f"The engine {name} {problem}."
-        raise ArtifactRefused(got, expected="a regular, readable file", fix=fix) from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    if len(data) != receipt.size or sha256 != receipt.engine_sha256:
-        raise ArtifactRefused(
-            f"The engine {name} was changed after it was built.",
-            expected=f"{receipt.size} bytes with sha256 {receipt.engine_sha256}",
-            fix=fix,
-        )
+        raise refused("is a link" if found.path.is_symlink() else f"cannot be read ({error.strerror})") from error
+    if len(data) != receipt.size or hashlib.sha256(data).hexdigest() != receipt.engine_sha256:
+        raise refused("was changed after it was built")
     return data
 
 
@@ -250,9 +242,7 @@ def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
     except FileNotFoundError:
         return
     for name in names:
-        stem = name.removesuffix(".json")
-        match = _STEM.fullmatch(stem)
-        if stem == name or match is None or match["graph"] != graph:
+        if not _is_of(graph, name, ".json"):
             continue
         try:
             data = read_private(folder / name, MAX_RECEIPT_BYTES)
@@ -260,7 +250,7 @@ def read_receipts(folder: Path, graph: str) -> Iterator[Receipt]:
         except (OSError, FlexVARError) as error:
             log.debug("receipt %s skipped: %s", name, error)
             continue
-        if receipt.stem == stem:
+        if f"{receipt.stem}.json" == name:
             yield receipt
 
 
@@ -274,8 +264,13 @@ def _engine_files(folder: Path, graph: str) -> set[str]:
     except OSError as error:
         got = f"The folder of engines {folder} cannot be read ({error.strerror})."
         raise ArtifactRefused(got, expected="a readable folder", fix="Check its permissions.") from error
-    matches = ((name, _STEM.fullmatch(name.removesuffix(".engine"))) for name in names if name.endswith(".engine"))
-    return {name for name, match in matches if match is not None and match["graph"] == graph}
+    return {name for name in names if _is_of(graph, name, ".engine")}
+
+
+def _is_of(graph: str, name: str, suffix: str) -> bool:
+    """Whether `name` is a stem of this graph with this suffix."""
+    match = _STEM.fullmatch(name.removesuffix(suffix)) if name.endswith(suffix) else None
+    return match is not None and match["graph"] == graph
 
 
 def _agreement(receipt: Receipt, wanted: Mapping[str, str | None]) -> int:

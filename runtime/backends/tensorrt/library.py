@@ -9,7 +9,6 @@ import ctypes
 import importlib
 import importlib.util
 import logging
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,14 +18,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...checks import check_choice
-from ...cuda.libraries import first_line
+from ...cuda.libraries import first_line, version_numbers
 from ...errors import BackendUnavailable
 from ..base import Availability
 
 log = logging.getLogger(__name__)
 
 TENSORRT, TENSORRT_RTX = FLAVOURS = ("tensorrt", "tensorrt-rtx")
-MINIMUM = {TENSORRT: (11, 0), TENSORRT_RTX: (1, 7)}  # 11.0: networks are always strongly typed. 1.7: tested
+MINIMUM = {TENSORRT: "11.0", TENSORRT_RTX: "1.7"}  # 11.0: networks are always strongly typed. 1.7: tested
 _MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _PROVIDER = "onnxruntime_ep_nv_tensorrt_rtx"  # the wheel that carries the libraries of TensorRT-RTX
 _BUILD_ONLY = frozenset({"7.5"})  # TensorRT-RTX builds engines for 7.5, but does not run on it
@@ -120,7 +119,7 @@ def runs_on(library: TrtLibrary, capability: str) -> Availability:
     refuses every engine there when the engine is loaded, even a portable one (1.7.1 on 9.0).
     """
     targets = [name for name in known_targets(library) if name not in _BUILD_ONLY]
-    if not library.rtx or capability in targets or _number(capability) > _RUNS_ABOVE:
+    if not library.rtx or capability in targets or version_numbers(capability) > _RUNS_ABOVE:
         return Availability(True, f"{library.flavour} {library.version} runs on compute capability {capability}")
     builds = ", although it builds engines for it" if capability in known_targets(library) else ""
     return Availability(
@@ -137,10 +136,6 @@ def require_runs_on(library: TrtLibrary, capability: str, *, given: str = "", in
     if not state.available:
         fix = f"{state.advice.removesuffix('.')}{instead}."
         raise BackendUnavailable(f"{given}{state.detail}.", expected=f"a GPU that {library.flavour} runs on", fix=fix)
-
-
-def _number(capability: str) -> tuple[int, ...]:
-    return tuple(map(int, capability.split(".")))
 
 
 _loaded: dict[tuple[str, Importer], TrtLibrary] = {}
@@ -189,9 +184,8 @@ def _preload(importer: Importer) -> None:
 
 
 def _checked_version(flavour: str, module: Any) -> str:
-    version = str(getattr(module, "__version__", ""))
-    if tuple(int(part) for part in re.findall("[0-9]+", version)[:2]) < MINIMUM[flavour]:
-        wanted = ".".join(map(str, MINIMUM[flavour]))
+    version, wanted = str(getattr(module, "__version__", "")), MINIMUM[flavour]
+    if version_numbers(version) < version_numbers(wanted):
         raise BackendUnavailable(
             f"{flavour} {version or 'of an unknown version'} is older than {wanted}.",
             expected=f"{wanted} or later",

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from flexvar_runtime.backends.base import Availability
+from flexvar_runtime.backends.base import runs_precision
 from flexvar_runtime.backends.ort.byte_products import PRODUCT, make_exact
-from flexvar_runtime.backends.ort.cpu import exact_products
+from flexvar_runtime.backends.ort.cpu import runs_exactly
 from flexvar_runtime.errors import BackendUnavailable
 from flexvar_runtime.model.precision import Precision
 
@@ -75,13 +75,14 @@ def test_a_version_without_a_safe_option_is_refused() -> None:
 
 
 def test_bundles_that_cannot_be_exact_are_refused_before_they_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = Availability(True, "runs it")
+    every = frozenset(Precision)
     for library, exact in ((Exact, True), (Saturating, True), (Old, False)):
         monkeypatch.setattr(importlib, "import_module", lambda name, library=library: library)
         for precision in (Precision.FP32, Precision.INT8, Precision.INT8_BF16):
-            result = exact_products(state, precision)
+            result = runs_exactly("ort-cpu", precision, every)
+            usual = runs_precision("ort-cpu", precision, every)
             assert result.available == (exact or precision is Precision.FP32)
-            assert result == state or result.fix == "pip install 'onnxruntime>=1.31'"
+            assert result == usual or result.fix == "pip install 'onnxruntime>=1.31'"
 
 
 @pytest.mark.parametrize("forced", [False, True])
