@@ -89,8 +89,9 @@ def generate(
         files = [output / f"{i:06d}_class{label:04d}.png" for i, label in enumerate(labels, settings.index)]
         targets = files if save_arrays is None else [*files, save_arrays]
         if preview is not None:
-            sizes = list(enumerate(settings.schedule))
-            targets = [*targets, *(preview / preview_name(file, *size) for file in files for size in sizes)]
+            scale_sizes = list(enumerate(settings.schedule))
+            previews = [preview_name(file, scale, size) for file in files for scale, size in scale_sizes]
+            targets = [*targets, *(preview / name for name in previews)]
         check_targets(targets, force)
         choice = None
         if deadline_ms is not None:
@@ -130,17 +131,17 @@ def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool)
 
 def _choose(pipeline: FlexVARPipeline, settings: Settings, count: int, batch_size: int, deadline_ms: float) -> Choice:
     """The best schedule for the deadline. Unknown costs are measured first. Afterwards the pipeline is warm."""
-    images, chosen = min(count, batch_size), (settings.guidance, settings.sampling)
+    images, guidance, sampling = min(count, batch_size), settings.guidance, settings.sampling
     choice = None
     with steps(None, "measure") as advance:
         while choice is None:  # each round measures one more schedule, best first
             try:
-                choice = pipeline.choose_schedule(images, deadline_ms, *chosen)
+                choice = pipeline.choose_schedule(images, deadline_ms, guidance, sampling)
             except CostUnknown as unknown:
                 advance(f"schedule {unknown.schedule} for {images} at once on {pipeline.backend.name}, once")
-                pipeline.measure_costs((images,), [unknown.schedule], 10, *chosen)
+                pipeline.measure_costs((images,), [unknown.schedule], guidance=guidance, sampling=sampling)
     last = count % batch_size
-    pipeline.warmup(choice.schedule, {images, last or images}, *chosen)
+    pipeline.warmup(choice.schedule, {images, last or images}, guidance, sampling)
     return choice
 
 

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from ..backends.base import Backend
 from ..bundle.opening import Bundle
@@ -108,17 +108,19 @@ class WithDeadlines(ABC):
         self._costs.read_again()  # refuses costs that cannot be used before it measures
         rows: list[CostRow] = []
         labels = itertools.cycle(range(self.bundle.manifest.model.classes))
+
+        def next_request(batch: int, schedule: ScaleSchedule) -> Request:
+            return self._request([*itertools.islice(labels, batch)], schedule, guidance, sampling)
+
         try:
             for batch, schedule in itertools.product(sizes, wanted):
-                some = partial(itertools.islice, labels, batch)
-                request = self._request([*some()], schedule, guidance, sampling)
+                request = next_request(batch, schedule)
                 self._generate(request, False, None, 0.0)
                 seconds: list[float] = []
                 scales: list[list[float]] = []
                 for _ in range(repeats):
-                    own = [*some()]
                     start = clock()
-                    output = self._generate(self._request(own, schedule, guidance, sampling), False, None, start)
+                    output = self._generate(next_request(batch, schedule), False, None, start)
                     seconds.append(clock() - start)
                     scales.append([scale.step + scale.sample for scale in output.timings.scales])
                 filters = request.sampling.filters

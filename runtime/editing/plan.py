@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..checks import conflict
 from ..errors import InvalidInput
 from ..model.facts import ModelFacts
-from ..model.schedule import ScaleSchedule, ScheduleLike
+from ..model.schedule import ScaleSchedule, ScheduleLike, scale_text
 from ..model.tables import Tables
 from ..output import GenerationOutput
 from ..pictures.photo import PictureLike, read_mask, read_photo
@@ -149,11 +149,11 @@ def _schedule(
         return ScaleSchedule.for_size(size, len(default) if steps is None else steps, side)
     chosen = ScaleSchedule.parse(schedule)
     if chosen[-1] != size:
-        h, w = size
+        last = "{}x{}".format(*size)
         raise InvalidInput(
-            f"The schedule {chosen} does not end in {h}x{w} tokens, the size of the canvas.",
-            expected=f"{h}x{w} as the last scale",
-            fix=f"End the schedule in {h if h == w else f'{h}x{w}'}, or leave it out.",
+            f"The schedule {chosen} does not end in {last} tokens, the size of the canvas.",
+            expected=f"{last} as the last scale",
+            fix=f"End the schedule in {scale_text(*size)}, or leave it out.",
         )
     return chosen
 
