@@ -25,6 +25,11 @@ def invalid(problem: str, expected: str, fix: str) -> InvalidInput:
     return InvalidInput(f"{problem}, but it must be {expected}.", expected=expected, fix=fix)
 
 
+def conflict(option: str, others: str) -> InvalidInput:
+    """The error for arguments that exclude each other. others: may go on with the reason."""
+    return InvalidInput(f"{option} cannot be combined with {others}.", expected="one of them", fix="Use one of them.")
+
+
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value as an int, if it is a Python or NumPy integer (not a bool) from `low` to `high`, both included.
 
@@ -54,7 +59,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """The value, if it is one of `choices`. Raises InvalidInput."""
     if isinstance(value, str) and value in choices:
         return value
-    raise invalid(f"{name} is {value!r:.100}", f"one of {', '.join(choices)}", "Name one of them.")
+    within = name[0].lower() + name[1:]  # in the middle of a sentence
+    raise invalid(f"{name} is {value!r:.100}", f"one of {', '.join(choices)}", f"Set {within} to one of them.")
 
 
 def check_seed(seed: Any) -> int:

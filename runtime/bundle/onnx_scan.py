@@ -18,7 +18,8 @@ _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
 _GRAPH_VALUES = (11, 12, 13)  # inputs, outputs and inner tensors
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_KIND = 1, 2, 1, 1
 _FUNCTION_NODE = 7
-_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
+_NODE_TEXTS = (1, 2, 3, 4, 7)  # inputs, outputs, name, operator, domain
+_NODE_ATTRIBUTE = 5
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
@@ -117,26 +118,18 @@ def _value(data: memoryview, found: _Found) -> None:
 
 
 def _node(data: memoryview, found: _Found, depth: int) -> Node:
-    name = operator = domain = ""
-    inputs: list[str] = []
-    outputs: list[str] = []
+    texts: dict[int, list[str]] = {number: [] for number in _NODE_TEXTS}
     for number, value in _fields(data):
-        if number == _NODE_INPUT:
-            inputs.append(_text(value))
-        elif number == _NODE_OUTPUT:
-            outputs.append(_text(value))
-        elif number == _NODE_NAME:
-            name = _text(value)
-        elif number == _NODE_OPERATOR:
-            operator = _text(value)
-        elif number == _NODE_DOMAIN:
-            domain = _text(value)
+        if number in texts:
+            texts[number].append(_text(value))
         elif number == _NODE_ATTRIBUTE:
             for field, part in _fields(value):
                 if field in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
                     found.files |= _weight_files(part)
                 elif field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
                     _graph(part, found, depth + 1)
+    inputs, outputs, *single = (texts[number] for number in _NODE_TEXTS)
+    name, operator, domain = (values[-1] if values else "" for values in single)
     return Node(name, operator, tuple(inputs), tuple(outputs), domain)
 
 

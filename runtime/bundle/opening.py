@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from ..checks import check_whole, short
 from ..errors import ArtifactRefused
+from ..files.private import open_unlinked
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
@@ -25,7 +26,6 @@ from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifes
 MAX_WORKERS = 1024
 _COPY_AGAIN = "Copy the whole bundle again, or export it again."
 _EXPORT_AGAIN = "Export the bundle again."
-_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +76,8 @@ class Bundle:
         """
         path = self.file(self.graph(name).file)
         if ENGINES.encode() in path.read_bytes().lower():
-            _refuse(
-                path.name,
-                f"names {ENGINES}/, a folder that is not checked",
-                "weights in files of the manifest",
-                _EXPORT_AGAIN,
-            )
+            problem = f"names {ENGINES}/, a folder that is not checked"
+            _refuse(path.name, problem, "weights in files of the manifest", _EXPORT_AGAIN)
         return path
 
 
@@ -166,11 +162,9 @@ def _hash(root: Path, name: str) -> FileRecord:
 @contextmanager
 def _open(root: Path, name: str) -> Iterator[BufferedReader]:
     """Open a regular file. The check is of the opened file, which nobody can exchange any more."""
-    with _refuse_unreadable(name):
-        fd = os.open(root / name, _READ_FLAGS)
-        with os.fdopen(fd, "rb") as file:
-            _require_regular(name, os.fstat(fd).st_mode)
-            yield file
+    with _refuse_unreadable(name), open_unlinked(root / name) as (file, info):
+        _require_regular(name, info.st_mode)
+        yield file
 
 
 @contextmanager

@@ -38,9 +38,9 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
-def say(line: str) -> None:
-    """Print a line on standard output as it is: not wrapped, not coloured, no markup."""
-    out.print(line, highlight=False, markup=False, soft_wrap=True)
+def say(line: str, console: Console = out) -> None:
+    """Print a line as it is: not wrapped, not coloured, no markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def steps(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
             nonlocal done
             done += 1
             place = what if total is None else f"{what} {done}/{max(total, done)}"
-            err.print(f"{place}: {message}", highlight=False, markup=False, soft_wrap=True)
+            say(f"{place}: {message}", err)
 
         yield plain
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -36,10 +37,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "available_memory_bytes": available,
         "auto": auto,
         "auto_by_precision": by_precision,
-        "backends": {
-            name: {"available": state.available, "detail": state.detail, "fix": state.fix}
-            for name, state in states.items()
-        },
+        "backends": {name: asdict(state) for name, state in states.items()},
     }
 
     def show() -> None:

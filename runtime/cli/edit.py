@@ -7,15 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from ..editing.options import Edit
-from ..errors import ArtifactRefused, InvalidInput
-from ..model.guidance import Guidance
+from ..checks import invalid
+from ..editing.options import Edit, EditRecord
+from ..errors import InvalidInput
 from ..output import GenerationOutput, ScaleStep, Settings
 from ..pictures.png import save_png
 from ..pipeline import FlexVARPipeline
 from . import options
 from .console import JsonOption, emit, err, say, steps
-from .options import check_targets, parse_labels, parse_size, read_settings, replaced, show_scale
+from .options import (
+    check_targets,
+    parse_labels,
+    parse_size,
+    report_scale,
+    say_result,
+    starting_settings,
+    with_options,
+)
 
 
 def edit(
@@ -70,11 +78,7 @@ def edit(
     Options that are left out take the value in the --from file, or else the default of the bundle.
     """
     if output.suffix.lower() != ".png":
-        raise InvalidInput(
-            f"--output is {output}, but its name must end in .png.",
-            expected="a name that ends in .png",
-            fix=f"Write {output.with_suffix('.png')}.",
-        )
+        raise invalid(f"--output is {output}", "a name that ends in .png", f"Write {output.with_suffix('.png')}.")
     edit_options = {
         "task": task,
         "size": None if size is None else parse_size(size),
@@ -86,89 +90,55 @@ def edit(
         "feather": feather,
     }
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
-        earlier = None if source is None else _read_earlier(pipeline, source)
-        changes = {"top_k": top_k, "top_p": top_p, "greedy_scales": greedy_scales, "max_side": max_side}
-        wanted, labels = _edit_of(earlier, edit_options), _labels(earlier, label, pipeline)
-        given = {"scale": cfg, "rule": guidance}
+        start = starting_settings(pipeline, source, "edit")
+        settings = with_options(start, cfg, guidance, top_k, top_p, greedy_scales, max_side, seed, first_index)
+        wanted = _edit_of(start.edit, edit_options)
+        default_guidance = all(option is None for option in (source, label, cfg, guidance))
         request = {
             **vars(wanted),
             "mask": mask,
-            "labels": labels,
+            "labels": [start.label] if label is None else _one_label(label, pipeline),
             "schedule": schedule,
             "steps": scales,
-            "earlier": earlier.schedule if earlier else None,
-            "guidance": _guidance(earlier, pipeline, labels, given, max_side),
-            "sampling": replaced(earlier.sampling if earlier else pipeline.sampling, **changes),
-            "seed": earlier.seed if earlier and seed is None else seed,
-            "first_index": (earlier.index if earlier else 0) if first_index is None else first_index,
+            "earlier": start.schedule,
+            "guidance": None if default_guidance else settings.guidance,
+            "sampling": settings.sampling,
+            "seed": settings.seed,
+            "first_index": settings.index,
         }
         check_targets([output], force)
         with steps(None, "edit") as advance:
 
             def on_scale(step: ScaleStep) -> None:
-                advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
-                show_scale(step, [output.name], preview, show, force)
+                report_scale(step, [output], advance, preview, show, force)
 
             result = pipeline.edit(image, on_scale=on_scale, **request)
-    settings = result.settings[0]
-    if earlier is not None:
-        _warn_about_other_pictures(earlier, settings)
-    save_png(output, result.images[0], settings.to_json(), force=force)
+    if source is not None:
+        _warn_about_other_pictures(start, result.settings[0])
+    save_png(output, result.images[0], result.settings[0].to_json(), force=force)
     _report(output, result, as_json)
 
 
-def _read_earlier(pipeline: FlexVARPipeline, source: Path) -> Settings:
-    """The settings of an earlier edit with this bundle. Raises ArtifactRefused."""
-    found = read_settings(source, pipeline.bundle.sha256)
-    if found.edit is None:
-        raise ArtifactRefused(
-            f"{source.name} was made by flexvar generate, not by flexvar edit.",
-            expected="a picture of flexvar edit",
-            fix="Use flexvar generate --from with it.",
-        )
-    return found
-
-
-def _edit_of(earlier: Settings | None, options: dict[str, Any]) -> Edit:
+def _edit_of(earlier: EditRecord | None, options: dict[str, Any]) -> Edit:
     """The earlier edit with the options that are given (not None). Raises InvalidInput."""
     given = {name: value for name, value in options.items() if value is not None and name != "sides"}
-    before = earlier.edit.edit.sides if earlier is not None and earlier.edit is not None else (0, 0, 0, 0)
+    before = (0, 0, 0, 0) if earlier is None else earlier.edit.sides
     if any(side is not None for side in options["sides"]):
         given["sides"] = tuple(old if new is None else new for old, new in zip(before, options["sides"], strict=True))
-    if earlier is not None and earlier.edit is not None:
-        return earlier.edit.edit.changed(**given)
+    if earlier is not None:
+        return earlier.edit.changed(**given)
     if "task" not in given:
         choices = "refine, inpaint, outpaint or expand"
         raise InvalidInput("An edit needs a task.", expected=choices, fix=f"Pass --task with {choices}.")
     return Edit(**given)
 
 
-def _labels(earlier: Settings | None, text: str | None, pipeline: FlexVARPipeline) -> list[int] | None:
-    """The class that is given, or else that of the earlier edit. None means no class. Raises InvalidInput."""
-    if text is None:
-        return None if earlier is None else [earlier.label]
+def _one_label(text: str, pipeline: FlexVARPipeline) -> list[int]:
+    """The class in --class. Raises InvalidInput."""
     labels = parse_labels(text, pipeline.model.class_names, "--class")
     if len(labels) != 1:
-        raise InvalidInput(
-            f"--class has {len(labels)} classes, but it must have one.",
-            expected="one class",
-            fix="Run the command once for each class.",
-        )
+        raise invalid(f"--class has {len(labels)} classes", "one class", "Run the command once for each class.")
     return labels
-
-
-def _guidance(
-    earlier: Settings | None,
-    pipeline: FlexVARPipeline,
-    labels: list[int] | None,
-    given: dict[str, Any],
-    max_side: int | None,
-) -> Guidance | None:
-    """The guidance of the edit. None means the default of the pipeline, which is off if there is no class."""
-    if earlier is None and labels is None and all(value is None for value in given.values()):
-        return None
-    guidance: Guidance = replaced(earlier.guidance if earlier else pipeline.guidance, **given, max_side=max_side)
-    return guidance
 
 
 def _warn_about_other_pictures(earlier: Settings, now: Settings) -> None:
@@ -177,23 +147,10 @@ def _warn_about_other_pictures(earlier: Settings, now: Settings) -> None:
     before, after = earlier.edit, now.edit
     masks = {before.mask_sha256, after.mask_sha256} if before.edit.task == after.edit.task else set()
     if before.picture_sha256 != after.picture_sha256 or len(masks) > 1:
-        err.print(
-            "The picture or mask differs from that of the edit in --from, so the result differs too.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say("The picture or mask differs from that of the edit in --from, so the result differs too.", err)
 
 
 def _report(output: Path, result: GenerationOutput, as_json: bool) -> None:
-    settings = result.settings[0]
+    settings, made = result.settings[0], "{}x{} pixels".format(*result.images.shape[1:3])
     data = {"file": str(output), **settings.to_json(), "timings": result.timings.to_json()}
-
-    def show() -> None:
-        height, width = result.images.shape[1:3]
-        say(str(output))
-        say(
-            f"{height}x{width} pixels in {result.timings.total:.2f} s on {settings.backend}, seed {settings.seed}, "
-            f"schedule {settings.schedule}"
-        )
-
-    emit(data, as_json, show)
+    emit(data, as_json, lambda: say_result([output], made, result.timings.total, settings))

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 
+from ..checks import conflict
 from ..deadlines.choice import Choice, seconds_of
 from ..editing.canvas import check_sides
 from ..editing.plan import warn_if_large
-from ..errors import ArtifactRefused, CostUnknown, InvalidInput
+from ..errors import CostUnknown, InvalidInput
 from ..files.atomic import atomic_write
-from ..model.guidance import Guidance
-from ..model.noise import fresh_seed
-from ..model.sampling import Sampling
 from ..model.schedule import ScaleSchedule
-from ..output import GenerationOutput, ScaleStep
+from ..output import GenerationOutput, ScaleStep, Settings
 from ..pictures.png import save_png
 from ..pipeline import FlexVARPipeline
 from . import options
 from .console import JsonOption, emit, say, steps
-from .options import check_targets, parse_labels, parse_size, preview_name, read_settings, replaced, show_scale
+from .options import (
+    check_targets,
+    parse_labels,
+    parse_size,
+    preview_name,
+    report_scale,
+    say_result,
+    starting_settings,
+    with_options,
+)
 
 
 def generate(
@@ -73,61 +80,27 @@ def generate(
     if deadline_ms is not None:
         _check_deadline(deadline_ms, chosen=(schedule, size, scales), shown=show or preview is not None)
     with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
-        start = _starting_point(pipeline, source)
-        plan = _Plan(
-            labels=start.labels if classes is None else parse_labels(classes, pipeline.model.class_names),
-            schedule=_schedule(pipeline, start.schedule, schedule, size, scales),
-            guidance=replaced(start.guidance, scale=cfg, rule=guidance, max_side=max_side),
-            sampling=replaced(start.sampling, top_k=top_k, top_p=top_p, greedy_scales=greedy_scales, max_side=max_side),
-            seed=start.seed if seed is None else seed,
-            first_index=start.first_index if first_index is None else first_index,
-        )
-        warn_if_large(plan.schedule, pipeline.schedule)
-        pipeline.check(plan.labels, plan.seed, plan.first_index)
-        files = [output / plan.name(i) for i in range(len(plan.labels))]
-        previews = [preview / name for name in plan.preview_names()] if preview else []
-        check_targets([*files, *previews, *([save_arrays] if save_arrays else [])], force)
+        start = starting_settings(pipeline, source, "generate")
+        labels = [start.label] if classes is None else parse_labels(classes, pipeline.model.class_names)
+        start = replace(start, schedule=_schedule(pipeline, start.schedule, schedule, size, scales))
+        settings = with_options(start, cfg, guidance, top_k, top_p, greedy_scales, max_side, seed, first_index)
+        warn_if_large(settings.schedule, pipeline.schedule)
+        pipeline.check(labels, settings.seed, settings.index)
+        files = [output / f"{i:06d}_class{label:04d}.png" for i, label in enumerate(labels, settings.index)]
+        targets = files if save_arrays is None else [*files, save_arrays]
+        if preview is not None:
+            scale_sizes = list(enumerate(settings.schedule))
+            previews = [preview_name(file, scale, size) for file in files for scale, size in scale_sizes]
+            targets = [*targets, *(preview / name for name in previews)]
+        check_targets(targets, force)
         choice = None
         if deadline_ms is not None:
-            choice = _choose(pipeline, plan, batch_size, deadline_ms)
-            plan = replace(plan, schedule=choice.schedule)
-        results = _run(pipeline, plan, files, preview, show, batch_size, save_arrays is not None, force)
+            choice = _choose(pipeline, settings, len(labels), batch_size, deadline_ms)
+            settings = replace(settings, schedule=choice.schedule)
+        results = _run(pipeline, labels, settings, files, preview, show, batch_size, save_arrays is not None, force)
     if save_arrays is not None:
         _save_arrays(save_arrays, results, force)
-    _report(files, results, plan, choice, as_json)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    labels: list[int]
-    schedule: ScaleSchedule
-    guidance: Guidance
-    sampling: Sampling
-    seed: int
-    first_index: int
-
-    def name(self, i: int) -> str:
-        return f"{self.first_index + i:06d}_class{self.labels[i]:04d}.png"
-
-    def preview_name(self, i: int, scale: int) -> str:
-        return preview_name(Path(self.name(i)).stem, scale, self.schedule[scale])
-
-    def preview_names(self) -> list[str]:
-        return [self.preview_name(i, scale) for i in range(len(self.labels)) for scale in range(len(self.schedule))]
-
-
-def _starting_point(pipeline: FlexVARPipeline, source: Path | None) -> _Plan:
-    """The defaults of the bundle, or the settings of an image that was made with it. Raises ArtifactRefused."""
-    if source is None:
-        return _Plan([], pipeline.schedule, pipeline.guidance, pipeline.sampling, fresh_seed(), 0)
-    found = read_settings(source, pipeline.bundle.sha256)
-    if found.edit is not None:
-        raise ArtifactRefused(
-            f"{source.name} was made by flexvar edit, not by flexvar generate.",
-            expected="a picture of flexvar generate",
-            fix="Use flexvar edit --from with it.",
-        )
-    return _Plan([found.label], found.schedule, found.guidance, found.sampling, found.seed, found.index)
+    _report(files, results, choice, as_json)
 
 
 def _schedule(
@@ -136,11 +109,7 @@ def _schedule(
     """The given schedule, or one derived for a size and a number of steps, or else that of the starting point."""
     if schedule is not None:
         if size is not None or steps is not None:
-            raise InvalidInput(
-                "--schedule cannot be combined with --size or --steps.",
-                expected="a schedule, or a size and steps",
-                fix="Use one of them.",
-            )
+            raise conflict("--schedule", "--size or --steps")
         return ScaleSchedule.parse(schedule)
     if size is None and steps is None:
         return start
@@ -155,38 +124,31 @@ def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool)
     """Refuse options that cannot be combined with a deadline, before a bundle is opened. Raises InvalidInput."""
     seconds_of(deadline_ms)
     if any(value is not None for value in chosen):
-        raise InvalidInput(
-            "--deadline-ms cannot be combined with --schedule, --size or --steps, because it chooses the schedule.",
-            expected="a deadline, or a schedule",
-            fix="Use one of them.",
-        )
+        raise conflict("--deadline-ms", "--schedule, --size or --steps, because it chooses the schedule")
     if shown:
-        raise InvalidInput(
-            "--deadline-ms cannot be combined with --preview or --progress, which take time.",
-            expected="a deadline, or pictures of every scale",
-            fix="Use one of them.",
-        )
+        raise conflict("--deadline-ms", "--preview or --progress, which take time")
 
 
-def _choose(pipeline: FlexVARPipeline, plan: _Plan, batch_size: int, deadline_ms: float) -> Choice:
+def _choose(pipeline: FlexVARPipeline, settings: Settings, count: int, batch_size: int, deadline_ms: float) -> Choice:
     """The best schedule for the deadline. Unknown costs are measured first. Afterwards the pipeline is warm."""
-    images, chosen = min(len(plan.labels), batch_size), (plan.guidance, plan.sampling)
+    images, guidance, sampling = min(count, batch_size), settings.guidance, settings.sampling
     choice = None
     with steps(None, "measure") as advance:
         while choice is None:  # each round measures one more schedule, best first
             try:
-                choice = pipeline.choose_schedule(images, deadline_ms, *chosen)
+                choice = pipeline.choose_schedule(images, deadline_ms, guidance, sampling)
             except CostUnknown as unknown:
                 advance(f"schedule {unknown.schedule} for {images} at once on {pipeline.backend.name}, once")
-                pipeline.measure_costs((images,), [unknown.schedule], guidance=plan.guidance, sampling=plan.sampling)
-    last = len(plan.labels) % batch_size
-    pipeline.warmup(choice.schedule, {images, last or images}, *chosen)
+                pipeline.measure_costs((images,), [unknown.schedule], guidance=guidance, sampling=sampling)
+    last = count % batch_size
+    pipeline.warmup(choice.schedule, {images, last or images}, guidance, sampling)
     return choice
 
 
 def _run(
     pipeline: FlexVARPipeline,
-    plan: _Plan,
+    labels: list[int],
+    settings: Settings,
     files: list[Path],
     preview: Path | None,
     show: bool,
@@ -196,31 +158,29 @@ def _run(
 ) -> list[GenerationOutput]:
     """Generate batch by batch. Images are written when their batch is done, and their pixels are dropped."""
     results = []
-    batches = range(0, len(plan.labels), batch_size)
-    with steps(len(batches) * len(plan.schedule), "generate") as advance:
+    batches = range(0, len(labels), batch_size)
+    whole = preview is None and not show and pipeline.generator.runs_whole
+    with steps(len(batches) * len(settings.schedule), "generate") as advance:
         for start in batches:
-            labels = plan.labels[start : start + batch_size]
+            batch = slice(start, start + batch_size)
 
-            def on_scale(step: ScaleStep, start: int = start) -> None:
-                advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
-                names = [plan.name(i) for i in range(start, start + len(step.tokens))]
-                show_scale(step, names, preview, show, force)
+            def on_scale(step: ScaleStep, batch: slice = batch) -> None:
+                report_scale(step, files[batch], advance, preview, show, force)
 
-            whole = preview is None and not show and pipeline.generator.runs_whole
             result = pipeline(
-                labels,
-                plan.schedule,
-                plan.guidance,
-                plan.sampling,
-                plan.seed,
-                plan.first_index + start,
+                labels[batch],
+                settings.schedule,
+                settings.guidance,
+                settings.sampling,
+                settings.seed,
+                settings.index + start,
                 keep_decoded=keep_decoded,
                 on_scale=None if whole else on_scale,  # without it, a GPU replays all scales at once
             )
-            for _ in plan.schedule if whole else ():
+            for _ in settings.schedule if whole else ():
                 advance("generated")
-            for i, (pixels, settings) in enumerate(zip(result.images, result.settings, strict=True)):
-                save_png(files[start + i], pixels, settings.to_json(), force=force)
+            for file, pixels, own in zip(files[batch], result.images, result.settings, strict=True):
+                save_png(file, pixels, own.to_json(), force=force)
             results.append(replace(result, images=result.images[:0]))
     return results
 
@@ -233,14 +193,13 @@ def _save_arrays(path: Path, results: list[GenerationOutput], force: bool) -> No
         np.savez(file, tokens=np.concatenate(tokens).astype(np.int32), images=np.concatenate(images))
 
 
-def _report(
-    files: list[Path], results: list[GenerationOutput], plan: _Plan, choice: Choice | None, as_json: bool
-) -> None:
-    settings = results[0].settings[0].to_json()
+def _report(files: list[Path], results: list[GenerationOutput], choice: Choice | None, as_json: bool) -> None:
+    settings = [own for result in results for own in result.settings]
+    common = settings[0].to_json()
     data = {
-        **{key: settings[key] for key in ("bundle", "backend", "seed", "schedule", "guidance", "sampling")},
-        "first_index": str(plan.first_index),
-        "images": [{"file": str(path), "class": label} for path, label in zip(files, plan.labels, strict=True)],
+        **{key: common[key] for key in ("bundle", "backend", "seed", "schedule", "guidance", "sampling")},
+        "first_index": common["index"],
+        "images": [{"file": str(file), "class": own.label} for file, own in zip(files, settings, strict=True)],
         "timings": [result.timings.to_json() for result in results],
     }
     slowest = max(result.timings.total for result in results)
@@ -248,13 +207,8 @@ def _report(
         data["choice"] = choice.to_json() | {"took_ms": slowest * 1e3, "met": slowest <= choice.deadline}
 
     def show() -> None:
-        for path in files:
-            say(str(path))
         total = sum(result.timings.total for result in results)
-        say(
-            f"{len(files)} image{'s' * (len(files) != 1)} in {total:.2f} s on {settings['backend']}, "
-            f"seed {plan.seed}, schedule {plan.schedule}"
-        )
+        say_result(files, f"{len(files)} image{'s' * (len(files) != 1)}", total, settings[0])
         if choice is not None:
             say(
                 f"schedule {choice.schedule}: expected {choice.expected * 1e3:.1f} ms, took {slowest * 1e3:.1f} ms"

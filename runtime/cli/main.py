@@ -12,7 +12,7 @@ import typer
 
 from .._version import __version__
 from ..errors import EnvironmentFailed, FlexVARError, OutOfMemory
-from .console import err, start_logging
+from .console import err, say, start_logging
 
 GROUP = "flexvar.commands"
 INTERRUPTED = 130
@@ -95,5 +95,5 @@ def _report(error: FlexVARError, arguments: Sequence[str]) -> NoReturn:
     """Print an error as one line on standard error, and with --json also as JSON on standard output."""
     if "--json" in arguments:
         _print_json(type(error).__name__, error.got, error.expected, error.fix)
-    err.print(f"error: {' '.join(str(error).splitlines())}", highlight=False, markup=False, soft_wrap=True)
+    say(f"error: {' '.join(str(error).splitlines())}", err)
     sys.exit(error.exit_code)

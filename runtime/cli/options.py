@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Annotated, Any
 import typer
 
 from ..bundle.manifest import MANIFEST
+from ..checks import invalid
 from ..errors import ArtifactRefused, InvalidInput
 from ..files.atomic import already_exists
+from ..model.noise import fresh_seed
 from ..model.signatures import TABLES_FILE
 from ..output import ScaleStep, Settings
 from ..pictures.png import read_metadata, save_png
-from .console import err
+from ..pipeline import FlexVARPipeline
+from .console import err, say
 from .terminal import show_picture
 
 Schedule = Annotated[
@@ -81,17 +85,35 @@ def parse_size(text: str) -> tuple[int, int]:
     """ "256x512" to (height, width). Raises InvalidInput."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise InvalidInput(
-            f"--size is {text[:100]!r}, but it must be height x width in pixels.",
-            expected="height x width in pixels",
-            fix="Write it like 256x512.",
-        )
+        raise invalid(f"--size is {text[:100]!r}", "height x width in pixels", "Write it like 256x512.")
     return int(match[1]), int(match[2])
 
 
-def replaced(options: Any, **given: Any) -> Any:
-    """A frozen dataclass with new values for the fields that are given and not None."""
-    return replace(options, **{name: value for name, value in given.items() if value is not None})
+def with_options(
+    start: Settings,
+    cfg: float | None,
+    rule: str | None,
+    top_k: int | None,
+    top_p: float | None,
+    greedy_scales: str | None,
+    max_side: int | None,
+    seed: int | None,
+    first_index: int | None,
+) -> Settings:
+    """Settings in which the options that are given (not None) replace those of `start`. Raises InvalidInput."""
+    guidance = _given(scale=cfg, rule=rule, max_side=max_side)
+    sampling = _given(top_k=top_k, top_p=top_p, greedy_scales=greedy_scales, max_side=max_side)
+    return replace(
+        start,
+        guidance=replace(start.guidance, **guidance),
+        sampling=replace(start.sampling, **sampling),
+        **_given(seed=seed, index=first_index),
+    )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_labels(text: str, names: tuple[str, ...] | None, option: str = "--classes") -> list[int]:
@@ -120,14 +142,28 @@ def parse_labels(text: str, names: tuple[str, ...] | None, option: str = "--clas
     return labels
 
 
-def read_settings(source: Path, bundle_sha256: str) -> Settings:
-    """The settings in a PNG file that was made with the same bundle. Raises ArtifactRefused."""
+def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: str) -> Settings:
+    """What an image gets without options: the settings in a PNG file, or without one the defaults of the bundle.
+
+    Raises ArtifactRefused if the file was not made with this bundle by this command, "generate" or "edit".
+    """
+    bundle = pipeline.bundle.sha256
+    if source is None:
+        defaults = pipeline.schedule, pipeline.guidance, pipeline.sampling
+        return Settings(bundle, pipeline.model.null_class, fresh_seed(), 0, *defaults, pipeline.backend.name)
     found = Settings.from_json(read_metadata(source), str(source))
-    if found.bundle != bundle_sha256:
+    if found.bundle != bundle:
         raise ArtifactRefused(
-            f"{source.name} was made with bundle {found.bundle[:16]}…, but this bundle is {bundle_sha256[:16]}….",
+            f"{source.name} was made with bundle {found.bundle[:16]}…, but this bundle is {bundle[:16]}….",
             expected="an image of this bundle",
             fix="Pass the bundle that it was made with.",
+        )
+    maker = "generate" if found.edit is None else "edit"
+    if maker != command:
+        raise ArtifactRefused(
+            f"{source.name} was made by flexvar {maker}, not by flexvar {command}.",
+            expected=f"a picture of flexvar {command}",
+            fix=f"Use flexvar {maker} --from with it.",
         )
     return found
 
@@ -140,45 +176,45 @@ def check_targets(paths: list[Path], force: bool) -> None:
     """Refuse paths that cannot be written, and make the directories of the others. Raises InvalidInput."""
     for path in paths:
         if any(_is_bundle(parent) for parent in path.resolve().parents):
-            raise InvalidInput(
-                f"{path} is inside a bundle, which must not change.",
-                expected="a path outside of bundles",
-                fix="Choose another directory.",
-            )
+            got, fix = f"{path} is inside a bundle, which must not change.", "Choose another directory."
+            raise InvalidInput(got, expected="a path outside of bundles", fix=fix)
         if os.path.lexists(path) and not force:
             raise already_exists(path)
         if path.is_dir():
-            raise InvalidInput(
-                f"{path} is a directory, but it must be a file.",
-                expected="the name of a file",
-                fix="Choose another name.",
-            )
+            raise invalid(f"{path} is a directory", "a file", "Choose another name.")
     for directory in dict.fromkeys(path.parent for path in paths):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidInput(
-                f"The directory {directory} cannot be made ({error.strerror}).",
-                expected="a directory that can be made",
-                fix="Choose another name.",
-            ) from error
+            got = f"The directory {directory} cannot be made ({error.strerror})."
+            raise InvalidInput(got, expected="a directory that can be made", fix="Choose another name.") from error
 
 
-def preview_name(stem: str, scale: int, size: tuple[int, int]) -> str:
-    """The file name of the preview of one scale (h, w)."""
-    return f"{stem}_scale{scale + 1:02d}_{size[0]}x{size[1]}.png"
+def say_result(files: list[Path], made: str, seconds: float, settings: Settings) -> None:
+    """Print the files of images, and how they were made. made: what is in them, for people."""
+    for file in files:
+        say(str(file))
+    say(f"{made} in {seconds:.2f} s on {settings.backend}, seed {settings.seed}, schedule {settings.schedule}")
 
 
-def show_scale(step: ScaleStep, names: list[str], preview: Path | None, show: bool, force: bool) -> None:
-    """Show the images of a scale on the terminal if `show`, and write them to the directory `preview` if there is one.
+def preview_name(file: Path, scale: int, size: tuple[int, int]) -> str:
+    """The file name of the preview of one scale (h, w) of the image in `file`."""
+    return f"{file.stem}_scale{scale + 1:02d}_{size[0]}x{size[1]}.png"
 
-    names: the file name of each image. Raises InvalidInput.
+
+def report_scale(
+    step: ScaleStep, files: list[Path], advance: Callable[[str], None], preview: Path | None, show: bool, force: bool
+) -> None:
+    """Report a scale as progress. Show its images on the terminal if `show`, and write them to `preview` if given.
+
+    files: the file of each image. advance: reports a step. preview: a directory. Raises InvalidInput.
     """
+    advance(f"scale {step.index + 1}/{step.count}, {step.size[0]}x{step.size[1]} tokens")
     pictures = step.preview() if show or preview is not None else ()
-    for name, pixels in zip(names, pictures, strict=False):
+    for file, pixels in zip(files, pictures, strict=False):
         if show:
-            show_picture(err, pixels, f"{name}, scale {step.index + 1}/{step.count}")
+            show_picture(err, pixels, f"{file.name}, scale {step.index + 1}/{step.count}")
         if preview is not None:
-            path = preview / preview_name(Path(name).stem, step.index, step.size)
+            path = preview / preview_name(file, step.index, step.size)
             check_targets([path], force)
-            save_png(path, pixels, {"preview_of": name, "scale": step.index + 1}, force=force)
+            save_png(path, pixels, {"preview_of": file.name, "scale": step.index + 1}, force=force)

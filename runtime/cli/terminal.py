@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from .console import say
+
 HALF_BLOCK = "▀"  # the upper half has the foreground colour, the lower half the background colour
 MOST_COLUMNS = 48
 
@@ -17,7 +19,7 @@ def show_picture(console: Console, pixels_HW3: NDArray[np.uint8], caption: str) 
     """Print a picture (H, W, 3) and a caption below it; only the caption where there are no colours."""
     if console.is_terminal and console.color_system is not None:
         console.print(as_text(pixels_HW3, min(MOST_COLUMNS, console.width)))
-    console.print(caption, highlight=False, markup=False, soft_wrap=True)
+    say(caption, console)
 
 
 def as_text(pixels_HW3: NDArray[np.uint8], columns: int) -> Text:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bundle.manifest import Manifest
+from ..checks import invalid
 from ..errors import CostUnknown, InvalidInput
 from ..model.schedule import PUBLISHED, ScaleSchedule
 
@@ -57,11 +58,8 @@ def seconds_of(deadline_ms: float) -> float:
     """A deadline in milliseconds as seconds. Raises InvalidInput unless it is a finite number above 0."""
     number = isinstance(deadline_ms, int | float) and not isinstance(deadline_ms, bool)
     if not number or not 0 < deadline_ms < math.inf:  # NaN compares false
-        raise InvalidInput(
-            f"deadline_ms is {deadline_ms!r:.100}, but it must be a number above 0.",
-            expected="a number above 0",
-            fix="Pass the time limit in milliseconds, such as 250.",
-        )
+        fix = "Pass the time limit in milliseconds, such as 250."
+        raise invalid(f"deadline_ms is {deadline_ms!r:.100}", "a number above 0", fix)
     return deadline_ms / 1e3
 
 

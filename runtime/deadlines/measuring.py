@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 from ..backends.base import Backend
 from ..bundle.opening import Bundle
-from ..checks import check_whole
-from ..errors import CostUnknown, InvalidInput
+from ..checks import check_whole, conflict
+from ..errors import CostUnknown
 from ..generation.generator import Generator
-from ..model.guidance import Guidance
 from ..model.sampling import Sampling
 from ..model.schedule import ScaleSchedule, ScheduleLike
 from ..output import GenerationOutput
@@ -59,15 +59,9 @@ class WithDeadlines(ABC):
     ) -> Choice:
         """The schedule for a call with a deadline. Raises InvalidInput for arguments that exclude each other."""
         if schedule is not None:
-            raise InvalidInput(
-                "schedule cannot be combined with deadline_ms.", expected="one of them", fix="Leave out one of them."
-            )
+            raise conflict("schedule", "deadline_ms")
         if watched and self.generator.runs_whole:
-            raise InvalidInput(
-                "on_scale cannot be combined with deadline_ms on a GPU, where costs are those of whole generations.",
-                expected="one of them",
-                fix="Leave out one of them.",
-            )
+            raise conflict("on_scale", "deadline_ms on a GPU, where costs are those of whole generations")
         return self._choose(request, seconds_of(deadline_ms))
 
     def _choose(self, request: Request, deadline: float) -> Choice:
@@ -77,18 +71,17 @@ class WithDeadlines(ABC):
         more = "" if guidance == self.defaults.guidance else f", guidance={guidance}"
         more += "" if sampling.filters == self.defaults.sampling.filters else f", sampling={sampling}"
 
-        def chosen(table: CostTable) -> Choice:
-            return choose(
-                quality_order(self.bundle.manifest),
-                lambda schedule: table.cost(schedule, images, _guided(request.guidance, schedule), sampling.filters),
-                deadline,
-                measure=f"pipe.measure_costs(batch_sizes=({images},){more})",
-            )
+        measure = f"pipe.measure_costs(batch_sizes=({images},){more})"
+
+        def cost(schedule: ScaleSchedule) -> float | None:
+            guided = replace(request, schedule=schedule).guided
+            return self._costs.table.cost(schedule, images, guided, sampling.filters)
 
         try:
-            return chosen(self._costs.table)
+            return choose(quality_order(self.bundle.manifest), cost, deadline, measure)
         except CostUnknown:  # another process may have measured it since
-            return chosen(self._costs.read_again())
+            self._costs.read_again()
+            return choose(quality_order(self.bundle.manifest), cost, deadline, measure)
 
     def measure_costs(
         self,
@@ -115,28 +108,26 @@ class WithDeadlines(ABC):
         self._costs.read_again()  # refuses costs that cannot be used before it measures
         rows: list[CostRow] = []
         labels = itertools.cycle(range(self.bundle.manifest.model.classes))
+
+        def next_request(batch: int, schedule: ScaleSchedule) -> Request:
+            return self._request([*itertools.islice(labels, batch)], schedule, guidance, sampling)
+
         try:
             for batch, schedule in itertools.product(sizes, wanted):
-                some = partial(itertools.islice, labels, batch)
-                request = self._request([*some()], schedule, guidance, sampling)
+                request = next_request(batch, schedule)
                 self._generate(request, False, None, 0.0)
                 seconds: list[float] = []
                 scales: list[list[float]] = []
                 for _ in range(repeats):
-                    own = [*some()]
                     start = clock()
-                    output = self._generate(self._request(own, schedule, guidance, sampling), False, None, start)
+                    output = self._generate(next_request(batch, schedule), False, None, start)
                     seconds.append(clock() - start)
                     scales.append([scale.step + scale.sample for scale in output.timings.scales])
-                guided = _guided(request.guidance, schedule)
-                rows.append(CostRow.of(schedule, batch, guided, request.sampling.filters, seconds, scales))
+                filters = request.sampling.filters
+                rows.append(CostRow.of(request.schedule, batch, request.guided, filters, seconds, scales))
                 if on_row is not None:
                     on_row(rows[-1])
         finally:
             if rows:
                 self._costs.keep(rows)
         return self._costs.table
-
-
-def _guided(guidance: Iterable[Guidance], schedule: ScaleSchedule) -> bool:
-    return any(each.acts(schedule) for each in guidance)

@@ -13,7 +13,7 @@ from ..checks import invalid
 from ..errors import InvalidInput
 from ..model.schedule import MAX_SIDE
 from ..pictures.photo import Photo
-from .options import ANCHORS, Edit
+from .options import ANCHORS, Edit, wrong_task
 
 Pixels = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -66,15 +66,11 @@ def make_canvas(photo: Photo, mask: Pixels | None, edit: Edit, factor: int, area
         return _outpainted(pixels, cut, edit, factor)
     masked = None if mask is None else _fitted_mask(mask, size, edit.fit, placed)
     if masked is not None and not (masked >= 128).any():
-        raise InvalidInput(
-            "mask has no white pixels.",
-            expected="white where the picture is repainted",
-            fix="Paint the part to repaint white, or invert the mask.",
-        )
-    resolved = tuple(
-        max(1, round(whole * source / shown)) for whole, source, shown in zip(size, placed[2:], cut[2:], strict=True)
-    )
-    return Canvas(pixels, masked, cut, (resolved[0], resolved[1]))
+        fix = "Paint the part to repaint white, or invert the mask."
+        raise InvalidInput("mask has no white pixels.", expected="white where the picture is repainted", fix=fix)
+    sides = zip(size, placed[2:], cut[2:], strict=True)
+    h, w = (max(1, round(whole * source / shown)) for whole, source, shown in sides)
+    return Canvas(pixels, masked, cut, (h, w))
 
 
 def natural_size(size: Size, factor: int, area: int) -> Size:
@@ -98,26 +94,16 @@ def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:
     """The mask of an inpainting, by default the transparent part of the picture. Raises InvalidInput."""
     if edit.task != "inpaint":
         if mask is not None:
-            raise InvalidInput(
-                f"mask cannot be used with {edit.task}. It belongs to inpaint.",
-                expected="mask with inpaint only",
-                fix="Leave out mask.",
-            )
+            raise wrong_task("mask", edit.task, ["inpaint"])
         return None
     if mask is None:
         if photo.opacity is None:
-            raise InvalidInput(
-                "Inpainting needs a mask.",
-                expected="a mask, or a picture with transparency",
-                fix="Pass mask (--mask FILE): white pixels are repainted.",
-            )
+            fix = "Pass mask (--mask FILE): white pixels are repainted."
+            raise InvalidInput("Inpainting needs a mask.", expected="a mask, or a picture with transparency", fix=fix)
         return (255 - photo.opacity).astype(np.uint8)
     if mask.shape != photo.size:
-        raise InvalidInput(
-            f"mask has {mask.shape[0]}x{mask.shape[1]} pixels, but the picture has {photo.size[0]}x{photo.size[1]}.",
-            expected=f"{photo.size[0]}x{photo.size[1]}, the size of the picture",
-            fix="Pass a mask of the size of the picture.",
-        )
+        has, expected = "{}x{} pixels".format(*mask.shape), "{}x{}, the size of the picture".format(*photo.size)
+        raise invalid(f"mask has {has}", expected, "Pass a mask of the size of the picture.")
     return mask
 
 
@@ -191,7 +177,6 @@ def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
     assert edit.size is not None
     check_sides(edit.size, factor)
     height, width = edit.size
-    pixels = photo.pixels
     _, _, h, w = _proportional(photo.size, edit.size)
     if (h, w) == edit.size:
         raise InvalidInput(
@@ -204,7 +189,7 @@ def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
     edges = (top, height - h - top), (left, width - w - left)
     mask = np.full(edit.size, 255, np.uint8)
     mask[top : top + h, left : left + w] = 0
-    canvas = np.pad(_resized(pixels, (h, w)), (*edges, (0, 0)), mode="edge")
+    canvas = np.pad(_resized(photo.pixels, (h, w)), (*edges, (0, 0)), mode="edge")
     return Canvas(canvas, mask, (0, 0, height, width))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict
 
@@ -72,11 +73,7 @@ class Edit:
         for field in fields(self):
             owners = _OWN.get(field.name, TASKS)
             if getattr(self, field.name) != field.default and self.task not in owners:
-                raise InvalidInput(
-                    f"{field.name} cannot be used with {self.task}. It belongs to {' and '.join(owners)}.",
-                    expected=f"{field.name} with {' or '.join(owners)} only",
-                    fix=f"Leave out {field.name}.",
-                )
+                raise wrong_task(field.name, self.task, owners)
         if self.size is not None:
             object.__setattr__(self, "size", _whole_numbers("size", self.size, 2, 1))
         object.__setattr__(self, "sides", _whole_numbers("sides", self.sides, 4, 0))
@@ -85,19 +82,14 @@ class Edit:
             strength = check_number("strength", self.strength, 0, 1, "Pass 0.5 to generate half of the scales.")
             object.__setattr__(self, "strength", strength)
         if self.task == "outpaint" and not any(self.sides):
-            raise InvalidInput(
-                "Outpainting needs sides.",
-                expected="pixels to add",
-                fix="Pass sides (--top, --right, --bottom, --left): the number of pixels to add.",
-            )
+            fix = "Pass sides (--top, --right, --bottom, --left): the number of pixels to add."
+            raise InvalidInput("Outpainting needs sides.", expected="pixels to add", fix=fix)
         if self.task == "expand" and self.size is None:
-            raise InvalidInput(
-                "Expanding needs a size.", expected="the size of the canvas", fix="Pass size (--size 256x512)."
-            )
+            fix = "Pass size (--size 256x512)."
+            raise InvalidInput("Expanding needs a size.", expected="the size of the canvas", fix=fix)
         if self.feather and not self.paste:
-            raise InvalidInput(
-                "feather cannot be used without paste.", expected="paste as well", fix="Pass paste (--paste) too."
-            )
+            got, fix = "feather cannot be used without paste.", "Pass paste (--paste) too."
+            raise InvalidInput(got, expected="paste as well", fix=fix)
 
     def changed(self, **given: Any) -> Edit:
         """This edit with other options. Options that the new task does not have are dropped. Raises InvalidInput."""
@@ -136,6 +128,14 @@ class EditRecord:
         options = dict(data)
         picture, mask = options.pop("picture_sha256"), options.pop("mask_sha256")
         return cls(Edit.from_json(options), str(picture), None if mask is None else str(mask))
+
+
+def wrong_task(option: str, task: str, owners: Sequence[str]) -> InvalidInput:
+    """The error for an option of other tasks, `owners`."""
+    *first, last = owners
+    tasks = f"{', '.join(first)} and {last}" if first else last
+    got = f"{option} cannot be used with {task}. It belongs to {tasks}."
+    return InvalidInput(got, expected=f"{option} with {tasks} only", fix=f"Leave out {option}.")
 
 
 def _whole_numbers(name: str, values: object, count: int, least: int) -> tuple[int, ...]:

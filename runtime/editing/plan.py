@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import conflict
 from ..errors import InvalidInput
 from ..model.facts import ModelFacts
-from ..model.schedule import ScaleSchedule, ScheduleLike
+from ..model.schedule import ScaleSchedule, ScheduleLike, scale_text
 from ..model.tables import Tables
 from ..output import GenerationOutput
 from ..pictures.photo import PictureLike, read_mask, read_photo
@@ -73,11 +74,7 @@ class EditPlan:
     def require_images(self, images: int) -> None:
         """Raise InvalidInput unless there is one picture, or one for each image."""
         if len(self.canvases) not in (1, images):
-            raise InvalidInput(
-                f"There are {len(self.canvases)} pictures and {images} classes.",
-                expected="one class for each picture",
-                fix="Pass as many labels as pictures.",
-            )
+            raise _other_number(len(self.canvases), images, "class", "classes")
 
     def _picture_of(self, images: int) -> list[int]:
         return list(range(images)) if len(self.canvases) == images else [0] * images
@@ -101,11 +98,7 @@ def plan_edit(
     if not isinstance(mask, list | tuple):
         masks = masks * len(pictures)
     if not pictures or len(masks) != len(pictures):
-        raise InvalidInput(
-            f"There are {len(pictures)} pictures and {len(masks)} masks.",
-            expected="one mask for each picture",
-            fix="Pass as many masks as pictures.",
-        )
+        raise _other_number(len(pictures), len(masks), "mask", "masks")
     area, side, factor = default[-1][0] * default[-1][1], max(default[-1]), model.downsampling
     canvases, sources = [], []
     for picture, own in zip(pictures, masks, strict=True):
@@ -134,6 +127,12 @@ def warn_if_large(schedule: ScaleSchedule, default: ScaleSchedule) -> None:
         log.warning("more than %d times the default size: textures may repeat, or become noise", TEXTURES_BREAK)
 
 
+def _other_number(pictures: int, count: int, one: str, many: str) -> InvalidInput:
+    """The error for a number of classes or masks that does not fit the number of pictures."""
+    got, fix = f"There are {pictures} pictures and {count} {many}.", f"Pass as many {many} as pictures."
+    return InvalidInput(got, expected=f"one {one} for each picture", fix=fix)
+
+
 def _listed(given: Any) -> list[Any]:
     """One picture, or a list or tuple of pictures, as a list."""
     return list(given) if isinstance(given, list | tuple) else [given]
@@ -143,20 +142,18 @@ def _schedule(
     size: tuple[int, int], default: ScaleSchedule, schedule: ScheduleLike | None, steps: int | None, side: int
 ) -> ScaleSchedule:
     if schedule is not None and steps is not None:
-        raise InvalidInput(
-            "schedule cannot be combined with steps.", expected="one of them", fix="Leave out one of them."
-        )
+        raise conflict("schedule", "steps")
     if schedule is None:
         if steps is None and default[-1] == size:
             return default
         return ScaleSchedule.for_size(size, len(default) if steps is None else steps, side)
     chosen = ScaleSchedule.parse(schedule)
     if chosen[-1] != size:
-        h, w = size
+        last = "{}x{}".format(*size)
         raise InvalidInput(
-            f"The schedule {chosen} does not end in {h}x{w} tokens, the size of the canvas.",
-            expected=f"{h}x{w} as the last scale",
-            fix=f"End the schedule in {h if h == w else f'{h}x{w}'}, or leave it out.",
+            f"The schedule {chosen} does not end in {last} tokens, the size of the canvas.",
+            expected=f"{last} as the last scale",
+            fix=f"End the schedule in {scale_text(*size)}, or leave it out.",
         )
     return chosen
 

@@ -24,6 +24,7 @@ PUBLISHED_DECODER = (128, 128)  # channels at the size of the image, and one lev
 MAX_BATCH = 2**20
 
 _MIB = 2**20
+_SIZES = ("runtime", "weights", "kv", "bindings", "tables", "pixels", "scratch", "again")
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
 
@@ -99,24 +100,10 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, in bytes."""
-        return {
-            "schedule": str(self.schedule),
-            "images": self.images,
-            "guided": self.guided,
-            "decoded_at_once": self.decoded_at_once,
-            "bytes": {
-                "runtime": self.runtime,
-                "weights": dict(self.weights),
-                "kv": self.kv,
-                "bindings": self.bindings,
-                "tables": self.tables,
-                "pixels": self.pixels,
-                "scratch": dict(self.scratch),
-                "again": self.again,
-            },
-            "phases": self.phases,
-            "total": self.total,
-        }
+        values = {**vars(self), "schedule": str(self.schedule)}
+        request = {name: values[name] for name in ("schedule", "images", "guided", "decoded_at_once")}
+        sizes = {name: values[name] for name in _SIZES}
+        return {**request, "bytes": sizes, "phases": self.phases, "total": self.total}
 
 
 def plan(
@@ -161,11 +148,7 @@ def plan(
         bindings=sum(size for name, size in step.items() if name not in cache),
         tables=manifest.file_bytes(TABLES_FILE) + offsets + (N + images + 1) * condition,
         pixels=(3 * decoded + images) * image,
-        scratch={
-            CONDITION: 2 * condition,
-            STEP: transformer.step(manifest, N, L, T),
-            DECODE: decoding,
-        },
+        scratch={CONDITION: 2 * condition, STEP: transformer.step(manifest, N, L, T), DECODE: decoding},
         again=decoding,
         kept=frozenset({CONDITION} if transformer.keeps_condition else ()),
     )
@@ -201,12 +184,14 @@ def require_fits(
         return
     fits = largest_batch(lambda batch: plans(batch).needed(opened), available)
     parts = ", ".join(f"{part} {size_text(size)}" for part, size in wanted.parts(opened).items())
-    raise OutOfMemory(
-        f"A batch of {images} at schedule {wanted.schedule} needs {size_text(wanted.needed(opened))} ({parts}), but "
-        f"{size_text(available)} are available.",
-        expected=f"at most {size_text(available)}",
-        fix=f"Use a batch of at most {fits}." if fits else "Use a smaller schedule, or a machine with more memory.",
-    )
+    needs = f"A batch of {images} at schedule {wanted.schedule} needs {size_text(wanted.needed(opened))} ({parts})"
+    fix = f"Use a batch of at most {fits}." if fits else "Use a smaller schedule, or a machine with more memory."
+    raise _out_of_memory(needs, available, fix)
+
+
+def _out_of_memory(needs: str, available: int, fix: str) -> OutOfMemory:
+    free = size_text(available)
+    return OutOfMemory(f"{needs}, but {free} are available.", expected=f"at most {free}", fix=fix)
 
 
 def batch_that_fits(
@@ -227,12 +212,8 @@ def batch_that_fits(
     weights = 0 if graph in opened else library.weights(manifest, graph)
     if weights + one > available:
         verb = "Decoding" if graph == DECODE else "Encoding"
-        raise OutOfMemory(
-            f"{verb} an image of {size[0]}x{size[1]} tokens needs {size_text(weights + one)}, but "
-            f"{size_text(available)} are available.",
-            expected=f"at most {size_text(available)}",
-            fix="Use a smaller size.",
-        )
+        needs = f"{verb} an image of {size[0]}x{size[1]} tokens needs {size_text(weights + one)}"
+        raise _out_of_memory(needs, available, "Use a smaller size.")
     return max(1, min(IMAGES_PER_RUN, (available - weights) // (2 * one)))
 
 

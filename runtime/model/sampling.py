@@ -35,6 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..checks import check_number, check_whole, invalid
 from ..errors import InvalidInput
 from .noise import DRAW_BITS, to_uniform
+from .schedule import scale_text
 
 # The published implementation samples square scales of all other sides greedily
 UPSTREAM_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
@@ -96,7 +97,7 @@ class Sampling:
     def to_json(self) -> dict[str, int | float | str]:
         """The options as JSON values, greedy scales as text."""
         scales = self.greedy_scales
-        text = scales if isinstance(scales, str) else ",".join(_scale_text(*s) for s in scales if isinstance(s, tuple))
+        text = scales if isinstance(scales, str) else ",".join(scale_text(*s) for s in scales if isinstance(s, tuple))
         return asdict(self) | {"greedy_scales": text}
 
     @classmethod
@@ -107,10 +108,6 @@ class Sampling:
             expected = f"an object with no other keys than {', '.join(known)}"
             raise invalid(f"sampling is {values!r:.200}", expected, "Remove the other keys.")
         return cls(**values)
-
-
-def _scale_text(h: int, w: int) -> str:
-    return str(h) if h == w else f"{h}x{w}"
 
 
 def _parse_greedy(value: Any) -> str | tuple[tuple[int, int], ...]:

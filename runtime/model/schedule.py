@@ -43,7 +43,7 @@ class ScaleSchedule:
             if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
                 raise _refusal(f"has a scale of {h}x{w}, but it must have", f"sides from 1 to {MAX_SIDE} tokens")
         if self.scales[0] != (1, 1):
-            raise _refusal(f"begins with {_text(self.scales[0])}, but it must have", "1 as the first scale")
+            raise _refusal(f"begins with {scale_text(*self.scales[0])}, but it must have", "1 as the first scale")
 
     @classmethod
     def parse(cls, value: ScheduleLike) -> ScaleSchedule:
@@ -60,7 +60,7 @@ class ScaleSchedule:
         return cls(_pairs(value))
 
     def __str__(self) -> str:
-        return "_".join(_text(scale) for scale in self.scales)
+        return "_".join(scale_text(*scale) for scale in self.scales)
 
     def __len__(self) -> int:
         return len(self.scales)
@@ -148,6 +148,6 @@ def _whole(value: object) -> int:
     return value.__index__()  # type: ignore[no-any-return]
 
 
-def _text(scale: tuple[int, int]) -> str:
-    h, w = scale
+def scale_text(h: int, w: int) -> str:
+    """A scale as text: "4" if it is square, else such as "3x5"."""
     return str(h) if h == w else f"{h}x{w}"

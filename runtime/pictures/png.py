@@ -38,16 +38,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactRefused(f"There is no file {path}.", expected="a PNG file", fix="Check the path.") from error
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ArtifactRefused(
-            f"{path} cannot be read as PNG: {error}.", expected="a readable PNG file", fix=_USE_ORIGINAL
-        ) from error
+        raise _refusal(f"{path} cannot be read as PNG: {error}.", "a readable PNG file") from error
     if not isinstance(text, str):
-        raise ArtifactRefused(
-            f"{path} has no generation settings.", expected="a PNG file of flexvar", fix=_USE_ORIGINAL
-        )
+        raise _refusal(f"{path} has no generation settings.", "a PNG file of flexvar")
     metadata = loads(text, where=f"{path.name}: {METADATA_KEY}", fix=_USE_ORIGINAL)
     if not isinstance(metadata, dict):
-        raise ArtifactRefused(
-            f"The generation settings in {path} are not a JSON object.", expected="a JSON object", fix=_USE_ORIGINAL
-        )
+        raise _refusal(f"The generation settings in {path} are not a JSON object.", "a JSON object")
     return metadata
+
+
+def _refusal(got: str, expected: str) -> ArtifactRefused:
+    return ArtifactRefused(got, expected=expected, fix=_USE_ORIGINAL)
