@@ -137,7 +137,7 @@ def _one_label(text: str, pipeline: FlexVARPipeline) -> list[int]:
     """The class in --class. Raises InvalidInput."""
     labels = parse_labels(text, pipeline.model.class_names, "--class")
     if len(labels) != 1:
-        raise invalid(f"--class has {len(labels)} classes", "one class", "Run the command once for each class.")
+        raise invalid(f"--class is {text[:100]!r}", "one class", "Run the command once for each class.")
     return labels
 
 

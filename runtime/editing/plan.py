@@ -74,7 +74,7 @@ class EditPlan:
     def require_images(self, images: int) -> None:
         """Raise InvalidInput unless there is one picture, or one for each image."""
         if len(self.canvases) not in (1, images):
-            raise _other_number(len(self.canvases), images, "class", "classes")
+            raise _other_number(len(self.canvases), images, "label")
 
     def _picture_of(self, images: int) -> list[int]:
         return list(range(images)) if len(self.canvases) == images else [0] * images
@@ -98,7 +98,7 @@ def plan_edit(
     if not isinstance(mask, list | tuple):
         masks = masks * len(pictures)
     if not pictures or len(masks) != len(pictures):
-        raise _other_number(len(pictures), len(masks), "mask", "masks")
+        raise _other_number(len(pictures), len(masks), "mask")
     area, side, factor = default[-1][0] * default[-1][1], max(default[-1]), model.downsampling
     canvases, sources = [], []
     for picture, own in zip(pictures, masks, strict=True):
@@ -127,10 +127,10 @@ def warn_if_large(schedule: ScaleSchedule, default: ScaleSchedule) -> None:
         log.warning("more than %d times the default size: textures may repeat, or become noise", TEXTURES_BREAK)
 
 
-def _other_number(pictures: int, count: int, one: str, many: str) -> InvalidInput:
-    """The error for a number of classes or masks that does not fit the number of pictures."""
-    got, fix = f"There are {pictures} pictures and {count} {many}.", f"Pass as many {many} as pictures."
-    return InvalidInput(got, expected=f"one {one} for each picture", fix=fix)
+def _other_number(pictures: int, count: int, kind: str) -> InvalidInput:
+    """The error for a number of labels or masks that does not fit the number of pictures."""
+    got, fix = f"There are {pictures} pictures and {count} {kind}s.", f"Pass as many {kind}s as pictures."
+    return InvalidInput(got, expected=f"one {kind} for each picture", fix=fix)
 
 
 def _listed(given: Any) -> list[Any]:
