@@ -79,7 +79,7 @@ def test_one_picture_in_many_ways_and_many_pictures_at_once(pipe: FlexVARPipelin
     both = pipe.edit(pictures, "inpaint", mask=[hole(), hole()[::-1]], **options)
     second = pipe.edit(pictures[1], "inpaint", mask=hole()[::-1], **{**options, "labels": [2]}, first_index=1)
     assert np.array_equal(both.images[1], second.images[0])
-    with pytest.raises(InvalidInput, match=r"2 pictures .*3 classes"):
+    with pytest.raises(InvalidInput, match=r"2 pictures .*3 labels"):
         pipe.edit(pictures, "inpaint", mask=hole(), **{**options, "labels": [1, 2, 3]})
     with pytest.raises(InvalidInput, match=r"2 pictures .*1 masks"):
         pipe.edit(pictures, "inpaint", mask=[hole()], **options)
