@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ._version import __version__
 from .checks import check_index, check_seed, check_whole
@@ -19,6 +18,9 @@ from .model.guidance import Guidance
 from .model.sampling import Sampling
 from .model.schedule import ScaleSchedule
 from .request import Request
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SETTINGS_VERSION = 1
 
@@ -163,4 +165,6 @@ class GenerationOutput:
 
     def to_pil(self) -> list[Image.Image]:
         """The images as PIL images."""
+        from PIL import Image  # slow to import
+
         return [Image.fromarray(image) for image in self.images]

@@ -9,11 +9,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from .backends import check_name, create
 from .backends.base import Backend
@@ -21,7 +20,6 @@ from .bundle.opening import Bundle
 from .checks import check_whole
 from .deadlines.measuring import WithDeadlines
 from .editing.options import Edit, EditOptions
-from .editing.plan import Pictures, plan_edit
 from .generation.opening import open_generator
 from .generation.scale_loop import ScaleLoop
 from .model.guidance import UNGUIDED
@@ -30,6 +28,11 @@ from .model.schedule import ScaleSchedule, ScheduleLike
 from .output import GenerationOutput, ScaleStep, Timings, settings_of
 from .pictures.pixels import check_images, from_uint8
 from .request import GuidanceLike, Labels, Numbers, Request, RequestDefaults, check_tokens, parse_request
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .editing.plan import Pictures
 
 OnScale = Callable[[ScaleStep], None]
 
@@ -180,6 +183,8 @@ class FlexVARPipeline(WithDeadlines):
         earlier: the schedule of an edit that is repeated, which is used if it ends in the size of the canvas.
         Raises InvalidInput, OutOfMemory. The pipeline stays usable after any error.
         """
+        from .editing.plan import plan_edit  # imports pillow, which is slow
+
         start, edit = time.perf_counter(), Edit(task=task, **options)
         plan = plan_edit(edit, image, mask, self.model, self.defaults.schedule, schedule, steps, earlier)
         classes = [self.model.null_class] * len(plan.canvases) if labels is None else labels

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from ..checks import invalid
 from ..errors import InvalidInput
@@ -195,6 +195,8 @@ def _expanded(photo: Photo, edit: Edit, factor: int) -> Canvas:
 
 def _feathered(mask: Pixels, feather: int) -> Pixels:
     """The mask, with a border of `feather` pixels around it in which it fades to 0."""
+    from PIL import ImageFilter  # slow to import
+
     if feather == 0:
         return mask
     grown, blurred = (feather + 1) // 2, feather // 2

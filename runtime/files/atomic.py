@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 def sibling(final: Path, kind: str, suffix: str = "") -> Path:
     """An unused hidden name beside `final`: `.<name>.<kind>-<pid>-<random><suffix>`."""
-    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(6)}{suffix}")
+    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{os.urandom(6).hex()}{suffix}")
 
 
 def already_exists(final: Path) -> InvalidInput:

@@ -23,7 +23,7 @@ class DeviceLoop(ScaleLoop):
     """One request on the buffers of its shape. Run scale by scale, the host waits for the tokens of each."""
 
     def __init__(self, generator: Generator, device: Device, request: Request, generation: CapturedGeneration) -> None:
-        super().__init__(request)
+        super().__init__(request, generator.images)
         self._generator, self._device, self._generation = generator, device, generation
         self._begun = False
 
@@ -79,11 +79,7 @@ class DeviceLoop(ScaleLoop):
         if not self.tokens and self.request.given is None:
             self._generator.require_open()
             return self._generator.attempt(partial(self._replay, keep_decoded))
-        for _ in self:
-            pass
-        started = time.perf_counter()
-        pixels, decoded = self._generator.images(self.tokens[-1], keep_decoded)
-        return Finished(pixels, tuple(self.tokens), decoded, tuple(self.times), time.perf_counter() - started)
+        return super().finish(keep_decoded)
 
     def _replay(self, keep_decoded: bool) -> Finished:
         generation = self._generation

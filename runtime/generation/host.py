@@ -24,7 +24,7 @@ from ..output import ScaleTime
 from ..request import Request, Shape
 from .conditions import ConditionCache
 from .generator import Generator
-from .scale_loop import Finished, ScaleLoop, StepTensors, refuse_logits, scale_of_tokens
+from .scale_loop import ScaleLoop, StepTensors, refuse_logits, scale_of_tokens
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class HostLoop(ScaleLoop):
         buffers: LoopBuffers,
         condition: Mapping[str, Float32],
     ) -> None:
-        super().__init__(request)
+        super().__init__(request, generator.images)
         self._generator, self._tables, self._model = generator, generator.tables, generator.model
         self._upload: Callable[[NDArray[np.generic]], Array] = generator.backend.upload
         self._step, self._offsets, self._weights = step, buffers.offsets, request.weights()
@@ -223,13 +223,6 @@ class HostLoop(ScaleLoop):
         if request.given is not None:
             tokens = request.given.put_back(scale, tokens)
         return tokens, ScaleTime((h, w), stepped - started, time.perf_counter() - stepped)
-
-    def finish(self, keep_decoded: bool) -> Finished:
-        for _ in self:
-            pass
-        started = time.perf_counter()
-        pixels, decoded = self._generator.images(self.tokens[-1], keep_decoded)
-        return Finished(pixels, tuple(self.tokens), decoded, tuple(self.times), time.perf_counter() - started)
 
     def _codes_and_offset(self, scale: int, previous_Bhw: Tokens | None) -> tuple[Float32, Float32]:
         """codes (N, L, D) and offset (N, L, C). The first scale has no codes, only the class."""

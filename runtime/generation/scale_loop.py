@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..request import Request
 
 Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int32]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Finished:
     `output.Timings`.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     tokens: tuple[Tokens, ...]
     decoded: Float32 | None
     scales: tuple[ScaleTime, ...]
@@ -46,8 +47,9 @@ class ScaleLoop(ABC):
     The first scales of an edit may be given as a whole. They run together, without drawing.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, images: Callable[[Tokens, bool], tuple[Pixels, Float32 | None]]) -> None:
+        """images: see `Generator.images`."""
+        self.request, self._images = request, images
         self.tokens: list[Tokens] = []
         self.times: list[ScaleTime] = []
 
@@ -91,9 +93,13 @@ class ScaleLoop(ABC):
         The result is a view that holds until the next call.
         """
 
-    @abstractmethod
     def finish(self, keep_decoded: bool) -> Finished:
         """Run the scales that are left, then the decoder."""
+        for _ in self:
+            pass
+        started = time.perf_counter()
+        pixels, decoded = self._images(self.tokens[-1], keep_decoded)
+        return Finished(pixels, tuple(self.tokens), decoded, tuple(self.times), time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

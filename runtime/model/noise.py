@@ -7,7 +7,7 @@ draw does not depend on the batch, the order of evaluation or the machine, and a
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +26,7 @@ _WORD, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 def fresh_seed() -> int:
     """A new 64-bit seed from the operating system's entropy."""
-    return secrets.randbits(64)
+    return int.from_bytes(os.urandom(8))
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:

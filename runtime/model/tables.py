@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,8 @@ class Tables:
     @classmethod
     def load(cls, path: Path, model: ModelFacts) -> Tables:
         """Read `tables.npz` of a checked bundle. Raises ArtifactRefused if it does not fit the model."""
+        from zipfile import BadZipFile  # slow to import
+
         shapes = {
             "codebook": (model.vocabulary, model.code_dim),
             "position_table": (model.width, model.position_side, model.position_side),

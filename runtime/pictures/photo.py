@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..checks import invalid
 from ..errors import InvalidInput
@@ -103,6 +103,8 @@ def _normalised(image: Image.Image, name: str) -> Photo:
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise _too_large(name)
+    from PIL import ImageOps  # slow to import
+
     turned = ImageOps.exif_transpose(image)
     if turned.mode in _SIXTEEN_BITS or turned.mode == "I":
         return Photo(_eight_bits(np.asarray(turned), name))

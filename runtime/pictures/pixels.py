@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from ..checks import invalid
 from ..errors import ArtifactRefused
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def to_uint8(decoded_BCHW: NDArray[np.float32], value_range: tuple[float, float] = (-1.0, 1.0)) -> NDArray[np.uint8]:
@@ -52,6 +56,8 @@ def check_images(image: Image.Image | ArrayLike, factor: int) -> NDArray[np.uint
 
     Raises InvalidInput for other arrays, and for sides that are not multiples of `factor`.
     """
+    from PIL import Image  # slow to import
+
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     colour = pixels.ndim == 4 and pixels.shape[3] == 3 and pixels.dtype == np.uint8 and len(pixels) > 0
