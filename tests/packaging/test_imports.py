@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN, Layout), and what `import flexvar_runtime` may cost."""
+"""The import directions of the map in CONTRIBUTING, and what `import flexvar_runtime` may load."""
 
 from __future__ import annotations
 
