@@ -32,52 +32,52 @@ def register(app: typer.Typer) -> None:
 def run(
     bundles: Annotated[list[Path] | None, typer.Argument(help="Bundle directories.", show_default=False)] = None,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File for the results (JSON lines).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the results to, as JSON lines.")],
     suite: Annotated[
         Path | None,
-        typer.Option(help="TOML file that lists the models and how much of each to measure. Replaces the bundles."),
+        typer.Option(help="TOML file that lists the models and what to measure of each. Pass it instead of bundles."),
     ] = None,
     name: Annotated[list[str] | None, typer.Option(help=f"Name of the model in the results. {EACH}")] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(help=f"Transformer checkpoint of the bundle, for the torch peers. {EACH}")
+        list[str] | None, typer.Option(help=f"Transformer checkpoint of the bundle, for the torch variants. {EACH}")
     ] = None,
     vae: Annotated[
-        list[str] | None, typer.Option(help=f"Tokenizer checkpoint of the bundle, for the torch peers. {EACH}")
+        list[str] | None, typer.Option(help=f"Tokenizer checkpoint of the bundle, for the torch variants. {EACH}")
     ] = None,
     quality: Annotated[
         list[str] | None,
-        typer.Option(help=f"Quality of each schedule (JSON), for the chart of quality against time. {EACH}"),
+        typer.Option(help=f"JSON file with the image quality of each schedule, for a chart. {EACH}"),
     ] = None,
     variants: Annotated[
         str,
-        typer.Option(help=f"Backends and peers, comma-separated. Peers: {PEERS}."),
+        typer.Option(help=f"What to measure, separated by commas: backends, and for comparison {PEERS}."),
     ] = DEFAULT_VARIANTS,
     step_counts: Annotated[
-        str, typer.Option("--steps", help="Numbers of steps, comma-separated, 4 to 10.")
+        str, typer.Option("--steps", help="Numbers of scales, from 4 to 10, separated by commas.")
     ] = "10,8,6,4",
-    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,2",
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Counted calls of each variant. Use 80 for results to compare.")
-    ] = 7,
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,2",
+    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each variant. Use 80 to compare results.")] = 7,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Time limit for the calls of one scenario. At least three calls of each variant are made."),
+        typer.Option(
+            help="Time limit for each number of scales and batch size. Each variant runs at least three times."
+        ),
     ] = None,
-    requests: Annotated[int, typer.Option(min=0, help="Requests of each load test. 0 skips the load tests.")] = 20,
+    requests: Annotated[
+        int, typer.Option(min=0, help="Number of requests of each load test. 0 skips the load tests.")
+    ] = 20,
     costs: Annotated[
         bool,
-        typer.Option(
-            "--costs/--no-costs", help="Measure and save the costs that --deadline-ms needs, for each backend."
-        ),
+        typer.Option("--costs/--no-costs", help="Also measure the times that --deadline-ms needs, and save them."),
     ] = True,
-    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads of each variant.")] = None,
-    append: Annotated[bool, typer.Option("--append", help="Add the results of these models to the file.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads of each variant.")] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add the results to the file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure bundles: first the limits of the machine, then each model.
+    """Measure latency and throughput of bundles.
 
-    The variants of a model take turns. Each runs in its own process.
+    The peak speed of the machine is measured first. Then all variants are measured in turn, each in its own process.
     """
     from flexvar_runtime.files.atomic import already_exists, require_parent
 
@@ -124,10 +124,10 @@ def run(
 
 def report(
     results: Annotated[Path, typer.Argument(help="File of results.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report.html and the charts.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write report.html and the charts to.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Write results as one HTML page, and its charts as PNG."""
+    """Write results as one HTML page with charts, and the charts as PNG files."""
     from .records import read
     from .report_page import write_report
 

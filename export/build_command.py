@@ -29,28 +29,30 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     backend: Annotated[str, typer.Option(help="Backend to build for: tensorrt or tensorrt-rtx.")],
     schedule: Annotated[
-        list[str] | None, typer.Option(help="Schedule to optimise for, such as 1_2_4_8_16 or 512px. May be repeated.")
+        list[str] | None, typer.Option(help="Schedule to make fast, such as 1_2_4_8_16 or 512px. May be repeated.")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Largest batch, in images.")] = DEFAULT_MAX_BATCH,
     target: Annotated[
-        list[str] | None, typer.Option(help="Compute capability to build for, such as 86. May be repeated.")
+        list[str] | None, typer.Option(help="For tensorrt-rtx: compute capability such as 86. May be repeated.")
     ] = None,
     engines: Annotated[
-        Path | None, typer.Option(help="Directory for the engines. Default: engines in the bundle.")
+        Path | None, typer.Option(help="Directory to write the engines to. The default is in the bundle.")
     ] = None,
     prefill: Annotated[
-        bool, typer.Option("--prefill", help="Also build the prefill engine for edits. It holds the weights again.")
+        bool, typer.Option("--prefill", help="Also build an engine that makes edits faster. It needs more GPU memory.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build engines again that exist already.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Build the engines of a bundle. Engines that you built before with the same options are kept.
+    """Build TensorRT engines for a bundle. An engine is a graph that is compiled for one kind of GPU.
 
-    Every scale of the schedules gets its own optimisation profile. All other schedules, up to the size of the largest,
-    share one wide profile. Without --schedule, the schedule is that of the bundle.
+    Engines that you built before with the same options are kept.
 
-    Without --target, engines are built for the GPU of this machine. Without a GPU, tensorrt-rtx builds portable ones.
-    Only tensorrt-rtx takes --target.
+    The engines are fastest for the schedules in --schedule, by default the one of the bundle. Other schedules run too,
+    up to the largest size among these.
+
+    Without --target, engines are built for the GPU of this machine. Without a GPU, tensorrt-rtx builds engines for all
+    GPUs that it supports.
 
     tensorrt-rtx does not run on compute capability 9.0 (H100, H200). Use tensorrt there.
     """
@@ -66,9 +68,9 @@ def build(
 
     if backend not in FLAVOURS:
         raise InvalidInput(
-            f"--backend {backend!r:.100} has no engines to build.",
+            f"flexvar build builds no engines for --backend {backend:.100}.",
             expected=" or ".join(FLAVOURS),
-            fix=f"Use --backend {' or --backend '.join(FLAVOURS)}.",
+            fix=f"Pass --backend {' or --backend '.join(FLAVOURS)}.",
         )
     library = load(backend)
     chosen = choose_target(library, target or [], present_gpu)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
+from flexvar_runtime.cli import options
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.files.atomic import already_exists
@@ -51,49 +52,37 @@ def export(
     vae: Annotated[Path, typer.Option(help="Tokenizer: a .pth file, or .safetensors with its .json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
     precision: Annotated[
-        str,
-        typer.Option(
-            help="fp32, fp16, bf16, int8 or int8-bf16. int8 computes the linear layers of the transformer on 8-bit "
-            "integers (for ort-cpu). int8-bf16 also computes the tokenizer in bf16 (for ort-openvino)."
-        ),
+        str, typer.Option(help="Number format: fp32, fp16, bf16, int8 or int8-bf16. See docs/precision.md.")
     ] = "fp32",
     float32: Annotated[
         str,
-        typer.Option(
-            help="Parts of the transformer that stay float32: auto, none, or a list such as "
-            "blocks.0.mlp,blocks.1.attention. auto keeps the fewest parts that make the bundle pass its parity check."
-        ),
+        typer.Option(help="Parts to keep in float32, such as blocks.0.mlp, or none. auto keeps as few as are needed."),
     ] = "auto",
     target: Annotated[
-        str,
-        typer.Option(
-            help="Device to export for: cpu, gpu or auto (gpu for fp16, else cpu). With gpu, an export fails if a node "
-            "has no CUDA kernel."
-        ),
+        str, typer.Option(help="Device to export for: cpu, gpu, or auto, which is gpu for fp16 and cpu otherwise.")
     ] = "auto",
     decoder: Annotated[
-        str,
-        typer.Option(
-            help="How the decoder upsamples: plain (as the reference), phases, transposed or auto. phases and "
-            "transposed need fewer multiplications. auto is plain for gpu, transposed for int8-bf16, else phases."
-        ),
+        str, typer.Option(help="How the decoder upsamples: plain, phases, transposed, or auto for the fastest.")
     ] = "auto",
-    class_names: Annotated[Path | None, typer.Option(help="JSON list of class names, in label order.")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="JSON file with a list of class names, in label order.")
+    ] = None,
     defaults: Annotated[
-        Path | None,
-        typer.Option(help="JSON object of default options (schedule, top_p, …) that differ from the published ones."),
+        Path | None, typer.Option(help="JSON file with default options of the bundle, such as schedule and top_p.")
     ] = None,
     quality: Annotated[
-        Path | None, typer.Option(help="JSON table of quality by schedule. Deadlines choose the best schedule.")
+        Path | None,
+        typer.Option(help="JSON file with the image quality of each schedule, from which deadlines choose."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a checkpoint to a bundle: ONNX graphs, tables, and the proof that they agree with the reference."""
-    for path in (checkpoint, vae):
+    """Export a checkpoint to a bundle of ONNX graphs and tables, and compare it with the PyTorch reference."""
+    for option, path in (("CHECKPOINT", checkpoint), ("--vae", vae)):
         if not path.is_file():  # checked before torch is imported, which takes seconds
-            raise ArtifactRefused(f"There is no file {path}.", expected="a checkpoint", fix="Check the path.")
+            got, fix = f"{option}: there is no file {path}.", "Check the path."
+            raise ArtifactRefused(got, expected="a checkpoint", fix=fix)
     if output.exists() and not force:
         raise already_exists(output)
     _require_torch()
@@ -151,20 +140,18 @@ def _float32_parts(text: str) -> tuple[str, ...] | None:
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    backend: Annotated[str, typer.Option(help="Backend to check.")] = "ort-cpu",
-    device: Annotated[str | None, typer.Option(help="GPU to use: cuda or cuda:N.")] = None,
-    engines: Annotated[
-        Path | None, typer.Option(help="Directory of the engines. Default: engines in the bundle.")
-    ] = None,
+    backend: Annotated[str, typer.Option(help="Backend to check. ort-cpu emulates bf16 in float32.")] = "ort-cpu",
+    device: options.Device = None,
+    engines: options.Engines = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Transformer to compare with. Default: the outputs of the reference recorded in the bundle."),
+        typer.Option(help="Transformer to compare with. Without it, the outputs recorded in the bundle are used."),
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Tokenizer that belongs to --checkpoint.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="Compare every output with this backend (ort-cpu), not with the reference.")
+        str | None, typer.Option(help="Backend to compare with instead of the reference: ort-cpu.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
+    threads: options.Threads = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check that a bundle agrees with the reference.

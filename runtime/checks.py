@@ -25,9 +25,9 @@ def invalid(problem: str, expected: str, fix: str) -> InvalidInput:
     return InvalidInput(f"{problem}, but it must be {expected}.", expected=expected, fix=fix)
 
 
-def conflict(option: str, others: str) -> InvalidInput:
+def conflict(option: str, others: str, fix: str = "Use one of them.") -> InvalidInput:
     """The error for arguments that exclude each other. others: may go on with the reason."""
-    return InvalidInput(f"{option} cannot be combined with {others}.", expected="one of them", fix="Use one of them.")
+    return InvalidInput(f"{option} cannot be combined with {others}.", expected="one of them", fix=fix)
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -40,7 +40,7 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int
         return int(value)
     expected = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
     kind = "" if whole else f" ({type(value).__name__})"
-    raise invalid(f"{name} is {value!r:.100}{kind}", expected, f"Pass {name} as an integer in that range.")
+    raise invalid(f"{name} is {value!r:.100}{kind}", expected, "Pass a whole number in that range.")
 
 
 def check_number(name: str, value: Any, low: float, high: float, fix: str) -> float:
@@ -59,8 +59,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """The value, if it is one of `choices`. Raises InvalidInput."""
     if isinstance(value, str) and value in choices:
         return value
-    within = name[0].lower() + name[1:]  # in the middle of a sentence
-    raise invalid(f"{name} is {value!r:.100}", f"one of {', '.join(choices)}", f"Set {within} to one of them.")
+    raise invalid(f"{name} is {value!r:.100}", f"one of {', '.join(choices)}", "Pass one of them.")
 
 
 def check_seed(seed: Any) -> int:

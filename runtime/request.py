@@ -174,7 +174,7 @@ def parse_request(
             fix="Pass a list such as [207].",
         )
     if not isinstance(sampling, Sampling | None):
-        raise invalid(f"sampling is {sampling!r:.100}", "a Sampling or None", "Pass Sampling(...).")
+        raise invalid(f"sampling is {sampling!r:.100}", "a Sampling or None", "Pass Sampling(top_p=0.9), for example.")
     if seed is None or _is_one(seed):
         seed = fresh_seed() if seed is None else check_seed(seed)
     else:
@@ -197,7 +197,7 @@ def check_label(model: ModelFacts, label: object) -> int:
     whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
     if not whole or not 0 <= int(label) <= null:  # type: ignore[call-overload]
         expected = f"a whole number from 0 to {null} ({null} means no class)" + (", or a name" if names else "")
-        raise invalid(f"The class is {label!r:.100}", expected, "Choose one that flexvar inspect BUNDLE lists.")
+        raise invalid(f"The class is {label!r:.100}", expected, "To list the classes, run: flexvar inspect BUNDLE")
     return int(label)  # type: ignore[call-overload, no-any-return]
 
 
@@ -210,7 +210,7 @@ def _listed(name: str, values: Any, images: int) -> list[Any]:
     listed = list(values)
     if len(listed) != images:
         raise InvalidInput(
-            f"{name} has {len(listed)} entries for {images} images.",
+            f"{name} has {len(listed)} entries, but labels has {images} class{'es' * (images > 1)}.",
             expected=f"{images} entries",
             fix=f"Pass one entry of {name} for each class.",
         )
@@ -223,7 +223,7 @@ def _indices(first_index: Any, images: int, many_seeds: bool) -> tuple[int, ...]
     first = check_index(first_index)
     if many_seeds and first:
         raise InvalidInput(
-            f"first_index is {first}, but with a list of seeds every image has index 0.",
+            f"first_index is {first}, but seed is a list, with which every image has index 0.",
             expected="0, or a list",
             fix="Leave out first_index, or pass a list with one index for each image.",
         )
@@ -238,9 +238,9 @@ def _guidance(given: Any, default: Guidance, images: int) -> tuple[Guidance, ...
     found = tuple(value if isinstance(value, Guidance) else replace(default, scale=value) for value in values)
     if len({(each.rule, each.max_side) for each in found}) > 1:
         raise InvalidInput(
-            "guidance has different rules or max_side for the images of one batch.",
+            "guidance has different rules or values of max_side, but all images of a call must have the same.",
             expected="one rule and one max_side for all images",
-            fix="Run images with other rules in a call of their own.",
+            fix="Make one call for each rule and max_side.",
         )
     return found
 

@@ -23,16 +23,18 @@ R = TypeVar("R", "TokenizerRun", "TransformerRun")
 
 err = Console(stderr=True)
 DataOption = Annotated[
-    str, typer.Option(help="Folder of images with one folder for each class, or scenes: the built-in images.")
+    str, typer.Option(help="Directory with one directory of images for each class, or scenes for the built-in images.")
 ]
-OutOption = Annotated[Path, typer.Option(help="Folder of the run.")]
+OutOption = Annotated[Path, typer.Option(help="Directory to write checkpoints and logs to.")]
 ConfigOption = Annotated[
-    Path | None, typer.Option(help="Configuration file, TOML or JSON. Default: the published sizes.")
+    Path | None, typer.Option(help="Configuration file, TOML or JSON. The default is the published model.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-StepsOption = Annotated[int | None, typer.Option(help="Number of steps. Default: as in the configuration.")]
+StepsOption = Annotated[int | None, typer.Option(help="Number of training steps. The default is in the configuration.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.")]
-CacheOption = Annotated[Path | None, typer.Option(help="Folder for prepared samples. Default: cache in --out.")]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Directory for prepared samples. The default is cache in --out.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 

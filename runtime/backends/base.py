@@ -147,14 +147,11 @@ class BackendModule(Protocol):
         """Start the backend. engines: the folder of the engines; None means that of the bundle. Raises FlexVARError."""
 
 
-def refuse_option(option: str, value: object, backend: str, *, instead: str = "") -> None:
-    """Raise InvalidInput if an option was given that a backend does not take.
-
-    backend: its name, and why it does not take the option. instead: added to the advice.
-    """
+def refuse_option(option: str, value: object, backend: str, needed: str) -> None:
+    """Raise InvalidInput if an option was given that a backend does not take. needed: a backend that takes it."""
     if value is not None:
-        got = f"{option} cannot be used with backend {backend}."
-        raise InvalidInput(got, expected="none", fix=f"Leave out {option}{instead}.")
+        got = f"{option} needs {needed}, but the backend is {backend}."
+        raise InvalidInput(got, expected="none", fix=f"Leave out {option}, or name {needed}.")
 
 
 def closed_graph(name: str) -> InvalidInput:

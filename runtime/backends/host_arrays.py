@@ -40,12 +40,12 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def check_options(name: str, device: str | None, threads: int | None, engines: Path | None) -> int:
     """The number of threads to use. Raises InvalidInput for options that a CPU backend does not take."""
-    refuse_option("engines", engines, f"{name}, which runs none", instead=", or name a TensorRT backend")
+    refuse_option("engines", engines, name, "a TensorRT backend")
     if device not in (None, "cpu"):
         raise InvalidInput(
             f"device is {device!r}, but backend {name} runs on the CPU.",
             expected="cpu or none",
-            fix="Leave out device, or name another backend.",
+            fix="Leave out device, or name a GPU backend.",
         )
     return default_threads() if threads is None else check_whole("threads", threads, 1, MAX_THREADS)
 

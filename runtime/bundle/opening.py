@@ -46,7 +46,7 @@ class Bundle:
         for name, record in hash_files(root, manifest.files, workers).items():
             expected = manifest.files[name]
             if record != expected:
-                _refuse(name, f"has the wrong sha256 {record.sha256}", f"sha256 {expected.sha256}", _COPY_AGAIN)
+                _refuse(name, "does not match its sha256 in the manifest", f"sha256 {expected.sha256}", _COPY_AGAIN)
         return cls(path=root, manifest=manifest, sha256=hashlib.sha256(data).hexdigest())
 
     def file(self, name: str) -> Path:
@@ -136,7 +136,8 @@ def check_listing(root: Path, manifest: Manifest) -> None:
         if name not in found:
             _refuse(name, "is missing", f"a file of {record.size} bytes", _COPY_AGAIN)
         if found[name] != record.size:
-            _refuse(name, f"has {found[name]} bytes instead of {record.size}", f"{record.size} bytes", _COPY_AGAIN)
+            expected = f"{record.size} bytes"
+            _refuse(name, f"has {found[name]} bytes, but the manifest says {expected}", expected, _COPY_AGAIN)
 
 
 def hash_files(root: Path, names: Iterable[str], workers: int | None = None) -> dict[str, FileRecord]:

@@ -31,10 +31,10 @@ def edit(
     image: Annotated[Path, typer.Option(help="Picture to edit, as PNG, JPEG, WebP or another common format.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write the result to.")],
     task: Annotated[str | None, typer.Option(help="refine, inpaint, outpaint or expand.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="For inpaint: picture whose white pixels are repainted.")] = None,
-    size: Annotated[str | None, typer.Option(help="Height x width in pixels, such as 256x512.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="For inpaint: image file whose white pixels are repainted.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height x width of the result in pixels, such as 256x512.")] = None,
     fit: Annotated[
-        str | None, typer.Option(help="For other proportions: resize stretches, crop cuts, pad continues the edges.")
+        str | None, typer.Option(help="If --size has other proportions: resize stretches, crop cuts, pad adds edges.")
     ] = None,
     strength: Annotated[float | None, typer.Option(help="For refine: share of scales to generate, 0 to 1.")] = None,
     top: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add above.")] = None,
@@ -42,12 +42,12 @@ def edit(
     bottom: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add below.")] = None,
     left: Annotated[int | None, typer.Option(min=0, help="For outpaint: pixels to add on the left.")] = None,
     anchor: Annotated[
-        str | None, typer.Option(help="For expand: place of the picture: centre, top, bottom, left or right.")
+        str | None, typer.Option(help="For expand: where the picture is: centre, top, bottom, left or right.")
     ] = None,
     paste: Annotated[
         bool | None, typer.Option("--paste/--no-paste", help="Copy the kept pixels of the picture into the result.")
     ] = None,
-    feather: Annotated[int | None, typer.Option(help="With --paste: width in pixels of the blend.")] = None,
+    feather: Annotated[int | None, typer.Option(help="With --paste: width in pixels of the blended border.")] = None,
     label: Annotated[str | None, typer.Option("--class", help="Class, by number or name. The default is none.")] = None,
     schedule: options.Schedule = None,
     scales: options.Steps = None,
@@ -129,7 +129,7 @@ def _edit_of(earlier: EditRecord | None, options: dict[str, Any]) -> Edit:
         return earlier.edit.changed(**given)
     if "task" not in given:
         choices = "refine, inpaint, outpaint or expand"
-        raise InvalidInput("An edit needs a task.", expected=choices, fix=f"Pass --task with {choices}.")
+        raise InvalidInput("--task is missing.", expected=choices, fix=f"Pass --task {choices}.")
     return Edit(**given)
 
 

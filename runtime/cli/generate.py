@@ -41,7 +41,7 @@ def generate(
     ] = None,
     schedule: options.Schedule = None,
     size: Annotated[
-        str | None, typer.Option(help="Height x width in pixels, such as 256x512. The schedule is derived for it.")
+        str | None, typer.Option(help="Height x width in pixels, such as 256x512. A schedule is derived for it.")
     ] = None,
     scales: options.Steps = None,
     deadline_ms: options.Deadline = None,
@@ -68,6 +68,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images, one for each class.
+
+    --schedule cannot be combined with --size or --steps. --deadline-ms cannot be combined with any of them.
 
     Options that are left out take the value in the --from file, or else the default of the bundle.
     """
@@ -124,9 +126,9 @@ def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool)
     """Refuse options that cannot be combined with a deadline, before a bundle is opened. Raises InvalidInput."""
     seconds_of(deadline_ms)
     if any(value is not None for value in chosen):
-        raise conflict("--deadline-ms", "--schedule, --size or --steps, because it chooses the schedule")
+        raise conflict("--deadline-ms", "--schedule, --size or --steps", "Leave them out: it chooses the schedule.")
     if shown:
-        raise conflict("--deadline-ms", "--preview or --progress, which take time")
+        raise conflict("--deadline-ms", "--preview or --progress, because they take time", "Leave them out.")
 
 
 def _choose(pipeline: FlexVARPipeline, settings: Settings, count: int, batch_size: int, deadline_ms: float) -> Choice:

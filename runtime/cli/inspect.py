@@ -38,15 +38,14 @@ def inspect(
         int | None, typer.Option(min=1, max=2**20, help="Number of images at once to plan memory for.")
     ] = None,
     cfg: Annotated[
-        float | None, typer.Option(help="Guidance scale to plan memory for. With guidance, more memory is needed.")
+        float | None, typer.Option(help="Guidance scale to plan memory for. Guidance needs more memory.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle and show its content.
+    """Check the files of a bundle, and show its model, graphs, defaults and the result of the comparison.
 
-    Every file is compared with its checksum. The output has the model, the graphs, the defaults and the parity record,
-    and with --json the files too. With --schedule, --batch-size or --cfg it also has the memory that such a generation
-    takes on a CPU.
+    Pass --schedule, --batch-size or --cfg to estimate the memory of a generation on a CPU. With --json, the files are
+    listed too.
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest

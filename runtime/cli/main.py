@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, cast
@@ -11,11 +12,18 @@ from typing import Annotated, Any, NoReturn, cast
 import typer
 
 from .._version import __version__
-from ..errors import EnvironmentFailed, FlexVARError, OutOfMemory
+from ..errors import EnvironmentFailed, FlexVARError, InvalidInput, OutOfMemory
 from .console import err, say, start_logging
 
 GROUP = "flexvar.commands"
 INTERRUPTED = 130
+_SIDES = "--top, --right, --bottom or --left"
+_OPTIONS = {"guidance scale": "--cfg", "guidance rule": "--guidance", "sides": _SIDES}  # the others have the same name
+_ARGUMENT = re.compile(  # quoted texts, file names and numbers; or the name of a Python argument as group 1
+    r"""'[^']*'|"[^"]*"|\S*[/.]\S*\w|(\b(?:top_k|top_p|greedy_scales|max_side|first_index|deadline_ms)\b|"""
+    r"(?:^|(?<=Pass )|(?<=Leave out )|(?<=combined with )|(?<=without ))(?:guidance (?:scale|rule)|steps|seed|threads|"
+    r"backend|device|engines|schedule|task|paste|strength|anchor|precision|fit|size|mask|sides|feather)\b)"
+)
 UsageError = cast(
     type[Exception], typer.BadParameter.__mro__[1]
 )  # click's class: typer may bundle its own copy of click
@@ -25,7 +33,7 @@ def build() -> typer.Typer:
     """The application with the subcommands of every installed package."""
     app = typer.Typer(
         name="flexvar",
-        help="Export a FlexVAR checkpoint to a bundle, prove the bundle, and generate or edit images with it.",
+        help="Export a FlexVAR checkpoint to a bundle, verify it, and generate or edit images with it.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
@@ -78,11 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report_usage(error: Any, arguments: Sequence[str]) -> int:
-    """Print what is wrong with the options, and return the exit code of click."""
-    error.show()
+    """Print what is wrong with the options, or help if there are none, and return the exit code of click."""
+    got = error.format_message()
+    command = error.ctx.command_path if error.ctx else "flexvar"
+    line = f"error: {' '.join(got.split()).removesuffix('.')}. Run: {command} --help"
+    usage = f"{error.ctx.get_usage()}\n" if error.ctx else ""
+    say(got if "Usage:" in got else usage + line, err)
     if "--json" in arguments:
-        command = error.ctx.command_path if error.ctx else "flexvar"
-        _print_json("UsageError", error.format_message(), f"the options of {command}", f"Run: {command} --help")
+        _print_json("UsageError", got, f"the options of {command}", f"Run: {command} --help")
     return cast(int, error.exit_code)
 
 
@@ -92,8 +103,18 @@ def _print_json(kind: str, got: str, expected: str, fix: str) -> None:
 
 
 def _report(error: FlexVARError, arguments: Sequence[str]) -> NoReturn:
-    """Print an error as one line on standard error, and with --json also as JSON on standard output."""
+    """Print an error as one line on standard error, and with --json also as JSON on standard output.
+
+    Python arguments that it names are replaced by the options of the command line.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name = match[1]
+        kept = name is None or name in arguments or not isinstance(error, InvalidInput)  # an argument may name a file
+        return match[0] if kept else _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+
+    got, fix = (_ARGUMENT.sub(option, text) for text in (error.got, error.fix))
     if "--json" in arguments:
-        _print_json(type(error).__name__, error.got, error.expected, error.fix)
-    say(f"error: {' '.join(str(error).splitlines())}", err)
+        _print_json(type(error).__name__, got, error.expected, fix)
+    say(f"error: {' '.join(f'{got} {fix}'.splitlines())}", err)
     sys.exit(error.exit_code)

@@ -27,11 +27,11 @@ from .terminal import show_picture
 Schedule = Annotated[
     str | None,
     typer.Option(
-        help="Schedule: sizes in tokens of the scales (token maps) from 1x1 to the image, such as 1_2_4_8_16. "
-        "1_2_3x5_12x20 ends in 12x20 (height x width). 512px is the published schedule for 512 pixels."
+        help="Scales to generate, as sides in tokens: 1_2_4_8_16, where a scale may be height x width, such as 12x20. "
+        "512px is the published schedule for 512 pixels. The last scale must have the size of the result."
     ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Number of scales. The schedule is derived for it.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Number of scales. A schedule is derived for it.")]
 Deadline = Annotated[
     float | None,
     typer.Option(
@@ -41,40 +41,40 @@ Deadline = Annotated[
 ]
 Cfg = Annotated[
     float | None,
-    typer.Option(help="Guidance scale: how closely images follow their class. 0 (ramp) or 1 (constant) is off."),
+    typer.Option(help="Guidance scale. Larger values follow the class more closely. 0 (ramp) or 1 (constant) is off."),
 ]
 GuidanceRule = Annotated[
     str | None, typer.Option(help="Guidance rule. ramp: guidance grows with each scale. constant: it stays the same.")
 ]
 TopK = Annotated[
-    int | None, typer.Option(help="Draw tokens from the k most likely codes. 0 means all; 1 takes the most likely.")
+    int | None, typer.Option(help="Draw each token from the K most likely ones. 0: from all. 1: take the most likely.")
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Draw tokens from the most likely codes of this total probability; 0 and 1 mean all."),
+    typer.Option(help="Draw from the most likely tokens that together have this probability. 0 or 1: from all."),
 ]
 Greedy = Annotated[
     str | None,
     typer.Option(
-        help="Greedy scales, whose tokens are the most likely codes instead of draws. Pass sizes such as 7,9x12, or "
-        "none, or upstream for the rule of the published code."
+        help="Greedy scales, which take the most likely tokens: sizes such as 7,9x12, or none, or upstream for the "
+        "rule of the published code."
     ),
 ]
 MaxSide = Annotated[
     int | None,
-    typer.Option(help="Side in tokens above which ramp applies the full guidance scale and upstream is greedy."),
+    typer.Option(help="Side in tokens. Above it, ramp uses the full --cfg, and --greedy-scales upstream is greedy."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed from 0 to 2^64 - 1. The default is a new one each time.")]
-FirstIndex = Annotated[int | None, typer.Option(help="Index of the first image in the random stream of the seed.")]
+FirstIndex = Annotated[int | None, typer.Option(help="Index of the first image. 5 continues after images 0 to 4.")]
 Backend = Annotated[str, typer.Option(help="A backend that flexvar doctor lists, or auto for the first that works.")]
 Device = Annotated[str | None, typer.Option(help="GPU to use: cuda, or cuda:1 for the second.")]
 Engines = Annotated[Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")]
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads. The default is one for each processor.")]
 Preview = Annotated[Path | None, typer.Option(help="Directory to write a PNG of every scale of every image to.")]
-Progress = Annotated[bool, typer.Option("--progress", help="Show each scale on the terminal as a small picture.")]
+Progress = Annotated[bool, typer.Option("--progress", help="Show each scale on the terminal as a small image.")]
 Source = Annotated[
     Path | None,
-    typer.Option("--from", help="PNG file of this command. Its settings are used where no option is given."),
+    typer.Option("--from", help="PNG file that this command wrote. Its settings replace the bundle's defaults."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
@@ -137,7 +137,7 @@ def parse_labels(text: str, names: tuple[str, ...] | None, option: str = "--clas
             raise InvalidInput(
                 f"{option} contains {part[:100]!r}, which is not a class of this bundle.",
                 expected=some,
-                fix=f"Pass {some}. To see the classes, run: flexvar inspect BUNDLE",
+                fix=f"Pass {some}. To list the classes, run: flexvar inspect BUNDLE",
             )
     return labels
 
@@ -162,8 +162,8 @@ def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: s
     if maker != command:
         raise ArtifactRefused(
             f"{source.name} was made by flexvar {maker}, not by flexvar {command}.",
-            expected=f"a picture of flexvar {command}",
-            fix=f"Use flexvar {maker} --from with it.",
+            expected=f"an image of flexvar {command}",
+            fix=f"To reuse its settings, pass it to flexvar {maker} with --from.",
         )
     return found
 
@@ -176,7 +176,7 @@ def check_targets(paths: list[Path], force: bool) -> None:
     """Refuse paths that cannot be written, and make the directories of the others. Raises InvalidInput."""
     for path in paths:
         if any(_is_bundle(parent) for parent in path.resolve().parents):
-            got, fix = f"{path} is inside a bundle, which must not change.", "Choose another directory."
+            got, fix = f"{path} is inside a bundle, whose files must not change.", "Choose another directory."
             raise InvalidInput(got, expected="a path outside of bundles", fix=fix)
         if os.path.lexists(path) and not force:
             raise already_exists(path)
@@ -186,8 +186,9 @@ def check_targets(paths: list[Path], force: bool) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            got = f"The directory {directory} cannot be made ({error.strerror})."
-            raise InvalidInput(got, expected="a directory that can be made", fix="Choose another name.") from error
+            reason = "a file has that name" if isinstance(error, FileExistsError) else error.strerror
+            got, fix = f"The directory {directory} cannot be made: {reason}.", "Choose another directory."
+            raise InvalidInput(got, expected="a directory that can be made", fix=fix) from error
 
 
 def say_result(files: list[Path], made: str, seconds: float, settings: Settings) -> None:

@@ -79,9 +79,9 @@ def choose(
     for schedule, seconds in considered:
         if seconds is None:
             raise CostUnknown(
-                f"A deadline needs the cost of schedule {schedule}, which was not measured here for such a request.",
+                f"deadline_ms needs the time of schedule {schedule} for such a request, which was not measured here.",
                 expected="the costs of all schedules up to the first that fits",
-                fix=f"Measure costs once: {measure}",
+                fix=f"Measure it once: {measure}",
                 schedule=str(schedule),
             )
         if seconds <= deadline:

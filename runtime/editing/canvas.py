@@ -86,8 +86,9 @@ def check_sides(size: Size, factor: int) -> None:
     """Raise InvalidInput unless both sides are multiples of `factor` and small enough for a schedule."""
     if any(side < factor or side % factor or side > MAX_SIDE * factor for side in size):
         near = "x".join(str(min(MAX_SIDE, max(1, round(side / factor))) * factor) for side in size)
-        expected = f"height x width in multiples of {factor}, up to {MAX_SIDE * factor}"
-        raise invalid(f"The size is {size[0]}x{size[1]} pixels", expected, f"Use {near}, the nearest size.")
+        expected = f"multiples of {factor} and at most {MAX_SIDE * factor}"
+        got = f"size is {size[0]}x{size[1]} pixels, but its sides must be {expected}."
+        raise InvalidInput(got, expected=f"sides that are {expected}", fix=f"Use {near}, the nearest size.")
 
 
 def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:
@@ -98,7 +99,7 @@ def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:
         return None
     if mask is None:
         if photo.opacity is None:
-            fix = "Pass mask (--mask FILE): white pixels are repainted."
+            fix = "Pass mask, whose white pixels are repainted, or a picture with transparency."
             raise InvalidInput("Inpainting needs a mask.", expected="a mask, or a picture with transparency", fix=fix)
         return (255 - photo.opacity).astype(np.uint8)
     if mask.shape != photo.size:

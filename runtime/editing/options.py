@@ -82,13 +82,13 @@ class Edit:
             strength = check_number("strength", self.strength, 0, 1, "Pass 0.5 to generate half of the scales.")
             object.__setattr__(self, "strength", strength)
         if self.task == "outpaint" and not any(self.sides):
-            fix = "Pass sides (--top, --right, --bottom, --left): the number of pixels to add."
+            fix = "Pass sides: the number of pixels to add."
             raise InvalidInput("Outpainting needs sides.", expected="pixels to add", fix=fix)
         if self.task == "expand" and self.size is None:
-            fix = "Pass size (--size 256x512)."
+            fix = "Pass size: height and width of the canvas in pixels."
             raise InvalidInput("Expanding needs a size.", expected="the size of the canvas", fix=fix)
         if self.feather and not self.paste:
-            got, fix = "feather cannot be used without paste.", "Pass paste (--paste) too."
+            got, fix = "feather cannot be used without paste.", "Pass paste too."
             raise InvalidInput(got, expected="paste as well", fix=fix)
 
     def changed(self, **given: Any) -> Edit:
@@ -134,7 +134,7 @@ def wrong_task(option: str, task: str, owners: Sequence[str]) -> InvalidInput:
     """The error for an option of other tasks, `owners`."""
     *first, last = owners
     tasks = f"{', '.join(first)} and {last}" if first else last
-    got = f"{option} cannot be used with {task}. It belongs to {tasks}."
+    got = f"{option} cannot be used with task {task}. It works with {tasks}."
     return InvalidInput(got, expected=f"{option} with {tasks} only", fix=f"Leave out {option}.")
 
 

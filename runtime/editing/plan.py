@@ -20,7 +20,7 @@ from ..output import GenerationOutput
 from ..pictures.photo import PictureLike, read_mask, read_photo
 from ..pictures.pixels import from_uint8
 from ..request import Given
-from .canvas import Canvas, make_canvas
+from .canvas import Canvas, Size, make_canvas
 from .given import masked, refined
 from .options import Edit, EditRecord
 
@@ -112,10 +112,10 @@ def plan_edit(
         raise InvalidInput(
             "The pictures have different sizes.",
             expected="pictures of one size",
-            fix="Pass size without --fit pad, or edit them one by one.",
+            fix="Pass size with fit resize or crop, or edit them one by one.",
         )
     height, width = canvases[0].size
-    chosen = _schedule((height // factor, width // factor), earlier or default, schedule, steps, side)
+    chosen = _schedule(canvases[0].size, factor, earlier or default, schedule, steps, side)
     warn_if_large(chosen, default)
     forced = _forced_alike(edit, canvases, chosen, factor) if edit.task == "refine" else None
     return EditPlan(edit, tuple(canvases), tuple(sources), chosen, forced)
@@ -129,7 +129,7 @@ def warn_if_large(schedule: ScaleSchedule, default: ScaleSchedule) -> None:
 
 def _other_number(pictures: int, count: int, kind: str) -> InvalidInput:
     """The error for a number of labels or masks that does not fit the number of pictures."""
-    got, fix = f"There are {pictures} pictures and {count} {kind}s.", f"Pass as many {kind}s as pictures."
+    got, fix = f"There are {pictures} pictures and {count} {kind}s.", f"Pass one {kind} for each picture."
     return InvalidInput(got, expected=f"one {kind} for each picture", fix=fix)
 
 
@@ -139,8 +139,9 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _schedule(
-    size: tuple[int, int], default: ScaleSchedule, schedule: ScheduleLike | None, steps: int | None, side: int
+    canvas: Size, factor: int, default: ScaleSchedule, schedule: ScheduleLike | None, steps: int | None, side: int
 ) -> ScaleSchedule:
+    size = canvas[0] // factor, canvas[1] // factor
     if schedule is not None and steps is not None:
         raise conflict("schedule", "steps")
     if schedule is None:
@@ -151,7 +152,7 @@ def _schedule(
     if chosen[-1] != size:
         last = "{}x{}".format(*size)
         raise InvalidInput(
-            f"The schedule {chosen} does not end in {last} tokens, the size of the canvas.",
+            f"schedule {chosen} must end in {last} tokens, because the canvas has {canvas[0]}x{canvas[1]} pixels.",
             expected=f"{last} as the last scale",
             fix=f"End the schedule in {scale_text(*size)}, or leave it out.",
         )

@@ -138,7 +138,7 @@ class Generator(ABC):
     def require_open(self) -> None:
         """Raise InvalidInput if the generator is closed."""
         if self.closed:
-            raise InvalidInput("The pipeline is closed.", expected="an open pipeline", fix="Open the bundle again.")
+            raise InvalidInput("The pipeline is closed.", expected="an open pipeline", fix="Open a new pipeline.")
 
     def close(self) -> None:
         """Free weights and buffers. Nothing can run afterwards."""

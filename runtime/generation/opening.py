@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from ..backends.base import Backend
+from ..backends.base import Backend, refuse_option
 from ..backends.host_arrays import HostBackend
 from ..bundle.opening import Bundle
 from ..checks import check_whole
-from ..errors import InvalidInput
 from .generator import Generator
 from .host import HostGenerator
 
@@ -24,12 +23,7 @@ def open_generator(bundle: Bundle, backend: Backend, shapes_kept: int | None = N
     if shapes_kept is not None:
         check_whole("shapes_kept", shapes_kept, 1)
     if backend.device is None:
-        if shapes_kept is not None:
-            raise InvalidInput(
-                f"shapes_kept cannot be used with backend {backend.name}, which captures no graphs.",
-                expected="none",
-                fix="Leave out shapes_kept, or name a GPU backend.",
-            )
+        refuse_option("shapes_kept", shapes_kept, backend.name, "a GPU backend")
         return HostGenerator(bundle, cast(HostBackend, backend))
     from .device import SHAPES_KEPT, DeviceGenerator  # only where there is a device
 

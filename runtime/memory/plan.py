@@ -191,7 +191,7 @@ def require_fits(
 
 def _out_of_memory(needs: str, available: int, fix: str) -> OutOfMemory:
     free = size_text(available)
-    return OutOfMemory(f"{needs}, but {free} are available.", expected=f"at most {free}", fix=fix)
+    return OutOfMemory(f"{needs}, but only {free} is available.", expected=f"at most {free}", fix=fix)
 
 
 def batch_that_fits(

@@ -26,9 +26,9 @@ class Guidance:
     max_side: int = 16
 
     def __post_init__(self) -> None:
-        check_choice("The guidance rule", self.rule, RULES)
-        fix = "Pass a number in that range; the published scale is 2.5."
-        scale = check_number("The guidance scale", self.scale, 0, MAX_SCALE, fix)
+        check_choice("guidance rule", self.rule, RULES)
+        fix = "Pass a number in that range, such as 2.5."
+        scale = check_number("guidance scale", self.scale, 0, MAX_SCALE, fix)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "max_side", check_whole("max_side", self.max_side, 1))
 

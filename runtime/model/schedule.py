@@ -55,7 +55,7 @@ class ScaleSchedule:
             value = PUBLISHED.get(value, value) if value.endswith("px") else value
             matches = [_SCALE.fullmatch(part) for part in value.split("_")]
             if not all(matches):
-                raise _refusal(f"is {value!r:.100}, but it must be", "sides joined by _")
+                raise _refusal(f"is {value!r:.100}, but it must be", "scales joined by _, or 512px")
             return cls(tuple((int(m[1]), int(m[2] or m[1])) for m in matches if m))
         return cls(_pairs(value))
 

@@ -41,7 +41,7 @@ class Tables:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            problem = f"{path.name} cannot be read ({error})."
+            problem = f"{path.name} is damaged ({error})."
             raise ArtifactRefused(problem, expected="arrays in npz form", fix=_EXPORT_AGAIN) from error
         got = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
         if got != {name: ("float32", shape) for name, shape in shapes.items()}:

@@ -190,7 +190,7 @@ class Recorder:
         with pytest.raises(SystemExit) as end:
             main(parts)
         captured = self.capsys.readouterr()
-        errors = [text for text in captured.err.splitlines() if text.lower().startswith("error: ")]
+        errors = [text for text in captured.err.splitlines() if text.startswith("error: ")]
         assert end.value.code not in (0, None) and len(errors) == 1, f"{line}: {captured.err}"
         self.record(
             f"$ flexvar {line}" if shown is None else f"$ flexvar {line}  # {shown}",
@@ -211,7 +211,7 @@ class Recorder:
         text = re.sub(rf"{re.escape(str(self.bundle))}|{re.escape(str(self.folder))}/\d+\.bundle", "BUNDLE", text)
         text = re.sub(r"\d+\.bundle", "BUNDLE", text.replace(str(self.folder), "DIR"))
         text = re.sub(r"\b([0-9a-f]{64}|[0-9a-f]{16}(?=…))", "SHA256", text)
-        text = re.sub(r"\b\d+(\.\d+)? ([KMGT]i?B|bytes)\b( instead of \d+)?", "SIZE", text)
+        text = re.sub(r"\b\d+(\.\d+)? ([KMGT]i?B|bytes)\b", "SIZE", text)
         return re.sub(r"\b\d+\.\d+\.\d+(\.dev\d+)?\b", "VERSION", text)
 
 

@@ -78,8 +78,8 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> OrtCuda:
-    for option, value in (("threads", threads), ("engines", engines)):
-        refuse_option(option, value, f"{name}, which runs on a GPU without engines")
+    refuse_option("threads", threads, name, "a CPU backend")
+    refuse_option("engines", engines, name, "a TensorRT backend")
     return OrtCuda(CudaDevice(find_gpu(device)))
 
 

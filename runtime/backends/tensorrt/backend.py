@@ -70,7 +70,7 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
 
 
 def create(name: str, *, device: str | None, threads: int | None, engines: Path | None) -> TensorRT:
-    refuse_option("threads", threads, f"{name}, which runs on a GPU")
+    refuse_option("threads", threads, name, "a CPU backend")
     library, gpu = _find(name, device)
     return TensorRT(library, CudaDevice(gpu), engines)
 
