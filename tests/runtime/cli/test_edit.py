@@ -143,9 +143,9 @@ def test_settings_of_the_other_command_are_refused(
     assert flexvar("generate", tiny_bundle, "--classes", 1, "--schedule", "1_2", "-o", generated).code == 0
     (made,) = generated.iterdir()
     ended = flexvar("generate", tiny_bundle, "--from", edited, "-o", tmp_path / "more")
-    assert ended.refused(5, "edited.png", "flexvar edit --from")
+    assert ended.refused(5, "edited.png", "flexvar edit with --from")
     ended = flexvar("edit", tiny_bundle, "--from", made, "--image", photo, "-o", tmp_path / "again.png")
-    assert ended.refused(5, made.name, "flexvar generate --from")
+    assert ended.refused(5, made.name, "flexvar generate with --from")
 
 
 def test_a_given_side_leaves_the_others_of_from(flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:

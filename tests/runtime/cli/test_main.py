@@ -114,6 +114,34 @@ def test_refusals(flexvar: Any, install_command: Any, error: Any, code: int) -> 
 
 
 @pytest.mark.parametrize(
+    ("got", "shown"),
+    [
+        ("steps is 0.", "--steps is 0."),
+        ("guidance scale is nan.", "--cfg is nan."),
+        ("The value of max_side is 'top_k'.", "The value of --max-side is 'top_k'."),
+        ("/x/top_p.png and top_p differ.", "/x/top_p.png and --top-p differ."),
+        ("The size has 3 steps.", "The size has 3 steps."),
+        ("mask exists already.", "mask exists already."),
+    ],
+)
+def test_errors_name_options(flexvar: Any, install_command: Any, got: str, shown: str) -> None:
+    """In the place of Python arguments, but not in quotes and names of files. Here `mask` is such a name."""
+
+    def work(file: str) -> None:
+        raise InvalidInput(got, expected="a value", fix="Leave out sides, or pass the size.")
+
+    install_command(work)
+    fix = "Leave out --top, --right, --bottom or --left, or pass the size."
+    assert flexvar("work", "mask").err == f"error: {shown} {fix}\n"
+
+
+def test_an_option_without_its_value(flexvar: Any) -> None:
+    """click does not say to which command this error belongs."""
+    ended = flexvar("generate", "x", "-o", "y", "--seed")
+    assert ended.code == 2 and ended.err.startswith("error: ") and "--seed" in ended.err
+
+
+@pytest.mark.parametrize(
     ("error", "code", "kind", "text"),
     [
         (MemoryError(), 6, "OutOfMemory", "memory"),

@@ -90,7 +90,7 @@ def test_what_is_transparent_is_the_mask() -> None:
 
 def test_masks_that_are_refused() -> None:
     for mask, named in (
-        (None, "--mask"),
+        (None, "Pass mask"),
         (np.zeros((64, 64), np.uint8), "mask has no white"),
         (np.full((64, 64), 100, np.uint8), "mask has no white"),
         (np.full((64, 32), 255, np.uint8), "mask has 64x32"),

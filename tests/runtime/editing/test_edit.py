@@ -45,11 +45,11 @@ def test_options_survive_json(edit: Edit) -> None:
         ("sides", {"task": "outpaint"}),
         ("size", {"task": "expand"}),
         ("feather", {"task": "inpaint", "feather": 3}),
-        ("fit cannot be used with expand", {"task": "expand", "size": (8, 16), "fit": "crop"}),
-        ("strength cannot be used with inpaint", {"task": "inpaint", "strength": 0.5}),
-        ("paste cannot be used with refine", {"task": "refine", "paste": True}),
-        ("sides cannot be used with refine", {"task": "refine", "sides": (0, 4, 0, 0)}),
-        ("anchor cannot be used with outpaint", {"task": "outpaint", "sides": (0, 4, 0, 0), "anchor": "top"}),
+        ("fit cannot be used with task expand", {"task": "expand", "size": (8, 16), "fit": "crop"}),
+        ("strength cannot be used with task inpaint", {"task": "inpaint", "strength": 0.5}),
+        ("paste cannot be used with task refine", {"task": "refine", "paste": True}),
+        ("sides cannot be used with task refine", {"task": "refine", "sides": (0, 4, 0, 0)}),
+        ("anchor cannot be used with task outpaint", {"task": "outpaint", "sides": (0, 4, 0, 0), "anchor": "top"}),
     ],
 )
 def test_invalid_options_are_refused(named: str, options: dict[str, Any]) -> None:
