@@ -39,7 +39,7 @@ def build(
         Path | None, typer.Option(help="Directory to write the engines to. The default is in the bundle.")
     ] = None,
     prefill: Annotated[
-        bool, typer.Option("--prefill", help="Also build an engine that makes edits faster. It needs more GPU memory.")
+        bool, typer.Option("--prefill", help="Also build the prefill engine for edits. It needs more GPU memory.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build engines again that exist already.")] = False,
     as_json: JsonOption = False,
@@ -51,8 +51,8 @@ def build(
     The engines are fastest for the schedules in --schedule, by default the one of the bundle. Other schedules run too,
     up to the largest size among these.
 
-    Without --target, engines are built for the GPU of this machine. Without a GPU, tensorrt-rtx builds engines for all
-    GPUs that it supports.
+    Without --target, engines are built for the GPU of this machine. Without a GPU, tensorrt-rtx builds engines that
+    run on several kinds of GPU.
 
     tensorrt-rtx does not run on compute capability 9.0 (H100, H200). Use tensorrt there.
     """
