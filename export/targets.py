@@ -9,8 +9,8 @@ from flexvar_runtime.backends.ort.cuda import PRECISIONS as CUDA_PRECISIONS
 from flexvar_runtime.backends.ort.placement import count_operators, without_cuda_kernel
 from flexvar_runtime.bundle.manifest import DECODERS, PHASES, PLAIN, TRANSPOSED
 from flexvar_runtime.bundle.onnx_scan import scan
-from flexvar_runtime.checks import check_choice
-from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.checks import check_choice, conflict
+from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.tensors import GraphSpec
 
@@ -24,11 +24,8 @@ def choose_target(target: str, precision: Precision) -> str:
     if target == AUTO:
         return GPU if precision is Precision.FP16 else CPU
     if target == GPU and precision not in CUDA_PRECISIONS:
-        raise InvalidInput(
-            f"--target gpu cannot be combined with --precision {precision}, which no GPU backend runs.",
-            expected=f"a precision that a GPU backend runs: {', '.join(sorted(CUDA_PRECISIONS))}",
-            fix=f"Leave --target out, or use --precision {' or '.join(sorted(CUDA_PRECISIONS))}.",
-        )
+        fix = f"Leave --target out, or use --precision {' or '.join(sorted(CUDA_PRECISIONS))}."
+        raise conflict("--target gpu", f"--precision {precision}, which no GPU backend runs", fix)
     return target
 
 
@@ -43,11 +40,11 @@ def choose_decoder(decoder: str, precision: Precision, target: str) -> str:
             return PLAIN
         return TRANSPOSED if precision is Precision.INT8_BF16 else PHASES  # TensorRT-RTX cannot build it in bf16
     if decoder == TRANSPOSED and precision is Precision.BF16 and target == GPU:
-        raise InvalidInput(
-            "--decoder transposed cannot be combined with --precision bf16 and --target gpu, which has no kernel.",
-            expected="a decoder that GPU backends have kernels for in bf16",
-            fix="Leave --decoder out, or pass --target cpu.",
+        others, fix = (
+            "--precision bf16 and --target gpu, which has no kernel",
+            "Leave --decoder out, or pass --target cpu.",
         )
+        raise conflict("--decoder transposed", others, fix)
     return decoder
 
 

@@ -38,7 +38,7 @@ class ScaleTime:
 class Timings:
     """Seconds of one generation, all images together.
 
-    condition: everything before the first scale: checks, condition, and what is opened or allocated the first time.
+    condition: checks, and what is opened or allocated the first time; on a CPU also the condition of the classes.
     scales: in order. total: wall time with the decoder. mode: "steps" if the host ran the scales one by one,
     "cuda-graph" if the generation ran as one captured graph, "stream" if it was enqueued as a whole without a capture.
     In the last two, `scales` is empty, `decode` is 0, and `device` has the seconds of the whole generation on the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .editing.plan import Pictures
+
+log = logging.getLogger(__name__)
 
 OnScale = Callable[[ScaleStep], None]
 
@@ -69,6 +72,9 @@ class FlexVARPipeline(WithDeadlines):
         bundle = Bundle.open(path, workers=threads)
         folder = None if engines is None else Path(engines)
         started = create(backend, bundle, device=device, threads=threads, engines=folder)
+        if shapes_kept is not None and backend == "auto" and started.device is None:
+            log.warning("shapes_kept is not used: backend %s captures no CUDA graphs", started.name)
+            shapes_kept = None
         return cls(bundle, started, shapes_kept)
 
     def __enter__(self) -> Self:
@@ -209,8 +215,8 @@ class FlexVARPipeline(WithDeadlines):
     ) -> None:
         """Open the graphs and run every scale of a schedule once for each batch size, so that no request pays for it.
 
-        On a GPU this captures a generation of each shape and keeps it until the pipeline is closed. On a CPU, a class
-        that is asked for the first time still costs its condition, whose graph does not stay in memory.
+        On a GPU this keeps the buffers and the captured graph of each shape until the pipeline is closed. On a CPU, a
+        class that is asked for the first time still costs its condition, whose graph does not stay in memory.
         """
         for batch in batch_sizes:
             labels = [self.model.null_class] * check_whole("batch size", batch, 1)

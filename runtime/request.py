@@ -202,7 +202,7 @@ def check_label(model: ModelFacts, label: object) -> int:
 
 
 def _is_one(value: object) -> bool:
-    return isinstance(value, str) or np.ndim(value) == 0  # type: ignore[arg-type]
+    return value.ndim == 0 if isinstance(value, np.ndarray) else not isinstance(value, list | tuple | range)
 
 
 def _listed(name: str, values: Any, images: int) -> list[Any]:

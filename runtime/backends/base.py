@@ -79,7 +79,7 @@ class Graph(Protocol):
         """Bind all inputs and any of the outputs, without a copy. Raises FlexVARError."""
 
     def run(self, inputs: Arrays, outputs: Arrays) -> None:
-        """Bind, run and close in one call. Raises FlexVARError."""
+        """Bind and run in one call. Raises FlexVARError."""
         self.bind(inputs, outputs).run()
 
     def close(self) -> None:

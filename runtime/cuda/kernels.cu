@@ -1,4 +1,4 @@
-// The kernels of the sampling loop. They follow sampling.py, noise.py, tables.py and images.py exactly: same integers,
+// The kernels of the sampling loop. They follow sampling.py, noise.py, tables.py and pixels.py exactly: same integers,
 // same tokens, same pixels.
 //
 // Macros configure them: VOCABULARY (V), CODE_DIM (D), WIDTH (C), and BLOCK, the number of threads in a block of

@@ -216,7 +216,7 @@ def to_uint8(
     status: DeviceArray,
     value_range: tuple[float, float] = (-1.0, 1.0),
 ) -> Launch:
-    """Pixels (B, H, W, 3) uint8 of decoder output (B, 3, H, W) float32, as `images.to_uint8` computes them.
+    """Pixels (B, H, W, 3) uint8 of decoder output (B, 3, H, W) float32, as `pixels.to_uint8` computes them.
 
     NaN and infinities become 0 and set the status.
     """

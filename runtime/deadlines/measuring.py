@@ -8,18 +8,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ..backends.base import Backend
 from ..bundle.opening import Bundle
 from ..checks import check_whole, conflict
 from ..errors import CostUnknown
-from ..generation.generator import Generator
 from ..model.sampling import Sampling
 from ..model.schedule import ScaleSchedule, ScheduleLike
-from ..output import GenerationOutput
 from ..request import GuidanceLike, Request, RequestDefaults
 from .choice import Choice, choose, quality_order, seconds_of
 from .costs import CostRow, CostTable, KeptCosts
+
+if TYPE_CHECKING:
+    from ..generation.generator import Generator
+    from ..output import GenerationOutput
 
 
 class WithDeadlines(ABC):
@@ -110,7 +113,7 @@ class WithDeadlines(ABC):
         labels = itertools.cycle(range(self.bundle.manifest.model.classes))
 
         def next_request(batch: int, schedule: ScaleSchedule) -> Request:
-            return self._request([*itertools.islice(labels, batch)], schedule, guidance, sampling)
+            return self._request([*itertools.islice(labels, batch)], schedule, guidance, sampling, seed=0)
 
         try:
             for batch, schedule in itertools.product(sizes, wanted):

@@ -109,11 +109,8 @@ def plan_edit(
         canvases.append(canvas)
         sources.append((photo.sha256, None if cover is None else _sha256(cover)))
     if len({(canvas.size, canvas.cut[2:]) for canvas in canvases}) > 1:
-        raise InvalidInput(
-            "The pictures have different sizes.",
-            expected="pictures of one size",
-            fix="Pass size with fit resize or crop, or edit them one by one.",
-        )
+        fix = "Pass size with fit resize or crop, or edit them one by one."
+        raise InvalidInput("The pictures have different sizes.", expected="pictures of one size", fix=fix)
     height, width = canvases[0].size
     chosen = _schedule(canvases[0].size, factor, earlier or default, schedule, steps, side)
     warn_if_large(chosen, default)
@@ -164,11 +161,8 @@ def _forced_alike(edit: Edit, canvases: Sequence[Canvas], schedule: ScaleSchedul
     alone."""
     counts = sorted({_forced(edit, canvas, schedule, factor) for canvas in canvases})
     if len(counts) > 1:
-        raise InvalidInput(
-            f"The pictures have different sizes, so that {' or '.join(map(str, counts))} scales of them are kept.",
-            expected="as many scales of each",
-            fix="Pass strength, or edit them one by one.",
-        )
+        got = f"The pictures have different sizes, so that {' or '.join(map(str, counts))} scales of them are kept."
+        raise InvalidInput(got, expected="as many scales of each", fix="Pass strength, or edit them one by one.")
     return counts[0]
 
 

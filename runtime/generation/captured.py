@@ -81,6 +81,10 @@ class CapturedGeneration:
         self._replay: Replay | _Enqueue | None = None
 
     @property
+    def captured(self) -> bool:
+        return self._replay is not None
+
+    @property
     def nbytes(self) -> int:
         return self._request.nbytes + self._result.nbytes + self._work.nbytes
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backends.base import Array, Backend, Graph
-from ..errors import ArtifactRefused
+from ..checks import require
 from ..model.tensors import GraphSpec
+
+MOST_GROWTH = 4  # times as many slots as a request needs, before they are given back
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,9 @@ def row_groups(condition: GraphSpec) -> tuple[RowGroup, ...]:
     names: dict[tuple[int, ...], list[str]] = {}
     for tensor in condition.outputs:
         row = tuple(axis for axis in tensor.axes[1:] if isinstance(axis, int))
-        if tensor.dtype != "float32" or tensor.axes != ("labels", *row):
-            raise ArtifactRefused(
-                f"The output {tensor.name} of the condition graph is {tensor.dtype} {tensor.axes}, but it must be "
-                "float32 with one row for each label.",
-                expected="float32 with one row for each label",
-                fix="Export the bundle again.",
-            )
+        found = f"{tensor.dtype} {tensor.axes}"
+        fits = tensor.dtype == "float32" and tensor.axes == ("labels", *row)
+        require(fits, f"The output {tensor.name} of the condition graph", found, "float32 with a row for each label")
         names.setdefault(row, []).append(tensor.name)
     return tuple(RowGroup(tuple(found), row) for row, found in names.items())
 
@@ -75,7 +73,8 @@ class ConditionCache(ABC):
         slots: int,
         open_graph: Callable[[], AbstractContextManager[Graph]],
     ) -> None:
-        """slots: classes that are kept. A request with more classes gets more slots until the next request."""
+        """slots: classes that are kept. A request with more classes gets more slots. If they become many times more
+        than `slots`, smaller requests give them back."""
         self.groups = row_groups(spec)
         self._backend, self._null_class, self._least, self._open = backend, null_class, slots, open_graph
         self._slots: OrderedDict[int, int] = OrderedDict()
@@ -100,10 +99,10 @@ class ConditionCache(ABC):
         """The slot of every label. Missing ones are computed first. Valid until the next call."""
         distinct = list(dict.fromkeys(labels))
         capacity = max(self._least, len(distinct))
-        if len(distinct) > self._capacity or capacity < self._capacity:
+        if capacity > self._capacity or self._capacity > MOST_GROWTH * capacity:
             self.clear()
-            self._capacity = capacity
-            self._buffers = empty_buffers(self.groups, self._capacity, self._backend.empty)
+            self._buffers = empty_buffers(self.groups, capacity, self._backend.empty)
+            self._capacity = capacity  # only now: the allocation may fail
         for label in distinct:
             if label in self._slots:
                 self._slots.move_to_end(label)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from traceback import clear_frames
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ..backends.base import Array
 from ..backends.device_arrays import DeviceBackend
@@ -27,7 +27,7 @@ from .captured import CapturedGeneration, DeviceModel
 from .conditions import ConditionCache
 from .device_loop import DeviceLoop
 from .device_memory import generation_bytes, refuse_shape
-from .generator import Generator
+from .generator import Generator, condition_graph
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ class DeviceGenerator(Generator):
         self.device.activate()
         self.device.load(KernelConfig(self.model.vocabulary, self.model.code_dim, self.model.width))
         codebook: DeviceArray = backend.upload(self.tables.codebook)
-        self._conditions = DeviceConditions(
-            backend, bundle.graph(CONDITION), self.model.null_class, CLASSES_KEPT, self.condition_graph
-        )
+        open_condition = partial(condition_graph, backend, bundle, self._graphs)
+        null = self.model.null_class
+        self._conditions = DeviceConditions(backend, bundle.graph(CONDITION), null, CLASSES_KEPT, open_condition)
         self._shared = DeviceModel(
             backend, self.model, self.tables, codebook, self._conditions, self._kv_dtype, self.graph
         )
@@ -100,6 +100,7 @@ class DeviceGenerator(Generator):
             with ignore_errors("closing a generation"):
                 self._spare.popitem()[1].close()
         self._conditions.clear()
+        del self._shared  # the codebook
         with ignore_errors("freeing memory"):
             self.device.trim()
 
@@ -118,9 +119,13 @@ class DeviceGenerator(Generator):
         try:
             yield generation
         finally:
-            if self.closed:
-                generation.close()
-            else:
+            unused = self._spare.pop(shape, None)  # of a second loop over this shape at the same time
+            if self.closed or (unused is not None and unused.captured):
+                generation, unused = cast(CapturedGeneration, unused), generation
+            if unused is not None:
+                self.device.synchronize()
+                unused.close()
+            if not self.closed:
                 self._spare[shape] = generation
                 self._drop(self._shapes_kept)
 
@@ -143,11 +148,12 @@ class DeviceGenerator(Generator):
         available = self.device.free_bytes()
         if needed > available:
             fits = largest_batch(lambda images: self.bytes_of(replace(shape, images=images)), available)
-            raise refuse_shape(shape, needed, available, self.device.name, fits)
+            beside = f" beside {len(self._spare)} warm shapes" if self._spare else ""
+            raise refuse_shape(shape, needed, available, self.device.name, fits, beside)
         return self.attempt(partial(CapturedGeneration, self._shared, shape))
 
     def attempt(self, action: Callable[[], Result]) -> Result:
-        """Run an action. If memory runs out, free the shapes that nobody uses and run it once more.
+        """Run an action. If memory runs out, free the shapes that nobody uses or has pinned, and run it once more.
 
         Raises OutOfMemory if it runs out again.
         """

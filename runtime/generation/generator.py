@@ -67,11 +67,28 @@ def require_known_graphs(bundle: Bundle) -> None:
             )
     if manifest.schema_version < SCHEMA_VERSION:
         log.warning(
-            "this bundle has schema version %d, and this version exports %d; a new export with flexvar export is "
-            "faster, and GPU backends that need no engines run it",
+            "this bundle has schema version %d, and this version exports %d. A new export is faster, and only a new "
+            "export runs on GPU backends without engines.",
             manifest.schema_version,
             SCHEMA_VERSION,
         )
+
+
+@contextmanager
+def condition_graph(backend: Backend, bundle: Bundle, graphs: dict[str, Graph]) -> Iterator[Graph]:
+    """The condition graph, for some runs. graphs: those that are open, where it stays.
+
+    If the backend maps its weights from the file, it is opened for these runs and then closed.
+    """
+    once: bool = getattr(backend, "maps_weights", False)  # of HostBackend
+    graph = graphs.get(CONDITION) or backend.open(bundle, CONDITION, once=once)
+    if not once:
+        graphs[CONDITION] = graph
+    try:
+        yield graph
+    finally:
+        if once:
+            graph.close()
 
 
 class Generator(ABC):
@@ -227,8 +244,3 @@ class Generator(ABC):
     def _run_graph(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         graph = self.graph(name)
         self.attempt(lambda: graph.run(inputs, outputs))
-
-    @contextmanager
-    def condition_graph(self) -> Iterator[Graph]:
-        """The condition graph, for some runs."""
-        yield self.graph(CONDITION)

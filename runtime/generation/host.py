@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from ..backends.base import Array, Graph
 from ..backends.host_arrays import HostBackend, processor_name
 from ..bundle.opening import Bundle
 from ..errors import InvalidInput
-from ..memory.plan import MemoryPlan, batch_that_fits, plan, require_fits
+from ..memory.plan import CLASSES_KEPT, MemoryPlan, batch_that_fits, plan, require_fits
 from ..model.facts import ModelFacts
 from ..model.sampling import sample
 from ..model.signatures import CONDITION, STEP
@@ -23,14 +24,13 @@ from ..model.tables import Tables
 from ..output import ScaleTime
 from ..request import Request, Shape
 from .conditions import ConditionCache
-from .generator import Generator
+from .generator import Generator, condition_graph
 from .scale_loop import ScaleLoop, StepTensors, refuse_logits, scale_of_tokens
 
 log = logging.getLogger(__name__)
 
 Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int32]
-CLASSES_KEPT = 32  # classes whose condition is kept (0.4 MB each for d16)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class HostGenerator(Generator):
 
     def __init__(self, bundle: Bundle, backend: HostBackend) -> None:
         super().__init__(bundle, backend)
-        self._conditions = HostConditions(
-            backend, bundle.graph(CONDITION), self.model.null_class, CLASSES_KEPT, self.condition_graph
-        )
+        open_condition = partial(condition_graph, backend, bundle, self._graphs)
+        null = self.model.null_class
+        self._conditions = HostConditions(backend, bundle.graph(CONDITION), null, CLASSES_KEPT, open_condition)
         self._spare: LoopBuffers | None = None
 
     @property
@@ -112,18 +112,6 @@ class HostGenerator(Generator):
 
     def _release(self) -> None:
         self._spare = None
-
-    @contextmanager
-    def condition_graph(self) -> Iterator[Graph]:
-        """The condition graph. Where weights are mapped from the file, it is opened for these runs and then closed."""
-        if not self.backend.maps_weights:
-            yield self.graph(CONDITION)
-            return
-        graph = self.backend.open(self.bundle, CONDITION, once=True)
-        try:
-            yield graph
-        finally:
-            graph.close()
 
     def memory_plan(self, shape: Shape) -> MemoryPlan:
         """The memory of a generation whose decoder runs one image at a time."""

@@ -20,11 +20,10 @@ def open_generator(bundle: Bundle, backend: Backend, shapes_kept: int | None = N
 
     shapes_kept: see `device.DeviceGenerator`. Raises InvalidInput for it on a CPU backend.
     """
-    if shapes_kept is not None:
-        check_whole("shapes_kept", shapes_kept, 1)
     if backend.device is None:
         refuse_option("shapes_kept", shapes_kept, backend.name, "a GPU backend")
         return HostGenerator(bundle, cast(HostBackend, backend))
     from .device import SHAPES_KEPT, DeviceGenerator  # only where there is a device
 
-    return DeviceGenerator(bundle, cast("DeviceBackend", backend), SHAPES_KEPT if shapes_kept is None else shapes_kept)
+    kept = SHAPES_KEPT if shapes_kept is None else check_whole("shapes_kept", shapes_kept, 1)
+    return DeviceGenerator(bundle, cast("DeviceBackend", backend), kept)

@@ -57,9 +57,7 @@ class ScaleLoop(ABC):
         given = self.request.given
         if not self.tokens and given is not None and given.forced:
             forced = given.tokens[: given.forced]
-            self.times += self.force(forced)
-            self.tokens += forced
-            yield from zip(forced, self.times, strict=True)
+            yield from zip(forced, self.force(forced), strict=True)
         while len(self.tokens) < len(self.request.schedule):
             tokens, spent = self._draw(len(self.tokens))
             self.tokens.append(tokens)
@@ -74,7 +72,10 @@ class ScaleLoop(ABC):
         started, sizes = time.perf_counter(), self.request.schedule.scales[: len(tokens)]
         self._force(tokens)
         seconds, total = time.perf_counter() - started, sum(h * w for h, w in sizes)
-        return tuple(ScaleTime((h, w), seconds * h * w / total, 0.0) for h, w in sizes)
+        times = tuple(ScaleTime((h, w), seconds * h * w / total, 0.0) for h, w in sizes)
+        self.tokens += tokens
+        self.times += times
+        return times
 
     @abstractmethod
     def _force(self, tokens: Sequence[Tokens]) -> None: ...

@@ -22,6 +22,7 @@ IMAGES_PER_RUN = 8  # at most, in one run of decoder or encoder
 PYTHON = 30 * 2**20  # the interpreter and NumPy
 PUBLISHED_DECODER = (128, 128)  # channels at the size of the image, and one level below
 MAX_BATCH = 2**20
+CLASSES_KEPT = 32  # classes whose condition is kept on a CPU (0.4 MB each for d16)
 
 _MIB = 2**20
 _SIZES = ("runtime", "weights", "kv", "bindings", "tables", "pixels", "scratch", "again")
@@ -146,7 +147,7 @@ def plan(
         weights={graph: libraries[graph].weights(manifest, graph) for graph in (CONDITION, STEP, DECODE)},
         kv=sum(all_scales[name] for name in cache),
         bindings=sum(size for name, size in step.items() if name not in cache),
-        tables=manifest.file_bytes(TABLES_FILE) + offsets + (N + images + 1) * condition,
+        tables=manifest.file_bytes(TABLES_FILE) + offsets + (N + max(images + 1, CLASSES_KEPT)) * condition,
         pixels=(3 * decoded + images) * image,
         scratch={CONDITION: 2 * condition, STEP: transformer.step(manifest, N, L, T), DECODE: decoding},
         again=decoding,

@@ -87,11 +87,8 @@ class ScaleSchedule:
         side = math.sqrt(h * w)
         beyond = max(0, math.ceil(2 * math.log2(side / trained_side) - 1e-9))
         if steps <= beyond:
-            raise InvalidInput(
-                f"steps is {steps}, but {h}x{w} tokens need at least {beyond + 1} steps.",
-                expected=f"at least {beyond + 1}",
-                fix="Use more steps, or a smaller size.",
-            )
+            got = f"steps is {steps}, but {h}x{w} tokens need at least {beyond + 1} steps."
+            raise InvalidInput(got, expected=f"at least {beyond + 1}", fix="Use more steps, or a smaller size.")
         reached = min(side, trained_side)
         sides = [base * reached / 16 for base in _base(steps - beyond)]
         sides += [reached * (side / reached) ** (i / beyond) for i in range(1, beyond + 1)]
@@ -117,11 +114,8 @@ def _base(steps: int) -> list[int]:
     if steps == 1:
         return [16]
     if steps > 16:
-        raise InvalidInput(
-            f"steps gives {steps} scales up to the trained size, but there can be at most 16.",
-            expected="at most 16",
-            fix="Use fewer steps.",
-        )
+        got = f"steps gives {steps} scales up to the trained size, but there can be at most 16."
+        raise InvalidInput(got, expected="at most 16", fix="Use fewer steps.")
     sides = [1]
     for i in range(1, steps):
         left = steps - 1 - i  # scales still to come, each with a side of its own

@@ -30,7 +30,7 @@ FLOORS = (  # from the ground up: a room imports from its own floor and those be
     {"pipeline"},
     {"cli"},
 )
-TYPES_ONLY = {("deadlines", "generation")}  # the base class of a pipeline names what a pipeline has
+TYPES_ONLY = {("deadlines", "generation")}  # for type checking: the base class of a pipeline names what a pipeline has
 SHIMS = {"sampling", "photo", "manifest"}  # public import paths of modules that live in a room
 
 
@@ -100,6 +100,11 @@ def test_rooms_import_downwards() -> None:
         below = {other.split(".")[1] for other in others if "." in other}
         wrong += [(module, other) for other in below if floor[other] > floor[room] and (room, other) not in TYPES_ONLY]
     assert wrong == []
+
+
+def test_what_is_imported_for_types_is_not_loaded() -> None:
+    text = (ROOT / "runtime/deadlines/measuring.py").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if "..generation" in line and not line.startswith("    ")] == []
 
 
 def test_no_backend_is_named_outside_its_room() -> None:

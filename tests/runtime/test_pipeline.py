@@ -144,7 +144,10 @@ def test_top_k_1_needs_no_seed(pipe: FlexVARPipeline) -> None:
         *[({"guidance": guidance}, "guidance") for guidance in ("ramp", -1, float("nan"), True, {"scale": 2})],
         ({"sampling": {"top_k": 1}}, "sampling"),
         # one entry for each image
-        *[({"labels": [1, 2], "seed": seeds}, "seed") for seeds in ([1], [1, 2, 3], [1, -1], [1, 0.5], [])],
+        *[
+            ({"labels": [1, 2], "seed": seeds}, "seed")
+            for seeds in ([1], [1, 2, 3], [1, -1], [1, 0.5], [], [[1, 2], [3]])
+        ],
         ({"labels": [1, 2], "seed": [1, 2], "first_index": 3}, "first_index"),
         *[({"labels": [1, 2], "first_index": index}, "index") for index in ([0], [0, -1], [1, 2, 3])],
         *[({"labels": [1, 2], "guidance": weights}, "guidance") for weights in ([1.0], [1.0, "x"], [1, 2, 3])],

@@ -98,7 +98,7 @@ class OrtCuda(DeviceBackend):
 
     def __init__(self, device: Device) -> None:
         super().__init__("ort-cuda", device)
-        self.libraries = load_cuda_libraries()  # first, because `preload_dlls` searches fewer places
+        self.cuda_libraries = load_cuda_libraries()  # first, because `preload_dlls` searches fewer places
         ort = importlib.import_module("onnxruntime")
         ort.set_default_logger_severity(SILENT)
         preload = getattr(ort, "preload_dlls", None)
@@ -138,7 +138,7 @@ class OrtCuda(DeviceBackend):
         first = str(session.get_providers()[0])
         if first != PROVIDER:
             raise BackendUnavailable(
-                f"ONNX Runtime opened {graph} with {first} instead of CUDA{describe_missing(self.libraries)}.",
+                f"ONNX Runtime opened {graph} with {first} instead of CUDA{describe_missing(self.cuda_libraries)}.",
                 expected=PROVIDER,
                 fix="Install CUDA 13 and cuDNN 9 with: pip install 'flexvar-deploy[gpu]'",
             )

@@ -134,7 +134,7 @@ def require_runs_on(library: TrtLibrary, capability: str, *, given: str = "", in
     """Raise BackendUnavailable unless `runs_on`. given: the option that named the GPU. instead: added to the advice."""
     state = runs_on(library, capability)
     if not state.available:
-        fix = f"{state.advice.removesuffix('.')}{instead}."
+        fix = f"{state.advice}{instead}"
         raise BackendUnavailable(f"{given}{state.detail}.", expected=f"a GPU that {library.flavour} runs on", fix=fix)
 
 

@@ -145,6 +145,51 @@ def test_warm_shapes_are_pinned(machine: Machine) -> None:
         assert events.count("capture") == 4
 
 
+def test_two_loops_over_a_warm_shape_keep_its_capture(machine: Machine) -> None:
+    with machine.open() as pipeline:
+        pipeline.warmup(SCHEDULE, batch_sizes=(2,))
+        with machine.device.recorded() as events:
+            for seed in range(2):
+                scales = pipeline.iter_scales([0, 1], SCHEDULE, seed=seed)
+                next(scales)
+                list(pipeline.iter_scales([1, 0], SCHEDULE, seed=seed))  # in buffers of its own
+                scales.close()  # type: ignore[attr-defined]
+            pipeline([0, 1], SCHEDULE, seed=3)
+        assert "capture" not in events and events.count("replay") == 1
+        generator: Any = pipeline.generator
+        assert len(generator._spare) == 1
+
+
+def test_a_failed_allocation_of_conditions_can_be_tried_again(
+    machine: Machine, reference: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = type(machine.device).allocate, []
+
+    def fail_once(self: Any, nbytes: int) -> Any:
+        calls.append(nbytes)
+        if machine.device.events and len(calls) in (3, 4):  # the first buffers of the conditions, and the next try
+            raise OutOfMemory("none left", expected="some", fix="wait")
+        return real(self, nbytes)
+
+    with machine.open() as pipeline:
+        monkeypatch.setattr(type(machine.device), "allocate", fail_once)
+        for _ in range(8):  # whichever allocation fails, the next call is right
+            try:
+                got = pipeline([3, 1], SCHEDULE, seed=5)
+            except OutOfMemory:
+                continue
+        expected = reference([3, 1], SCHEDULE, seed=5)
+        np.testing.assert_array_equal(got.images, expected.images)
+
+
+def test_nothing_stays_on_the_device_after_closing(machine: Machine) -> None:
+    pipeline = machine.open()
+    pipeline([0], SCHEDULE, seed=1)
+    pipeline.close()
+    gc.collect()
+    assert machine.device.used == 0
+
+
 def test_memory_does_not_grow(machine: Machine) -> None:
     """Shapes and classes come and go; what is allocated stays below what the kept ones need."""
     with machine.open() as pipeline:

@@ -88,7 +88,6 @@ def test_a_pipeline_that_is_closed_leaves_nothing_reserved(machine: Machine) -> 
         generator: Any = pipeline.generator
         generator._release()
         assert machine.device.reserved == machine.device.used < bytes_of(pipeline, 1)
-    pipeline.close()
 
 
 def reserve(device: FakeDevice, nbytes: int) -> None:

@@ -93,7 +93,7 @@ def test_onnx_runtime_searches_afterwards(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ort_cuda, "load_cuda_libraries", load)
     monkeypatch.setattr(importlib, "import_module", lambda name: fake if name == "onnxruntime" else real(name))
     device: Any = object()
-    assert ort_cuda.OrtCuda(device).libraries == found
+    assert ort_cuda.OrtCuda(device).cuda_libraries == found
     assert order == ["pathfinder", "preload_dlls"]
 
 

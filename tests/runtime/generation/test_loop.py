@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from flexvar_runtime import (
 from flexvar_runtime.backends.base import Backend, Bound
 from flexvar_runtime.backends.ort.memory import ORT
 from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime.generation import conditions
 from flexvar_runtime.generation.host import CLASSES_KEPT
 from flexvar_runtime.memory.library import LibraryMemory
 from flexvar_runtime.memory.plan import IMAGES_PER_RUN, PUBLISHED_DECODER, MemoryPlan, plan
@@ -33,6 +36,7 @@ from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.signatures import GRAPHS, TABLES_FILE, graph_specs, modulation_names, new_names, past_names
 from flexvar_runtime.model.tables import Tables
 from flexvar_runtime.model.tensors import GraphSpec, host_dtype
+from flexvar_runtime.request import Request
 
 Array = NDArray[Any]
 DEPTH, VOCABULARY, CLASSES, NULL = 3, 16, 100, 100
@@ -134,6 +138,9 @@ class RecordingBackend:
         assert bundle.graph_file(graph).read_bytes() == b"graph"
         self.graphs.append(RecordingGraph(self, graph, bundle.graph(graph), once))
         return self.graphs[-1]
+
+    def prepared(self, bundle: Bundle, graph: str) -> bool:
+        return True
 
     def libraries(self, precision: str) -> dict[str, LibraryMemory]:
         return dict.fromkeys(GRAPHS, ORT)
@@ -363,22 +370,37 @@ def test_a_class_is_always_run_in_a_batch_of_the_same_size(open_pipeline: Open) 
     assert {run.inputs["labels"].shape for run in backend.runs_of("condition")} == {(backend.labels_per_run,)}
 
 
+def asked(backend: RecordingBackend, first_run: int) -> list[int]:
+    """The classes of the runs of the condition graph from `first_run` on."""
+    return sorted(label for run in backend.runs_of("condition")[first_run:] for label in run.values["labels"])
+
+
 def test_more_classes_than_are_remembered(open_pipeline: Open) -> None:
     pipeline, backend = open_pipeline()
     labels = [*range(CLASSES_KEPT + 8)]
     pipeline(labels, "1_2", Guidance(0))
     [first, _] = backend.runs_of("step")
     np.testing.assert_array_equal(first.values["gamma1_0"][:, 0, 0], labels)
+    runs = len(backend.runs_of("condition"))
+    for again in ([0, 1], [1, 0], labels[2:], labels):
+        pipeline(again, "1_2", Guidance(0))
+    assert asked(backend, runs) == []  # the larger request made room, and nothing was forgotten
+    pipeline([50, 51], "1_2", Guidance(0))
+    pipeline(labels[2:], "1_2", Guidance(0))
+    assert asked(backend, runs) == [50, 51]  # they took the slots of 0 and 1, which were unused longest
+    pipeline([1, 0], "1_2", Guidance(0))
+    assert asked(backend, runs) == [0, 1, 50, 51]
+
+
+def test_a_large_request_gives_its_slots_back(open_pipeline: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditions, "MOST_GROWTH", 1)
+    pipeline, backend = open_pipeline()
+    labels = [*range(CLASSES_KEPT + 8)]
+    pipeline(labels, "1_2", Guidance(0))
+    runs = len(backend.runs_of("condition"))
     for again in ([0, 1], [1, 0], labels[2:CLASSES_KEPT]):
         pipeline(again, "1_2", Guidance(0))
-    asked = np.concatenate([run.values["labels"] for run in backend.runs_of("condition")[len(labels) // 2 :]])
-    assert sorted(asked) == labels[:CLASSES_KEPT]  # a request's own slots are given back, and no more than these kept
-    pipeline([CLASSES_KEPT], "1_2", Guidance(0))
-    opened = len(backend.opened("condition"))
-    pipeline([0], "1_2", Guidance(0))
-    assert len(backend.opened("condition")) == opened
-    pipeline([1], "1_2", Guidance(0))  # unused longest, so it made room
-    assert len(backend.opened("condition")) == opened + 1
+    assert asked(backend, runs) == labels[:CLASSES_KEPT]  # computed once more, into as many slots as are kept
 
 
 def test_the_condition_graph_is_closed_after_a_failure(open_pipeline: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +414,42 @@ def test_the_condition_graph_is_closed_after_a_failure(open_pipeline: Open, monk
             pipeline([1], SCHEDULE)
     assert [graph.closed for graph in backend.graphs] == [True]
     pipeline([1], SCHEDULE)
+
+
+def test_a_failed_allocation_of_conditions_can_be_tried_again(
+    open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> Array:
+        raise OutOfMemory("it", expected="less", fix="wait")
+
+    pipeline, _ = open_pipeline()
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordingBackend, "empty", none_left)
+        with pytest.raises(OutOfMemory):
+            pipeline([1], SCHEDULE)
+    assert pipeline([1], SCHEDULE).settings[0].label == 1
+
+
+def test_a_dropped_pipeline_is_freed_at_once(open_pipeline: Open) -> None:
+    pipeline, _ = open_pipeline()
+    pipeline([1], SCHEDULE)
+    generator = weakref.ref(pipeline.generator)
+    gc.disable()
+    try:
+        del pipeline
+        assert generator() is None
+    finally:
+        gc.enable()
+
+
+def test_given_tokens_are_recorded_by_force(open_pipeline: Open) -> None:
+    pipeline, _ = open_pipeline()
+    request = Request.of([1], ScaleSchedule.parse(SCHEDULE), Guidance(2.0))
+    given = [np.zeros((1, 1, 1), np.int32), np.zeros((1, 2, 2), np.int32)]
+    with pipeline.generator.loop(request) as loop:
+        loop.force(given)
+        assert len(loop.tokens) == len(loop.times) == 2
+        assert [spent.size for _, spent in loop] == [(2, 3), (3, 3), (4, 5)]
 
 
 # Buffers -------------------------------------------------------------------------------------------------------------
