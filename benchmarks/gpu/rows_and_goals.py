@@ -36,23 +36,7 @@ Records = Mapping[str, Mapping[str, Any]]
 def published(model: str) -> ModelFacts | None:
     """Sizes of "d16" and the like; None for other models."""
     match = re.fullmatch(r"d([0-9]+)", model)
-    if match is None:
-        return None
-    depth = int(match[1])
-    return ModelFacts(
-        depth=depth,
-        width=64 * depth,
-        heads=depth,
-        head_size=64,
-        classes=1000,
-        class_names=None,
-        null_class=1000,
-        vocabulary=8912,
-        code_dim=32,
-        downsampling=16,
-        value_range=(-1.0, 1.0),
-        position_side=32,
-    )
+    return None if match is None else ModelFacts.published(int(match[1]))
 
 
 def results(records: Records, job: str) -> Iterator[Mapping[str, Any]]:

@@ -111,7 +111,6 @@ def plan_edit(
     if len({(canvas.size, canvas.cut[2:]) for canvas in canvases}) > 1:
         fix = "Pass size with fit resize or crop, or edit them one by one."
         raise InvalidInput("The pictures have different sizes.", expected="pictures of one size", fix=fix)
-    height, width = canvases[0].size
     chosen = _schedule(canvases[0].size, factor, earlier or default, schedule, steps, side)
     warn_if_large(chosen, default)
     forced = _forced_alike(edit, canvases, chosen, factor) if edit.task == "refine" else None

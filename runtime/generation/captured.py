@@ -33,7 +33,7 @@ from ..pictures.pixels import refuse_pixels
 from ..request import Request, Shape
 from .conditions import ConditionCache, tensors
 from .device_buffers import condition_name, decode_parts, request_fields, result_fields, work_fields
-from .scale_loop import StepTensors, refuse_logits, scale_of_tokens
+from .scale_loop import StepTensors, prefill_inputs, refuse_logits
 
 log = logging.getLogger(__name__)
 
@@ -164,14 +164,8 @@ class CapturedGeneration:
 
         An edit is not replayed, so its inputs are computed on the host.
         """
-        sizes, N = self.shape.schedule.scales[: len(given)], self.shape.sequences
-        repeats, tables = N // self.shape.images, self._shared.tables
         first = self._backend.download(self._first_input)
-        codes, offsets = [np.zeros((N, 1, self._facts.code_dim), np.float32)], [first]
-        for scale, size in zip(given, sizes[1:], strict=False):
-            codes.append(np.tile(tables.next_codes(scale, size), (repeats, 1, 1)))
-            offsets.append(np.broadcast_to(tables.offset(*size), (N, size[0] * size[1], first.shape[2])))
-        arrays = np.concatenate(codes, axis=1), np.concatenate(offsets, axis=1), scale_of_tokens(sizes)
+        arrays = prefill_inputs(self._shared.tables, given, self.shape.schedule.scales[: len(given)], first)
         inputs, outputs = self.tensors.prefill(graph.spec, *map(self._backend.upload, arrays))
         graph.run(inputs, outputs)
         self._device.synchronize()  # `inputs` are freed next

@@ -32,7 +32,7 @@ from .generator import Generator, condition_graph
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-CLASSES_KEPT = 64  # classes whose condition is kept (0.4 MB each for d16)
+CLASSES_KEPT = 64  # classes whose condition is kept in device memory (0.4 MB each for d16)
 SHAPES_KEPT = 4
 
 

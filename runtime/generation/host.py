@@ -25,7 +25,7 @@ from ..output import ScaleTime
 from ..request import Request, Shape
 from .conditions import ConditionCache
 from .generator import Generator, condition_graph
-from .scale_loop import ScaleLoop, StepTensors, refuse_logits, scale_of_tokens
+from .scale_loop import ScaleLoop, StepTensors, prefill_inputs, refuse_logits
 
 log = logging.getLogger(__name__)
 
@@ -186,17 +186,14 @@ class HostLoop(ScaleLoop):
 
     def _force(self, tokens: Sequence[Tokens]) -> None:
         prefill = self._generator.prefill_graph(self.request) if len(tokens) > 1 else None
-        before = [None, *tokens[:-1]]
         if prefill is None:
-            for scale, previous in enumerate(before):
+            for scale, previous in enumerate([None, *tokens[:-1]]):
                 self.logits(scale, previous)
             return
-        parts = [self._codes_and_offset(scale, previous) for scale, previous in enumerate(before)]
-        codes, offset = (self._upload(np.concatenate(each, axis=1)) for each in zip(*parts, strict=True))
-        scales = self._upload(scale_of_tokens(self.request.schedule.scales[: len(tokens)]))
-        inputs, outputs = self.tensors.prefill(prefill.spec, codes, offset, scales)
+        arrays = prefill_inputs(self._tables, tokens, self.request.schedule.scales[: len(tokens)], self._first_input)
+        inputs, outputs = self.tensors.prefill(prefill.spec, *map(self._upload, arrays))
         prefill.run(inputs, outputs)
-        self._past = codes.shape[1]
+        self._past = arrays[0].shape[1]
 
     def _draw(self, scale: int) -> tuple[Tokens, ScaleTime]:
         request, (h, w) = self.request, self.request.schedule[scale]

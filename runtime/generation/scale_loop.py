@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..backends.base import Array
 from ..errors import ArtifactRefused
 from ..model.signatures import new_names, past_names
+from ..model.tables import Tables
 from ..model.tensors import GraphSpec
 from ..output import ScaleTime
 from ..request import Request
@@ -154,9 +155,19 @@ class StepTensors:
         return {name: self.cache[i][past : past + new] for i, name in enumerate(new_names(self.depth))}
 
 
-def scale_of_tokens(sizes: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
-    """The number of the scale that every token belongs to, (L,)."""
-    return np.repeat(np.arange(len(sizes), dtype=np.int32), [h * w for h, w in sizes])
+def prefill_inputs(
+    tables: Tables, given: Sequence[Tokens], sizes: Sequence[tuple[int, int]], first_input: Float32
+) -> tuple[Float32, Float32, NDArray[np.int32]]:
+    """codes (N, L, D), offset (N, L, C) and scale (L,) of given scales (B, h, w), for `StepTensors.prefill`.
+
+    first_input (N, 1, C): of the condition. The first scale has no codes, only the class."""
+    N, _, C = first_input.shape
+    codes, offsets = [np.zeros((N, 1, tables.codebook.shape[1]), np.float32)], [first_input]
+    for previous, (h, w) in zip(given[:-1], sizes[1:], strict=True):
+        codes.append(np.tile(tables.next_codes(previous, (h, w)), (N // len(previous), 1, 1)))
+        offsets.append(np.broadcast_to(tables.offset(h, w), (N, h * w, C)))
+    scale = np.repeat(np.arange(len(sizes), dtype=np.int32), [h * w for h, w in sizes])
+    return np.concatenate(codes, axis=1), np.concatenate(offsets, axis=1), scale
 
 
 def refuse_logits(scale: int, size: tuple[int, int], row: str) -> ArtifactRefused:
