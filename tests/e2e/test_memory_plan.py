@@ -25,9 +25,7 @@ THIRTEEN = "1_2_3_4_5_6_7_8_9_10_12_14_16"
 TINY_DECODER = (32, 64)
 ABOVE = 0.25
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="the system does not record the peak memory of a process"
-)
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system has no /proc/self/status")
 
 # Not ru_maxrss, which includes the size of the parent process. With ONNX Runtime, graphs are opened before the
 # measurement: repacking weights counts pages of the files that the system can take back at any time.

@@ -283,7 +283,7 @@ for _ in range(4):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not record the peak memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system has no /proc/self/status")
 def test_memory_of_a_build_is_freed(
     wide_bundles: Callable[[str, str], Bundle], library: TrtLibrary, engine_id: EngineIds
 ) -> None:

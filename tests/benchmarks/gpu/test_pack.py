@@ -119,15 +119,22 @@ def test_another_model_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["skeleton"]
 
 
-@pytest.mark.parametrize("name", [skeleton.CARRIED, "bundle/condition.onnx", "bundle/tables.npz"])
-def test_a_broken_skeleton_is_refused(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        (skeleton.CARRIED, "another sha256"),
+        ("bundle/condition.onnx", "condition.onnx"),
+        ("bundle/tables.npz", "tables"),
+    ],
+)
+def test_a_broken_skeleton_is_refused(name: str, fault: str, tiny_bundle: Path, tmp_path: Path) -> None:
     model = random_model("tiny")
     make_skeleton(tiny_bundle, model, tmp_path / "skeleton")
     path = tmp_path / "skeleton" / name
     data = np.frombuffer(path.read_bytes(), np.uint8).copy()
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ArtifactRefused):
+    with pytest.raises(ArtifactRefused, match=fault):
         regenerate(tmp_path / "skeleton", model, tmp_path / "again.bundle")
 
 

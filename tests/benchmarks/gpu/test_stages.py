@@ -35,7 +35,7 @@ def test_a_stage_fits_its_time(stage: str, setup: StageSetup) -> None:
     for i, phase in enumerate(plan):
         assert 0 < phase.seconds <= phase.limit < SECONDS[stage], phase.name
         assert set(phase.needs) <= {before.name for before in plan[:i]}, phase.name
-        assert phase.job in {*child.JOBS, "proof"}
+        assert phase.job in child.JOBS
     assert len({phase.name for phase in plan}) == len(plan)
 
 
@@ -138,7 +138,6 @@ def test_an_old_result_does_not_pass_for_a_new_one(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("proof" not in child.JOBS, reason="a stage needs the job proof")
 def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both stages from a copy of the tracked files, about two minutes. Nothing of ours is found but the copy."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -26,9 +26,10 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 SIZES = dataclasses.replace(TINY_TOKENIZER, channels=8, groups=4, vocabulary=64)
 
 
-def test_the_loss_of_a_recorded_checkpoint() -> None:
+@pytest.mark.parametrize("recording", ["d3_7step_llamagen", pytest.param("d2_10step_var", marks=pytest.mark.slow)])
+def test_the_loss_of_a_recorded_checkpoint(recording: str) -> None:
     """To 1e-3: it is a mean of about 700 float32 terms around 20. Other labels give another loss."""
-    with np.load(GOLDEN / "d3_7step_llamagen.npz") as file:
+    with np.load(GOLDEN / f"{recording}.npz") as file:
         data = {key: file[key] for key in ("depth", "seed", "schedule", "labels", "teacher_tokens", "teacher_loss")}
     config, published = TransformerConfig.published(int(data["depth"])), TokenizerConfig()
     embedding = synthetic_state(

@@ -31,8 +31,9 @@ from flexvar_runtime.backends.openvino.memory import BF16_ARITHMETIC, FLOAT32_AR
 from flexvar_runtime.backends.openvino.norms import keep_layout
 from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.generation.host import HostGenerator
+from flexvar_runtime.memory.plan import plan
 from flexvar_runtime.model.precision import Precision
-from flexvar_runtime.model.signatures import DECODE, STEP
+from flexvar_runtime.model.signatures import DECODE, GRAPHS, STEP
 from flexvar_runtime.request import Shape
 
 FLEXVAR = Path(sys.executable).with_name("flexvar")
@@ -119,7 +120,7 @@ assert len(handled) == 3
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal on this system")
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no SIGUSR1")
 def test_signals_are_handled_after_backends_were_freed(tiny_bundle: Path) -> None:
     """With one core per backend the stack of signal handlers would be freed, and the process would end with SIGSEGV."""
     ended = subprocess.run([sys.executable, "-c", SIGNALLED, tiny_bundle], capture_output=True, text=True, check=False)
@@ -282,8 +283,11 @@ def test_plans_know_what_the_processor_computes_in(
         for kind in (arithmetic, not arithmetic):
             monkeypatch.setattr("flexvar_runtime.backends.openvino.backend.has_bf16_arithmetic", lambda k=kind: k)
             planned.append(generator.memory_plan(Shape(schedule, 2, True)))
-    library = BF16_ARITHMETIC if arithmetic else FLOAT32_ARITHMETIC
-    assert planned[0].weights["decode"] == library.weights(half.manifest, "decode") and planned[0] != planned[1]
+    same, other = (
+        plan(half.manifest, schedule, 2, True, dict.fromkeys(GRAPHS, library), decoded_at_once=1)
+        for library in (BF16_ARITHMETIC, FLOAT32_ARITHMETIC)[:: 1 if arithmetic else -1]
+    )
+    assert planned == [same, other] and same != other
 
 
 def test_the_decoder_in_float32_has_one_model(tiny_bundle: Path) -> None:

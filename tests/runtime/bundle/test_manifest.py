@@ -53,6 +53,7 @@ def test_only_an_integer_is_a_schema_version() -> None:
     ("place", "value", "got"),
     [
         (("model", "depth"), 0, "model.depth is 0"),
+        (("model", "depth"), 257, "model.depth is 257"),
         (("model", "width"), 129, "model.width is 129"),
         (("model", "class_names"), ["cat"], "model.class_names is ('cat',)"),
         (("model", "null_class"), 4, "model.null_class is 4"),

@@ -384,7 +384,7 @@ def test_out_of_memory_names_the_batch_that_fits(
     arguments = ("generate", tiny_bundle, "-o", out, "--classes", "1,2,3,4,5", "--schedule", SCHEDULE, "--seed", 1)
     ended = flexvar(*arguments, "--json")
     assert ended.refused(6, "batch of 5", SCHEDULE) and ended.json["error"]["type"] == "OutOfMemory"
-    assert "3" in ended.json["error"]["fix"]
+    assert "at most 3" in ended.json["error"]["fix"]
     assert files(out) == []
     assert flexvar(*arguments, "--batch-size", 3).code == 0
     monkeypatch.undo()

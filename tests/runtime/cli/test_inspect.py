@@ -51,6 +51,7 @@ def test_text(flexvar: Any, tiny_bundle: Path) -> None:
         "512 codes of dimension 8, 4 pixels a side",
         "1_2_3_4_5_6_8_10_13_16",
         "top-k 900, top-p 0.95, greedy scales upstream",
+        "schedules for deadlines",
         "passed on ort-cpu",
     ):
         assert fact in ended.out

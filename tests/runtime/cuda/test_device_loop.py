@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from flexvar_runtime import (
 from flexvar_runtime.backends.tensorrt.backend import TrtGraph
 from flexvar_runtime.errors import DeviceFailed
 from flexvar_runtime.generation.captured import WARM_UPS
+from flexvar_runtime.generation.conditions import ConditionCache
 from flexvar_runtime.generation.device import SHAPES_KEPT
 from flexvar_runtime.generation.device_memory import device_plan
 from flexvar_runtime.request import Request, Shape
@@ -163,23 +166,37 @@ def test_two_loops_over_a_warm_shape_keep_its_capture(machine: Machine) -> None:
 def test_a_failed_allocation_of_conditions_can_be_tried_again(
     machine: Machine, reference: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = type(machine.device).allocate, []
+    """The first of its buffers is allocated, the others are not."""
+    real, slots = type(machine.device).allocate, ConditionCache.slots
+    failures: list[int] = []
 
-    def fail_once(self: Any, nbytes: int) -> Any:
-        calls.append(nbytes)
-        if machine.device.events and len(calls) in (3, 4):  # the first buffers of the conditions, and the next try
-            raise OutOfMemory("none left", expected="some", fix="wait")
-        return real(self, nbytes)
+    def slots_without_memory(self: ConditionCache, labels: Sequence[int]) -> list[int]:
+        calls = itertools.count(1)
+
+        def allocate(device: Any, nbytes: int) -> Any:
+            if next(calls) > 1:
+                failures.append(nbytes)
+                raise OutOfMemory("none left", expected="some", fix="wait")
+            return real(device, nbytes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(machine.device), "allocate", allocate)
+            return slots(self, labels)
 
     with machine.open() as pipeline:
-        monkeypatch.setattr(type(machine.device), "allocate", fail_once)
-        for _ in range(8):  # whichever allocation fails, the next call is right
-            try:
-                got = pipeline([3, 1], SCHEDULE, seed=5)
-            except OutOfMemory:
-                continue
-        expected = reference([3, 1], SCHEDULE, seed=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(ConditionCache, "slots", slots_without_memory)
+            with pytest.raises(OutOfMemory):
+                pipeline([3, 1], SCHEDULE, seed=5)
+        assert failures
+        got, expected = (each([3, 1], SCHEDULE, seed=5) for each in (pipeline, reference))
         np.testing.assert_array_equal(got.images, expected.images)
+
+
+def test_on_scale_is_refused_with_a_deadline(machine: Machine) -> None:
+    """Run scale by scale, a generation takes longer than the costs say."""
+    with machine.open() as pipeline, pytest.raises(InvalidInput, match=r"on_scale.*deadline_ms"):
+        pipeline([0], deadline_ms=100, on_scale=lambda step: None)
 
 
 def test_nothing_stays_on_the_device_after_closing(machine: Machine) -> None:

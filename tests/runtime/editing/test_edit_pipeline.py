@@ -206,7 +206,7 @@ def _peak() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system keeps no record to forget")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system has no /proc/self/clear_refs")
 def test_memory_does_not_grow_over_200_edits(pipe: FlexVARPipeline) -> None:
     """What the first edits took is enough for all."""
     small: dict[str, Any] = {"schedule": "1_2_3x4", "size": (12, 16), "steps": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import tracemalloc
 import weakref
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from flexvar_runtime.backends.base import Backend, Bound
 from flexvar_runtime.backends.ort.memory import ORT
 from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.generation import conditions
+from flexvar_runtime.generation.conditions import row_groups
 from flexvar_runtime.generation.host import CLASSES_KEPT
 from flexvar_runtime.memory.library import LibraryMemory
 from flexvar_runtime.memory.plan import IMAGES_PER_RUN, PUBLISHED_DECODER, MemoryPlan, plan
@@ -273,7 +275,9 @@ def test_nothing_large_is_copied_from_scale_to_scale(open_pipeline: Open) -> Non
     pipeline, backend = open_pipeline(model, recording=False)
     list(pipeline.iter_scales(labels, schedule))
     cache = next(array for array in backend.arrays if array.ndim == 5)
-    large = [array for array in backend.arrays if array.nbytes > 100_000 and array.ndim != 4]  # 4: conditions kept
+    groups = row_groups(pipeline.bundle.graph("condition"))
+    kept = {(len(group.names), rows, *group.row) for group in groups for rows in (CLASSES_KEPT, 2 * len(labels))}
+    large = [array for array in backend.arrays if array.nbytes > 100_000 and array.shape not in kept]
     assert len(large) == 1
     tracemalloc.start()
     try:
@@ -416,18 +420,27 @@ def test_the_condition_graph_is_closed_after_a_failure(open_pipeline: Open, monk
     pipeline([1], SCHEDULE)
 
 
-def test_a_failed_allocation_of_conditions_can_be_tried_again(
-    open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_after_a_failed_allocation_the_call_can_be_made_again(
+    open_pipeline: Open, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    def none_left(*_: object) -> Array:
-        raise OutOfMemory("it", expected="less", fix="wait")
+    """A call allocates six arrays: conditions, their rows and the buffers of the loop."""
+    pipeline, backend = open_pipeline()
+    empty, calls = RecordingBackend.empty, itertools.count(1)
 
-    pipeline, _ = open_pipeline()
+    def none_left(self: RecordingBackend, shape: tuple[int, ...], dtype: str) -> Array:
+        if next(calls) == failing:
+            raise OutOfMemory("it", expected="less", fix="wait")
+        return empty(self, shape, dtype)
+
     with monkeypatch.context() as patch:
         patch.setattr(RecordingBackend, "empty", none_left)
         with pytest.raises(OutOfMemory):
             pipeline([1], SCHEDULE)
-    assert pipeline([1], SCHEDULE).settings[0].label == 1
+    backend.runs.clear()
+    pipeline([1], SCHEDULE)
+    first = backend.runs_of("step")[0]
+    np.testing.assert_array_equal(first.values["gamma1_0"][:, 0, 0], [1, NULL])
 
 
 def test_a_dropped_pipeline_is_freed_at_once(open_pipeline: Open) -> None:
