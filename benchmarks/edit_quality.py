@@ -1,6 +1,7 @@
 """Measures the quality of edits of the demo model, with the independent classifier and by comparing pixels.
 
-    python -m flexvar_bench.edit_quality --model demo/model --work DIR --json demo/model/edits.json --sheets docs
+    python -m flexvar_bench.edit_quality --model demo/model --work DIR --json demo/model/edits.json \\
+        --sheets docs/editing
 
 The runtime edits held-out scenes on ort-cpu with the exported fp32 bundle. Measured are:
 

@@ -22,7 +22,7 @@ from .workload import LEAST, Case, Load, Plan, calls_of
 
 PUBLISHED_TOKENIZER = 16, 8912, 32  # downsampling, vocabulary, dimension of a code
 SEED = 0
-REST_SECONDS = 0.1  # before each call, because threads of the last one may still spin: ONNX Runtime's for 45 ms
+REST_SECONDS = 0.1  # before each call, because threads of the last one may still spin: those of `ort-plain` for 45 ms
 Progress = Callable[[str], None]
 
 

@@ -25,6 +25,7 @@ from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
 from flexvar_runtime.backends.openvino.backend import shared_core
 from flexvar_runtime.backends.ort.byte_products import make_exact
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
+from flexvar_runtime.model.guidance import UNGUIDED
 from flexvar_runtime.model.noise import draws
 from flexvar_runtime.model.sampling import sample
 from flexvar_runtime.model.signatures import CONDITION, DECODE, STEP, TABLES_FILE, new_names, past_names
@@ -124,7 +125,9 @@ def opened(subject: Subject) -> Iterator[Caller]:
 
 def default_guidance(bundle: Bundle, guided: bool) -> Guidance:
     defaults = bundle.manifest.defaults
-    return Guidance(defaults.guidance_scale if guided else 0.0, "ramp", defaults.max_side)
+    if not guided:
+        return UNGUIDED
+    return Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
 
 
 @dataclass(frozen=True)

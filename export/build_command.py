@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexvar_runtime.cli.console import JsonOption, emit, err, out, steps
+from flexvar_runtime.cli.console import JsonOption, emit, err, say, steps
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 
 if TYPE_CHECKING:
@@ -289,8 +289,8 @@ def _report(bundle: Bundle, library: TrtLibrary, target: str, results: list[Resu
 
     def show() -> None:
         for result in results:
-            _print_line(f"{result.found.path}: {_summary(result)}")
-        _print_line(f"{library.flavour} {library.version}, target {target.replace(',', ', ')}")
+            say(f"{result.found.path}: {_summary(result)}")
+        say(f"{library.flavour} {library.version}, target {target.replace(',', ', ')}")
 
     emit(data, as_json, show)
 
@@ -304,7 +304,3 @@ def _summary(result: Result) -> str:
     taken = f"{result.seconds:.0f} s" if result.built else "built before"
     share = f"{precision.share:.0%} {precision.claimed} ({', '.join(layers)})"
     return f"{receipt.size / 1e6:.0f} MB, {profiles}, {taken}; {share}"
-
-
-def _print_line(line: str) -> None:
-    out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -43,7 +43,7 @@ def _require_torch() -> None:
         raise BackendUnavailable(
             f"This command needs the module {error.name}, which is not installed.",
             expected="the export extra",
-            fix="Run pip install 'flexvar-deploy[cpu,export]'",
+            fix="Run: pip install 'flexvar-deploy[cpu,export]'",
         ) from error
 
 

@@ -159,5 +159,5 @@ def _polygraphy(name: str) -> Any:
         raise BackendUnavailable(
             f"--against needs the module {error.name}, which is not installed.",
             expected="Polygraphy",
-            fix="Run pip install 'flexvar-deploy[export]'",
+            fix="Run: pip install 'flexvar-deploy[export]'",
         ) from error

@@ -62,17 +62,14 @@ def attention_of(library: TrtLibrary, layer: Any) -> Any:
     return layer.attention
 
 
-def decompose_attention(library: TrtLibrary, network: Any) -> int:
-    """Let attention without a fused kernel (float32, or large heads) be built from other layers. Returns the count."""
-    count = 0
+def decompose_attention(library: TrtLibrary, network: Any) -> None:
+    """Let attention without a fused kernel (float32, or large heads) be built from other layers."""
     for layer in _layers(network):
         if layer.type.name != "ATTENTION_INPUT":
             continue
         query = layer.get_input(0)
         if dtype_name(query.dtype) == "float32" or query.shape[-1] > FUSED_HEAD_SIZE:
             attention_of(library, layer).decomposable = True
-            count += 1
-    return count
 
 
 def arithmetic(library: TrtLibrary, network: Any) -> list[Layer]:

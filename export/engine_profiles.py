@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexvar_runtime.backends.tensorrt.engine_files import DEVICE_LABELS, WIDE, Profile
+from flexvar_runtime.backends.tensorrt.engine_files import WIDE, Profile
 from flexvar_runtime.memory.plan import IMAGES_PER_RUN
 from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.schedule import ScaleSchedule
-from flexvar_runtime.model.signatures import CONDITION, PREFILL, STEP
+from flexvar_runtime.model.signatures import CONDITION, DEVICE_LABELS, PREFILL, STEP
 
 FEW_HEADS = 4  # with fewer heads, TensorRT-RTX 1.7 has an attention kernel for 1 to 2 queries, but none for exactly 1
 

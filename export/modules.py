@@ -1,6 +1,7 @@
 """The graphs of a bundle as torch modules, with the weights of the reference laid out and typed for deployment.
 
-Shapes: N sequences, B images, L new and P past tokens, H heads, C width, D code dimension, V vocabulary, M labels.
+Shapes: N sequences, B images, L new and P past tokens, H heads of size S, C width, D code dimension, V vocabulary, M
+labels.
 
 Types are part of the graph. Matrix products, convolutions and attention run in `dtype`. Normalisations, q/k
 normalisation, guidance, logits, and the residual streams of the transformer and the encoder stay float32. The residual
@@ -157,8 +158,8 @@ class StepBlock(nn.Module):
         past: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, L, C), modulation 6 times (N, 1, C), past keys and values (P, N, H, 64) -> x (N, L, C), new keys and
-        new values (L, N, H, 64). mask (L, L): the tokens that each token attends to, where there is no past."""
+        """x (N, L, C), modulation 6 times (N, 1, C), past keys and values (P, N, H, S) -> x (N, L, C), new keys and
+        new values (L, N, H, S). mask (L, L): the tokens that each token attends to, where there is no past."""
         N, L, _ = x.shape
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         q, k, v = self.project(x, scale1, shift1)
@@ -170,7 +171,7 @@ class StepBlock(nn.Module):
         return x + self.fc2(hidden).float() * gamma2, k, v
 
     def project(self, x: Tensor, scale1: Tensor, shift1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, L, C) -> queries (N, H, L, 64), new keys and new values (L, N, H, 64), typed as they are cached."""
+        """x (N, L, C) -> queries (N, H, L, S), new keys and new values (L, N, H, S), typed as they are cached."""
         N, L, _ = x.shape
         hidden = (self._norm(x) * (1 + scale1) + shift1).to(self.attention_dtype)
         q, k, v = (dense(hidden).view(N, L, self.heads, self.head_size) for dense in (self.q, self.k, self.v))

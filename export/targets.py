@@ -19,7 +19,10 @@ CPU, GPU = TARGETS = ("cpu", "gpu")
 
 
 def choose_target(target: str, precision: Precision) -> str:
-    """The target of an export, CPU or GPU. "auto" is GPU for fp16, which no CPU backend runs. Raises InvalidInput."""
+    """The target of an export, CPU or GPU. "auto" is GPU for fp16, which CPUs compute in float32, else CPU.
+
+    Raises InvalidInput.
+    """
     check_choice("--target", target, (AUTO, *TARGETS))
     if target == AUTO:
         return GPU if precision is Precision.FP16 else CPU
@@ -33,15 +36,16 @@ def choose_decoder(decoder: str, precision: Precision, target: str) -> str:
     """The form in which the decoder upsamples. "auto" is the fastest form on the target. Raises InvalidInput.
 
     GPUs convolve one doubled map faster than four small ones. On CPUs "phases" saves a tenth of the decoder.
+    OpenVINO runs "transposed" faster in bfloat16, but TensorRT-RTX cannot build it in bf16.
     """
     check_choice("--decoder", decoder, (AUTO, *DECODERS))
     if decoder == AUTO:
         if target == GPU:
             return PLAIN
-        return TRANSPOSED if precision is Precision.INT8_BF16 else PHASES  # TensorRT-RTX cannot build it in bf16
+        return TRANSPOSED if precision is Precision.INT8_BF16 else PHASES
     if decoder == TRANSPOSED and precision is Precision.BF16 and target == GPU:
         others, fix = (
-            "--precision bf16 and --target gpu, which has no kernel",
+            "--precision bf16 and --target gpu, because ONNX Runtime has no CUDA kernel for it",
             "Leave --decoder out, or pass --target cpu.",
         )
         raise conflict("--decoder transposed", others, fix)

@@ -93,3 +93,8 @@ def require_file_name(field: str, name: str) -> None:
     """Raise ArtifactRefused unless a field is a plain relative name of at most 200 characters, without `..`."""
     require_match(_FILE_NAME, field, name, "a relative name whose parts are made of letters, digits and _ - .")
     require(len(name) <= 200, field, name, "a name of at most 200 characters")
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version, for comparisons: (1, 31, 1) for "1.31.1"."""
+    return tuple(map(int, re.findall("[0-9]+", version)))

@@ -72,3 +72,8 @@ class OutOfMemory(FlexVARError, MemoryError):
     """The request does not fit in memory."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without a full stop, or its type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].removesuffix(".")

@@ -1,4 +1,4 @@
-"""Bundle to images: the public pipeline. `_generate` is the loop over scales."""
+"""Bundle to images: the public pipeline. `_generate` runs a request."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class FlexVARPipeline(WithDeadlines):
         """Check the integrity of a bundle and open it.
 
         backend: "auto" takes the first that works here and runs this bundle, and logs why it passes over the others.
-        engines: the folder of `flexvar build`, if it is not in the bundle. shapes_kept: on a GPU, how many shapes
-        (schedule and batch size) keep their captured graph, beside those of `warmup`; None means 4.
+        engines: the folder of `flexvar build`, if it is not in the bundle. shapes_kept: how many shapes
+        (schedule, batch size, guided or not) a GPU keeps beside those of `warmup`; None means 4.
         Raises ArtifactRefused, BackendUnavailable, InvalidInput.
         """
         check_name(backend)
@@ -120,7 +120,7 @@ class FlexVARPipeline(WithDeadlines):
     def _generate(
         self, request: Request, keep_decoded: bool, on_scale: OnScale | None, start: float
     ) -> GenerationOutput:
-        """The loop over scales. Without `on_scale`, `finish` runs all of them: on a GPU from one captured graph."""
+        """Run a request. Without `on_scale`, `finish` runs all scales: on a GPU without waiting between them."""
         with self.generator.in_use(), self.generator.loop(request) as loop:
             begun = time.perf_counter()
             if on_scale is not None:
@@ -215,8 +215,8 @@ class FlexVARPipeline(WithDeadlines):
     ) -> None:
         """Open the graphs and run every scale of a schedule once for each batch size, so that no request pays for it.
 
-        On a GPU this keeps the buffers and the captured graph of each shape until the pipeline is closed. On a CPU, a
-        class that is asked for the first time still costs its condition, whose graph does not stay in memory.
+        On a GPU this keeps the buffers and CUDA graphs of each shape until the pipeline is closed. The first
+        request for a class still costs its condition, for which `ort-cpu` and `ort-openvino` open the graph again.
         """
         for batch in batch_sizes:
             labels = [self.model.null_class] * check_whole("batch size", batch, 1)

@@ -17,7 +17,8 @@ from ..limits import generation_limit
 from .processes import DONE, NOT_MEASURED
 
 SCHEMA = 1
-REFERENCE, COMPILED, MODULES = PEERS = ("flexvar_ref", "torch.compile", "torch-modules")
+REFERENCE, COMPILED = "flexvar_ref", "torch.compile"
+PEERS = (REFERENCE, COMPILED, "torch-modules")
 MEASURED = ("run", "proof", "reference", "compiled")  # jobs whose rows are times of whole generations
 MAIN = "d16"  # the goals are for it
 AS_PUBLISHED = f"{REFERENCE} autocast-fp16"

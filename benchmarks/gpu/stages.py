@@ -15,7 +15,7 @@ FIRST, MEASURE = "first", "measure"
 SECONDS = {FIRST: 200.0, MEASURE: 330.0}  # limit of a whole stage
 MAIN, BACKEND, PRECISION = "d16", "ort-cuda", "fp16"
 BATCHES = (1, 8, 64)
-COMPILED_ROWS = ((8, False), (64, False))  # with dynamic shapes batches 8 and 64 are measured; two rows fit
+COMPILED_ROWS = ((8, False), (64, False))  # exact shapes; those with dynamic shapes are in committed results
 GENERATIONS = 300  # of the memory-growth test
 
 

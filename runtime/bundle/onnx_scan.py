@@ -1,7 +1,7 @@
 """A reader of ONNX files that needs no onnx: nodes with their inputs and outputs, types, and weight files.
 
-The engine builder uses it because TensorRT's parser silently drops some inputs. Backends use it to find the purpose of
-a node. Field numbers are those of onnx.proto.
+The engine builder uses it because TensorRT's parser silently drops some inputs. `ort-cuda`, `export` and `inspect`
+use it to find nodes without a CUDA kernel. Field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations

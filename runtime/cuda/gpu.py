@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import invalid
-from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, OutOfMemory
+from ..checks import invalid, version_numbers
+from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, OutOfMemory, first_line
 from .array import DeviceArray
 from .kernels import KERNEL_NAMES, KernelConfig, Launch, compile_kernels
-from .libraries import first_line, version_numbers
 
 MINIMUM = (1, 0)  # the first version of cuda.core with a stable interface
 
@@ -84,7 +83,7 @@ def _libraries() -> tuple[Any, Any]:
         raise BackendUnavailable(
             f"cuda.core cannot be imported ({first_line(error)}).",
             expected="the package cuda-core",
-            fix="Run: pip install 'flexvar-deploy[gpu]'",
+            fix="Run: pip install 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
         ) from error
     if version_numbers(version) < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))

@@ -1,6 +1,6 @@
 """The kernels of `kernels.cu`: their configuration, their compilation, and a function per kernel that returns a launch.
 
-Only `compile_kernels` and `compile_source` import CUDA.
+Only `compile_source` imports CUDA.
 """
 
 from __future__ import annotations
@@ -230,7 +230,10 @@ def to_uint8(
 
 
 def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
-    """The 24-bit draws (B, L) uint32 of one scale, as `noise.draws` computes them. Only tests run it."""
+    """The 24-bit draws (B, L) uint32 of one scale, as `noise.draws` computes them.
+
+    Only checks run it.
+    """
     B, L = out_BL.shape
     _require(streams.shape == (stream_words(B),), "streams", streams, out_BL)
     return _launch("draws", (-(-B * L // 256), 1, 1), 256, (streams, out_BL), B * L, L, scale)
@@ -290,6 +293,6 @@ def compile_source(source: str, target: str, config: KernelConfig) -> tuple[byte
         raise BackendUnavailable(
             f"The GPU kernels cannot be compiled for {target} ({type(error).__name__}: {message}).",
             expected="cuda.core and an NVRTC that knows this GPU",
-            fix="Run: pip install --upgrade 'flexvar-deploy[gpu]'",
+            fix="Run: pip install --upgrade 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
         ) from error
     return bytes(code), log.getvalue().strip("\0\n")

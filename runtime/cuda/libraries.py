@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +57,3 @@ def _load(name: str, load: Callable[[str], Any]) -> CudaLibrary:
     except Exception as error:  # not found, or refused by the dynamic loader
         return CudaLibrary(name, None, first_line(error))
     return CudaLibrary(name, str(loaded.abs_path or name))  # the system may not know the path
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """The numbers of a version, for comparisons: (1, 31, 1) for "1.31.1"."""
-    return tuple(map(int, re.findall("[0-9]+", version)))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a full stop, or its type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].removesuffix(".")

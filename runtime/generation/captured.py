@@ -1,4 +1,4 @@
-"""A whole generation on a device as one captured graph.
+"""A whole generation on a device: captured as one CUDA graph where the backend can be captured, else enqueued again.
 
     request (slots, streams, options, guidance) ──> [ next_inputs ─> step ─> sample_rows ] per scale ─> decode ─>
     to_uint8
@@ -56,9 +56,9 @@ class DeviceModel:
 
 
 class CapturedGeneration:
-    """The buffers of one shape on the device, every graph bound to them, and the graph captured from them.
+    """The buffers of one shape on the device, every graph bound to them, and the CUDA graph captured from them, if any.
 
-    One captured graph serves every request of the shape. Seeds, guidance weights, top_k and top_p are read from
+    They serve every request of the shape. Seeds, guidance weights, top_k and top_p are read from
     buffers."""
 
     def __init__(self, model: DeviceModel, shape: Shape) -> None:
@@ -81,7 +81,8 @@ class CapturedGeneration:
         self._replay: Replay | _Enqueue | None = None
 
     @property
-    def captured(self) -> bool:
+    def warm(self) -> bool:
+        """Whether it has run as a whole."""
         return self._replay is not None
 
     @property

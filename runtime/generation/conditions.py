@@ -1,7 +1,7 @@
 """The condition of a class: the modulation of every block and of the head, and the first input.
 
-The condition graph gives it as many tensors with one row for each label. Tensors whose rows have one shape share a
-buffer here, so that the rows of a label are copied at once.
+The condition graph returns it as several tensors, each with a row for each label. Tensors whose rows have one shape
+share a buffer here, so that the rows of a label are copied at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..backends.base import Array, Backend, Graph
 from ..checks import require
 from ..model.tensors import GraphSpec
 
-MOST_GROWTH = 4  # times as many slots as a request needs, before they are given back
+MOST_GROWTH = 4  # with more than this many times the slots that a request needs, slots are given back
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class ConditionCache(ABC):
         slots: int,
         open_graph: Callable[[], AbstractContextManager[Graph]],
     ) -> None:
-        """slots: classes that are kept. A request with more classes gets more slots. If they become many times more
-        than `slots`, smaller requests give them back."""
+        """slots: classes that are kept. A request with more classes gets more slots. If there are more than
+        MOST_GROWTH times as many as a later request needs, it gives them back. All classes are forgotten whenever the
+        number changes."""
         self.groups = row_groups(spec)
         self._backend, self._null_class, self._least, self._open = backend, null_class, slots, open_graph
         self._slots: OrderedDict[int, int] = OrderedDict()

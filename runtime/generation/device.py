@@ -53,9 +53,9 @@ class DeviceConditions(ConditionCache):
 
 
 class DeviceGenerator(Generator):
-    """Runs requests on a device: as a whole from a captured graph, or scale by scale.
+    """Runs requests on a device: as a whole, from a captured graph where the backend allows it, or scale by scale.
 
-    It keeps the buffers and the captured graph of the shapes that were used last, and of those that `pin` names.
+    It keeps the buffers and captured graphs of the shapes that were used last, and of those that `pin` names.
     """
 
     backend: DeviceBackend
@@ -120,7 +120,7 @@ class DeviceGenerator(Generator):
             yield generation
         finally:
             unused = self._spare.pop(shape, None)  # of a second loop over this shape at the same time
-            if self.closed or (unused is not None and unused.captured):
+            if self.closed or (unused is not None and unused.warm):
                 generation, unused = cast(CapturedGeneration, unused), generation
             if unused is not None:
                 self.device.synchronize()
@@ -148,7 +148,7 @@ class DeviceGenerator(Generator):
         available = self.device.free_bytes()
         if needed > available:
             fits = largest_batch(lambda images: self.bytes_of(replace(shape, images=images)), available)
-            beside = f" beside {len(self._spare)} warm shapes" if self._spare else ""
+            beside = f" beside {len(self._spare)} warm shape{'s' * (len(self._spare) > 1)}" if self._spare else ""
             raise refuse_shape(shape, needed, available, self.device.name, fits, beside)
         return self.attempt(partial(CapturedGeneration, self._shared, shape))
 

@@ -71,8 +71,7 @@ class DeviceLoop(ScaleLoop):
         return tokens, ScaleTime(self.request.schedule[scale], time.perf_counter() - started, 0.0)
 
     def finish(self, keep_decoded: bool) -> Finished:
-        """Run what is left. If nothing has run and no tokens are given, the whole generation runs from its captured
-        graph.
+        """Run what is left. If nothing has run and no tokens are given, the whole generation runs at once.
 
         Then the host waits once, at the end.
         """

@@ -192,7 +192,7 @@ class Generator(ABC):
         return self.graph(PREFILL)
 
     def _has_room_for_prefill(self, request: Request) -> bool:
-        """Whether a second copy of the weights of the step graph fits in memory."""
+        """Whether a second copy of the weights of the step graph fits in memory. Only a host asks."""
         return True
 
     def condition(self, labels: Sequence[int]) -> dict[str, Float32]:

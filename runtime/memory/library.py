@@ -1,8 +1,8 @@
 """The memory that a library takes on a CPU to run a graph: a model with measured constants.
 
 Every constant was measured (`benchmarks/LOG.md`) and has a margin, so that a plan is never below the peak. The
-constants of a library are in its backend. OpenVINO's decoder in bfloat16 was not measured on processors without
-bfloat16 instructions.
+constants of a library are in `memory.py` in its folder of `backends/`. OpenVINO's decoder in bfloat16 was not
+measured on processors without bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..model.signatures import DECODE, STEP
 
 MLP_MAPS = 23  # maps alive in the MLP of a block
 ATTENTION_MAPS = 14  # maps alive in its attention, besides scores, keys and values
-SAMPLING = 16 * 64  # rows of logits that are sampled at once, times bytes for each code
+SAMPLING = 16 * 64  # bytes for each code: 16 rows are sampled at once, with 64 bytes each
 
 
 @dataclass(frozen=True, kw_only=True)

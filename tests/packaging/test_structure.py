@@ -1,4 +1,4 @@
-"""The structure of the runtime: no import circles, rooms that import downwards, and names that stay."""
+"""The structure of the runtime: no import circles, layers that import only from earlier ones, and names that stay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = {
     "flexvar_ref": "flexvar_ref",
     "benchmarks": "flexvar_bench",
 }
-FLOORS = (  # from the ground up: a room imports from its own floor and those below it
+LAYERS = (  # as in CONTRIBUTING: a layer imports from its own row and the rows above it
     {"errors", "checks", "_version", "files"},
     {"model", "cuda"},
     {"bundle", "pictures"},
@@ -31,7 +31,7 @@ FLOORS = (  # from the ground up: a room imports from its own floor and those be
     {"cli"},
 )
 TYPES_ONLY = {("deadlines", "generation")}  # for type checking: the base class of a pipeline names what a pipeline has
-SHIMS = {"sampling", "photo", "manifest"}  # public import paths of modules that live in a room
+REEXPORTS = {"sampling", "photo", "manifest"}  # public import paths of modules that are in a layer's folder
 
 
 def imported(path: Path, module: str, modules: set[str]) -> Iterator[str]:
@@ -79,34 +79,34 @@ def test_no_import_circle(folder: str, package: str) -> None:
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:
-    (tmp_path / "room").mkdir()
+    (tmp_path / "layer").mkdir()
     for name, text in {
-        "a.py": "from .room import b\n",
-        "room/__init__.py": "",
-        "room/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..c import x\n",
+        "a.py": "from .layer import b\n",
+        "layer/__init__.py": "",
+        "layer/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..c import x\n",
         "c.py": "def late():\n    from . import a\n",
     }.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert sorted(circle(import_graph(tmp_path, "p"))) == ["p.a", "p.c", "p.room.b"]
+    assert sorted(circle(import_graph(tmp_path, "p"))) == ["p.a", "p.c", "p.layer.b"]
 
 
-def test_rooms_import_downwards() -> None:
-    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+def test_layers_import_from_the_rows_above() -> None:
+    row = {layer: i for i, layers in enumerate(LAYERS) for layer in layers}
     wrong = []
     for module, others in import_graph(ROOT / "runtime", "flexvar_runtime").items():
-        room = module.split(".")[1] if "." in module else ""
-        if not room or room in SHIMS:
+        layer = module.split(".")[1] if "." in module else ""
+        if not layer or layer in REEXPORTS:
             continue
-        below = {other.split(".")[1] for other in others if "." in other}
-        wrong += [(module, other) for other in below if floor[other] > floor[room] and (room, other) not in TYPES_ONLY]
+        imported_layers = {other.split(".")[1] for other in others if "." in other}
+        wrong += [(module, other) for other in imported_layers if row[other] > row[layer] and (layer, other) not in TYPES_ONLY]
     assert wrong == []
 
 
-@pytest.mark.parametrize(("room", "above"), sorted(TYPES_ONLY))
-def test_what_is_imported_for_types_is_not_loaded(room: str, above: str) -> None:
-    """Every import of the room above, in any file, stands under `if TYPE_CHECKING:`."""
+@pytest.mark.parametrize(("layer", "above"), sorted(TYPES_ONLY))
+def test_what_is_imported_for_types_is_not_loaded(layer: str, above: str) -> None:
+    """Every import of the layer above, in any file, stands under `if TYPE_CHECKING:`."""
     everywhere, for_types = list[int](), list[int]()
-    for path in sorted((ROOT / "runtime" / room).rglob("*.py")):
+    for path in sorted((ROOT / "runtime" / layer).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         everywhere += [id(path) for _ in imports_of(tree, above)]
         blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
@@ -114,16 +114,16 @@ def test_what_is_imported_for_types_is_not_loaded(room: str, above: str) -> None
     assert everywhere == for_types != []
 
 
-def imports_of(tree: ast.AST, room: str) -> Iterator[ast.ImportFrom]:
-    """Imports of a room from a file of another room."""
+def imports_of(tree: ast.AST, layer: str) -> Iterator[ast.ImportFrom]:
+    """Imports of a layer in a file of another layer."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 2:
             names = [node.module] if node.module else [alias.name for alias in node.names]
-            if any(name == room or name.startswith(f"{room}.") for name in names):
+            if any(name == layer or name.startswith(f"{layer}.") for name in names):
                 yield node
 
 
-def test_no_backend_is_named_outside_its_room() -> None:
+def test_no_backend_is_named_outside_backends() -> None:
     """A backend's name as a string decides something that belongs to the backend."""
     found = []
     for path in sorted((ROOT / "runtime").rglob("*.py")):

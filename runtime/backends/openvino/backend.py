@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.opening import Bundle
-from ...cuda.libraries import first_line, version_numbers
-from ...errors import ArtifactRefused
+from ...checks import version_numbers
+from ...errors import ArtifactRefused, first_line
 from ...memory.library import LibraryMemory
 from ...model.precision import Precision
 from ...model.signatures import DECODE, GRAPHS

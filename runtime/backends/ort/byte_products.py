@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...cuda.libraries import version_numbers
+from ...checks import version_numbers
 from ...errors import BackendUnavailable
 from ..base import Availability
 

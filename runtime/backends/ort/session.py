@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...cuda.libraries import first_line, version_numbers
-from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError
+from ...checks import version_numbers
+from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError, first_line
 from ...model.tensors import GraphSpec
 from ..base import EXPORT_AGAIN, Array, Arrays, Availability, BindingCheck, Bound, Graph, closed_graph, no_memory
 

@@ -22,10 +22,8 @@ from ...bundle.manifest import ENGINES
 from ...bundle.opening import Bundle
 from ...checks import require
 from ...errors import ArtifactRefused, FlexVARError
-from ...files.private import check_private, open_unlinked, read_private
-from ...files.private import user_folder as user_folder
+from ...files.private import check_private, open_unlinked, read_private, user_folder
 from ...files.strict_json import decode, encode, loads
-from ...model.signatures import DEVICE_LABELS as DEVICE_LABELS
 from ...model.tensors import GraphSpec, TensorSpec
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ...checks import check_choice
-from ...cuda.libraries import first_line, version_numbers
-from ...errors import BackendUnavailable
+from ...checks import check_choice, version_numbers
+from ...errors import BackendUnavailable, first_line
 from ..base import Availability
 
 log = logging.getLogger(__name__)

@@ -275,7 +275,7 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_log() -> None:
     pytest.importorskip("cuda.core", reason="needs cuda.core and NVRTC, no GPU: pip install 'flexvar-deploy[gpu]'")
     with pytest.raises(BackendUnavailable, match=r"kernels.cu\(1\): error") as refusal:
         kernels.compile_source("nonsense", "sm_90", TINY)
-    assert "pip install --upgrade 'flexvar-deploy[gpu]'" in str(refusal.value)
+    assert "pip install --upgrade 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'" in str(refusal.value)
     with pytest.raises(BackendUnavailable, match=r"(?s)sm_10 .*--gpu-architecture"):
         kernels.compile_kernels("sm_10", TINY)
 
