@@ -97,8 +97,9 @@ def test_layers_import_from_the_rows_above() -> None:
         layer = module.split(".")[1] if "." in module else ""
         if not layer or layer in REEXPORTS:
             continue
-        imported_layers = {other.split(".")[1] for other in others if "." in other}
-        wrong += [(module, other) for other in imported_layers if row[other] > row[layer] and (layer, other) not in TYPES_ONLY]
+        for other in {other.split(".")[1] for other in others if "." in other}:
+            if row[other] > row[layer] and (layer, other) not in TYPES_ONLY:
+                wrong.append((module, other))
     assert wrong == []
 
 
