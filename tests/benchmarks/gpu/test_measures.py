@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from fake_ort import OnStream
 from fakes import FakeDevice
 
 import flexvar_ref
+from flexvar_bench import energy, timing
 from flexvar_bench.energy import gpu_counter, joules_of_call
 from flexvar_bench.gpu import sampler_checks
 from flexvar_bench.gpu.parity import parity
@@ -128,32 +128,35 @@ def test_repetition_keeps_to_its_budget() -> None:
 
 
 @pytest.fixture
-def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
+def clock(clock_of: Any) -> Any:
+    return clock_of(energy, timing)
+
+
+@pytest.fixture
+def nvml(clock: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A driver of one GPU that takes 300 watts."""
     fake = SimpleNamespace(
         init_v2=lambda: None,
         device_get_count_v2=lambda: 1,
         device_get_handle_by_index_v2=lambda index: 100 + index,
-        device_get_total_energy_consumption=lambda gpu: int(3e5 * time.perf_counter()) if gpu == 100 else None,
+        device_get_total_energy_consumption=lambda gpu: 3e5 * clock.now if gpu == 100 else None,
     )
     monkeypatch.setattr("cuda.bindings.nvml", fake, raising=False)
     return fake
 
 
-def test_energy_is_that_of_the_counted_calls(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexvar_bench.timing.LEAST_SECONDS", 0.05)
+def test_energy_is_that_of_the_counted_calls(nvml: Any, clock: Any) -> None:
     budget = Budget(warmup=3, least=4, most=4, seconds=0)
-    row = timed_row(2, repeat(lambda: time.sleep(0.02), budget, gpu_counter()), budget)
-    assert 300 * 0.02 / 2 <= row["joules_per_image"] < 300 * 0.06 / 2  # of 3 calls more it would be 5.25 and more
-    monkeypatch.setattr("flexvar_bench.timing.LEAST_SECONDS", 5)
-    assert repeat(lambda: time.sleep(0.02), budget, gpu_counter()).joules is None, "too short for the counter"
-    assert timed_row(2, repeat(lambda: None, budget), budget)["joules_per_image"] is None
+    row = timed_row(2, repeat(lambda: clock.sleep(1), budget, gpu_counter()), budget)
+    assert row["joules_per_image"] == pytest.approx(300 / 2)
+    assert repeat(lambda: clock.sleep(0.01), budget, gpu_counter()).joules is None, "too short for the counter"
+    assert timed_row(2, repeat(lambda: clock.sleep(1), budget), budget)["joules_per_image"] is None
 
 
-def test_the_energy_of_a_call(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexvar_bench.energy.LEAST_SECONDS", 0.1)
+def test_the_energy_of_a_call(nvml: Any, clock: Any) -> None:
     counter = gpu_counter()
-    assert counter is not None and 300 * 0.02 <= joules_of_call(lambda: time.sleep(0.02), counter) < 300 * 0.06
+    assert counter is not None
+    assert joules_of_call(lambda: clock.sleep(0.02), counter) == pytest.approx(300 * 0.02)
 
 
 @pytest.mark.parametrize("count", [0, 2])
