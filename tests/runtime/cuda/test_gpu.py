@@ -152,7 +152,7 @@ def test_names_of_devices() -> None:
 
 def test_a_library_that_is_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.importlib, "import_module", lambda _: (_ for _ in ()).throw(ImportError("no cuda")))
-    with pytest.raises(BackendUnavailable, match=r"cuda\.core .*\(no cuda\).*pip install 'flexvar-deploy\[gpu\]'"):
+    with pytest.raises(BackendUnavailable, match=r"cuda\.core .*\(no cuda\).*pip install 'cuda-python>=13'"):
         find_gpu()
     monkeypatch.setattr(gpu.importlib, "import_module", lambda _: SimpleNamespace(__version__="0.5.1"))
     with pytest.raises(BackendUnavailable, match=r"cuda\.core 0\.5\.1 .*1\.0"):
