@@ -13,7 +13,7 @@ from ...model.precision import Precision
 
 FLOAT32_ARITHMETIC = LibraryMemory(
     runtime=102 * 2**20,
-    arena=1.1,
+    arena=1.05,
     products=2.1,
     half_products=3.1,  # the file and its float32 copy of twice the size; measured for the tiny model only
     convolutions=5.5,  # at the first run they exist in several layouts at once
@@ -27,7 +27,7 @@ FLOAT32_ARITHMETIC = LibraryMemory(
 BF16_ARITHMETIC = replace(
     FLOAT32_ARITHMETIC,
     runtime=112 * 2**20,
-    arena=1.15,
+    arena=1.1,
     transposed_maps=(9.0, 3.0),  # any size; the default size, compiled for its shape, takes less
     half_step=1.0,
     half_products=2.4,
