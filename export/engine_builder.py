@@ -16,7 +16,7 @@ from typing import Any
 
 from flexvar_runtime.backends.tensorrt.engine_files import PORTABLE, EngineId, PrecisionReport
 from flexvar_runtime.backends.tensorrt.library import TrtLibrary, known_targets
-from flexvar_runtime.bundle.onnx_scan import Scan, scan
+from flexvar_runtime.bundle.onnx_scan import Scan
 from flexvar_runtime.bundle.opening import Bundle
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, FlexVARError, InvalidInput, OutOfMemory
 from flexvar_runtime.files.atomic import atomic_write
@@ -70,8 +70,8 @@ def build_engine(
 
 def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timing: Path | None, tick: Tick) -> Plan:
     spec, path = bundle.graph(wanted.graph), bundle.graph_file(wanted.graph)
-    content = scan(path)
-    _check_content(path.name, content, bundle.graph_files(wanted.graph))
+    content = bundle.scan(wanted.graph)
+    _check_content(path.name, content)
     builder = library.module.Builder(library.logger)
     network = builder.create_network()
     parser = _parse(library, network, path)  # it owns the weights that the network refers to
@@ -100,8 +100,8 @@ def supported_targets(library: TrtLibrary) -> tuple[str, ...]:
     return tuple(name for name in known_targets(library) if name not in UNFIT_TARGETS)
 
 
-def _check_content(name: str, content: Scan, files: tuple[str, ...]) -> None:
-    """Raise ArtifactRefused for inputs that the parser would ignore, and for weights outside the hash of the graph."""
+def _check_content(name: str, content: Scan) -> None:
+    """Raise ArtifactRefused for inputs that the parser would ignore."""
     for node in content.nodes:
         if node.operator != "Attention":
             continue
@@ -112,13 +112,6 @@ def _check_content(name: str, content: Scan, files: tuple[str, ...]) -> None:
                     expected="attention without optional inputs",
                     fix=_EXPORT_AGAIN,
                 )
-    other = sorted(content.weight_files - set(files))
-    if other:
-        raise ArtifactRefused(
-            f"{name} has weights in {other[0]!r:.100}, but they must lie in {files[-1]}.",
-            expected=f"weights in {files[-1]}",
-            fix=_EXPORT_AGAIN,
-        )
 
 
 def _parse(library: TrtLibrary, network: Any, path: Path) -> Any:

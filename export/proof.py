@@ -6,7 +6,6 @@ verified again without its checkpoint.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from flexvar_ref import FlexVAR, Options, Tokenizer, iter_scales
 from flexvar_ref.generation import Uniforms
 from flexvar_runtime import Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.errors import ArtifactRefused
+from flexvar_runtime.files.npz import open_npz
 from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.noise import uniforms
 
@@ -86,19 +86,14 @@ class Proof:
 
     @classmethod
     def load(cls, path: Path) -> Proof:
-        """Read a proof that `save` wrote. Raises ArtifactRefused."""
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
+        """Read a proof that `save` wrote. Raises ArtifactRefused, OutOfMemory."""
+        with open_npz(path, path.name, expected="a recorded proof", fix=_EXPORT_AGAIN) as stored:
+            arrays = {name: stored.read(name) for name in stored.infos}
             cases: list[Case] = []
             while f"case{len(cases)}.labels" in arrays:
                 cases.append(_read_case(arrays, f"case{len(cases)}."))
             labels = tuple(arrays["labels"].tolist())
             return cls(cases=tuple(cases), labels=labels, **{name: arrays[name] for name in _ARRAYS})
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise ArtifactRefused(
-                f"{path.name} holds no proof: {error!r}.", expected="a recorded proof", fix=_EXPORT_AGAIN
-            ) from error
 
     def require_fit(self, model: ModelFacts) -> None:
         """Raise ArtifactRefused unless there is a case, and every array has the type and shape for this model."""

@@ -1,7 +1,9 @@
-"""A reader of ONNX files that needs no onnx: nodes with their inputs and outputs, types, and weight files.
+"""A strict reader of ONNX files that needs no onnx: nodes with their inputs and outputs, types, and stored tensors.
 
-The engine builder uses it because TensorRT's parser silently drops some inputs. `ort-cuda`, `export` and `inspect`
-use it to find nodes without a CUDA kernel. Field numbers are those of onnx.proto.
+A file that libraries could read in another way is refused: unknown parts, functions, subgraphs, sparse tensors, and
+files that do not begin as serialised ONNX does. `graph_rules.py` checks what was read when a bundle opens. The engine
+builder uses it because TensorRT's parser silently drops some inputs. `ort-cuda`, `export` and `inspect` use it to find
+nodes without a CUDA kernel. Field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -10,23 +12,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ArtifactRefused
+import numpy as np
 
-_MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTION = 7, 8, 25
+from ..checks import short
+from ..files.parsing import refuse_failures
+
+_MODEL_GRAPH, _MODEL_OPSET = 7, 8
+_MODEL_PARTS = frozenset({*range(1, 9), 14})  # not 20, 25 and 26: training, functions, devices
+_MODEL_BEGIN = b"\x08"  # the version of the format, its first field. No other format of a library begins so
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
-_GRAPH_VALUES = (11, 12, 13)  # inputs, outputs and inner tensors
+_GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_DOC, _GRAPH_METADATA = 1, 2, 5, 10, 16
+_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_INNER = _GRAPH_VALUES = (11, 12, 13)
+_GRAPH_IGNORED = frozenset({_GRAPH_NAME, _GRAPH_DOC, _GRAPH_METADATA})
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_KIND = 1, 2, 1, 1
-_FUNCTION_NODE = 7
 _NODE_TEXTS = (1, 2, 3, 4, 7)  # inputs, outputs, name, operator, domain
-_NODE_ATTRIBUTE = 5
-_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
-_TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
+_NODE_ATTRIBUTE, _NODE_DOC, _NODE_METADATA = 5, 6, 9
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS = 5, 10
+_ATTRIBUTE_REFUSED = frozenset({6, 11, 22, 23})  # graphs and sparse tensors
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT32, _TENSOR_INT64, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 5, 7, 8, 9
+_TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _BYTES = 2  # wire type of texts, bytes and messages
-_MAX_DEPTH = 8
 _SHAPES = frozenset({"Shape", "Size"})
 _FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: float32, float16, float64, bfloat16
+_INTEGERS = {6: "<i4", 7: "<i8"}  # element types of the ONNX format that hold sizes, and their NumPy types
+_NOTHING = memoryview(b"")
+_FEW = 64  # a tensor of integers with at most so many elements can be a shape
 
 
 @dataclass(frozen=True)
@@ -41,19 +52,43 @@ class Node:
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A constant tensor. kind: element type, a number of the ONNX format.
+
+    external: key and value of the entries that say where its bytes are, if they are in another file. integers: its
+    values, if it is a short tensor of integers in the graph's file.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    external: tuple[tuple[str, str], ...] = ()
+    integers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Scan:
     """Content of an ONNX file.
 
-    nodes: all nodes, also those of subgraphs and functions. weight_files: files that hold weights. constants: names of
-    the tensors in the file. kinds: element types (numbers of the ONNX format) by tensor, if the file has them. opset:
-    version of ONNX's own operators, 0 if the file has none.
+    nodes: in the order of the file. tensors: the constants, also those in attributes. constants: names of the tensors
+    that are no attributes. inputs, outputs: names. kinds: element types (numbers of the ONNX format) by tensor, if the
+    file has them. opset: version of ONNX's own operators, 0 if the file has none. domains: names of other sets of
+    operators.
     """
 
     nodes: tuple[Node, ...]
-    weight_files: frozenset[str]
+    tensors: tuple[StoredTensor, ...] = ()
     constants: frozenset[str] = frozenset()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
     kinds: dict[str, int] = field(default_factory=dict)
     opset: int = 0
+    domains: frozenset[str] = frozenset()
+
+    @property
+    def weight_files(self) -> frozenset[str]:
+        """The files that hold weights, as the graph names them."""
+        return frozenset(value for tensor in self.tensors for key, value in tensor.external if key == "location")
 
     def shape_arithmetic(self) -> frozenset[str]:
         """Names of the tensors that are computed from shapes, or from shapes and constants, and not floating-point."""
@@ -72,72 +107,141 @@ class _Found:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
-        self.files, self.constants = set[str](), set[str]()
+        self.tensors: list[StoredTensor] = []
+        self.constants, self.domains = set[str](), set[str]()
+        self.values: dict[int, list[str]] = {number: [] for number in _GRAPH_VALUES}
         self.kinds: dict[str, int] = {}
         self.opset = 0
 
+    def scan(self) -> Scan:
+        return Scan(
+            nodes=tuple(self.nodes),
+            tensors=tuple(self.tensors),
+            constants=frozenset(self.constants),
+            inputs=tuple(self.values[_GRAPH_INPUT]),
+            outputs=tuple(self.values[_GRAPH_OUTPUT]),
+            kinds=self.kinds,
+            opset=self.opset,
+            domains=frozenset(self.domains),
+        )
+
 
 def scan(path: Path) -> Scan:
-    """Read an ONNX file without its weights. Raises ArtifactRefused if it is not an ONNX file."""
-    found = _Found()
-    try:
-        for number, value in _fields(memoryview(path.read_bytes())):
+    """Read an ONNX file without its weights. Raises ArtifactRefused if it is not an ONNX file, or not a plain one."""
+    problem, fix = f"{path.name} cannot be read as ONNX", "Export the bundle again."
+    with refuse_failures(problem, expected="a graph in ONNX format", fix=fix):
+        data = path.read_bytes()
+        if not data.startswith(_MODEL_BEGIN):
+            raise ValueError("it does not begin with the version of the format")
+        found = _Found()
+        for number, value in _all_fields(memoryview(data)):
+            if number not in _MODEL_PARTS:
+                raise ValueError(f"the model has the field {number}")
             if number == _MODEL_GRAPH:
-                _graph(value, found, 0)
-            elif number == _MODEL_OPSET and not any(field == _OPSET_DOMAIN and text for field, text in _fields(value)):
-                found.opset = _numbers(value).get(_OPSET_VERSION, 0)
-            elif number == _MODEL_FUNCTION:
-                found.nodes += [_node(node, found, 0) for field, node in _fields(value) if field == _FUNCTION_NODE]
-    except (IndexError, ValueError, RecursionError) as error:
-        problem, fix = f"{path.name} cannot be read as ONNX ({error}).", "Export the bundle again."
-        raise ArtifactRefused(problem, expected="a graph in ONNX format", fix=fix) from error
-    return Scan(tuple(found.nodes), frozenset(found.files), frozenset(found.constants), found.kinds, found.opset)
+                _graph(_message(value), found)
+            elif number == _MODEL_OPSET:
+                _opset(_message(value), found)
+        return found.scan()
 
 
-def _graph(data: memoryview, found: _Found, depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise ValueError("its graphs are nested too deep")
-    for number, value in _fields(data):
+def _opset(data: memoryview, found: _Found) -> None:
+    domain = "".join(_text(text) for number, text in _fields(data) if number == _OPSET_DOMAIN)
+    if domain:
+        found.domains.add(domain)
+    else:
+        found.opset = _numbers(data).get(_OPSET_VERSION, 0)
+
+
+def _graph(data: memoryview, found: _Found) -> None:
+    for number, part in _all_fields(data):
+        value = _message(part)
         if number == _GRAPH_NODE:
-            found.nodes.append(_node(value, found, depth))
+            found.nodes.append(_node(value, found))
         elif number == _GRAPH_INITIALIZER:
-            found.files |= _weight_files(value)
-            found.constants |= {_text(part) for field, part in _fields(value) if field == _TENSOR_NAME}
+            tensor = _tensor(value)
+            found.tensors.append(tensor)
+            found.constants.add(tensor.name)
         elif number in _GRAPH_VALUES:
-            _value(value, found)
-        elif number == _GRAPH_SPARSE:
-            raise ValueError("it has sparse weights")
+            found.values[number].append(_value(value, found))
+        elif number not in _GRAPH_IGNORED:
+            raise ValueError(f"the graph has the field {number}")
 
 
-def _value(data: memoryview, found: _Found) -> None:
-    """Record the element type of a tensor, if the file has it."""
+def _value(data: memoryview, found: _Found) -> str:
+    """Name of a tensor. Its element type is recorded, if the file has it."""
     parts = dict(_fields(data))
-    tensor = dict(_fields(parts.get(_VALUE_TYPE, memoryview(b"")))).get(_TYPE_TENSOR)
-    if tensor is not None and _VALUE_NAME in parts:
-        found.kinds[_text(parts[_VALUE_NAME])] = _numbers(tensor).get(_TENSOR_KIND, 0)
+    name = _text(parts.get(_VALUE_NAME, _NOTHING))
+    tensor = dict(_fields(parts.get(_VALUE_TYPE, _NOTHING))).get(_TYPE_TENSOR)
+    if tensor is not None and name:
+        found.kinds[name] = _numbers(tensor).get(_TENSOR_KIND, 0)
+    return name
 
 
-def _node(data: memoryview, found: _Found, depth: int) -> Node:
+def _node(data: memoryview, found: _Found) -> Node:
     texts: dict[int, list[str]] = {number: [] for number in _NODE_TEXTS}
-    for number, value in _fields(data):
+    for number, part in _all_fields(data):
+        value = _message(part)
         if number in texts:
             texts[number].append(_text(value))
         elif number == _NODE_ATTRIBUTE:
-            for field, part in _fields(value):
-                if field in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-                    found.files |= _weight_files(part)
-                elif field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-                    _graph(part, found, depth + 1)
+            _attribute(value, found)
+        elif number not in (_NODE_DOC, _NODE_METADATA):
+            raise ValueError(f"a node has the field {number}")
     inputs, outputs, *single = (texts[number] for number in _NODE_TEXTS)
     name, operator, domain = (values[-1] if values else "" for values in single)
     return Node(name, operator, tuple(inputs), tuple(outputs), domain)
 
 
-def _weight_files(tensor: memoryview) -> set[str]:
-    entries = [dict(_fields(value)) for number, value in _fields(tensor) if number == _TENSOR_EXTERNAL]
-    empty = memoryview(b"")
-    pairs = [(_text(entry.get(_ENTRY_KEY, empty)), _text(entry.get(_ENTRY_VALUE, empty))) for entry in entries]
-    return {value for key, value in pairs if key == "location"}
+def _attribute(data: memoryview, found: _Found) -> None:
+    for number, value in _fields(data):
+        if number in _ATTRIBUTE_REFUSED:
+            raise ValueError("a node has a graph or a sparse tensor")
+        if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+            found.tensors.append(_tensor(value))
+
+
+def _tensor(data: memoryview) -> StoredTensor:
+    """A tensor. Numbers may come one by one or packed in a text, as the format allows."""
+    name, kind, external, location = "", 0, [], 0
+    dims, stored = list[int](), list[int]()
+    raw = _NOTHING
+    for number, value in _all_fields(data):
+        if number == _TENSOR_DIMS:
+            dims += _signed(value)
+        elif number in (_TENSOR_INT32, _TENSOR_INT64):
+            stored += _signed(value) if len(stored) <= _FEW else ()
+        elif isinstance(value, int):
+            kind = value if number == _TENSOR_TYPE else kind
+            location = value if number == _TENSOR_LOCATION else location
+        elif number == _TENSOR_NAME:
+            name = _text(value)
+        elif number == _TENSOR_RAW:
+            raw = value
+        elif number == _TENSOR_EXTERNAL:
+            entry = dict(_fields(value))
+            external.append((_text(entry.get(_ENTRY_KEY, _NOTHING)), _text(entry.get(_ENTRY_VALUE, _NOTHING))))
+    if bool(external) != (location == 1) or location > 1:
+        raise ValueError(f"the tensor {short(name)} does not say clearly where its bytes are")
+    integers = stored
+    if kind in _INTEGERS and 0 < len(raw) <= 8 * _FEW:
+        integers = np.frombuffer(raw, _INTEGERS[kind]).tolist()
+    few = kind in _INTEGERS and len(integers) <= _FEW
+    return StoredTensor(name, kind, tuple(dims), tuple(external), tuple(integers) if few else ())
+
+
+def _signed(value: memoryview | int) -> list[int]:
+    """One number, or those packed in a text, as int64."""
+    numbers = [value] if isinstance(value, int) else []
+    at = 0
+    while isinstance(value, memoryview) and at < len(value):
+        number, at = _varint(value, at)
+        numbers.append(number)
+    return [number - 2**64 if number >= 2**63 else number for number in numbers]
+
+
+def _message(value: memoryview | int) -> memoryview:
+    """A text or message. A number in its place is ignored, as by every reader of the format."""
+    return value if isinstance(value, memoryview) else _NOTHING
 
 
 def _text(value: memoryview) -> str:

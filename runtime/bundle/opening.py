@@ -1,7 +1,8 @@
 """Opening a bundle: every file is checked against the manifest before its content is parsed.
 
 The cheap checks come first: manifest, names, links and sizes. Then comes the sha256 of every file. The only parser that
-sees unchecked bytes is the strict JSON parser of the manifest.
+sees unchecked bytes is the strict JSON parser of the manifest. Last, every graph is scanned (`graph_rules.py`), so that a
+library reads no graph that could harm.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from ..errors import ArtifactRefused
 from ..files.private import open_unlinked
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
+from .graph_rules import check_graph
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
+from .onnx_scan import Scan
 
 MAX_WORKERS = 1024
 _COPY_AGAIN = "Copy the whole bundle again, or export it again."
@@ -47,7 +50,10 @@ class Bundle:
             expected = manifest.files[name]
             if record != expected:
                 _refuse(name, "does not match its sha256 in the manifest", f"sha256 {expected.sha256}", _COPY_AGAIN)
-        return cls(path=root, manifest=manifest, sha256=hashlib.sha256(data).hexdigest())
+        bundle = cls(path=root, manifest=manifest, sha256=hashlib.sha256(data).hexdigest())
+        for name in manifest.graphs:
+            bundle.scan(name)
+        return bundle
 
     def file(self, name: str) -> Path:
         """The path of a file of the manifest. Raises ArtifactRefused for any other name."""
@@ -70,15 +76,13 @@ class Bundle:
         return tuple(each for each in (file, f"{self.graph(owner).file}.data") if each in files)
 
     def graph_file(self, name: str) -> Path:
-        """The path of a graph. Raises ArtifactRefused if it takes weights from `engines/`.
+        """The path of a graph. Raises ArtifactRefused if the bundle has no such graph."""
+        return self.file(self.graph(name).file)
 
-        The files in `engines/` are the only ones in a bundle that are not checked. Backends refuse weights outside it.
-        """
-        path = self.file(self.graph(name).file)
-        if ENGINES.encode() in path.read_bytes().lower():
-            problem = f"names {ENGINES}/, a folder that is not checked"
-            _refuse(path.name, problem, "weights in files of the manifest", _EXPORT_AGAIN)
-        return path
+    def scan(self, name: str) -> Scan:
+        """Read a graph without a library, and check that a library can read it safely. Raises ArtifactRefused."""
+        weights = {each: self.manifest.files[each].size for each in self.graph_files(name)}
+        return check_graph(self.graph_file(name), self.graph(name), weights)
 
 
 def bundle_root(path: str | os.PathLike[str]) -> Path:

@@ -14,7 +14,6 @@ from rich.table import Column, Table
 from ..backends import KERNELS_CHECKED, planned_backend, precisions
 from ..backends.ort.placement import without_cuda_kernel
 from ..bundle.manifest import Manifest
-from ..bundle.onnx_scan import scan
 from ..bundle.opening import Bundle
 from ..deadlines.choice import quality_order
 from ..errors import ArtifactRefused
@@ -119,7 +118,7 @@ class _OnCuda:
         if precision not in precisions(KERNELS_CHECKED):
             return cls(precision, False, {})
         try:
-            found = {name: without_cuda_kernel(scan(bundle.graph_file(name))) for name in bundle.manifest.graphs}
+            found = {name: without_cuda_kernel(bundle.scan(name)) for name in bundle.manifest.graphs}
         except ArtifactRefused as error:
             return cls(precision, True, {}, error.got)
         missing = {name: dict(Counter(node.operator for node in nodes)) for name, nodes in found.items() if nodes}

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArtifactRefused
+from ..files.npz import ArrayInfo, read_npz
 from .facts import ModelFacts
 from .resize import area_matrix, bicubic_matrix, resize
 
 Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int32]
-_EXPORT_AGAIN = "Export the bundle again."
 
 
 @dataclass(frozen=True)
@@ -29,26 +28,14 @@ class Tables:
 
     @classmethod
     def load(cls, path: Path, model: ModelFacts) -> Tables:
-        """Read `tables.npz` of a checked bundle. Raises ArtifactRefused if it does not fit the model."""
-        from zipfile import BadZipFile  # slow to import
-
+        """Read `tables.npz` of a checked bundle. Raises ArtifactRefused if it does not fit the model, OutOfMemory."""
         shapes = {
             "codebook": (model.vocabulary, model.code_dim),
             "position_table": (model.width, model.position_side, model.position_side),
             "input_bias": (model.width,),
         }
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            problem = f"{path.name} is damaged ({error})."
-            raise ArtifactRefused(problem, expected="arrays in npz form", fix=_EXPORT_AGAIN) from error
-        got = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-        if got != {name: ("float32", shape) for name, shape in shapes.items()}:
-            expected = f"float32 arrays {shapes}"
-            problem = f"{path.name} holds {got}, but it must hold {expected}."
-            raise ArtifactRefused(problem, expected=expected, fix=_EXPORT_AGAIN)
-        return cls(**arrays)
+        arrays = {name: ArrayInfo("float32", shape) for name, shape in shapes.items()}
+        return cls(**read_npz(path, path.name, arrays, fix="Export the bundle again."))
 
     def save(self, path: Path) -> None:
         np.savez(path, codebook=self.codebook, position_table=self.position_table, input_bias=self.input_bias)

@@ -21,7 +21,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ...bundle.onnx_scan import scan
 from ...bundle.opening import Bundle
 from ...cuda.device import Device
 from ...cuda.gpu import CudaDevice, find_gpu
@@ -70,7 +69,7 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
     if not state.available:
         return state
     for graph in bundle.manifest.graphs:
-        missing = without_cuda_kernel(scan(bundle.graph_file(graph)))
+        missing = without_cuda_kernel(bundle.scan(graph))
         if missing:
             counts = count_operators(node.operator for node in missing)
             return Availability(False, f"{name} has no CUDA kernel for {counts} in {graph}", EXPORT_FOR_GPU)

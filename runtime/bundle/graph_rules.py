@@ -1,0 +1,97 @@
+"""What a graph of a bundle may hold. It is checked when the bundle opens, before a library reads the graph.
+
+Libraries read files that a graph names, run loops without end, and compute on constants while they load a graph. The
+rules exclude that. They cannot bound the memory that a graph takes while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+from ..checks import short
+from ..errors import ArtifactRefused
+from ..model.tensors import GraphSpec
+from .onnx_scan import Scan, StoredTensor, scan
+
+_DOMAINS = frozenset({"", "ai.onnx"})
+_REFUSED = frozenset({"Loop", "Scan", "If", "SequenceMap"})
+_RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormal", "RandomUniform"})
+_LARGEST_SIZE, _MOST_ELEMENTS = 2**20, 2**26  # in a constant that can be a shape. Exported graphs have at most 2**12
+_MOST_NODES = 100_000
+_FIX = "Export the bundle again."
+_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+"""Bytes of an element by its type, a number of the ONNX format."""
+
+
+def check_graph(path: Path, spec: GraphSpec, sizes: Mapping[str, int]) -> Scan:
+    """Read a graph and check it. Raises ArtifactRefused.
+
+    spec: what the manifest says of it. sizes: the files that may hold its weights, and their sizes in bytes.
+    """
+    found = scan(path)
+    folder = PurePosixPath(spec.file).parent
+    for tensor in found.tensors:
+        _check_size(spec.file, tensor)
+        if tensor.external:
+            _check_external(spec.file, tensor, {_relative(name, folder): size for name, size in sizes.items()})
+    _check_operators(spec.file, found)
+    for what, names, tensors in (("inputs", found.inputs, spec.inputs), ("outputs", found.outputs, spec.outputs)):
+        declared = {tensor.name for tensor in tensors}
+        if not declared <= set(names) <= declared | found.constants or len(set(names)) != len(names):
+            _refuse(spec.file, f"has the {what} {short(names)}", f"the {what} {', '.join(sorted(declared))}")
+    return found
+
+
+def _relative(name: str, folder: PurePosixPath) -> str:
+    path = PurePosixPath(name)
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else ""
+
+
+def _check_operators(file: str, found: Scan) -> None:
+    """Every node is of ONNX's own operators and computes something that depends on an input of the graph."""
+    if not 0 < len(found.nodes) <= _MOST_NODES:
+        _refuse(file, f"has {len(found.nodes)} nodes", f"1 to {_MOST_NODES} nodes")
+    others = found.domains - _DOMAINS
+    if others:
+        _refuse(file, f"uses operators of {short(min(others))}", "ONNX's own operators only")
+    constants = {"", *found.constants}
+    for node in found.nodes:
+        if node.domain not in _DOMAINS or node.operator in _REFUSED or node.operator.startswith(tuple(_RANDOM)):
+            name = f"{node.domain}.{node.operator}" if node.domain else node.operator
+            _refuse(file, f"uses the operator {short(name)}", "ONNX's own operators without loops, branches and chance")
+        if node.operator == "Constant":
+            constants |= set(node.outputs)
+        elif constants.issuperset(node.inputs):
+            expected = "nodes that depend on an input of the graph"
+            _refuse(file, f"has the node {short(node.name or node.operator)}, which computes on constants", expected)
+
+
+def _check_size(file: str, tensor: StoredTensor) -> None:
+    """Sizes are not negative, and what could be a shape is not huge."""
+    sizes = [abs(value) for value in tensor.integers if abs(value) < 2**31 - 1]  # larger ones mean "to the end"
+    huge = any(value > _LARGEST_SIZE for value in sizes) or math.prod(max(1, size) for size in sizes) > _MOST_ELEMENTS
+    if huge or any(size < 0 for size in tensor.shape):
+        problem = f"has the constant {short(tensor.name)} with {short(tensor.integers or tensor.shape)}"
+        _refuse(file, problem, "constants of sensible sizes")
+
+
+def _check_external(file: str, tensor: StoredTensor, sizes: Mapping[str, int]) -> None:
+    """The bytes of a tensor lie inside a file that belongs to the graph."""
+    entries = dict(tensor.external)
+    numbers = [entries.get(key, "0") for key in ("offset", "length")]
+    plain = all(text.isascii() and text.isdigit() and len(text) <= 18 for text in numbers)
+    known = len(entries) == len(tensor.external) and entries.keys() <= {"location", "offset", "length", "checksum"}
+    size = sizes.get(entries.get("location", ""))
+    if not (plain and known and size is not None and "length" in entries):
+        problem = f"takes the weight {short(tensor.name)} from {short(entries.get('location', ''))}"
+        _refuse(file, problem, f"weights with a plain offset and length in {' or '.join(sizes) or 'the graph'}")
+    offset, length = map(int, numbers)
+    if length != math.prod(tensor.shape) * _BYTES.get(tensor.kind, -1) or offset + length > size:
+        _refuse(file, f"has the weight {short(tensor.name)} outside its file", f"weights inside {entries['location']}")
+
+
+def _refuse(file: str, problem: str, expected: str) -> NoReturn:
+    raise ArtifactRefused(f"{file} {problem}, but it must have {expected}.", expected=expected, fix=_FIX)

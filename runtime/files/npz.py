@@ -1,0 +1,92 @@
+"""A reader of `.npz` files from outside. Names, types and shapes are known before an array is read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from .parsing import refuse_failures
+
+_MOST_ENTRIES = 10_000
+_LARGEST_HEADER = 1024  # bytes that describe an array. NumPy writes about 128
+_SUFFIX = ".npy"
+_KINDS = frozenset("biuf")  # of NumPy's types: truth values and numbers
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """Type and shape of a stored array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class NpzFile:
+    """The arrays of an open `.npz` file. infos: their types and shapes by name."""
+
+    def __init__(self, archive: ZipFile) -> None:
+        self._archive = archive
+        entries = archive.infolist()
+        if len(entries) > _MOST_ENTRIES or len({entry.filename for entry in entries}) != len(entries):
+            raise ValueError("it has too many entries, or one of them twice")
+        self._entries = {entry.filename.removesuffix(_SUFFIX): entry for entry in entries}
+        self.infos = {name: self._info(entry) for name, entry in self._entries.items()}
+
+    def _info(self, entry: ZipInfo) -> ArrayInfo:
+        stored = entry.compress_type == ZIP_STORED and entry.compress_size == entry.file_size
+        if not stored or entry.flag_bits & 1 or not entry.filename.endswith(_SUFFIX):
+            raise ValueError(f"its entry {entry.filename[:100]!r} is not a stored array")
+        with self._archive.open(entry) as file:
+            shape, dtype = _read_header(file)
+            if entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"the size of {entry.filename[:100]!r} does not fit its shape")
+        return ArrayInfo(str(dtype), shape)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """One array. Raises KeyError, ValueError."""
+        with self._archive.open(self._entries[name]) as file:
+            shape, dtype = _read_header(file)
+            return np.frombuffer(bytearray(file.read()), dtype).reshape(shape)
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array in a `.npy` file of version 1.0, in the order of C and this machine's bytes."""
+    if npy.read_magic(file) != (1, 0):
+        raise ValueError("it has an array of another version than 1.0")
+    shape, fortran, dtype = npy.read_array_header_1_0(file, max_header_size=_LARGEST_HEADER)
+    plain = dtype.kind in _KINDS and dtype.isnative and not fortran
+    if not plain or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError("it has an array that is not made of plain numbers")
+    return shape, dtype
+
+
+@contextmanager
+def open_npz(source: Path | BinaryIO, name: str, *, expected: str, fix: str) -> Iterator[NpzFile]:
+    """Open an `.npz` file with stored arrays of plain numbers. Arrays are read on demand.
+
+    name: of the file, for errors. Whatever goes wrong until the end of the body is an ArtifactRefused with `expected`
+    and `fix`, or an OutOfMemory.
+    """
+    with refuse_failures(f"{name} cannot be read", expected=expected, fix=fix), ZipFile(source) as archive:
+        yield NpzFile(archive)
+
+
+def read_npz(
+    source: Path | BinaryIO, name: str, arrays: Mapping[str, ArrayInfo], *, fix: str
+) -> dict[str, NDArray[Any]]:
+    """Read an `.npz` file that must hold exactly these arrays. Raises ArtifactRefused, OutOfMemory."""
+    expected = ", ".join(f"{key} {info.dtype} {info.shape}" for key, info in arrays.items())
+    with open_npz(source, name, expected=expected, fix=fix) as stored:
+        if stored.infos != dict(arrays):
+            raise ValueError(f"it must hold {expected}")
+        return {key: stored.read(key) for key in arrays}
