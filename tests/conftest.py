@@ -22,8 +22,6 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
 FILES = {
-    "step.onnx": b"step" * 1000,
-    "decoder.onnx": b"decoder",
     "tables.npz": b"tables" * 100,
     "weights/step.bin": bytes(range(256)) * 9000,
     "weights/empty.bin": b"",
@@ -213,11 +211,14 @@ def manifest() -> Manifest:
 
 @pytest.fixture
 def bundle_dir(tmp_path: Path, manifest: Manifest) -> Path:
-    """A sealed bundle on disk whose content means nothing, with a file in a sub-directory and an empty one."""
+    """A sealed bundle on disk whose graphs do nothing, with a file in a sub-directory and an empty one."""
+    from onnx_bytes import plain_graph
+
     from flexvar_export.bundle_writer import seal, write_bundle
 
     with write_bundle(tmp_path / "tiny.bundle") as directory:
-        for name, content in FILES.items():
+        graphs = {spec.file: plain_graph(spec) for spec in manifest.graphs.values()}
+        for name, content in (FILES | graphs).items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
         seal(directory, manifest)

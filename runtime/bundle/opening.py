@@ -1,8 +1,8 @@
 """Opening a bundle: every file is checked against the manifest before its content is parsed.
 
 The cheap checks come first: manifest, names, links and sizes. Then comes the sha256 of every file. The only parser that
-sees unchecked bytes is the strict JSON parser of the manifest. Last, every graph is scanned (`graph_rules.py`), so that a
-library reads no graph that could harm.
+sees unchecked bytes is the strict JSON parser of the manifest. Last, every graph is scanned (`graph_rules.py`), so
+that a library reads no graph that could harm.
 """
 
 from __future__ import annotations

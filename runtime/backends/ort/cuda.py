@@ -111,7 +111,7 @@ class OrtCuda(DeviceBackend):
         """Open a session that enqueues on the device's stream. `once` changes nothing: weights stay on the GPU."""
         path, spec = bundle.graph_file(graph), bundle.graph(graph)
         options: dict[str, Any] = {
-            "opener": lambda: self._open_session(path, graph),
+            "opener": lambda: self._open_session(bundle, graph),
             "place": ("cuda", self.device.ordinal),
             "address": lambda array: int(array.address),
             "run_options": run_options(NOT_CAPTURED),
@@ -120,7 +120,7 @@ class OrtCuda(DeviceBackend):
             return CapturingGraph(path.name, spec, wait=self.device.synchronize, **options)
         return OrtGraph(path.name, spec, **options)
 
-    def _open_session(self, path: Path, graph: str) -> Any:
+    def _open_session(self, bundle: Bundle, graph: str) -> Any:
         ort = importlib.import_module("onnxruntime")
         options = ort.SessionOptions()
         options.log_severity_level = SILENT  # `require_placed` checks what the log would say
@@ -133,7 +133,7 @@ class OrtCuda(DeviceBackend):
             "use_tf32": "0",
             "enable_cuda_graph": str(int(graph in CAPTURED)),
         }
-        session = open_session(path, options, (PROVIDER, provider))
+        session = open_session(bundle.graph_file(graph), options, (PROVIDER, provider))
         first = str(session.get_providers()[0])
         if first != PROVIDER:
             raise BackendUnavailable(
@@ -141,7 +141,7 @@ class OrtCuda(DeviceBackend):
                 expected=PROVIDER,
                 fix="Install CUDA 13 and cuDNN 9 with: pip install 'flexvar-deploy[gpu]'",
             )
-        require_placed(session, scan(path), graph, PROVIDER)
+        require_placed(session, bundle.scan(graph), graph, PROVIDER)
         return session
 
 

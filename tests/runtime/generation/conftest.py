@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx_bytes import plain_graph
 from recording_backend import MODEL, Open, RecordingBackend
 
 from flexvar_export.bundle_writer import seal, write_bundle
@@ -20,7 +21,7 @@ from flexvar_runtime.model.tables import Tables
 
 @pytest.fixture
 def open_pipeline(tmp_path: Path, manifest: Manifest) -> Open:
-    """A pipeline on a recording backend: over a sealed bundle whose graphs hold no graph."""
+    """A pipeline on a recording backend: over a sealed bundle whose graphs do nothing."""
 
     def build(model: ModelFacts = MODEL, **options: Any) -> tuple[FlexVARPipeline, RecordingBackend]:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.bundle"
@@ -33,7 +34,7 @@ def open_pipeline(tmp_path: Path, manifest: Manifest) -> Open:
         )
         with write_bundle(path) as directory:
             for spec in specs.values():
-                (directory / spec.file).write_bytes(b"graph")
+                (directory / spec.file).write_bytes(plain_graph(spec))
             Tables(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes)).save(directory / TABLES_FILE)
             seal(directory, replace(manifest, model=model, graphs=specs, largest_activation={}))
         backend = RecordingBackend(**options)
