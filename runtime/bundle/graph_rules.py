@@ -20,6 +20,7 @@ _DOMAINS = frozenset({"", "ai.onnx"})
 _REFUSED = frozenset({"Loop", "Scan", "If", "SequenceMap"})
 _RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormal", "RandomUniform"})
 _LARGEST_SIZE, _MOST_ELEMENTS = 2**20, 2**26  # in a constant that can be a shape. Exported graphs have at most 2**12
+_SAME_SIZE = frozenset({"Cast", "Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze"})
 _MOST_NODES = 100_000
 _FIX = "Export the bundle again."
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -51,7 +52,8 @@ def _relative(name: str, folder: PurePosixPath) -> str:
 
 
 def _check_operators(file: str, found: Scan) -> None:
-    """Every node is of ONNX's own operators and computes something that depends on an input of the graph."""
+    """Every node is of ONNX's own operators. Nothing grows from constants alone, because a library computes that while
+    it loads the graph."""
     if not 0 < len(found.nodes) <= _MOST_NODES:
         _refuse(file, f"has {len(found.nodes)} nodes", f"1 to {_MOST_NODES} nodes")
     others = found.domains - _DOMAINS
@@ -62,7 +64,7 @@ def _check_operators(file: str, found: Scan) -> None:
         if node.domain not in _DOMAINS or node.operator in _REFUSED or node.operator.startswith(tuple(_RANDOM)):
             name = f"{node.domain}.{node.operator}" if node.domain else node.operator
             _refuse(file, f"uses the operator {short(name)}", "ONNX's own operators without loops, branches and chance")
-        if node.operator == "Constant":
+        if node.operator == "Constant" or (constants.issuperset(node.inputs) and node.operator in _SAME_SIZE):
             constants |= set(node.outputs)
         elif constants.issuperset(node.inputs):
             expected = "nodes that depend on an input of the graph"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from ..checks import short
 from .parsing import refuse_failures
 
 _MOST_ENTRIES = 10_000
@@ -28,6 +29,9 @@ class ArrayInfo:
 
     dtype: str
     shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
 
 
 class NpzFile:
@@ -84,8 +88,12 @@ def read_npz(
     source: Path | BinaryIO, name: str, arrays: Mapping[str, ArrayInfo], *, fix: str
 ) -> dict[str, NDArray[Any]]:
     """Read an `.npz` file that must hold exactly these arrays. Raises ArtifactRefused, OutOfMemory."""
-    expected = ", ".join(f"{key} {info.dtype} {info.shape}" for key, info in arrays.items())
+    expected = ", ".join(f"{key} {info}" for key, info in arrays.items())
     with open_npz(source, name, expected=expected, fix=fix) as stored:
-        if stored.infos != dict(arrays):
-            raise ValueError(f"it must hold {expected}")
+        for key in sorted(stored.infos.keys() | arrays.keys()):
+            found, wanted = stored.infos.get(key), arrays.get(key)
+            if found != wanted:
+                raise ValueError(
+                    f"its array {short(key)} is {found or 'missing'}, but it must be {wanted or 'left out'}"
+                )
         return {key: stored.read(key) for key in arrays}

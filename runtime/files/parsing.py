@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import ArtifactRefused, FlexVARError, OutOfMemory, first_line
+from ..errors import ArtifactRefused, FlexVARError, InvalidInput, OutOfMemory, first_line
 
 
 @contextmanager
 def refuse_failures(problem: str, *, expected: str, fix: str) -> Iterator[None]:
     """Turn every exception of a parser into ArtifactRefused, and MemoryError into OutOfMemory.
 
-    problem: a clause that names the file, such as "photo.png cannot be read". Errors of this package pass unchanged.
+    problem: a clause that names the file, such as "photo.png cannot be read". Errors of this package pass unchanged,
+    except InvalidInput: here the content of the file is at fault, not an argument.
     """
     try:
         yield
+    except InvalidInput as error:
+        raise ArtifactRefused(f"{problem} ({error.got.removesuffix('.')}).", expected=expected, fix=fix) from error
     except FlexVARError:
         raise
     except MemoryError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx_bytes import plain_graph
 
 from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_runtime.bundle.manifest import Manifest
@@ -31,18 +32,23 @@ def _names(folder: Path) -> list[str]:
 
 def _write(final: Path, manifest: Manifest, content: bytes, *, force: bool = False) -> None:
     with write_bundle(final, force=force) as directory:
-        for name in ("step.onnx", "decoder.onnx"):
-            (directory / name).write_bytes(content)
+        _fill(directory, manifest, content)
         seal(directory, manifest)
+
+
+def _fill(directory: Path, manifest: Manifest, content: bytes) -> None:
+    """The files of a bundle whose graphs do nothing, before it is sealed."""
+    for spec in manifest.graphs.values():
+        (directory / spec.file).write_bytes(plain_graph(spec))
+    (directory / "content.bin").write_bytes(content)
 
 
 def test_seal_returns_the_bundle_and_may_be_called_again(tmp_path: Path, manifest: Manifest) -> None:
     with write_bundle(tmp_path / "b") as directory:
-        (directory / "step.onnx").write_bytes(b"1")
-        (directory / "decoder.onnx").write_bytes(b"2")
+        _fill(directory, manifest, b"1")
         first = seal(directory, manifest)
         assert Bundle.open(directory).sha256 == first.sha256
-        (directory / "step.onnx").write_bytes(b"3")
+        (directory / "content.bin").write_bytes(b"3")
         second = seal(directory, first.manifest)
         assert second.sha256 != first.sha256
         assert not (tmp_path / "b").exists()
@@ -74,8 +80,7 @@ def test_what_was_not_sealed_is_not_published(tmp_path: Path, manifest: Manifest
 
     def late() -> None:
         with write_bundle(tmp_path / "b") as directory:
-            (directory / "step.onnx").write_bytes(b"1")
-            (directory / "decoder.onnx").write_bytes(b"1")
+            _fill(directory, manifest, b"1")
             seal(directory, manifest)
             (directory / "late.bin").write_bytes(b"1")
 
@@ -106,7 +111,7 @@ def test_an_existing_bundle_is_replaced_only_by_force(bundle_dir: Path, manifest
         _write(bundle_dir, manifest, b"new")
     assert Bundle.open(bundle_dir) == old
     _write(bundle_dir, manifest, b"new", force=True)
-    assert Bundle.open(bundle_dir).file("step.onnx").read_bytes() == b"new"
+    assert Bundle.open(bundle_dir).file("content.bin").read_bytes() == b"new"
     assert _names(bundle_dir.parent) == ["tiny.bundle"]
 
 
@@ -158,14 +163,13 @@ def test_nothing_is_lost_when_the_rename_fails(
 def test_a_bundle_that_appears_meanwhile_is_not_replaced(tmp_path: Path, manifest: Manifest) -> None:
     def overtaken() -> None:
         with write_bundle(tmp_path / "b") as directory:
-            (directory / "step.onnx").write_bytes(b"mine")
-            (directory / "decoder.onnx").write_bytes(b"mine")
+            _fill(directory, manifest, b"mine")
             seal(directory, manifest)
             _write(tmp_path / "b", manifest, b"theirs")
 
     with pytest.raises(InvalidInput, match=r"/(b|tiny\.bundle) .*--force"):
         overtaken()
-    assert Bundle.open(tmp_path / "b").file("step.onnx").read_bytes() == b"theirs"
+    assert Bundle.open(tmp_path / "b").file("content.bin").read_bytes() == b"theirs"
     assert _names(tmp_path) == ["b"]
 
 
@@ -180,7 +184,7 @@ def test_file_systems_without_locks_are_served(
     unknown.mkdir()
     _write(tmp_path / "b", manifest, b"1")
     _write(tmp_path / "b", manifest, b"2", force=True)
-    assert Bundle.open(tmp_path / "b").file("step.onnx").read_bytes() == b"2"
+    assert Bundle.open(tmp_path / "b").file("content.bin").read_bytes() == b"2"
     assert _names(tmp_path) == [unknown.name, "b"]
 
 
@@ -204,7 +208,7 @@ def test_writers_at_once_leave_one_whole_bundle(tmp_path: Path, manifest: Manife
         won = list(pool.map(write, range(24)))
     assert won.count(True) == (24 if force else 1)
     bundle = Bundle.open(tmp_path / "b")
-    assert bundle.file("step.onnx").read_bytes() == bundle.file("decoder.onnx").read_bytes()
+    assert bundle.file("content.bin").read_bytes() in {bytes([i]) * 5000 for i in range(24)}
     assert _names(tmp_path) == ["b"]
 
 

@@ -124,7 +124,7 @@ def test_save_and_load(model: ModelFacts, tmp_path: Path) -> None:
         (lambda arrays: arrays.update(extra=np.zeros(1)), "extra"),
         (lambda arrays: arrays.update(codebook=arrays["codebook"][:5]), "(5, 8)"),
         (lambda arrays: arrays.update(codebook=arrays["codebook"].astype("f8")), "float64"),
-        (lambda arrays: arrays.update(codebook=np.array([{}])), "Object arrays cannot be loaded"),
+        (lambda arrays: arrays.update(codebook=np.array([{}])), "plain numbers"),
     ],
 )
 def test_tables_of_another_model(model: ModelFacts, tmp_path: Path, change: Callable[[Any], Any], named: str) -> None:
