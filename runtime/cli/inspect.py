@@ -119,7 +119,8 @@ class _OnCuda:
         if precision not in precisions(KERNELS_CHECKED):
             return cls(precision, False, {})
         try:
-            found = {name: without_cuda_kernel(scan(bundle.graph_file(name))) for name in bundle.manifest.graphs}
+            with bundle.unchanged():
+                found = {name: without_cuda_kernel(scan(bundle.graph_file(name))) for name in bundle.manifest.graphs}
         except ArtifactRefused as error:
             return cls(precision, True, {}, error.got)
         missing = {name: dict(Counter(node.operator for node in nodes)) for name, nodes in found.items() if nodes}

@@ -70,7 +70,8 @@ def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None
     if not state.available:
         return state
     for graph in bundle.manifest.graphs:
-        missing = without_cuda_kernel(scan(bundle.graph_file(graph)))
+        with bundle.unchanged():
+            missing = without_cuda_kernel(scan(bundle.graph_file(graph)))
         if missing:
             counts = count_operators(node.operator for node in missing)
             return Availability(False, f"{name} has no CUDA kernel for {counts} in {graph}", EXPORT_FOR_GPU)
@@ -110,18 +111,18 @@ class OrtCuda(DeviceBackend):
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
         """Open a session that enqueues on the device's stream. `once` changes nothing: weights stay on the GPU."""
-        path, spec = bundle.graph_file(graph), bundle.graph(graph)
+        spec = bundle.graph(graph)
         options: dict[str, Any] = {
-            "opener": lambda: self._open_session(path, graph),
+            "opener": lambda: self._open_session(bundle, graph),
             "place": ("cuda", self.device.ordinal),
             "address": lambda array: int(array.address),
             "run_options": run_options(NOT_CAPTURED),
         }
         if graph in CAPTURED:
-            return CapturingGraph(path.name, spec, wait=self.device.synchronize, **options)
-        return OrtGraph(path.name, spec, **options)
+            return CapturingGraph(spec.file, spec, wait=self.device.synchronize, **options)
+        return OrtGraph(spec.file, spec, **options)
 
-    def _open_session(self, path: Path, graph: str) -> Any:
+    def _open_session(self, bundle: Bundle, graph: str) -> Any:
         ort = importlib.import_module("onnxruntime")
         options = ort.SessionOptions()
         options.log_severity_level = SILENT  # `require_placed` checks what the log would say
@@ -134,7 +135,7 @@ class OrtCuda(DeviceBackend):
             "use_tf32": "0",
             "enable_cuda_graph": str(int(graph in CAPTURED)),
         }
-        session = open_session(path, options, (PROVIDER, provider))
+        session = open_session(bundle, graph, options, (PROVIDER, provider))
         first = str(session.get_providers()[0])
         if first != PROVIDER:
             raise BackendUnavailable(
@@ -142,7 +143,9 @@ class OrtCuda(DeviceBackend):
                 expected=PROVIDER,
                 fix="Install CUDA 13 and cuDNN 9 with: pip install 'flexvar-deploy[gpu]'",
             )
-        require_placed(session, scan(path), graph, PROVIDER)
+        with bundle.unchanged():
+            content = scan(bundle.graph_file(graph))
+        require_placed(session, content, graph, PROVIDER)
         return session
 
 
