@@ -224,14 +224,15 @@ def _plain_peer(subject: Subject) -> PlainCaller:
 def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options, provider = onnxruntime.SessionOptions(), "CPUExecutionProvider"
     options.intra_op_num_threads = threads
     if bundle.manifest.precision.of(STEP) == "int8":
         make_exact(onnxruntime, options)  # not for speed: without it products saturate, which changes the model
-    sessions = {
-        graph: onnxruntime.InferenceSession(str(bundle.graph_file(graph)), options, providers=["CPUExecutionProvider"])
-        for graph in (CONDITION, STEP, DECODE)
-    }
+    with bundle.unchanged():
+        sessions = {
+            graph: onnxruntime.InferenceSession(str(bundle.graph_file(graph)), options, providers=[provider])
+            for graph in (CONDITION, STEP, DECODE)
+        }
 
     def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         names = [tensor.name for tensor in bundle.graph(graph).outputs]
@@ -249,10 +250,11 @@ def _openvino(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
             expected="the openvino extra",
             fix="Install it: pip install 'flexvar-deploy[openvino]'",
         ) from error
-    compiled = {
-        graph: core.compile_model(str(bundle.graph_file(graph)), "CPU", {"INFERENCE_NUM_THREADS": threads})
-        for graph in (CONDITION, STEP, DECODE)
-    }
+    with bundle.unchanged():
+        compiled = {
+            graph: core.compile_model(str(bundle.graph_file(graph)), "CPU", {"INFERENCE_NUM_THREADS": threads})
+            for graph in (CONDITION, STEP, DECODE)
+        }
 
     def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         results = compiled[graph](dict(feeds))

@@ -4,18 +4,14 @@
         ...                                   # write the files
         seal(directory, manifest)             # record them in the manifest; may be called again
 
-A writer that is killed leaves only `.<name>.partial-<pid>-<random>`. The next writer of the same name removes it. A
-writer holds a lock on its directory, which shows that it is alive. Unlike a process id, a lock is valid across
-containers and is never reused.
+A writer that is killed leaves only a temporary directory, which the next writer in the same folder removes (see
+`flexvar_runtime.files.temporary`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,11 +20,11 @@ from pathlib import Path
 from flexvar_runtime.bundle.manifest import MANIFEST, Manifest
 from flexvar_runtime.bundle.opening import Bundle, check_listing, hash_files, inventory, read_manifest
 from flexvar_runtime.errors import ArtifactRefused
-from flexvar_runtime.files.atomic import already_exists, atomic_write, fsync, require_parent, sibling
+from flexvar_runtime.files.atomic import already_exists, atomic_write, fsync, require_parent
+from flexvar_runtime.files.directories import find_old, replace_directory
+from flexvar_runtime.files.locks import locked
 from flexvar_runtime.files.strict_json import loads
-
-if sys.platform != "win32":
-    import fcntl
+from flexvar_runtime.files.temporary import PARTIAL, remove_leftovers, sibling, temporary
 
 
 @contextmanager
@@ -41,22 +37,14 @@ def write_bundle(final: str | os.PathLike[str], *, force: bool = False) -> Itera
     final = Path(os.path.abspath(final))
     require_parent(final)
     final = final.parent.resolve() / final.name
-    with _locked(final.parent, wait=True):
+    with locked(final.parent):
         _sweep(final)
         _check_target(final, force)
-        partial = sibling(final, "partial")
-        partial.mkdir()
-        held = _lock(partial, wait=False)
-    try:
+    with temporary(final, directory=True) as partial:
         yield partial
         check_listing(partial, Manifest.from_bytes(read_manifest(partial)))
         _fsync_tree(partial)
         _publish(partial, final, force)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        _unlock(held)
 
 
 def seal(directory: Path, manifest: Manifest, *, workers: int | None = None) -> Bundle:
@@ -73,26 +61,19 @@ def seal(directory: Path, manifest: Manifest, *, workers: int | None = None) -> 
 
 
 def _publish(partial: Path, final: Path, force: bool) -> None:
-    garbage = None
-    with _locked(final.parent, wait=True):
+    """Rename `partial` to `final`. An existing bundle gets the name `partial`."""
+    with locked(final.parent):
         _check_target(final, force)
-        aside = sibling(final, "old") if os.path.lexists(final) else None
-        try:
-            if aside is not None:
-                os.rename(final, aside)
-            os.rename(partial, final)
-        except BaseException as error:
-            taken = os.path.lexists(final)
-            if aside is not None and not taken and os.path.lexists(aside):
-                os.rename(aside, final)
-            if aside is None and taken and isinstance(error, OSError):  # created since the check, without locks
-                raise already_exists(final) from None
-            raise
+        if os.path.lexists(final):
+            replace_directory(partial, final)
+        else:
+            try:
+                os.rename(partial, final)
+            except OSError:
+                if os.path.lexists(final):  # created since the check, where locks do not work
+                    raise already_exists(final) from None
+                raise
         fsync(final.parent)
-        if aside is not None:
-            garbage = aside.rename(sibling(final, "partial"))
-    if garbage is not None:
-        shutil.rmtree(garbage, ignore_errors=True)
 
 
 def _check_target(final: Path, force: bool) -> None:
@@ -118,24 +99,14 @@ def _looks_like_bundle(path: Path) -> bool:
 
 
 def _sweep(final: Path) -> None:
-    """Restore a bundle whose replacement was interrupted, and remove directories of killed writers."""
-    ours = re.compile(re.escape(f".{final.name}.") + r"(old|partial)-[0-9]+-[0-9a-f]{12}")
-    for path in sorted(final.parent.glob(".*")):
-        match = ours.fullmatch(path.name)
-        if match is None or path.is_symlink() or not path.is_dir():
-            continue
-        if match[1] == "old" and not os.path.lexists(final):
-            path.rename(final)
-            continue
-        try:
-            if match[1] == "old":  # it may be removed in part, so it must not be restored later
-                path = path.rename(sibling(final, "partial"))
-            held = _lock(path, wait=False)
-        except OSError:  # its writer is alive, or another process removes it
-            continue
-        if held is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            _unlock(held)
+    """Remove what killed writers left. A bundle whose replacement was interrupted gets its name back."""
+    if not os.path.lexists(final):
+        for old in find_old(final)[:1]:
+            old.rename(final)
+    for old in find_old(final):
+        with suppress(OSError):  # it may be removed in part, so it must not be restored later
+            old.rename(sibling(final, PARTIAL))
+    remove_leftovers(final.parent)
 
 
 def _fsync_tree(root: Path) -> None:
@@ -143,36 +114,3 @@ def _fsync_tree(root: Path) -> None:
         for name in names:
             fsync(Path(folder, name))
         fsync(Path(folder))
-
-
-@contextmanager
-def _locked(directory: Path, *, wait: bool) -> Iterator[None]:
-    held = _lock(directory, wait=wait)
-    try:
-        yield
-    finally:
-        _unlock(held)
-
-
-def _lock(directory: Path, *, wait: bool) -> int | None:
-    """Take an exclusive lock on a directory. None where the system has no such locks.
-
-    Raises BlockingIOError where another process holds it and `wait` is False.
-    """
-    if sys.platform == "win32":
-        return None
-    with suppress(PermissionError):
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return fd
-        except OSError as error:
-            os.close(fd)
-            if isinstance(error, BlockingIOError):
-                raise
-    return None
-
-
-def _unlock(held: int | None) -> None:
-    if held is not None:
-        os.close(held)

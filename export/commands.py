@@ -182,7 +182,8 @@ def verify(
             proof = make_proof(model, tokenizer, ScaleSchedule.parse(defaults.schedule), guidance)
         del model, tokenizer
     else:
-        proof = Proof.load(opened.file(PROOF_FILE))
+        with opened.unchanged():
+            proof = Proof.load(opened.file(PROOF_FILE))
     if against is None:
         record = prove(opened, proof, backend, threads, device=device, engines=engines)
     else:

@@ -33,11 +33,13 @@ def emulate_bf16(bundle: Bundle, directory: Path) -> Bundle:
     mixed = manifest.precision is Precision.INT8_BF16
     precision, kept = (Precision.INT8, manifest.float32_parts) if mixed else (Precision.FP32, ())
     for name, spec in manifest.graphs.items():
-        model = onnx.load(str(bundle.file(spec.file)))
+        with bundle.unchanged():
+            model = onnx.load(str(bundle.file(spec.file)))
         if manifest.precision.of(name) is Precision.BF16:
             widen(model)
         onnx.save_model(model, str(directory / spec.file), save_as_external_data=True, location=f"{spec.file}.data")
-    (directory / TABLES_FILE).write_bytes(bundle.file(TABLES_FILE).read_bytes())
+    with bundle.unchanged():
+        (directory / TABLES_FILE).write_bytes(bundle.file(TABLES_FILE).read_bytes())
     graphs = graph_specs(manifest.model, precision, manifest.schema_version)
     return seal(directory, replace(manifest, precision=precision, float32_parts=kept, graphs=graphs, files={}))
 

@@ -70,11 +70,12 @@ def build_engine(
 
 def _parse_and_build(library: TrtLibrary, bundle: Bundle, wanted: EngineId, timing: Path | None, tick: Tick) -> Plan:
     spec, path = bundle.graph(wanted.graph), bundle.graph_file(wanted.graph)
-    content = bundle.scan(wanted.graph)
-    _check_content(path.name, content)
     builder = library.module.Builder(library.logger)
     network = builder.create_network()
-    parser = _parse(library, network, path)  # it owns the weights that the network refers to
+    with bundle.unchanged():
+        content = bundle.scan(wanted.graph)
+        _check_content(path.name, content)
+        parser = _parse(library, network, path)  # it owns the weights that the network refers to
     decompose_attention(library, network)
     attention = sum(node.operator == "Attention" for node in content.nodes)
     precision = prove_precision(

@@ -31,6 +31,7 @@ from flexvar_runtime.backends.tensorrt.engine_files import (
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
 from flexvar_runtime.files.atomic import atomic_write
 from flexvar_runtime.files.private import make_private
+from flexvar_runtime.files.temporary import remove_leftovers
 
 if sys.platform != "win32":
     import fcntl
@@ -99,7 +100,7 @@ def write_engine(
         temporary.write_bytes(plan)
     try:
         with _disk_errors(receipts), atomic_write(receipts / f"{receipt.stem}.json", force=True) as temporary:
-            temporary.touch(mode=0o600, exist_ok=False)
+            temporary.chmod(0o600)
             temporary.write_bytes(receipt.to_bytes())
     except BaseException:
         with suppress(OSError):
@@ -136,10 +137,11 @@ def _acquire(path: Path, waiting: Callable[[], None]) -> int | None:
 
 
 def _sweep(folder: Path, wanted: EngineId, receipts: Path) -> None:
-    """Remove this user's incomplete files of a key, and engines of that key without a receipt."""
+    """Remove what killed processes left, and this user's engines of a key without a receipt."""
+    remove_leftovers(folder)
     complete = {receipt.engine for receipt in read_receipts(receipts, wanted.graph)}
-    for path in (*_own_files(folder, f".{wanted.prefix}"), *_own_files(folder, wanted.prefix)):
-        if path.name not in complete and not path.name.endswith("lock"):
+    for path in _own_files(folder, wanted.prefix):
+        if path.name not in complete:
             _remove(path)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import TokenizerConfig, TransformerConfig
 from .errors import CheckpointError, FlexVARRefError, InvalidInput
+from .files import write_whole
 from .pth import State, read_state
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR
@@ -95,11 +96,9 @@ def save(model: FlexVAR | Tokenizer, path: str | Path) -> None:
         )
     state = {published_name(name): value.contiguous() for name, value in model.state_dict().items()}
     config = {"format": FORMAT, "kind": _kind(type(model.config)), **dataclasses.asdict(model.config)}
-    weights, sizes = (final.with_name(f".{final.name}.partial") for final in (path, path.with_suffix(".json")))
-    save_file(state, weights)
-    sizes.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    weights.replace(path)
-    sizes.replace(path.with_suffix(".json"))
+    with write_whole(path.with_suffix(".json")) as sizes, write_whole(path) as weights:
+        save_file(state, weights)
+        sizes.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def published_name(name: str) -> str:

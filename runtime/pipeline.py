@@ -44,6 +44,7 @@ class FlexVARPipeline(WithDeadlines):
     """An opened bundle on one backend. One thread at a time uses it. Several pipelines may run at once."""
 
     def __init__(self, bundle: Bundle, backend: Backend, shapes_kept: int | None = None) -> None:
+        self._close_bundle: Callable[[], None] = lambda: None  # the bundle belongs to the caller
         self.generator = open_generator(bundle, backend, shapes_kept)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
         self.defaults = RequestDefaults.of(bundle.manifest.defaults)
@@ -75,7 +76,9 @@ class FlexVARPipeline(WithDeadlines):
         if shapes_kept is not None and backend == "auto" and started.device is None:
             log.warning("shapes_kept is not used: backend %s captures no CUDA graphs", started.name)
             shapes_kept = None
-        return cls(bundle, started, shapes_kept)
+        pipeline = cls(bundle, started, shapes_kept)
+        pipeline._close_bundle = bundle.close
+        return pipeline
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +89,7 @@ class FlexVARPipeline(WithDeadlines):
     def close(self) -> None:
         """Free weights and buffers. The pipeline cannot be used afterwards."""
         self.generator.close()
+        self._close_bundle()
 
     def __call__(
         self,

@@ -13,13 +13,13 @@ import json
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed, InvalidInput
+from flexvar_runtime.files.temporary import remove_leftovers, temporary
 
 from .files import ModelFiles
 from .sources import source_hash
@@ -65,9 +65,8 @@ def make_pack(folder: Path, setup: StageSetup, work: Path, root: Path, cuobjdump
         require_tools()
     tracked = tracked_bytes(root)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        partial = Path(temporary) / folder.name
-        partial.mkdir()
+    remove_leftovers(folder.parent)
+    with temporary(folder, directory=True) as partial:
         for small in setup.carried_bundles:
             export_model(small, work, setup.precision, lambda _: None)
             files, copies = ModelFiles.of(work, small), ModelFiles.of(partial / small, small)
@@ -168,10 +167,11 @@ def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[
     archive, site = pack / ONNXRUNTIME, work / SITE
     result = {"files": len(contents["files"]), "bundles": list(bundles), "onnxruntime": archive.is_file()}
     if archive.is_file() and not site.exists():
-        with tempfile.TemporaryDirectory(prefix=f".{SITE}-", dir=work) as temporary:
+        remove_leftovers(work)
+        with temporary(site, directory=True) as partial:
             with tarfile.open(archive, "r:xz") as tar:
-                tar.extractall(Path(temporary) / SITE, filter="data")
-            (Path(temporary) / SITE).rename(site)
+                tar.extractall(partial, filter="data")
+            partial.rename(site)
     save(result)
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import RunRefused
+from ..files import write_whole
 from ..tokenizer import Tokenizer
 from .data import Dataset, batch
 from .feed import signed
@@ -156,9 +157,8 @@ def _open_files(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if not path.exists():
-        partial = path.with_name(f".{path.name}.partial")
-        open_memmap(partial, "w+", dtype, shape).flush()
-        partial.replace(path)
+        with write_whole(path) as partial:
+            open_memmap(partial, "w+", dtype, shape).flush()
     array: Array = open_memmap(path, "r+")
     if array.shape != shape or array.dtype != dtype:
         raise RunRefused(

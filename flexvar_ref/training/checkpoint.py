@@ -7,7 +7,6 @@ the optimisers, the averages, the task's own state and the step.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import RunRefused
+from ..files import write_whole
 from ..pth import first_sentence
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,8 @@ def write(folder: Path, state: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:08d}.pt"
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(folder)
+    with write_whole(path) as partial:
+        torch.save({"format": FORMAT, **state}, partial)
     for old in find_checkpoints(folder)[:-KEPT]:
         old.unlink()
     return path
@@ -81,12 +76,3 @@ def read_latest(folder: Path, config: str) -> dict[str, Any] | None:
             fix="Delete the folder and train again.",
         )
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

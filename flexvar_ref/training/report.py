@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..files import write_whole
 from . import plots
 
 METRICS, CURVES, SAMPLES, TENSORBOARD = "metrics.jsonl", "curves.png", "samples", "tensorboard"
@@ -109,9 +109,8 @@ class Report:
 
     @staticmethod
     def _save(image: Image.Image, path: Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        image.save(partial, "PNG")
-        partial.replace(path)
+        with write_whole(path) as partial:
+            image.save(partial, "PNG")
 
 
 def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
@@ -124,12 +123,8 @@ def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             rows.append(row)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with write_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
     return rows
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..checkpoint import load_tokenizer, save
 from ..errors import RunRefused
+from ..files import write_whole
 from ..tokenizer import Tokenizer
 from .cache import cache_images, cache_latents, image_key, latent_key
 from .config import Data, Run, TokenizerRun, TransformerRun
@@ -146,9 +147,8 @@ def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerato
     if accelerator.is_main_process:
         (options.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         (options.out / CLASSES).write_text(json.dumps(list(dataset.classes), indent=1) + "\n", encoding="utf-8")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with write_whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _prepare_images(

@@ -2,7 +2,8 @@
 
 The cheap checks come first: manifest, names, links and sizes. Then comes the sha256 of every file. The only parser that
 sees unchecked bytes is the strict JSON parser of the manifest. Last, every graph is scanned (`graph_rules.py`), so
-that a library reads no graph that could harm.
+that a library reads no graph that could harm. The files stay open, so that a bundle that is replaced or edited later is
+refused when it is read again (`checked_files.py`).
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn
 
 from ..checks import check_whole, short
 from ..errors import ArtifactRefused
+from ..files.directories import restore_directory
 from ..files.private import open_unlinked
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
+from .checked_files import CheckedFiles
 from .graph_rules import check_graph
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
 from .onnx_scan import Scan
@@ -33,11 +36,15 @@ _EXPORT_AGAIN = "Export the bundle again."
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A checked bundle. sha256: hash of `manifest.json`, which has the hashes of all other files."""
+    """A checked bundle. sha256: hash of `manifest.json`, which has the hashes of all other files.
+
+    files: the checked files, open until `close`; None if this process wrote the bundle just now.
+    """
 
     path: Path
     manifest: Manifest
     sha256: str
+    files: CheckedFiles | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, workers: int | None = None) -> Bundle:
@@ -46,14 +53,29 @@ class Bundle:
         data = read_manifest(root)
         manifest = Manifest.from_bytes(data)
         check_listing(root, manifest)
-        for name, record in hash_files(root, manifest.files, workers).items():
+        files = CheckedFiles(root)
+        for name, record in _hash_files(root, manifest.files, workers, files).items():
             expected = manifest.files[name]
             if record != expected:
                 _refuse(name, "does not match its sha256 in the manifest", f"sha256 {expected.sha256}", _COPY_AGAIN)
-        bundle = cls(path=root, manifest=manifest, sha256=hashlib.sha256(data).hexdigest())
+        bundle = cls(path=root, manifest=manifest, sha256=hashlib.sha256(data).hexdigest(), files=files)
         for name in manifest.graphs:
             bundle.scan(name)
         return bundle
+
+    def close(self) -> None:
+        """Close the files. Nothing can be read from the bundle afterwards."""
+        if self.files is not None:
+            self.files.close()
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """In the body, files of the bundle may be opened by path: see `CheckedFiles.unchanged`."""
+        return nullcontext() if self.files is None else self.files.unchanged()
+
+    def require_unedited(self) -> None:
+        """Raise ArtifactRefused if the content of a file has changed since it was checked."""
+        if self.files is not None:
+            self.files.require_unedited()
 
     def file(self, name: str) -> Path:
         """The path of a file of the manifest. Raises ArtifactRefused for any other name."""
@@ -82,16 +104,23 @@ class Bundle:
     def scan(self, name: str) -> Scan:
         """Read a graph without a library, and check that a library can read it safely. Raises ArtifactRefused."""
         weights = {each: self.manifest.files[each].size for each in self.graph_files(name)}
-        return check_graph(self.graph_file(name), self.graph(name), weights)
+        with self.unchanged():
+            return check_graph(self.graph_file(name), self.graph(name), weights)
 
 
 def bundle_root(path: str | os.PathLike[str]) -> Path:
-    """The real directory of a bundle, with the links in `path` resolved. Raises ArtifactRefused."""
-    if not os.path.isdir(path):
+    """The real directory of a bundle, with the links in `path` resolved. Raises ArtifactRefused.
+
+    A bundle whose replacement was interrupted is found, too.
+    """
+    root = Path(os.path.realpath(path))
+    if not root.is_dir():
+        root = restore_directory(root)
+    if not root.is_dir():
         problem = "is a file, not the directory of a bundle" if os.path.exists(path) else "does not exist"
         fix = "Check the path, or make a bundle with flexvar export."
         raise ArtifactRefused(f"{os.fspath(path)} {problem}.", expected="the directory of a bundle", fix=fix)
-    return Path(path).resolve()
+    return root
 
 
 def read_manifest(root: Path) -> bytes:
@@ -149,19 +178,22 @@ def hash_files(root: Path, names: Iterable[str], workers: int | None = None) -> 
 
     Raises ArtifactRefused, InvalidInput.
     """
+    with closing(CheckedFiles(root)) as files:
+        return _hash_files(root, names, workers, files)
+
+
+def _hash_files(root: Path, names: Iterable[str], workers: int | None, files: CheckedFiles) -> dict[str, FileRecord]:
     if workers is not None:
         check_whole("threads", workers, 1, MAX_WORKERS)
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
+    def hashed(name: str) -> FileRecord:
+        with _open(root, name) as file:
+            return files.hash(name, file)
+
     ordered = list(names)
     with ThreadPoolExecutor(max_workers=workers or min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(ordered, pool.map(lambda name: _hash(root, name), ordered), strict=True))
-
-
-def _hash(root: Path, name: str) -> FileRecord:
-    with _open(root, name) as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileRecord(size=file.tell(), sha256=digest.hexdigest())
+        return dict(zip(ordered, pool.map(hashed, ordered), strict=True))
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class CostTable:
         path = self.path(environ)
         make_private(path.parent)
         with atomic_write(path, force=True) as temporary:
-            temporary.touch(mode=0o600, exist_ok=False)
+            temporary.chmod(0o600)
             temporary.write_text(json.dumps(encode(self), indent=1, allow_nan=False) + "\n", encoding="ascii")
         return path
 

@@ -6,17 +6,15 @@ import errno
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from ..errors import InvalidInput
+from .temporary import remove_leftovers, temporary
 
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
-
-
-def sibling(final: Path, kind: str, suffix: str = "") -> Path:
-    """An unused hidden name beside `final`: `.<name>.<kind>-<pid>-<random><suffix>`."""
-    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{os.urandom(6).hex()}{suffix}")
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def already_exists(final: Path) -> InvalidInput:
@@ -32,22 +30,30 @@ def require_parent(final: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Make a file's bytes, or a directory's entries, survive a power cut."""
-    if os.name == "nt" and path.is_dir():
+    """Make a file's bytes, or a directory's entries, survive a power cut.
+
+    Some file systems, such as network and shared folders, cannot sync directories. There this does nothing for them.
+    """
+    directory = path.is_dir()
+    if os.name == "nt" and directory:
         return  # Windows cannot open directories
     fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if not directory or error.errno not in _NO_DIRECTORY_SYNC:
+            raise
     finally:
         os.close(fd)
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary name beside `path` with its suffix. At the end the file of that name is renamed to `path`.
+    """Yield an empty temporary file beside `path`, with its suffix. At the end the file is renamed to `path`.
 
     The file is fsynced first. After an exception in the body neither name exists. Without `force` an existing `path` is
-    refused, also if it appears while the body runs. A link at `path` is replaced, never followed. Raises InvalidInput.
+    refused, also if it appears while the body runs. A link at `path` is replaced, never followed. The first call for a
+    folder in a process also removes what killed processes left there. Raises InvalidInput.
     """
     final = Path(os.path.abspath(path))
     require_parent(final)
@@ -55,27 +61,27 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterat
         raise InvalidInput(f"{final} is a directory.", expected="the name of a file", fix="Name a file in it.")
     if not force and os.path.lexists(final):
         raise already_exists(final)
-    temporary = sibling(final, "partial", final.suffix)
-    try:
-        yield temporary
-        fsync(temporary)
+    _remove_leftovers_once(final.parent)
+    with temporary(final, suffix=final.suffix) as partial:
+        yield partial
+        fsync(partial)
         if force:
-            os.replace(temporary, final)
+            os.replace(partial, final)
         else:
-            _rename_new(temporary, final)
+            _rename_new(partial, final)
         fsync(final.parent)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
-def _rename_new(temporary: Path, final: Path) -> None:
+_remove_leftovers_once = cache(remove_leftovers)  # a folder may hold many thousands of pictures
+
+
+def _rename_new(partial: Path, final: Path) -> None:
     """Rename unless `final` exists. link(2) does not replace a file, but some file systems have no links."""
     try:
         if os.name == "nt":
-            os.rename(temporary, final)
+            os.rename(partial, final)
         else:
-            os.link(temporary, final)
+            os.link(partial, final)
     except FileExistsError:
         raise already_exists(final) from None
     except OSError as error:
@@ -83,7 +89,7 @@ def _rename_new(temporary: Path, final: Path) -> None:
             raise
         _claim(final)
         try:
-            os.replace(temporary, final)
+            os.replace(partial, final)
         except OSError:
             final.unlink()
             raise

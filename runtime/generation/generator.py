@@ -103,7 +103,8 @@ class Generator(ABC):
         require_precision(bundle, backend)
         require_known_graphs(bundle)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
-        self.tables = Tables.load(bundle.file(TABLES_FILE), self.model)
+        with bundle.unchanged():
+            self.tables = Tables.load(bundle.file(TABLES_FILE), self.model)
         self.closed = False
         self._owner = threading.RLock()
         self._graphs: dict[str, Graph] = {}
@@ -118,7 +119,10 @@ class Generator(ABC):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold the generator for this thread, because its buffers belong to whoever runs. Raises InvalidInput."""
+        """Hold the generator for this thread, because its buffers belong to whoever runs.
+
+        Raises InvalidInput, and at the end ArtifactRefused if the bundle was edited: weights are mapped from its files.
+        """
         if not self._owner.acquire(blocking=False):
             raise InvalidInput(
                 "Another thread is using this pipeline.",
@@ -129,6 +133,7 @@ class Generator(ABC):
             if self.backend.device is not None:
                 self.backend.device.activate()
             yield
+            self.bundle.require_unedited()
         finally:
             self._owner.release()
 

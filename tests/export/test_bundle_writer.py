@@ -22,6 +22,7 @@ from flexvar_export.bundle_writer import seal, write_bundle
 from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.bundle.opening import Bundle
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.files import directories
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], None]
 
@@ -142,11 +143,17 @@ def test_force_replaces_nothing_but_bundles(tmp_path: Path, bundle_dir: Path, ma
     Bundle.open(bundle_dir)
 
 
+def _cannot_exchange(*_: object) -> bool:
+    """As on a file system that cannot exchange two names."""
+    return False
+
+
 @pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
 def test_nothing_is_lost_when_the_rename_fails(
     bundle_dir: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     old, rename = Bundle.open(bundle_dir), os.rename
+    monkeypatch.setattr(directories, "exchange", _cannot_exchange)
 
     def failing(source: Path, target: Path) -> None:
         if ".partial-" in str(source):
@@ -222,6 +229,7 @@ def test_where_bundles_cannot_be_written(tmp_path: Path, manifest: Manifest) -> 
 WRITER = """
     import os, shutil, sys, time
     from flexvar_export.bundle_writer import write_bundle
+    from flexvar_runtime.files import directories
     final, moment = sys.argv[1:]
     if moment == "renaming":  # stop between moving the old bundle aside and renaming the new one
         rename = os.rename
@@ -231,6 +239,7 @@ WRITER = """
                 time.sleep(600)
             rename(source, target)
         os.rename = stuck
+        directories.exchange = lambda *_: False
     with write_bundle(final, force=True) as directory:
         if moment == "renaming":
             shutil.copytree(final, directory, dirs_exist_ok=True)
@@ -266,8 +275,8 @@ def test_kill_while_writing(tmp_path: Path, manifest: Manifest) -> None:
     _kill(process)
     assert _names(tmp_path) == [leftover]  # nothing under the final name
     (tmp_path / ".b.partial-notes").mkdir()
-    _write(tmp_path / "other", manifest, b"")  # nor is the leftover of another name touched
-    assert _names(tmp_path) == [leftover, ".b.partial-notes", "other"]
+    _write(tmp_path / "other", manifest, b"")  # the next writer in this folder
+    assert _names(tmp_path) == [".b.partial-notes", "other"]
     _write(tmp_path / "b", manifest, b"next")
     assert _names(tmp_path) == [".b.partial-notes", "b", "other"]
     Bundle.open(tmp_path / "b")
@@ -286,3 +295,69 @@ def test_kill_while_replacing_loses_nothing(bundle_dir: Path, manifest: Manifest
             _write(bundle_dir, manifest, b"next")
         assert Bundle.open(bundle_dir) == old  # the next writer put it back before it looked
     assert _names(bundle_dir.parent) == ["tiny.bundle"]
+
+
+@pytest.mark.parametrize("reader", ["owner", "through a link", "without permission to write"])
+def test_a_replacement_that_was_killed_is_undone_by_opening(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    old = Bundle.open(bundle_dir)
+    _kill(_start_writer(bundle_dir, "renaming"))
+    (tmp_path / "latest").symlink_to(bundle_dir)
+    if reader == "without permission to write":
+        monkeypatch.setattr(os, "rename", _no_permission)
+    opened = Bundle.open(tmp_path / "latest" if reader == "through a link" else bundle_dir)
+    assert opened.sha256 == old.sha256
+    assert opened.path.is_dir()
+    if reader != "without permission to write":
+        assert opened == old
+
+
+def _no_permission(*_: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+KILLED_AT = """
+    import os, shutil, signal, sys
+    from flexvar_export.bundle_writer import write_bundle
+    from flexvar_runtime.files import directories
+    final, new, moment, exchanges = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "exchange"
+    if not exchanges:
+        directories.exchange = lambda *_: False
+    changes = 0
+    def count(event, arguments):
+        global changes
+        if event in ("os.rename", "os.remove", "os.rmdir"):
+            changes += 1
+            if changes == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+    with write_bundle(final, force=True) as directory:
+        shutil.copytree(new, directory, dirs_exist_ok=True)
+        sys.addaudithook(count)
+    print(changes)
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "rename"])
+def test_a_bundle_can_be_opened_after_a_kill_at_any_moment(tmp_path: Path, manifest: Manifest, way: str) -> None:
+    if way == "exchange" and not _can_exchange(tmp_path):
+        pytest.skip("this file system cannot exchange two names")
+    _write(tmp_path / "new", manifest, b"new")
+    for moment in (1, 2, 3, 0):
+        _write(tmp_path / "b", manifest, b"old", force=True)
+        command = [sys.executable, "-c", textwrap.dedent(KILLED_AT), tmp_path / "b", tmp_path / "new", str(moment), way]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == (-signal.SIGKILL if moment else 0), done.stderr
+        assert Bundle.open(tmp_path / "b").file("step.onnx").read_bytes() in ((b"old", b"new") if moment else (b"new",))
+    assert _names(tmp_path) == ["b", "new"]  # the last run removed what the others left
+
+
+def _can_exchange(folder: Path) -> bool:
+    pair = folder / "first", folder / "second"
+    for path in pair:
+        path.mkdir()
+    able = directories.exchange(*pair)
+    for path in pair:
+        path.rmdir()
+    return able

@@ -109,25 +109,27 @@ class OpenVino(HostBackend):
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
         """Compile a graph; `once` changes nothing. The decoder in bfloat16 is compiled when it is first run."""
-        path, spec, manifest = bundle.graph_file(graph), bundle.graph(graph), bundle.manifest
+        manifest = bundle.manifest
         if graph == DECODE and manifest.precision.of(graph) is Precision.BF16:
-            return DefaultSizeGraph(spec, manifest.defaults.size, lambda shapes: self._compile(path, spec, shapes))
-        return self._compile(path, spec)
+            size = manifest.defaults.size
+            return DefaultSizeGraph(bundle.graph(graph), size, lambda shapes: self._compile(bundle, graph, shapes))
+        return self._compile(bundle, graph)
 
-    def _compile(self, path: Path, spec: GraphSpec, shapes: Shapes | None = None) -> OpenVinoGraph:
+    def _compile(self, bundle: Bundle, graph: str, shapes: Shapes | None = None) -> OpenVinoGraph:
         """shapes: the only shapes of the inputs; None compiles for all shapes."""
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",  # without it OpenVINO rounds float32 tensors to bfloat16
         }
-        with _errors(path.name):
+        path = bundle.graph_file(graph)
+        with bundle.unchanged(), _errors(path.name):
             source = self._core.read_model(str(path))
             if shapes is not None:
                 source.reshape({name: list(shape) for name, shape in shapes.items()})
                 keep_layout(source)
             model = self._core.compile_model(source, "CPU", settings)
-        return OpenVinoGraph(model, path.name, spec)
+        return OpenVinoGraph(model, path.name, bundle.graph(graph))
 
 
 class OpenVinoGraph(Graph):

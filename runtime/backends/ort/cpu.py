@@ -75,11 +75,11 @@ class OrtCpu(HostBackend):
         if once:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-        path = bundle.graph_file(graph)
+        spec = bundle.graph(graph)
         return OrtGraph(
-            path.name,
-            bundle.graph(graph),
-            opener=lambda: open_session(path, options, ("CPUExecutionProvider", {})),
+            spec.file,
+            spec,
+            opener=lambda: open_session(bundle, graph, options, ("CPUExecutionProvider", {})),
             place=("cpu", 0),
             address=_address,
         )

@@ -109,7 +109,7 @@ class OrtCuda(DeviceBackend):
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
         """Open a session that enqueues on the device's stream. `once` changes nothing: weights stay on the GPU."""
-        path, spec = bundle.graph_file(graph), bundle.graph(graph)
+        spec = bundle.graph(graph)
         options: dict[str, Any] = {
             "opener": lambda: self._open_session(bundle, graph),
             "place": ("cuda", self.device.ordinal),
@@ -117,8 +117,8 @@ class OrtCuda(DeviceBackend):
             "run_options": run_options(NOT_CAPTURED),
         }
         if graph in CAPTURED:
-            return CapturingGraph(path.name, spec, wait=self.device.synchronize, **options)
-        return OrtGraph(path.name, spec, **options)
+            return CapturingGraph(spec.file, spec, wait=self.device.synchronize, **options)
+        return OrtGraph(spec.file, spec, **options)
 
     def _open_session(self, bundle: Bundle, graph: str) -> Any:
         ort = importlib.import_module("onnxruntime")
@@ -133,7 +133,7 @@ class OrtCuda(DeviceBackend):
             "use_tf32": "0",
             "enable_cuda_graph": str(int(graph in CAPTURED)),
         }
-        session = open_session(bundle.graph_file(graph), options, (PROVIDER, provider))
+        session = open_session(bundle, graph, options, (PROVIDER, provider))
         first = str(session.get_providers()[0])
         if first != PROVIDER:
             raise BackendUnavailable(

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from ...bundle.opening import Bundle
 from ...checks import version_numbers
 from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError, first_line
 from ...model.tensors import GraphSpec
@@ -65,10 +65,13 @@ def _wheels() -> list[str]:
     return [name for names in folders.values() for name in names]
 
 
-def open_session(path: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
+def open_session(bundle: Bundle, graph: str, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
     """A session of ONNX Runtime. Raises ArtifactRefused, BackendUnavailable, OutOfMemory."""
-    ort = importlib.import_module("onnxruntime")
-    with _errors(path.name):  # without enable_fallback=0 it tries the CPU and prints that to standard output
+    ort, path = importlib.import_module("onnxruntime"), bundle.graph_file(graph)
+    with (
+        bundle.unchanged(),
+        _errors(path.name),
+    ):  # without enable_fallback=0 it tries the CPU and prints that to standard output
         return ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
 
 

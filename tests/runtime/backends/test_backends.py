@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -251,7 +252,9 @@ def spec(file: str, dtype: str = "float32", *axes: int | str) -> GraphSpec:
 def bundle_of(path: Path, declared: GraphSpec) -> Any:
     """A bundle with one graph, as far as a backend uses it."""
     manifest = SimpleNamespace(precision=Precision.FP32)
-    return SimpleNamespace(graph_file=lambda _: path, graph=lambda _: declared, manifest=manifest)
+    return SimpleNamespace(
+        graph_file=lambda _: path, graph=lambda _: declared, manifest=manifest, unchanged=contextlib.nullcontext
+    )
 
 
 def write_add(path: Path, weight: TensorProto | None = None, axis: int | str = "n", op: str = "Add") -> Path:

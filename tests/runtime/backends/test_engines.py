@@ -45,6 +45,7 @@ from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.bundle.opening import Bundle
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed
 from flexvar_runtime.files.private import make_private, user_folder
+from flexvar_runtime.files.temporary import sibling
 from flexvar_runtime.model.tensors import TensorSpec
 
 PLAN = b"engine" * 1000
@@ -368,12 +369,12 @@ def test_a_new_engine_of_a_key_replaces_the_old(write: Callable[..., Found], fin
 def test_leftovers_of_dead_builders_are_removed(
     write: Callable[..., Found], wanted: EngineId, receipts: Path, tmp_path: Path
 ) -> None:
-    """Partial files and engines without a receipt are removed if they have the same key and belong to this user."""
+    """Partial files of this user are removed, and engines without a receipt that have the same key."""
     found, other = write(), write(target="8.9")
     folder = found.path.parent
     orphan = folder / f"{wanted.prefix}{'0' * 12}.engine"
-    half = folder / f".{wanted.prefix}{'0' * 12}.engine.partial-1-{'a' * 12}.engine"
-    unrelated = folder / f".{other.receipt.prefix}{'0' * 12}.engine.partial-1-{'a' * 12}.engine"
+    half = sibling(folder / f"{other.receipt.prefix}{'0' * 12}.engine", "partial", ".engine")
+    unrelated = folder / f"{other.receipt.prefix}{'0' * 12}.engine"
     for path in (orphan, half, unrelated):
         path.write_bytes(b"x")
     with lock_engine(folder, wanted, receipts):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,3 +155,37 @@ def test_directories_are_refused_and_missing_ones_named(tmp_path: Path) -> None:
         atomic_write(tmp_path, force=True).__enter__()
     with pytest.raises(InvalidInput, match=r"a\.png .*mkdir -p .*none"):
         atomic_write(tmp_path / "none" / "a.png").__enter__()
+
+
+def _failing_sync(monkeypatch: pytest.MonkeyPatch, code: int, *, directories: bool) -> None:
+    """fsync fails with an error for directories, or for regular files."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == directories:
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_systems_that_cannot_sync_directories_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    _failing_sync(monkeypatch, code, directories=True)
+    with atomic_write(tmp_path / "a.png") as temporary:
+        temporary.write_bytes(b"new")
+    assert (tmp_path / "a.png").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("code", "directories"), [(errno.EIO, True), (errno.EIO, False), (errno.EINVAL, False), (errno.ENOSPC, True)]
+)
+def test_other_errors_of_fsync_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, directories: bool
+) -> None:
+    _failing_sync(monkeypatch, code, directories=directories)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))), atomic_write(tmp_path / "a.png") as temporary:
+        temporary.write_bytes(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == (["a.png"] if directories else [])
