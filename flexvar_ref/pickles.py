@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_OPCODES = 3_000_000  # far more than a checkpoint needs; bounds time and memory of a hostile pickle
+MAX_OPCODES = 2_000_000  # far more than a checkpoint needs; bounds time and memory of a hostile pickle
 
 MAX_NAME = 200  # characters of a name that are kept
 
