@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.files.atomic import atomic_write
+from flexvar_runtime.files.parsing import refuse_failures
 from flexvar_runtime.files.strict_json import decode, encode, loads
 
 _FIX = "Run the benchmark again."
@@ -157,7 +158,9 @@ def write(path: Path, records: Iterable[Record]) -> None:
 def read(path: Path) -> Results:
     """The results in a file. Raises ArtifactRefused for another file."""
     records: list[Record] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    content = path.read_bytes()
+    with refuse_failures(f"{path.name} holds no results", expected="JSON lines in UTF-8", fix=_FIX):
+        lines = content.decode("utf-8").split("\n")
     for number, text in enumerate(lines[:-1], 1):
         records.append(_record(text, f"{path.name}:{number}"))
     environments, ceilings = _of(Environment, records), _of(Ceiling, records)

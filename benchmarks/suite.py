@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from flexvar_runtime import Bundle
-from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.files.parsing import refuse_failures
 from flexvar_runtime.files.strict_json import decode
 from flexvar_runtime.model.precision import Precision
 
@@ -83,12 +84,9 @@ class Suite:
 def read_suite(path: Path) -> tuple[Entry, ...]:
     """The models of a suite. Its paths are relative to the file. Raises ArtifactRefused and InvalidInput."""
     fix = f"Correct {path.name}. benchmarks/standard.toml is an example."
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactRefused(
-            f"{path.name} is not TOML in UTF-8: {error}.", expected="TOML in UTF-8", fix=fix
-        ) from error
+    text = path.read_bytes()  # a file that cannot be opened is no fault of its content
+    with refuse_failures(f"{path.name} is not TOML in UTF-8", expected="TOML in UTF-8", fix=fix):
+        document = tomllib.loads(text.decode("utf-8"))
     entries = decode(Suite, document, where=path.name, fix=fix).model
 
     def beside(name: str | None) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import flexvar_ref
+from flexvar_ref.safetensors_files import list_files
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
 from flexvar_runtime.backends.host_arrays import MAX_THREADS
@@ -65,6 +66,7 @@ def export_bundle(
     quality_order: Sequence[str] = (),
     target: str = AUTO,
     decoder: str = AUTO,
+    weights: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Bundle:
     """Export a checkpoint to the bundle `out` and prove it on ort-cpu.
@@ -79,6 +81,7 @@ def export_bundle(
     target: "cpu", "gpu", or "auto" (GPU for fp16, else CPU). For a GPU every node must have a CUDA kernel.
     decoder: how the decoder upsamples: "plain" as the reference does, "phases" or "transposed" (see `upsampling`), or
     "auto", the fastest form on the target.
+    weights: "ema" or "model", for a checkpoint that holds both averaged weights (EMA) and others.
     progress: called with the name of each step as it starts.
 
     Raises ArtifactRefused (checkpoint, fp16 range or a missing CUDA kernel), ParityFailed, InvalidInput,
@@ -99,7 +102,7 @@ def export_bundle(
         make_exact(library, library.SessionOptions())
     with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
-        model, vae = load_reference(transformer, tokenizer)
+        model, vae = load_reference(transformer, tokenizer, weights)
         facts, defaults = model_facts(model, vae, class_names), replace(defaults, quality_order=tuple(quality_order))
         progress("running the reference")
         guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
@@ -126,7 +129,7 @@ def export_bundle(
             graphs=specs,
             defaults=defaults,
             provenance=Provenance(
-                transformer_sha256=_sha256(Path(transformer)), tokenizer_sha256=_sha256(Path(tokenizer)), tools=_tools()
+                transformer_sha256=_sha256(transformer), tokenizer_sha256=_sha256(tokenizer), tools=_tools()
             ),
             parity=UNPROVEN,
             largest_activation=largest,
@@ -137,7 +140,7 @@ def export_bundle(
         record = prove(seal(directory, manifest), proof, threads=threads)
         if precision is not Precision.FP32 and float32_parts is None and (excess := step_excess(record)):
             progress("finding the parts that must stay float32")
-            model, vae = load_reference(transformer, tokenizer)
+            model, vae = load_reference(transformer, tokenizer, weights)
             rounded = torch.int8 if _dtype(precision, STEP) == torch.int8 else torch.bfloat16
             for kept in parts_to_keep(rounding_errors(model, proof, rounded), excess):
                 progress(f"keeping {', '.join(kept)} in float32")
@@ -185,18 +188,25 @@ def _known_parts(names: Sequence[str], model: ModelFacts) -> tuple[str, ...]:
 
 
 def load_reference(
-    transformer: str | os.PathLike[str], tokenizer: str | os.PathLike[str]
+    transformer: str | os.PathLike[str], tokenizer: str | os.PathLike[str], weights: str | None = None
 ) -> tuple[flexvar_ref.FlexVAR, flexvar_ref.Tokenizer]:
-    """`flexvar_ref.load`, with its errors raised as ArtifactRefused."""
+    """`flexvar_ref.load`, with its errors raised as ArtifactRefused and InvalidInput."""
     try:
-        return flexvar_ref.load(os.fspath(transformer), os.fspath(tokenizer))
+        return flexvar_ref.load(os.fspath(transformer), os.fspath(tokenizer), weights=weights)
     except flexvar_ref.CheckpointError as error:
         raise ArtifactRefused(error.got, expected=error.expected, fix=error.fix) from error
+    except flexvar_ref.FlexVARRefError as error:
+        raise InvalidInput(error.got, expected=error.expected, fix=error.fix) from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(checkpoint: str | os.PathLike[str]) -> str:
+    """sha256 of a checkpoint. Of a sharded one it is that of its index and its shards, one after the other."""
+    digest = hashlib.sha256()
+    for path in list_files(Path(checkpoint)):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _tools() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
+from flexvar_runtime.checks import check_choice
 from flexvar_runtime.cli import options
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from flexvar_runtime.bundle.opening import Bundle
     from flexvar_runtime.model.facts import ModelFacts
 
+WEIGHTS = ("ema", "model")
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="Weights to take from a checkpoint that holds both: ema (averaged) or model."),
+]
+CHECKPOINT_HELP = "a PyTorch file such as .pth, .safetensors, or the index or folder of a sharded checkpoint."
 EXPORT_STEPS = 4 + len(GRAPHS)  # checkpoint, reference, activations, proof, and one for each graph
 
 
@@ -48,8 +55,8 @@ def _require_torch() -> None:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Transformer: a .pth file, or .safetensors with its .json.")],
-    vae: Annotated[Path, typer.Option(help="Tokenizer: a .pth file, or .safetensors with its .json.")],
+    checkpoint: Annotated[Path, typer.Argument(help=f"Transformer: {CHECKPOINT_HELP}")],
+    vae: Annotated[Path, typer.Option(help=f"Tokenizer: {CHECKPOINT_HELP}")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle directory to write.")],
     precision: Annotated[
         str, typer.Option(help="Number format: fp32, fp16, bf16, int8 or int8-bf16. See docs/precision.md.")
@@ -74,15 +81,17 @@ def export(
         Path | None,
         typer.Option(help="JSON file with the image quality of each schedule, from which deadlines choose."),
     ] = None,
+    weights: WeightsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs and tables, and compare it with the PyTorch reference."""
     for option, path in (("CHECKPOINT", checkpoint), ("--vae", vae)):
-        if not path.is_file():  # checked before torch is imported, which takes seconds
+        if not path.exists():  # checked before torch is imported, which takes seconds
             got, fix = f"{option}: there is no file {path}.", "Check the path."
             raise ArtifactRefused(got, expected="a checkpoint", fix=fix)
+    _check_weights(weights)
     if output.exists() and not force:
         raise already_exists(output)
     _require_torch()
@@ -106,6 +115,7 @@ def export(
             quality_order=order,
             target=target,
             decoder=decoder,
+            weights=weights,
             progress=progress,
         )
     size = sum(record.size for record in bundle.manifest.files.values())
@@ -131,6 +141,11 @@ def export(
     emit(data, as_json, show)
 
 
+def _check_weights(weights: str | None) -> None:
+    if weights is not None:
+        check_choice("--weights", weights, WEIGHTS)
+
+
 def _float32_parts(text: str) -> tuple[str, ...] | None:
     """The names in `--float32`, or None for auto."""
     if text == "auto":
@@ -148,6 +163,7 @@ def verify(
         typer.Option(help="Transformer to compare with. Without it, the outputs recorded in the bundle are used."),
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Tokenizer that belongs to --checkpoint.")] = None,
+    weights: WeightsOption = None,
     against: Annotated[
         str | None, typer.Option(help="Backend to compare with instead of the reference: ort-cpu.")
     ] = None,
@@ -164,6 +180,9 @@ def verify(
         )
     if (checkpoint is None) != (vae is None):
         raise InvalidInput("--checkpoint and --vae belong together.", expected="both or none", fix="Pass both.")
+    if weights is not None and checkpoint is None:
+        raise InvalidInput("--weights has no effect without --checkpoint.", expected="both", fix="Pass --checkpoint.")
+    _check_weights(weights)
     _require_torch()
     from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 
@@ -176,7 +195,7 @@ def verify(
     defaults = opened.manifest.defaults
     if checkpoint is not None and vae is not None:
         with torch_threads(threads):
-            model, tokenizer = load_reference(checkpoint, vae)
+            model, tokenizer = load_reference(checkpoint, vae, weights)
             _require_sizes(opened.manifest.model, model_facts(model, tokenizer))
             guidance = Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)
             proof = make_proof(model, tokenizer, ScaleSchedule.parse(defaults.schedule), guidance)

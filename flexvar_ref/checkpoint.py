@@ -1,7 +1,8 @@
-"""Loading and saving of checkpoints: the published `.pth` layouts, and safetensors with a JSON config.
+"""Loading and saving of checkpoints: PyTorch files in the layouts that training tools write, and safetensors.
 
-The sizes of a model in a `.pth` are inferred from its tensor shapes. The other form is `X.safetensors` with its config
-in `X.json` beside it, which states every size. Both use the published parameter names.
+`pth` and `safetensors_files` read files, `layouts` finds the weights in them. `save` writes `X.safetensors` with its
+config in `X.json` beside it, which states every size. For all other files the sizes are inferred from the shapes of the
+tensors. All forms use the published parameter names.
 """
 
 from __future__ import annotations
@@ -9,76 +10,123 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import TokenizerConfig, TransformerConfig
-from .errors import CheckpointError, FlexVARRefError, InvalidInput
+from .errors import CheckpointError, InvalidInput
 from .files import write_whole
-from .pth import State, read_state
+from .layouts import Weights, check_choice, choose, find_weights
+from .parsing import first_sentence, read_json, refuse_failures, shown, shown_value
+from .pickles import Opaque
+from .pth import read_pth
+from .safetensors_files import SUFFIX, find_file, list_files, read_safetensors
+from .sizes import require_parameters, tokenizer_config, transformer_config
+from .stored import State, StoredTensor
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR
 
 FORMAT = "flexvar-ref/1"
-PUBLISHED_GROUPS = 32
 MAX_NAMES = 40  # an error message lists this many parameters and counts the rest
+Config = TransformerConfig | TokenizerConfig
+Tensors = dict[str, StoredTensor]
 
 
-def load(transformer: str | Path, tokenizer: str | Path) -> tuple[FlexVAR, Tokenizer]:
+def load(transformer: str | Path, tokenizer: str | Path, *, weights: str | None = None) -> tuple[FlexVAR, Tokenizer]:
     """The transformer and the tokenizer of two checkpoints, in evaluation mode, float32, on the CPU.
 
-    The files may have any form that `load_transformer` and `load_tokenizer` accept. Raises CheckpointError.
+    The files may have any form that `load_transformer` and `load_tokenizer` accept. weights: "ema" or "model", for
+    files that hold both averaged weights (EMA) and others. Raises CheckpointError and InvalidInput.
     """
-    vae = load_tokenizer(tokenizer)
-    return load_transformer(transformer, vae.codebook_VD), vae
+    check_choice(weights)
+    files = _open(tokenizer, "tokenizer"), _open(transformer, "transformer")
+    check_choice(weights, [(file.name, file.sets) for file in files])
+    vae = _build_tokenizer(files[0], weights)
+    return _build_transformer(files[1], weights, vae.codebook_VD), vae
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, weights: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint, in evaluation mode, float32, on the CPU.
 
-    path: a published `FlexVAE.pth` (`{"model": state}` or a bare state), a published training checkpoint
-    (`{"trainer": {"vae_local": state}}`), or `X.safetensors` with `X.json` beside it. Raises CheckpointError.
+    path: a published `FlexVAE.pth`, another PyTorch checkpoint or safetensors of the same parameters, in the layouts of
+    `docs/checkpoints.md`, or `X.safetensors` with `X.json` beside it. weights: "ema" or "model", for a file that holds
+    both. Raises CheckpointError and InvalidInput.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state, config = _load_safetensors(path, TokenizerConfig)
-    else:
-        state = read_state(path, "tokenizer")
-        config = _infer_sizes(tokenizer_config, state, path)
-    with torch.device("meta"):  # skips the initialisation of weights that are replaced
+    check_choice(weights)
+    file = _open(path, "tokenizer")
+    check_choice(weights, [(file.name, file.sets)])
+    return _build_tokenizer(file, weights)
+
+
+def load_transformer(path: str | Path, codebook_VD: Tensor, *, weights: str | None = None) -> FlexVAR:
+    """The transformer of a checkpoint, in evaluation mode, float32, on the CPU.
+
+    path: as for `load_tokenizer`. codebook_VD: the tokenizer's l2-normalised codebook. weights: "ema" or "model", for a
+    file that holds both. Raises CheckpointError and InvalidInput.
+    """
+    check_choice(weights)
+    file = _open(path, "transformer")
+    check_choice(weights, [(file.name, file.sets)])
+    return _build_transformer(file, weights, codebook_VD)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """An opened checkpoint. config: as stated in the .json beside it, None if the sizes have to be inferred."""
+
+    path: Path
+    sets: Sequence[Weights]
+    config: Config | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def _open(path: str | Path, kind: str) -> _File:
+    """Find the weights of a kind in a checkpoint. No tensor is read."""
+    path = find_file(Path(path))
+    if path.suffix not in (SUFFIX, ".json"):
+        return _File(path, find_weights(read_pth(path), kind, path.name))
+    content = read_safetensors(path)
+    sizes = path.with_suffix(".json")
+    if path.suffix == ".json" or (not sizes.exists() and content.metadata.get("format") != FORMAT):
+        return _File(path, find_weights(dict(content.state), kind, path.name))
+    config = _read_config(sizes, path, kind)
+    return _File(path, find_weights(dict(content.state), kind, path.name), config)
+
+
+def _build_tokenizer(file: _File, weights: str | None) -> Tokenizer:
+    state = _dense(choose(file.sets, weights, file.name), file.path)
+    config = file.config or _infer_sizes(tokenizer_config, state, file.path)
+    assert isinstance(config, TokenizerConfig)
+    with _refuse_sizes(file.path), torch.device("meta"):  # skips the initialisation of weights that are replaced
+        require_parameters(config, state)
         model = Tokenizer(config)
-    _assign_parameters(model, state, path)
+    _assign_parameters(model, state, file.path)
     return model.eval()
 
 
-def load_transformer(path: str | Path, codebook_VD: Tensor) -> FlexVAR:
-    """The transformer of a checkpoint, in evaluation mode, float32, on the CPU.
-
-    path: a published `.pth` (`{"trainer": {"var_wo_ddp": state}}` or a bare state), or `X.safetensors` with `X.json`
-    beside it. codebook_VD: the tokenizer's l2-normalised codebook. Raises CheckpointError.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state, config = _load_safetensors(path, TransformerConfig)
-    else:
-        state = read_state(path, "transformer")
-        config = _infer_sizes(transformer_config, state, path)
+def _build_transformer(file: _File, weights: str | None, codebook_VD: Tensor) -> FlexVAR:
+    state = _dense(choose(file.sets, weights, file.name), file.path)
+    config = file.config or _infer_sizes(transformer_config, state, file.path)
+    assert isinstance(config, TransformerConfig)
     if codebook_VD.shape != (config.vocabulary, config.code_dim):
         raise CheckpointError(
-            f"{path.name} was made for {config.vocabulary} codes of dimension {config.code_dim}, but the tokenizer has "
+            f"{file.name} was made for {config.vocabulary} codes of dimension {config.code_dim}, but the tokenizer has "
             f"{codebook_VD.shape[0]} codes of dimension {codebook_VD.shape[1]}.",
             expected="a transformer and the tokenizer it was trained with",
             fix="Pass the tokenizer that this transformer was trained with.",
         )
-    with torch.device("meta"):
+    with _refuse_sizes(file.path), torch.device("meta"):
+        require_parameters(config, state)
         model = FlexVAR(config, codebook_VD)
-    _assign_parameters(model, state, path)
+    _assign_parameters(model, state, file.path)
     return model.eval()
 
 
@@ -88,16 +136,20 @@ def save(model: FlexVAR | Tokenizer, path: str | Path) -> None:
     Parameters have their published names. Raises InvalidInput for another suffix.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix != SUFFIX:
         raise InvalidInput(
             f"{path.name} does not end in .safetensors.",
             expected="a name ending in .safetensors",
             fix="Choose a name that does.",
         )
     state = {published_name(name): value.contiguous() for name, value in model.state_dict().items()}
-    config = {"format": FORMAT, "kind": _kind(type(model.config)), **dataclasses.asdict(model.config)}
+    config = {
+        "format": FORMAT,
+        "kind": "transformer" if isinstance(model, FlexVAR) else "tokenizer",
+        **dataclasses.asdict(model.config),
+    }
     with write_whole(path.with_suffix(".json")) as sizes, write_whole(path) as weights:
-        save_file(state, weights)
+        save_file(state, weights, {"format": FORMAT})
         sizes.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -106,71 +158,12 @@ def published_name(name: str) -> str:
     return re.sub(r"^quantizer\.", "quantize.", name)
 
 
-def transformer_config(state: Mapping[str, Tensor]) -> TransformerConfig:
-    """Sizes of a transformer, inferred from a published state. Published transformers have as many blocks as heads.
-
-    Any block gives the sizes, so that a missing block can be reported by name later. Raises KeyError, ValueError or
-    IndexError if the sizes cannot be inferred.
-    """
-    heads = _first_match(state, r"blocks\.\d+\.attn\.scale_mul_1H11").shape[1]
-    width = state["word_embed.weight"].shape[0]
-    depth = max(heads, _count_indices(state, r"blocks\.(\d+)\."))
-    if depth > len(state):
-        raise ValueError(f"it would have {depth} blocks but only {len(state)} parameters.")
-    return TransformerConfig(
-        depth=depth,
-        heads=heads,
-        head_size=width // heads,
-        mlp_ratio=_first_match(state, r"blocks\.\d+\.ffn\.fc1\.weight").shape[0] // width,
-        classes=state["class_emb.weight"].shape[0] - 1,
-        vocabulary=state["head.weight"].shape[0],
-        code_dim=state["word_embed.weight"].shape[1],
-        position_side=state["pos_1LC"].shape[-1],
-        drop_path=0.1 * depth / 24,
-    )
-
-
-def tokenizer_config(state: Mapping[str, Tensor]) -> TokenizerConfig:
-    """Sizes of a tokenizer, inferred from a published state. The number of groups is 32, as published.
-
-    Raises KeyError, ValueError or IndexError if the sizes cannot be inferred.
-    """
-    channels = state["encoder.conv_in.weight"].shape[0]
-    levels = _count_indices(state, r"(?:en|de)coder\.conv_blocks\.(\d+)\.")
-    if levels > len(state):
-        raise ValueError(f"it would have {levels} levels but only {len(state)} parameters.")
-    # encoder and decoder mirror each other, so the channels of a level can be read from either
-    mirrored = (rf"encoder\.conv_blocks\.{i}|decoder\.conv_blocks\.{levels - 1 - i}" for i in range(levels))
-    outputs = [_first_match(state, rf"(?:{level})\.res\.\d+\.conv1\.weight").shape[0] for level in mirrored]
-    return TokenizerConfig(
-        channels=channels,
-        multipliers=tuple(out // channels for out in outputs),
-        encoder_blocks=_count_indices(state, r"encoder\.conv_blocks\.\d+\.res\.(\d+)\."),
-        decoder_blocks=_count_indices(state, r"decoder\.conv_blocks\.\d+\.res\.(\d+)\."),
-        latent_channels=state["quant_conv.weight"].shape[1],
-        vocabulary=state["quantize.embedding.weight"].shape[0],
-        code_dim=state["quantize.embedding.weight"].shape[1],
-        groups=PUBLISHED_GROUPS,
-    )
-
-
-def _first_match(state: Mapping[str, Tensor], pattern: str) -> Tensor:
-    for name, value in state.items():
-        if re.fullmatch(pattern, name):
-            return value
-    raise KeyError(pattern.replace("\\", ""))
-
-
-def _count_indices(state: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max((int(m[1]) for name in state if (m := re.match(pattern, name))), default=-1)
-
-
-def _infer_sizes(infer: Any, state: State, path: Path) -> Any:
+def _infer_sizes(infer: Any, state: Tensors, path: Path) -> Any:
     """`infer(state)`, with a CheckpointError if the state lacks a parameter or its sizes make no sense."""
     try:
         return infer(state)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        reason = f"{error.args[0]} is missing." if isinstance(error, KeyError) else _reason(error)
+    except Exception as error:  # shapes of a foreign file raise exceptions of many types
+        reason = f"{error.args[0]} is missing." if isinstance(error, KeyError) else first_sentence(error)
         raise CheckpointError(
             f"The sizes of the model in {path.name} cannot be inferred: {reason}",
             expected="the parameters of a published FlexVAR checkpoint",
@@ -178,13 +171,16 @@ def _infer_sizes(infer: Any, state: State, path: Path) -> Any:
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    """The fault that an error reports, as the end of a sentence."""
-    text = error.got if isinstance(error, FlexVARRefError) else str(error)
-    return text if text.endswith(".") else f"{text}."
+def _refuse_sizes(path: Path) -> Any:
+    return refuse_failures(
+        CheckpointError,
+        f"The model in {path.name} cannot be built",
+        expected="sizes that fit the parameters",
+        fix="Correct the sizes in its .json file." if path.suffix == SUFFIX else "Use another checkpoint.",
+    )
 
 
-def _assign_parameters(model: FlexVAR | Tokenizer, state: State, path: Path) -> None:
+def _assign_parameters(model: FlexVAR | Tokenizer, state: Tensors, path: Path) -> None:
     """Set the parameters of `model` to the values of `state`, in float32.
 
     Raises CheckpointError, which names every parameter that is missing, unexpected, or of the wrong shape.
@@ -207,19 +203,49 @@ def _assign_parameters(model: FlexVAR | Tokenizer, state: State, path: Path) -> 
             expected=f"exactly the {len(own)} parameters of a model of its sizes",
             fix="Use a complete checkpoint. Save a model with fewer blocks than heads with flexvar_ref.save.",
         )
+    _require_bytes(state, path)
     values = {own[name][0]: _float32(value, name, path) for name, value in state.items()}
     model.load_state_dict(values, assign=True)
 
 
-def _float32(value: Tensor, name: str, path: Path) -> Tensor:
-    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+def _require_bytes(state: Tensors, path: Path) -> None:
+    """Raise CheckpointError if the tensors together take more memory than the file has bytes.
+
+    Tensors that repeat the elements of one storage do, and fill the memory when they are read.
+    """
+    needed = sum(value.nbytes for value in state.values())
+    size = sum(file.stat().st_size for file in list_files(path))
+    if needed > size:
         raise CheckpointError(
-            f"{path.name} holds {name} as {value.dtype} with layout {value.layout} on device {value.device}, but it "
-            "must hold dense floating-point weights.",
-            expected="dense floating-point weights",
-            fix="Use the checkpoint from before quantisation.",
+            f"{path.name} has {size} bytes, but its weights would take {needed} bytes of memory.",
+            expected="weights that are stored element by element",
+            fix="Save the weights as contiguous tensors: tensor.contiguous()",
         )
-    value = value.detach().to(torch.float32, copy=True)  # a copy, because the file is memory-mapped
+
+
+def _dense(state: State, path: Path) -> Tensors:
+    """The state, if all its weights are dense and of a floating-point type. Raises CheckpointError."""
+    dense: dict[str, StoredTensor] = {}
+    for name, value in state.items():
+        found = value.name if isinstance(value, Opaque) else str(value.dtype or "an unknown type")
+        if isinstance(value, Opaque) or value.dtype is None or not value.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{path.name} holds {shown(name)} as {shown(found)}, but it must hold dense floating-point weights.",
+                expected="dense floating-point weights",
+                fix="Use the checkpoint from before quantisation.",
+            )
+        dense[name] = value
+    return dense
+
+
+def _float32(stored: StoredTensor, name: str, path: Path) -> Tensor:
+    with refuse_failures(
+        CheckpointError,
+        f"{path.name} cannot be read: {name}",
+        expected="a complete checkpoint",
+        fix="Download it again and compare its size.",
+    ):
+        value = stored.read().detach().to(torch.float32, copy=True)  # a copy, because the file is memory-mapped
     if not value.isfinite().all():
         raise CheckpointError(
             f"{path.name} holds NaN or infinity in {name}.", expected="finite weights", fix="Use another checkpoint."
@@ -229,25 +255,24 @@ def _float32(value: Tensor, name: str, path: Path) -> Tensor:
 
 def _join_names(names: list[str]) -> str:
     rest = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(shown, names[:MAX_NAMES])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _kind(config: type) -> str:
-    return {TransformerConfig: "transformer", TokenizerConfig: "tokenizer"}[config]
-
-
-def _load_safetensors(path: Path, config: type) -> tuple[State, Any]:
-    kind = _kind(config)
-    try:
-        raw = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        found = raw.pop("kind", None), raw.pop("format", None)
-        if found != (kind, FORMAT):
-            raise ValueError(f"its .json file describes a {found[0]} in format {found[1]}, not a {kind} in {FORMAT}.")
-        raw = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return load_file(path), config(**raw)
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read as a {kind}: {_reason(error)}",
-            expected=f"a {kind} saved by flexvar_ref.save ({FORMAT}): safetensors with its JSON config beside it",
-            fix="Keep its .json file beside it, and check that transformer and tokenizer were not mixed up.",
-        ) from error
+def _read_config(path: Path, weights: Path, kind: str) -> Config:
+    """The config that `save` wrote to `path` for the file `weights`."""
+    with refuse_failures(
+        CheckpointError,
+        f"{weights.name} cannot be read as a {kind} with the sizes in {path.name}",
+        expected=f"a {kind} saved by flexvar_ref.save ({FORMAT}): safetensors with its JSON config beside it",
+        fix=f"Keep beside it the {path.name} that flexvar_ref.save wrote, and do not mix up transformer and tokenizer. "
+        f"If another tool wrote {path.name}, move it away: the sizes are then inferred.",
+    ):
+        raw = read_json(path)
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("kind") != kind:
+            found = [raw.get(key) for key in ("kind", "format")] if isinstance(raw, dict) else [None, None]
+            names = [shown(value) if isinstance(value, str) else shown_value(value) for value in found]
+            raise ValueError(f"it describes a {names[0]} in format {names[1]}, not a {kind} in {FORMAT}")
+        sizes: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k not in ("format", "kind")
+        }
+        return TransformerConfig(**sizes) if kind == "transformer" else TokenizerConfig(**sizes)

@@ -5,15 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import InvalidInput
+from .parsing import shown_value
+
+MAX_LEVELS, MAX_CHANNELS = 7, 2**14
+_TRANSFORMER_LIMITS = {  # those of a bundle, see ModelFacts
+    "depth": 256,
+    "heads": 1024,
+    "head_size": 1024,
+    "mlp_ratio": 64,
+    "classes": 2**20,
+    "vocabulary": 2**20,
+    "code_dim": 2**14,
+    "position_side": 1024,
+}
+_TOKENIZER_LIMITS = {
+    "channels": MAX_CHANNELS,
+    "encoder_blocks": 64,
+    "decoder_blocks": 64,
+    "latent_channels": MAX_CHANNELS,
+    "vocabulary": 2**20,
+    "code_dim": 2**14,
+    "groups": MAX_CHANNELS,
+}
 
 
-def _check_sizes(config: object, *names: str) -> None:
-    for name in names:
+def _check_sizes(config: object, limits: dict[str, int]) -> None:
+    """Raise InvalidInput unless every size is a whole number from 1 to its limit."""
+    for name, limit in limits.items():
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or not 1 <= value <= limit:
             raise InvalidInput(
-                f"{name} is {value!r}, but it must be a whole number of at least 1.",
-                expected="a whole number of at least 1",
+                f"{name} is {shown_value(value)}, but it must be a whole number from 1 to {limit}.",
+                expected=f"a whole number from 1 to {limit}",
                 fix="Correct the configuration.",
             )
 
@@ -48,14 +71,12 @@ class TransformerConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_sizes(
-            self, "depth", "heads", "head_size", "mlp_ratio", "classes", "vocabulary", "code_dim", "position_side"
-        )
+        _check_sizes(self, _TRANSFORMER_LIMITS)
         for name in ("label_dropout", "drop_path"):
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if type(value) not in (int, float) or not 0 <= value < 1:  # NaN compares false
                 raise InvalidInput(
-                    f"{name} is {value!r}, but it must be a probability: at least 0 and below 1.",
+                    f"{name} is {shown_value(value)}, but it must be a probability: at least 0 and below 1.",
                     expected="a probability below 1",
                     fix="Correct the configuration.",
                 )
@@ -102,14 +123,21 @@ class TokenizerConfig:
     groups: int = 32
 
     def __post_init__(self) -> None:
-        _check_sizes(
-            self, "channels", "encoder_blocks", "decoder_blocks", "latent_channels", "vocabulary", "code_dim", "groups"
-        )
-        if not self.multipliers or any(c < 1 or c % self.groups for c in self.level_channels):
+        _check_sizes(self, _TOKENIZER_LIMITS)
+        factors = self.multipliers
+        whole = isinstance(factors, tuple) and all(type(m) is int and 1 <= m <= MAX_CHANNELS for m in factors)
+        if not whole or not 1 <= len(factors) <= MAX_LEVELS:
+            expected = f"1 to {MAX_LEVELS} whole numbers from 1 to {MAX_CHANNELS}"
             raise InvalidInput(
-                f"The levels have {self.level_channels} channels, but there must be at least one level, and the "
-                f"channels of each level must be a multiple of groups ({self.groups}).",
-                expected="levels of at least one channel, each divisible by the groups",
+                f"multipliers is {shown_value(factors)}, but it must be {expected}.",
+                expected=expected,
+                fix="Correct the configuration.",
+            )
+        if any(c % self.groups for c in self.level_channels):
+            raise InvalidInput(
+                f"The levels have {self.level_channels} channels, but the channels of each level must be a "
+                f"multiple of groups ({self.groups}).",
+                expected="levels of channels that are divisible by the groups",
                 fix="Change channels, multipliers or groups.",
             )
 

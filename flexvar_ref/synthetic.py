@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checkpoint import PUBLISHED_GROUPS, published_name
+from .checkpoint import published_name
 from .config import TokenizerConfig, TransformerConfig
 from .errors import InvalidInput
+from .sizes import PUBLISHED_GROUPS
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR
 

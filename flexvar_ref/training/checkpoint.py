@@ -7,7 +7,6 @@ the optimisers, the averages, the task's own state and the step.
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 
 from ..errors import RunRefused
 from ..files import write_whole
-from ..pth import first_sentence
+from ..parsing import refuse_failures, shown
+from ..pth import read_pth
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,10 @@ def read_latest(folder: Path, config: str) -> dict[str, Any] | None:
     paths, reason = find_checkpoints(folder), ""
     for path in reversed(paths):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or state.get("format") != FORMAT or set(state) != set(KEYS):
-                raise ValueError(f"it is not a training state of format {FORMAT}")
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = first_sentence(str(error))
-            log.warning("%s cannot be read and is skipped: %s", path, reason)
+            state = _read(path)
+        except RunRefused as error:
+            reason = error.got
+            log.warning("%s The checkpoint is skipped.", reason)
             continue
         if state["config"] != config:
             raise RunRefused(
@@ -71,8 +69,26 @@ def read_latest(folder: Path, config: str) -> dict[str, Any] | None:
         return state
     if paths:
         raise RunRefused(
-            f"None of the {len(paths)} checkpoints in {folder} can be read: {reason}",
+            f"None of the {len(paths)} checkpoints in {folder} can be read. {reason}",
             expected="at least one that can be read",
             fix="Delete the folder and train again.",
         )
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint. Raises RunRefused for a file that `write` did not write."""
+    with refuse_failures(RunRefused, f"{path} cannot be read", expected="a training state", fix="Delete it."):
+        read_pth(path, _refuse_call)  # checks the archive, so that torch.load allocates no more than the file holds
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != FORMAT or set(state) != set(KEYS):
+            raise ValueError(f"it is not a training state of format {FORMAT}")
+        types = (("step", int), ("config", str), *((key, dict) for key in KEYS[3:]))
+        wrong = [key for key, kind in types if type(state[key]) is not kind]
+        if wrong or state["step"] < 0:
+            raise ValueError(f"its {', '.join(wrong) or 'step'} has no value of a training state")
+        return state
+
+
+def _refuse_call(name: str) -> None:
+    raise ValueError(f"it asks for {shown(name)}, which training states do not hold")

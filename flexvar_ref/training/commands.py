@@ -71,6 +71,10 @@ def transformer(
     tokenizer: Annotated[
         Path, typer.Option(help="Trained tokenizer: .safetensors with its .json beside it, or FlexVAE.pth.")
     ],
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights to take from a tokenizer file that holds both: ema (averaged) or model."),
+    ] = None,
     config: ConfigOption = None,
     resume: ResumeOption = False,
     steps: StepsOption = None,
@@ -85,7 +89,9 @@ def transformer(
         from .runs import train_transformer
 
         run = _load_run(config, TransformerRun, steps)
-        _print_result(train_transformer(run, data, tokenizer, _run_options(out, cache, resume, threads)), as_json)
+        _print_result(
+            train_transformer(run, data, tokenizer, _run_options(out, cache, resume, threads), weights), as_json
+        )
 
 
 def _require_extra() -> None:

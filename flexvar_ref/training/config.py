@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -13,11 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import TokenizerConfig
-from ..errors import ConfigError, FlexVARRefError
+from ..errors import ConfigError
+from ..parsing import first_sentence, read_json, read_toml, refuse_failures, shown, shown_value
 
 T = TypeVar("T")
 PRECISIONS = ("fp32", "bf16")
 MIN_ADVERSARIAL_SIDE = 32  # pixels; the discriminator needs images of at least this side
+MAX_SIDE, MAX_WORKERS = 8192, 512
 ALGORITHMS = ("adamw", "muon")
 DECAYS = ("cosine", "linear", "constant")
 
@@ -25,7 +25,9 @@ DECAYS = ("cosine", "linear", "constant")
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise ConfigError(
-            f"{name} is {value!r}, but it must be {expected}.", expected=expected, fix="Correct the configuration."
+            f"{name} is {shown_value(value)}, but it must be {expected}.",
+            expected=expected,
+            fix="Correct the configuration.",
         )
 
 
@@ -49,7 +51,8 @@ class Data:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.size >= 8, "data.size", self.size, "at least 8 pixels")
+        _require(8 <= self.size <= MAX_SIDE, "data.size", self.size, f"from 8 to {MAX_SIDE} pixels")
+        _require(self.workers <= MAX_WORKERS, "data.workers", self.workers, f"at most {MAX_WORKERS}")
         for name in ("samples", "workers", "seed"):
             _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
         _require(self.held_out >= 1, "data.held_out", self.held_out, "at least 1")
@@ -251,16 +254,11 @@ Run = TokenizerRun | TransformerRun
 def load_config(path: str | Path, kind: type[T]) -> T:
     """The configuration in a .toml or .json file. kind: TokenizerRun or TransformerRun. Raises ConfigError."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as a configuration: {str(error).rstrip('.')}.",
-            expected="a configuration in TOML or JSON",
-            fix="Correct the path or the file.",
-        ) from error
-    return build(kind, raw, path.name)
+    fix = "Correct the path or the file."
+    expected = "a configuration in TOML or JSON"
+    with refuse_failures(ConfigError, f"{path} cannot be read as a configuration", expected=expected, fix=fix):
+        raw = read_json(path) if path.suffix == ".json" else read_toml(path)
+        return build(kind, raw, path.name)
 
 
 def build(kind: type[T], raw: Any, where: str) -> T:
@@ -270,15 +268,16 @@ def build(kind: type[T], raw: Any, where: str) -> T:
     """
     if not isinstance(raw, dict):
         raise ConfigError(
-            f"{where} is {raw!r:.80}, but it must be a table of settings.",
+            f"{where} is {shown_value(raw)}, but it must be a table of settings.",
             expected="a table of settings",
             fix="Correct it as in the files in configs/.",
         )
     hints = typing.get_type_hints(kind)
     names = [item.name for item in dataclasses.fields(typing.cast(Any, kind))]
     if unknown := sorted(raw.keys() - set(names)):
+        some = ", ".join(map(shown, unknown[:8]))
         raise ConfigError(
-            f"{where} has the unknown setting {', '.join(unknown)}. The settings are {', '.join(names)}.",
+            f"{where} has the unknown setting {some}. The settings are {', '.join(names)}.",
             expected="only " + ", ".join(names),
             fix="Correct or remove it.",
         )
@@ -287,10 +286,9 @@ def build(kind: type[T], raw: Any, where: str) -> T:
         return kind(**values)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
-        reason = error.got if isinstance(error, FlexVARRefError) else str(error)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"{where} has settings that do not fit together: {reason}",
+            f"{where} has settings that do not fit together: {first_sentence(error)}",
             expected="sizes that fit together",
             fix="Correct the configuration.",
         ) from error
@@ -311,7 +309,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return float(value)
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise ConfigError(
-        f"{where} is {value!r:.80}, but it must be of type {names}.",
+        f"{where} is {shown_value(value)}, but it must be of type {names}.",
         expected=f"a value of type {names}",
         fix="Correct the value.",
     )

@@ -6,16 +6,17 @@ positions. Channels are weighted by LPIPS's `lin0` … `lin4` if the file holds 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import RunRefused
+from ..parsing import refuse_failures
+from ..pth import read_pth
+from ..safetensors_files import SUFFIX, read_safetensors
+from ..stored import StoredTensor
 
 CHANNELS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -71,35 +72,22 @@ def load_perceptual(path: str | Path) -> Perceptual:
     Raises RunRefused for any other file.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        expected = _shapes()
-        wrong = [name for name, shape in expected.items() if tuple(state[name].shape) != shape]
-        wrong += [f"lin{i}" for i, c in enumerate(CHANNELS) if _lin(state, i) not in (None, (1, c, 1, 1))]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} has the wrong shape")
-        return Perceptual({name: value.float() for name, value in state.items() if isinstance(value, Tensor)})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
-        raise _not_a_vgg16(path, error) from error
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        raise _not_a_vgg16(path, error) from error
-
-
-def _not_a_vgg16(path: Path, error: Exception) -> RunRefused:
-    reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-    return RunRefused(
-        f"{path.name} does not hold the weights of a VGG-16: {reason.rstrip('.'):.200}.",
+    with refuse_failures(
+        RunRefused,
+        f"{path.name} does not hold the weights of a VGG-16",
         expected="the weights of a VGG-16, features.0.weight to features.28.bias, as .safetensors or .pth",
         fix="Set loss.perceptual_weights to the file of a published VGG-16, or loss.perceptual to 0.",
-    )
-
-
-def _lin(state: dict[str, Tensor], i: int) -> tuple[int, ...] | None:
-    weight = state.get(f"lin{i}.model.1.weight")
-    return None if weight is None else tuple(weight.shape)
+    ):
+        content = read_safetensors(path).state if path.suffix == SUFFIX else read_pth(path)
+        state = {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
+        expected = _shapes()
+        if missing := expected.keys() - state.keys():
+            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+        lins = {f"lin{i}.model.1.weight": (1, c, 1, 1) for i, c in enumerate(CHANNELS)}
+        used = {**expected, **{name: shape for name, shape in lins.items() if name in state}}
+        if wrong := [name for name, shape in used.items() if state[name].shape != shape]:
+            raise ValueError(f"{', '.join(wrong)} has the wrong shape")
+        return Perceptual({name: state[name].read().float() for name in used})
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:

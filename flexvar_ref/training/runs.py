@@ -96,13 +96,15 @@ def train_tokenizer(run: TokenizerRun, data: str, options: RunOptions) -> Result
     return _train(TokenizerTask(run, source, images), run, text, options, accelerator)
 
 
-def train_transformer(run: TransformerRun, data: str, tokenizer_path: Path, options: RunOptions) -> Result:
+def train_transformer(
+    run: TransformerRun, data: str, tokenizer_path: Path, options: RunOptions, weights: str | None = None
+) -> Result:
     """Train a transformer on the tokens of a tokenizer. data: an image folder or "scenes".
 
-    Raises TrainingError or CheckpointError.
+    weights: "ema" or "model", for a tokenizer file that holds both. Raises TrainingError or CheckpointError.
     """
     accelerator = make_accelerator()
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, weights=weights)
     train, held_out = open_data(data, run.data)
     text = _config_text("transformer", run, data, tokenizer=_digest(tokenizer))
     _prepare_folder(options, text, train, accelerator)

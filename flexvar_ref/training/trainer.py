@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..errors import RunRefused, Unsupported
+from ..parsing import refuse_failures
 from . import checkpoint, ema
 from .config import Loop, Optimisation
 from .feed import BatchPlan, batches
@@ -77,22 +78,21 @@ class Trainer:
         state = checkpoint.read_latest(self.folder / CHECKPOINTS, self.config)
         if state is None:
             return
-        try:
+        with refuse_failures(
+            RunRefused,
+            f"The newest checkpoint in {self.folder / CHECKPOINTS} does not fit this run",
+            expected="the state of this run",
+            fix="Start a new run in another --out.",
+        ):
             for name, part in self.task.parts.items():
                 part.load_state_dict(state["parts"][name])
                 self.optimizers[name].load_state_dict(state["optimizers"][name])
             if state["average"].keys() != self.average.keys():
-                raise KeyError("average")
+                raise ValueError("its averages belong to other parameters")
             self.average = {name: value.to(self.accelerator.device) for name, value in state["average"].items()}
             self.task.load_state({k: v.to(self.accelerator.device) for k, v in state["task"].items()})
             self._sums = {name: value.to(self.accelerator.device) for name, value in state["means"]["sums"].items()}
             self._count = state["means"]["count"]
-        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise RunRefused(
-                f"The newest checkpoint in {self.folder / CHECKPOINTS} does not fit this run: {error!s:.200}",
-                expected="the state of this run",
-                fix="Start a new run in another --out.",
-            ) from error
         self.step = state["step"]
 
     def save(self) -> None:
