@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexvar_runtime.cli.console import JsonOption, emit, out
+from flexvar_runtime.cli.console import JsonOption, emit, out, say
 from flexvar_runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def report(
     from .report_page import write_report
 
     files = write_report(read(results), output)
-    emit({"files": [str(file) for file in files]}, as_json, lambda: out.print("\n".join(map(str, files))))
+    emit({"files": [str(file) for file in files]}, as_json, lambda: say("\n".join(map(str, files))))
 
 
 def compare(
@@ -165,9 +166,9 @@ def compare(
             )
         out.print(table)
         if spreads:
-            out.print(f"spread from repeat to repeat: {min(spreads):.1%} to {max(spreads):.1%}", highlight=False)
+            say(f"spread from repeat to repeat: {min(spreads):.1%} to {max(spreads):.1%}")
         for text in (*doubts, *only):
-            out.print(text, highlight=False, soft_wrap=True)
+            say(text)
 
     data = {
         "changes": [_json_values(change) for change in changes],
@@ -209,17 +210,14 @@ def _show(output: Path, outcome: Outcome) -> None:
     for record in outcome.made:
         if isinstance(record, Served):
             times = quantiles(record.latencies)
-            out.print(
+            say(
                 f"{record.scenario.name}, {record.mode}: median {times['median'] * 1e3:.0f} ms, p90 "
-                f"{times['p90'] * 1e3:.0f} ms, {record.images_per_second:.2f} images/s",
-                highlight=False,
+                f"{times['p90'] * 1e3:.0f} ms, {record.images_per_second:.2f} images/s"
             )
     for one in outcome.costs:
         text = one.note or f"{one.rows} schedules and batch sizes, {one.file}"
-        out.print(f"costs of {one.model} on {one.backend}: {text}", highlight=False, soft_wrap=True)
-    out.print(
-        f"Results: {output}. Draw them with: flexvar bench report {output} -o DIR", highlight=False, soft_wrap=True
-    )
+        say(f"costs of {one.model} on {one.backend}: {text}")
+    say(f"Results: {output}. Draw them with: {shlex.join(['flexvar', 'bench', 'report', str(output)])} -o DIR")
 
 
 def _cells(record: Measured) -> list[str]:

@@ -12,7 +12,7 @@ import typer
 
 from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli import options
-from flexvar_runtime.cli.console import JsonOption, emit, out, steps
+from flexvar_runtime.cli.console import JsonOption, emit, out, say, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
 from flexvar_runtime.files.atomic import already_exists
 from flexvar_runtime.files.strict_json import encode
@@ -121,11 +121,9 @@ def export(
     }
 
     def show() -> None:
-        out.print(
-            f"{output}: {precision}, {size / 1e6:.1f} MB, sha256 {bundle.sha256}", highlight=False, soft_wrap=True
-        )
+        say(f"{output}: {precision}, {size / 1e6:.1f} MB, sha256 {bundle.sha256}")
         if bundle.manifest.float32_parts:
-            out.print(f"kept in float32: {', '.join(bundle.manifest.float32_parts)}", highlight=False, soft_wrap=True)
+            say(f"kept in float32: {', '.join(bundle.manifest.float32_parts)}")
         _show_record(record)
 
     emit(data, as_json, show)
@@ -267,5 +265,4 @@ def _show_record(record: ParityRecord) -> None:
         table.add_row(row.graph, row.scale or "", row.output, metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
     out.print(table)
     if record.free_running_agreement is not None:
-        equal = f"tokens equal to the reference in a free-running generation: {record.free_running_agreement:.2%}"
-        out.print(equal, highlight=False)
+        say(f"tokens equal to the reference in a free-running generation: {record.free_running_agreement:.2%}")
