@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexvar_runtime.checks import check_whole
 from flexvar_runtime.cli.console import JsonOption, emit, out, say
 from flexvar_runtime.errors import InvalidInput
 
@@ -80,7 +81,9 @@ def run(
 
     The peak speed of the machine is measured first. Then all variants are measured in turn, each in its own process.
     """
-    from flexvar_runtime.files.atomic import already_exists, require_parent
+    from flexvar_runtime.backends.host_arrays import MAX_THREADS
+    from flexvar_runtime.files.atomic import require_parent
+    from flexvar_runtime.files.targets import check_files, require_writable
 
     from .session import run_session
     from .suite import from_options, read_suite
@@ -95,9 +98,11 @@ def run(
             expected="a suite, or bundles",
             fix="Add the bundle to the suite, or leave out --suite.",
         )
-    require_parent(output)
-    if output.exists() and not (append or force):
-        raise already_exists(output)
+    require_parent(output.absolute())
+    check_files([output], append or force)
+    require_writable(output.absolute().parent)
+    if threads is not None:
+        check_whole("threads", threads, 1, MAX_THREADS)
     entries = (
         read_suite(suite)
         if suite is not None
@@ -129,9 +134,12 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write results as one HTML page with charts, and the charts as PNG files."""
+    from flexvar_runtime.files.targets import make_writable
+
     from .records import read
     from .report_page import write_report
 
+    make_writable(output)
     files = write_report(read(results), output)
     emit({"files": [str(file) for file in files]}, as_json, lambda: say("\n".join(map(str, files))))
 

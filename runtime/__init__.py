@@ -6,7 +6,7 @@ second, in which Ctrl-C must not end the command with a traceback (see `cli/main
 
 from importlib import import_module
 
-from ._version import __version__
+from ._version import __version__ as __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing takes time
@@ -24,4 +24,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})  # type: ignore[call-overload]
+    return sorted({*globals(), *import_module(".public", __name__).__all__})

@@ -73,9 +73,10 @@ def run(arguments: Sequence[str], interrupted: Callable[[], bool]) -> int:
             sys.stdout.flush()
         except ReaderGone:
             return READER_GONE
-        except (Exception, KeyboardInterrupt) as error:
-            came = interrupted() or isinstance(error, KeyboardInterrupt)
-            code = INTERRUPTED if came else _report(error, arguments)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            code = INTERRUPTED if interrupted() else _report(error, arguments)
         if code == INTERRUPTED or (code and interrupted()):
             say("interrupted", err)
             return INTERRUPTED

@@ -12,11 +12,23 @@ from pathlib import Path
 from ..errors import InvalidInput
 
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_LONGEST_NAME = 255  # bytes, on nearly all file systems
 
 
 def sibling(final: Path, kind: str, suffix: str = "") -> Path:
-    """An unused hidden name beside `final`: `.<name>.<kind>-<pid>-<random><suffix>`."""
-    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{os.urandom(6).hex()}{suffix}")
+    """An unused hidden name beside `final`: `.<name>.<kind>-<pid>-<random><suffix>`.
+
+    A long name is cut, so that file systems take the result. A long suffix is left out.
+    """
+    tail = f".{kind}-{os.getpid()}-{os.urandom(6).hex()}{suffix if len(os.fsencode(suffix)) <= 20 else ''}"
+    return final.with_name(f".{_cut(final.name, _LONGEST_NAME - 1 - len(os.fsencode(tail)))}{tail}")
+
+
+def _cut(name: str, most: int) -> str:
+    """The beginning of a name, of at most `most` bytes."""
+    while len(os.fsencode(name)) > most:
+        name = name[: min(most, len(name) - 1)]
+    return name
 
 
 def already_exists(final: Path) -> InvalidInput:
