@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexvar_runtime.cli.console import JsonOption, emit, out
+from flexvar_runtime.checks import check_whole
+from flexvar_runtime.cli.console import JsonOption, emit, out, say
 from flexvar_runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ def run(
 
     The peak speed of the machine is measured first. Then all variants are measured in turn, each in its own process.
     """
-    from flexvar_runtime.files.atomic import already_exists, require_parent
+    from flexvar_runtime.backends.host_arrays import MAX_THREADS
+    from flexvar_runtime.files.atomic import require_parent
+    from flexvar_runtime.files.targets import check_files, require_writable
 
     from .session import run_session
     from .suite import from_options, read_suite
@@ -94,9 +98,11 @@ def run(
             expected="a suite, or bundles",
             fix="Add the bundle to the suite, or leave out --suite.",
         )
-    require_parent(output)
-    if output.exists() and not (append or force):
-        raise already_exists(output)
+    require_parent(output.absolute())
+    check_files([output], append or force)
+    require_writable(output.absolute().parent)
+    if threads is not None:
+        check_whole("threads", threads, 1, MAX_THREADS)
     entries = (
         read_suite(suite)
         if suite is not None
@@ -128,11 +134,14 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write results as one HTML page with charts, and the charts as PNG files."""
+    from flexvar_runtime.files.targets import make_writable
+
     from .records import read
     from .report_page import write_report
 
+    make_writable(output)
     files = write_report(read(results), output)
-    emit({"files": [str(file) for file in files]}, as_json, lambda: out.print("\n".join(map(str, files))))
+    emit({"files": [str(file) for file in files]}, as_json, lambda: say("\n".join(map(str, files))))
 
 
 def compare(
@@ -165,9 +174,9 @@ def compare(
             )
         out.print(table)
         if spreads:
-            out.print(f"spread from repeat to repeat: {min(spreads):.1%} to {max(spreads):.1%}", highlight=False)
+            say(f"spread from repeat to repeat: {min(spreads):.1%} to {max(spreads):.1%}")
         for text in (*doubts, *only):
-            out.print(text, highlight=False, soft_wrap=True)
+            say(text)
 
     data = {
         "changes": [_json_values(change) for change in changes],
@@ -209,17 +218,14 @@ def _show(output: Path, outcome: Outcome) -> None:
     for record in outcome.made:
         if isinstance(record, Served):
             times = quantiles(record.latencies)
-            out.print(
+            say(
                 f"{record.scenario.name}, {record.mode}: median {times['median'] * 1e3:.0f} ms, p90 "
-                f"{times['p90'] * 1e3:.0f} ms, {record.images_per_second:.2f} images/s",
-                highlight=False,
+                f"{times['p90'] * 1e3:.0f} ms, {record.images_per_second:.2f} images/s"
             )
     for one in outcome.costs:
         text = one.note or f"{one.rows} schedules and batch sizes, {one.file}"
-        out.print(f"costs of {one.model} on {one.backend}: {text}", highlight=False, soft_wrap=True)
-    out.print(
-        f"Results: {output}. Draw them with: flexvar bench report {output} -o DIR", highlight=False, soft_wrap=True
-    )
+        say(f"costs of {one.model} on {one.backend}: {text}")
+    say(f"Results: {output}. Draw them with: {shlex.join(['flexvar', 'bench', 'report', str(output)])} -o DIR")
 
 
 def _cells(record: Measured) -> list[str]:

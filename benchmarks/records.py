@@ -7,6 +7,7 @@ run was killed, the file may end in half a line, which is ignored.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.files.atomic import atomic_write
 from flexvar_runtime.files.parsing import refuse_failures
+from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import decode, encode, loads
 
 _FIX = "Run the benchmark again."
@@ -155,11 +157,19 @@ def write(path: Path, records: Iterable[Record]) -> None:
         temporary.write_text("".join(f"{line(record)}\n" for record in records), encoding="utf-8")
 
 
+def append(path: Path, record: Record) -> None:
+    """Add a record to the file `path`. If the disk is full, the records before it stay readable."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line(record)}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read(path: Path) -> Results:
     """The results in a file. Raises ArtifactRefused for another file."""
     records: list[Record] = []
-    content = path.read_bytes()
-    with refuse_failures(f"{path.name} holds no results", expected="JSON lines in UTF-8", fix=_FIX):
+    content = read_small(path, fix="Pass a file that flexvar bench run wrote.")
+    with refuse_failures(f"{path.name} is not a file of results", expected="JSON lines in UTF-8", fix=_FIX):
         lines = content.decode("utf-8").split("\n")
     for number, text in enumerate(lines[:-1], 1):
         records.append(_record(text, f"{path.name}:{number}"))

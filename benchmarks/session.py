@@ -5,16 +5,18 @@ The limits are measured again at the end, and the higher rate counts, because ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.cli.console import steps
-from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.errors import EnvironmentFailed, InvalidInput
 
 from .machine import best, ceiling, environment
 from .records import Ceiling, Environment, Record, Results, read, write
+from .records import append as append_record
 from .suite import Entry
 from .suite_models import make, model_of
 from .turns import Costs, measure
@@ -32,7 +34,7 @@ class Outcome:
 def run_session(
     entries: Sequence[Entry], options: Extent, output: Path, *, threads: int, costs: bool = True, append: bool = False
 ) -> Outcome:
-    """Measure every model, and write the file `output` after each result.
+    """Measure every model, and add each result to the file `output` at once.
 
     append: keep the records of the file. Models that are made for the run lie in a folder named as `output`, with the
     suffix .models. Before anything is made, it raises InvalidInput for a plan that is not possible and for models that
@@ -67,16 +69,37 @@ def run_session(
         )
         if not records:
             records = [environment(threads), ceiling(threads)]
+        begun = False
         for one in plans:
             for result in measure(one, threads, progress):
                 if isinstance(result, Costs):
                     kept.append(result)
-                else:
-                    made.append(result)
-                    write(output, [*records, *made])
+                    continue
+                made.append(result)
+                with _disk_errors(output, begun):
+                    if begun:
+                        append_record(output, result)
+                    else:
+                        write(output, [*records, *made])
+                begun = True
         records = [best(record, ceiling(threads)) if isinstance(record, Ceiling) else record for record in records]
-        write(output, [*records, *made])
+        with _disk_errors(output, begun):
+            write(output, [*records, *made])
     return Outcome(tuple(made), tuple(kept))
+
+
+@contextmanager
+def _disk_errors(output: Path, begun: bool) -> Iterator[None]:
+    """Turn OSError into EnvironmentFailed. begun: whether the file holds results of this run."""
+    try:
+        yield
+    except OSError as error:
+        rest = " The results before that are in the file." if begun else ""
+        raise EnvironmentFailed(
+            f"{output} cannot be written ({error.strerror or error}).{rest}",
+            expected="a file that can be written",
+            fix="Free space, or write another file: -o FILE",
+        ) from error
 
 
 def _require_new(before: Results, names: Sequence[str], now: Environment, file: str) -> None:

@@ -15,6 +15,7 @@ from flexvar_runtime import ScaleSchedule
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput, OutOfMemory
 
 from .suite import Entry
+from .workers import without_interrupts
 from .workload import Model
 
 TINY = "tiny"
@@ -52,7 +53,13 @@ def make(entry: Entry, model: Model, threads: int, progress: Progress = lambda _
     model.bundle.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(1, mp_context=mp.get_context("spawn")) as pool:
         try:
-            pool.submit(_make, entry, model, threads).result()
+            with without_interrupts():
+                made = pool.submit(_make, entry, model, threads)
+            made.result()
+        except KeyboardInterrupt:
+            for process in mp.active_children():
+                process.kill()
+            raise
         except BrokenProcessPool as error:
             raise OutOfMemory(
                 f"The export of {model.name!r:.100} was killed, probably because memory ran out.",

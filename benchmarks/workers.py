@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def started(subjects: Sequence[Subject]) -> Iterator[list[Worker]]:
         for subject in subjects:
             near, far = context.Pipe()
             process = context.Process(target=_serve, args=(far, subject), daemon=True)
-            process.start()
+            with without_interrupts():
+                process.start()
             far.close()  # so that the end of a process is noticed
             stack.callback(_end, process, near)
             try:
@@ -89,6 +91,20 @@ def started(subjects: Sequence[Subject]) -> Iterator[list[Worker]]:
                 refusal, precision = "the process ended while it opened", None
             workers.append(Worker(subject, near, refusal, precision))
         yield workers
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that are started in the body do not notice Ctrl-C. A terminal sends it to all of them, but only their
+    parent must answer it: it ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(process: mp.process.BaseProcess, connection: Connection) -> None:

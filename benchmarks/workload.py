@@ -17,6 +17,7 @@ from .variants import TORCH_PEERS, VARIANTS, CostWork, Work
 STEPS = {4: "1_3_8_16", 5: "1_2_5_10_16", 7: "1_2_3_5_8_13_16", **{n: PUBLISHED[str(n)] for n in (6, 8, 9, 10)}}
 """Schedules by number of steps: those of the paper, and ours for numbers that it lacks."""
 LEAST = 3  # turns that are made even if the time is up
+MAX_BATCH, MAX_REPEATS, MAX_REQUESTS = 1024, 10_000, 100_000  # more is surely a mistake
 COST_REPEATS = 10  # the 90 % quantile of costs needs as many
 
 
@@ -157,16 +158,14 @@ def _check(extent: Extent) -> None:
                 f"{name} is empty.", expected="at least one value", fix=f"Give {name} at least one value."
             )
     checks = [("steps", n, n in STEPS, f"{min(STEPS)} to {max(STEPS)}") for n in extent.steps]
-    checks += [("batches", n, n >= 1, "at least 1") for n in extent.batches]
-    checks += [("costs", n, n >= 1, "at least 1") for n in extent.costs or ()]
-    checks += [
-        ("repeats", extent.repeats, extent.repeats >= 1, "at least 1"),
-        ("requests", extent.requests, extent.requests >= 0, "at least 0"),
-    ]
+    ranges = [*(("batches", n, 1, MAX_BATCH) for n in extent.batches)]
+    ranges += [("costs", n, 1, MAX_BATCH) for n in extent.costs or ()]
+    ranges += [("repeats", extent.repeats, 1, MAX_REPEATS), ("requests", extent.requests, 0, MAX_REQUESTS)]
+    checks += [(name, n, low <= n <= high, f"{low} to {high}") for name, n, low, high in ranges]
     limits: list[tuple[str, float, bool, str]] = [*checks, ("seconds", extent.seconds, extent.seconds > 0, "above 0")]
     for name, value, right, expected in limits:
         if not right:
-            raise InvalidInput(f"{name} has the value {value}.", expected=expected, fix=f"Use a value of {expected}.")
+            raise InvalidInput(f"{name} has the value {value}.", expected=expected, fix=f"Use {expected}.")
 
 
 def read_quality(path: Path, model: str) -> tuple[Quality, ...]:

@@ -244,9 +244,7 @@ def build_graph(
     folder, names = engines_folder(places.bundle, places.engines), iter(wanted.profiles)
 
     def on_wait() -> None:
-        err.print(
-            f"{wanted.graph}: waiting for another flexvar build of the same engine", highlight=False, soft_wrap=True
-        )
+        say(f"{wanted.graph}: waiting for another flexvar build of the same engine", err)
 
     def tick() -> None:
         advance(f"{wanted.graph}, {next(names).name}")

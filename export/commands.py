@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +13,12 @@ import typer
 from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.checks import check_choice
 from flexvar_runtime.cli import options
-from flexvar_runtime.cli.console import JsonOption, emit, out, steps
+from flexvar_runtime.cli.console import JsonOption, emit, out, say, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
-from flexvar_runtime.files.atomic import already_exists
-from flexvar_runtime.files.strict_json import encode
+from flexvar_runtime.files.atomic import already_exists, require_parent
+from flexvar_runtime.files.reading import read_small
+from flexvar_runtime.files.strict_json import encode, loads
+from flexvar_runtime.files.targets import require_writable
 from flexvar_runtime.model.signatures import GRAPHS
 
 from .build_command import build
@@ -92,13 +94,15 @@ def export(
             got, fix = f"{option}: there is no file {path}.", "Check the path."
             raise ArtifactRefused(got, expected="a checkpoint", fix=fix)
     _check_weights(weights)
-    if output.exists() and not force:
+    require_parent(output)
+    if os.path.lexists(output) and not force:
         raise already_exists(output)
+    require_writable(output.absolute().parent)
+    names = _read_class_names(class_names) if class_names else None
     _require_torch()
     from .bundle import export_bundle
     from .facts import PUBLISHED_DEFAULTS, read_defaults
 
-    names = _read_class_names(class_names) if class_names else None
     chosen = read_defaults(defaults) if defaults else PUBLISHED_DEFAULTS
     order = _read_order(quality, chosen.schedule) if quality else ()
     with steps(EXPORT_STEPS, "export") as progress:
@@ -131,11 +135,9 @@ def export(
     }
 
     def show() -> None:
-        out.print(
-            f"{output}: {precision}, {size / 1e6:.1f} MB, sha256 {bundle.sha256}", highlight=False, soft_wrap=True
-        )
+        say(f"{output}: {precision}, {size / 1e6:.1f} MB, sha256 {bundle.sha256}")
         if bundle.manifest.float32_parts:
-            out.print(f"kept in float32: {', '.join(bundle.manifest.float32_parts)}", highlight=False, soft_wrap=True)
+            say(f"kept in float32: {', '.join(bundle.manifest.float32_parts)}")
         _show_record(record)
 
     emit(data, as_json, show)
@@ -258,16 +260,14 @@ def _read_order(path: Path, default: str) -> tuple[str, ...]:
 
 
 def _read_class_names(path: Path) -> tuple[str, ...]:
+    fix = "Write a JSON list with one name for each class, in label order."
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("it is not a list of names")
-    except (OSError, ValueError) as error:
-        raise InvalidInput(
-            f"--class-names {path} cannot be read: {error}.",
-            expected="a JSON list of names",
-            fix="Write a JSON list with one name for each class, in label order.",
-        ) from error
+        names = loads(read_small(path, fix=fix), where=f"--class-names {path}", fix=fix)
+    except ArtifactRefused as error:
+        raise InvalidInput(error.got, expected=error.expected, fix=fix) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        got = f"--class-names {path} is not a list of names."
+        raise InvalidInput(got, expected="a JSON list of names", fix=fix)
     return tuple(names)
 
 
@@ -287,5 +287,4 @@ def _show_record(record: ParityRecord) -> None:
         table.add_row(row.graph, row.scale or "", row.output, metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
     out.print(table)
     if record.free_running_agreement is not None:
-        equal = f"tokens equal to the reference in a free-running generation: {record.free_running_agreement:.2%}"
-        out.print(equal, highlight=False)
+        say(f"tokens equal to the reference in a free-running generation: {record.free_running_agreement:.2%}")

@@ -15,8 +15,10 @@ from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime.bundle.manifest import Defaults
 from flexvar_runtime.checks import short
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import decode, encode, loads
 from flexvar_runtime.model.facts import ModelFacts
+from flexvar_runtime.model.guidance import Guidance
 from flexvar_runtime.model.sampling import Sampling
 from flexvar_runtime.model.schedule import PUBLISHED, ScaleSchedule
 from flexvar_runtime.model.tables import Tables
@@ -38,18 +40,17 @@ def read_defaults(path: Path) -> Defaults:
     names = [field.name for field in fields(Defaults) if field.name != "quality_order"]
     fix = f"Correct {path.name}."
     try:
-        given = loads(path.read_bytes(), where=path.name, fix=fix)
+        given = loads(read_small(path, fix=fix), where=path.name, fix=fix)
         if not isinstance(given, dict) or not set(given) <= set(names):
             keys = f"an object with keys among {', '.join(names)}"
             raise InvalidInput(f"{path.name} is {short(given)}, but it must be {keys}.", expected=keys, fix=fix)
         published = cast(dict[str, object], encode(PUBLISHED_DEFAULTS))
         found = decode(Defaults, {**published, **given}, where=path.name, fix=fix)
         ScaleSchedule.parse(found.schedule)
+        Guidance(found.guidance_scale, found.guidance_rule, found.max_side)
         Sampling(found.top_k, found.top_p, found.greedy_scales, found.max_side)
     except ArtifactRefused as error:
         raise InvalidInput(error.got, expected=error.expected, fix=fix) from error
-    except OSError as error:
-        raise InvalidInput(f"{path.name} cannot be read: {error}.", expected="a file", fix="Check the path.") from error
     return found
 
 

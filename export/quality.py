@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -11,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.checks import short
+from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.files.parsing import refuse_failures
+from flexvar_runtime.files.reading import read_small
+from flexvar_runtime.files.strict_json import loads
 
 _STEPS = re.compile(r"\d+ steps")  # the rows of demo_quality that differ only in their schedule
 
@@ -31,31 +34,35 @@ def read_quality(path: Path) -> tuple[Rated, ...]:
     Raises ArtifactRefused, also where schedules were measured on different numbers of images, because their distances
     cannot be compared.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" in document:
-            rows = {row["schedule"]: row for row in document["rows"] if _STEPS.fullmatch(row["name"])}
-        else:
-            rows = document
-        if len(counts := {row.get("images") for row in rows.values()}) > 1:
-            raise ValueError(f"schedules of different numbers of images: {counts}")
-        rated = tuple(
-            Rated(
-                schedule=ScaleSchedule.parse(text),
-                accuracy=_number(row.get("accuracy")),
-                frechet=_number(row.get("frechet")),
-            )
-            for text, row in rows.items()
-        )
-        if len({one.schedule for one in rated}) < len(rated):
-            raise ValueError("a schedule occurs twice")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactRefused(
-            f"{path.name} is not a table of quality by schedule: {error!r:.100}.",
-            expected='a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}',
-            fix='Write a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}.',
-        ) from error
+    fix = 'Write a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}.'
+    document = loads(read_small(path, fix=fix), where=path.name, fix=fix)
+    problem = f"{path.name} is not a table of quality by schedule"
+    with refuse_failures(problem, expected='a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}', fix=fix):
+        return _table(document)
+
+
+def _table(document: Any) -> tuple[Rated, ...]:
+    """The table in a document. Raises exceptions of any type if it is not one."""
+    if "rows" in document:
+        rows: dict[str, Any] = {row["schedule"]: row for row in document["rows"] if _STEPS.fullmatch(row["name"])}
+    else:
+        rows = document
+    if len(counts := {row.get("images") for row in rows.values()}) > 1:
+        raise ValueError(f"schedules of different numbers of images: {short(list(counts))}")
+    rated = tuple(
+        Rated(schedule=_schedule(text), accuracy=_number(row.get("accuracy")), frechet=_number(row.get("frechet")))
+        for text, row in rows.items()
+    )
+    if len({one.schedule for one in rated}) < len(rated):
+        raise ValueError("a schedule occurs twice")
     return rated
+
+
+def _schedule(text: str) -> ScaleSchedule:
+    try:
+        return ScaleSchedule.parse(text)
+    except InvalidInput as error:
+        raise ValueError(error.got) from error
 
 
 def best_first(rated: Iterable[Rated], default: ScaleSchedule) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,14 @@ def check_number(name: str, value: Any, low: float, high: float, fix: str) -> fl
         return float(value)
     kind = "" if number else f" ({type(value).__name__})"
     raise invalid(f"{name} is {value!r:.100}{kind}", f"a number from {low:g} to {high:g}", fix)
+
+
+def check_keys(name: str, values: Any, known: Collection[str]) -> dict[str, Any]:
+    """The values, if they are a dict with no other keys than `known`. Raises InvalidInput."""
+    if isinstance(values, dict) and values.keys() <= set(known):
+        return values
+    expected = f"an object with no other keys than {', '.join(known)}"
+    raise invalid(f"{name} is {short(values)}", expected, "Remove the other keys.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._version import __version__
-from .checks import check_index, check_seed, check_whole
+from .checks import check_index, check_keys, check_seed, check_whole, short
 from .deadlines.choice import Choice
 from .editing.options import EditRecord
-from .errors import ArtifactRefused, FlexVARError
+from .errors import ArtifactRefused, InvalidInput
+from .files.parsing import refuse_failures
 from .model.guidance import Guidance
 from .model.sampling import Sampling
 from .model.schedule import ScaleSchedule
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SETTINGS_VERSION = 1
+_KEYS = (
+    *("version", "runtime", "bundle", "backend", "class", "seed"),
+    *("index", "schedule", "guidance", "sampling", "edit"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,27 +97,41 @@ class Settings:
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> Settings:
         """The settings that `to_json` wrote. where: name of the file, for errors. Raises ArtifactRefused."""
+        expected, fix = f"settings of version {SETTINGS_VERSION}", "Make the image again, or pass the options yourself."
+        problem = f"{where} has settings that cannot be used"
         try:
-            if data["version"] != SETTINGS_VERSION:
-                raise ValueError(f"version {data['version']!r}")
-            return cls(
-                bundle=str(data["bundle"]),
-                label=check_whole("class", data["class"], 0),
-                seed=check_seed(_whole(data["seed"])),
-                index=check_index(_whole(data["index"])),
-                schedule=ScaleSchedule.parse(data["schedule"]),
-                guidance=Guidance(**data["guidance"]),
-                sampling=Sampling.from_json(data["sampling"]),
-                backend=str(data["backend"]),
-                edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
-            )
-        except (KeyError, TypeError, ValueError, FlexVARError) as error:
-            reason = f"there is no key {error}" if isinstance(error, KeyError) else str(error)
-            raise ArtifactRefused(
-                f"{where} has settings that cannot be used ({reason}).",
-                expected=f"settings of version {SETTINGS_VERSION}",
-                fix="Make the image again, or pass the options yourself.",
-            ) from error
+            with refuse_failures(problem, expected=expected, fix=fix):
+                try:
+                    return cls._of_values(data)
+                except KeyError as error:
+                    raise ValueError(f"there is no key {error}") from error
+        except InvalidInput as error:
+            raise ArtifactRefused(f"{problem} ({error.got})", expected=expected, fix=fix) from error
+
+    @classmethod
+    def _of_values(cls, data: dict[str, Any]) -> Settings:
+        """The settings in `data`. Raises exceptions of any type if they are not valid."""
+        if data["version"] != SETTINGS_VERSION:
+            raise ValueError(f"version {short(data['version'])}")
+        check_keys("settings", data, _KEYS)
+        return cls(
+            bundle=_text(data["bundle"]),
+            label=check_whole("class", data["class"], 0),
+            seed=check_seed(_whole(data["seed"])),
+            index=check_index(_whole(data["index"])),
+            schedule=ScaleSchedule.parse(data["schedule"]),
+            guidance=Guidance.from_json(data["guidance"]),
+            sampling=Sampling.from_json(data["sampling"]),
+            backend=_text(data["backend"]),
+            edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
+        )
+
+
+def _text(value: object) -> str:
+    """A text of at most 200 characters. Raises ValueError."""
+    if not isinstance(value, str) or len(value) > 200:
+        raise ValueError(f"{short(value)} is no short text")
+    return value
 
 
 def _whole(text: object) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .bundle.manifest import Defaults
 from .checks import check_index, check_seed, invalid
 from .errors import ArtifactRefused, InvalidInput
+from .model.class_names import labels_named
 from .model.facts import ModelFacts
 from .model.guidance import Guidance
 from .model.noise import draws_of_images, fresh_seed
@@ -192,8 +193,12 @@ def parse_request(
 def check_label(model: ModelFacts, label: object) -> int:
     """The number of a class that is given by number or name. Raises InvalidInput."""
     null, names = model.null_class, model.class_names
-    if isinstance(label, str) and names is not None and names.count(label) == 1:
-        return names.index(label)
+    if isinstance(label, str) and names is not None and (found := labels_named(label, names)):
+        if len(found) > 1:
+            numbers = ", ".join(map(str, found))
+            got = f"The class is {label!r:.100}, and {len(found)} classes have this name: {numbers}."
+            raise InvalidInput(got, expected="a name of one class", fix="Pass one of these numbers.")
+        return found[0]
     whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
     if not whole or not 0 <= int(label) <= null:  # type: ignore[call-overload]
         expected = f"a whole number from 0 to {null} ({null} means no class)" + (", or a name" if names else "")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", "TokenizerRun", "TransformerRun")
 
-err = Console(stderr=True)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)  # file names are printed as they are
 DataOption = Annotated[
     str, typer.Option(help="Directory with one directory of images for each class, or scenes for the built-in images.")
 ]
@@ -133,7 +133,7 @@ def _progress_printer() -> Callable[[str, int, int], None]:
         tenth = 10 * done // count
         if printed.get(what) != tenth:
             printed[what] = tenth
-            err.print(f"preparing {what}: {done}/{count}", highlight=False, markup=False)
+            err.print(f"preparing {what}: {done}/{count}")
 
     return print_progress
 
@@ -164,5 +164,5 @@ def _report_errors(as_json: bool) -> Iterator[None]:
         if as_json:
             content = {"type": type(error).__name__, "got": error.got, "expected": error.expected, "fix": error.fix}
             sys.stdout.write(json.dumps({"error": content}, indent=1) + "\n")
-        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from error

@@ -31,7 +31,7 @@ class Report:
         self, folder: Path, steps: int, first: int, unit: str, *, console: Console | None = None, quiet: bool = False
     ) -> None:
         self._folder, self._steps, self._first, self._unit = folder, steps, first, unit
-        self._console = console or Console(stderr=True, quiet=quiet)
+        self._console = console or Console(stderr=True, markup=False, emoji=False, highlight=False, quiet=quiet)
         self._path = folder / METRICS
         self.rows = truncate_metrics(self._path, first)
         self._file = self._path.open("a", encoding="utf-8")
@@ -105,7 +105,7 @@ class Report:
             self._board.add_scalar(f"{kind}/{name}".replace(" ", "_"), value, step)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     @staticmethod
     def _save(image: Image.Image, path: Path) -> None:

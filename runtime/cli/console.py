@@ -16,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
-out = Console()
-err = Console(stderr=True)
+# Without markup and emoji codes: "[v2]" and ":cat:" may be parts of file names.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+_CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 
 def start_logging(verbose: bool) -> None:
@@ -39,8 +41,11 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
 
 
 def say(line: str, console: Console = out) -> None:
-    """Print a line as it is: not wrapped, not coloured, no markup."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is: not wrapped, not coloured. On standard error, control characters are escaped."""
+    if console is out:
+        sys.stdout.write(f"{line}\n")  # rich would expand tabs
+    else:
+        console.print(line.translate(_CONTROLS), soft_wrap=True)
 
 
 @contextmanager
@@ -59,7 +64,7 @@ def steps(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
 
         yield plain
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(what, total=total)
 

@@ -10,6 +10,7 @@ import typer
 from ..checks import invalid
 from ..editing.options import Edit, EditRecord
 from ..errors import InvalidInput
+from ..model.schedule import MAX_SCALES, MAX_SIDE
 from ..output import GenerationOutput, ScaleStep, Settings
 from ..pictures.png import save_png
 from ..pipeline import FlexVARPipeline
@@ -19,6 +20,7 @@ from .options import (
     check_targets,
     parse_labels,
     parse_size,
+    preview_name,
     report_scale,
     say_result,
     starting_settings,
@@ -106,7 +108,8 @@ def edit(
             "seed": settings.seed,
             "first_index": settings.index,
         }
-        check_targets([output], force)
+        previews = [] if preview is None else [preview / preview_name(output, MAX_SCALES - 1, (MAX_SIDE, MAX_SIDE))]
+        check_targets([output, *previews], force)  # the longest name of a preview: the schedule is not known yet
         with steps(None, "edit") as advance:
 
             def on_scale(step: ScaleStep) -> None:

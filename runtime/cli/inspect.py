@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
 
 from ..backends import KERNELS_CHECKED, planned_backend, precisions
@@ -83,7 +82,7 @@ def inspect(
             ),
             ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.provenance.tools.items())),
         ):
-            facts.add_row(name, escape(value))
+            facts.add_row(name, value)
         out.print(facts)
         graphs = Table("graph", "inputs", "outputs", "largest activation")
         for name, graph in manifest.graphs.items():
@@ -92,7 +91,7 @@ def inspect(
                 ", ".join(f"{t.name} ({', '.join(map(str, t.axes))})" for t in _shown(side))
                 for side in (graph.inputs, graph.outputs)
             ]
-            graphs.add_row(escape(name), *map(escape, tensors), f"{largest.value:.1f}" if largest else "")
+            graphs.add_row(name, *tensors, f"{largest.value:.1f}" if largest else "")
         out.print(graphs)
         if memory is not None:
             memory.show()

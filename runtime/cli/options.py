@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,8 @@ import typer
 from ..bundle.manifest import MANIFEST
 from ..checks import invalid
 from ..errors import ArtifactRefused, InvalidInput
-from ..files.atomic import already_exists
+from ..files.targets import check_files, make_writable, place_of
+from ..model.class_names import labels_by_name, labels_named
 from ..model.noise import fresh_seed
 from ..model.signatures import TABLES_FILE
 from ..output import ScaleStep, Settings
@@ -117,29 +117,52 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def parse_labels(text: str, names: tuple[str, ...] | None, option: str = "--classes") -> list[int]:
-    """ "7,999" or class names to labels. A bundle without names takes numbers only. Raises InvalidInput."""
-    labels = []
-    for part in (part.strip() for part in text.split(",")):
-        if part.isascii() and part.isdigit() and len(part) < 10:
-            labels.append(int(part))
-        elif names and (found := [label for label, name in enumerate(names) if name == part]):
-            if len(found) > 1:
-                raise InvalidInput(
-                    f"{option} names {part!r}, and {len(found)} classes have this name.",
-                    expected="a name of one class",
-                    fix=f"Use one of the numbers {', '.join(map(str, found))}.",
-                )
-            labels += found
-        else:
-            folded = {name.casefold(): name for name in names or ()}
-            close = [folded[match] for match in get_close_matches(part[:100].casefold(), folded)]
-            some = f"numbers, or names such as {', '.join(close or names[:5])}" if names else "numbers"
-            raise InvalidInput(
-                f"{option} contains {part[:100]!r}, which is not a class of this bundle.",
-                expected=some,
-                fix=f"Pass {some}. To list the classes, run: flexvar inspect BUNDLE",
-            )
+    """ "7,999" or class names to labels. A bundle without names takes numbers only. Raises InvalidInput.
+
+    Names may have commas, and are found in any case. The longest name that fits is taken: "tench, Tinca tinca,7" is two
+    classes if the first name is one of the bundle.
+    """
+    known, by_name = names or (), labels_by_name(names or ())
+    most = max(map(len, by_name), default=1)
+    labels, parts = [], text.split(",")
+    while parts:
+        for count in range(min(most, len(parts)), 0, -1):
+            part = ",".join(parts[:count]).strip()
+            found = _number(part) or labels_named(part, known, by_name)
+            if found:
+                break
+        if len(found) != 1:
+            raise _ambiguous(option, part, found, known) if found else _unknown(option, part, known)
+        labels += found
+        parts = parts[count:]
     return labels
+
+
+def _number(text: str) -> list[int]:
+    """The label that a number stands for, or none."""
+    return [int(text)] if text.isascii() and text.isdigit() and len(text) < 10 else []
+
+
+def _ambiguous(option: str, name: str, labels: list[int], names: tuple[str, ...]) -> InvalidInput:
+    candidates = ", ".join(f"{label} {names[label]!r}" for label in labels)
+    return InvalidInput(
+        f"{option} names {name!r:.100}, and {len(labels)} classes have this name: {candidates}.",
+        expected="a name of one class",
+        fix=f"Use one of the numbers {', '.join(map(str, labels))}.",
+    )
+
+
+def _unknown(option: str, part: str, names: tuple[str, ...]) -> InvalidInput:
+    asked = part[:100].casefold()
+    originals = {name.casefold(): name for name in names}
+    within = [name for name in names if asked and asked in name.casefold()]
+    close = within[:5] or [originals[match] for match in get_close_matches(asked, originals)] or list(names[:5])
+    some = f"numbers, or names such as {', '.join(map(repr, close))}" if close else "numbers"
+    return InvalidInput(
+        f"{option} contains {part[:100]!r}, which is not a class of this bundle.",
+        expected=some,
+        fix=f"Pass {some}. To list the classes, run: flexvar inspect BUNDLE",
+    )
 
 
 def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: str) -> Settings:
@@ -168,27 +191,15 @@ def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: s
     return found
 
 
-def _is_bundle(folder: Path) -> bool:
-    return (folder / MANIFEST).exists() and (folder / TABLES_FILE).exists()
-
-
 def check_targets(paths: list[Path], force: bool) -> None:
-    """Refuse paths that cannot be written, and make the directories of the others. Raises InvalidInput."""
-    for path in paths:
-        if any(_is_bundle(parent) for parent in path.resolve().parents):
-            got, fix = f"{path} is inside a bundle, whose files must not change.", "Choose another directory."
+    """Refuse files that cannot be written, and make their directories. Raises InvalidInput and EnvironmentFailed."""
+    for folder in dict.fromkeys(folder for path in paths for folder in place_of(path).parents):
+        if (folder / MANIFEST).exists() and (folder / TABLES_FILE).exists():
+            got, fix = f"{folder} is a bundle, whose files must not change.", "Choose another directory."
             raise InvalidInput(got, expected="a path outside of bundles", fix=fix)
-        if os.path.lexists(path) and not force:
-            raise already_exists(path)
-        if path.is_dir():
-            raise invalid(f"{path} is a directory", "a file", "Choose another name.")
+    check_files(paths, force)
     for directory in dict.fromkeys(path.parent for path in paths):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = "a file has that name" if isinstance(error, FileExistsError) else error.strerror
-            got, fix = f"The directory {directory} cannot be made: {reason}.", "Choose another directory."
-            raise InvalidInput(got, expected="a directory that can be made", fix=fix) from error
+        make_writable(directory)
 
 
 def say_result(files: list[Path], made: str, seconds: float, settings: Settings) -> None:
@@ -217,5 +228,4 @@ def report_scale(
             show_picture(err, pixels, f"{file.name}, scale {step.index + 1}/{step.count}")
         if preview is not None:
             path = preview / preview_name(file, step.index, step.size)
-            check_targets([path], force)
             save_png(path, pixels, {"preview_of": file.name, "scale": step.index + 1}, force=force)

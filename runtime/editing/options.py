@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict
 
-from ..checks import check_choice, check_number, check_whole, invalid
+from ..checks import check_choice, check_keys, check_number, check_whole, invalid, short
 from ..errors import InvalidInput
 
 TASKS = ("refine", "inpaint", "outpaint", "expand")
@@ -106,7 +106,8 @@ class Edit:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Edit:
-        """The edit that `to_json` wrote. Raises InvalidInput, TypeError."""
+        """The edit that `to_json` wrote. Raises InvalidInput."""
+        check_keys("edit", data, [field.name for field in fields(cls)])
         lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
         return cls(**{**data, **lists})
 
@@ -124,10 +125,14 @@ class EditRecord:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> EditRecord:
-        """The record that `to_json` wrote. Raises InvalidInput, KeyError, TypeError."""
-        options = dict(data)
-        picture, mask = options.pop("picture_sha256"), options.pop("mask_sha256")
-        return cls(Edit.from_json(options), str(picture), None if mask is None else str(mask))
+        """The record that `to_json` wrote. Raises InvalidInput, KeyError."""
+        hashes = ("picture_sha256", "mask_sha256")
+        check_keys("edit", data, [*(field.name for field in fields(Edit)), *hashes])
+        for name in hashes:
+            if not isinstance(data[name], str) and (data[name] is not None or name == "picture_sha256"):
+                raise invalid(f"{name} is {short(data[name])}", "a hash", "Leave the settings as they were written.")
+        options = {name: value for name, value in data.items() if name not in hashes}
+        return cls(Edit.from_json(options), data["picture_sha256"], data["mask_sha256"])
 
 
 def wrong_task(option: str, task: str, owners: Sequence[str]) -> InvalidInput:

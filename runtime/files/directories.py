@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .locks import locked
-from .temporary import OLD, sibling
+from .temporary import OLD, name_start, sibling
 
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
@@ -70,7 +70,7 @@ def restore_directory(final: Path) -> Path:
 
 def find_old(final: Path) -> list[Path]:
     """The directories that were moved aside to replace `final`, the newest first."""
-    name = re.compile(re.escape(f".{final.name}.{OLD}-") + "[0-9]+-[0-9a-f]{12}")
+    name = re.compile(re.escape(name_start(final, OLD)) + "[0-9]+-[0-9a-f]{12}")
     found = []
     with suppress(OSError), os.scandir(final.parent) as entries:
         found = [e for e in entries if name.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]

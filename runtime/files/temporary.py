@@ -20,14 +20,28 @@ from pathlib import Path
 from .locks import holds, lock, unlock
 
 PARTIAL, OLD = "partial", "old"
+_LONGEST_NAME = 255  # bytes, on nearly all file systems
+_LONGEST_SUFFIX = 20  # bytes
 SECONDS_KEPT = 24 * 3600.0  # of a leftover of another system, or where locks do not work
 
 _LEFTOVER = re.compile(rf"\..+\.{PARTIAL}-[0-9]+-([0-9a-f]{{6}})[0-9a-f]{{6}}(\..*)?")
 
 
 def sibling(final: Path, kind: str, suffix: str = "") -> Path:
-    """An unused hidden name beside `final`: `.<name>.<kind>-<pid>-<system><random><suffix>`."""
-    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{_system()}{os.urandom(3).hex()}{suffix}")
+    """An unused hidden name beside `final`: `.<name>.<kind>-<pid>-<system><random><suffix>`.
+
+    A long suffix is left out.
+    """
+    suffix = suffix if len(os.fsencode(suffix)) <= _LONGEST_SUFFIX else ""
+    return final.with_name(f"{name_start(final, kind)}{os.getpid()}-{_system()}{os.urandom(3).hex()}{suffix}")
+
+
+def name_start(final: Path, kind: str) -> str:
+    """How the names of siblings begin: `.<name>.<kind>-`. A long name is cut, so that file systems take the whole."""
+    name, most = final.name, _LONGEST_NAME - len(f"..{kind}-{2**32}-{0:012}") - _LONGEST_SUFFIX
+    while len(os.fsencode(name)) > most:
+        name = name[: min(most, len(name) - 1)]
+    return f".{name}.{kind}-"
 
 
 @contextmanager

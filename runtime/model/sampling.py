@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import check_number, check_whole, invalid
+from ..checks import check_keys, check_number, check_whole, invalid
 from ..errors import InvalidInput
 from .noise import DRAW_BITS, to_uniform
 from .schedule import scale_text
@@ -103,11 +103,7 @@ class Sampling:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Sampling:
         """The options that `to_json` wrote. A missing key means its default; an unknown one raises InvalidInput."""
-        known = [field.name for field in fields(cls)]
-        if not isinstance(values, dict) or not set(values) <= set(known):
-            expected = f"an object with no other keys than {', '.join(known)}"
-            raise invalid(f"sampling is {values!r:.200}", expected, "Remove the other keys.")
-        return cls(**values)
+        return cls(**check_keys("sampling", values, [field.name for field in fields(cls)]))
 
 
 def _parse_greedy(value: Any) -> str | tuple[tuple[int, int], ...]:

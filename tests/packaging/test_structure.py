@@ -28,6 +28,7 @@ LAYERS = (  # as in CONTRIBUTING: a layer imports from its own row and the rows 
     {"editing", "deadlines", "output"},
     {"generation"},
     {"pipeline"},
+    {"public"},
     {"cli"},
 )
 TYPES_ONLY = {("deadlines", "generation")}  # for type checking: the base class of a pipeline names what a pipeline has

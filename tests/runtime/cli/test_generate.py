@@ -189,7 +189,7 @@ def test_classes_by_name(flexvar: Any, bundle_copy: Path, out: Path) -> None:
         assert named.settings == numbered.settings
         with pytest.raises(InvalidInput, match="dog"):
             pipe(["dog"])
-    assert flexvar(*arguments, "dog").refused(2, "--classes", "dog", "crème brûlée, cat, 20, 21, 22")
+    assert flexvar(*arguments, "dog").refused(2, "--classes", "dog", "'crème brûlée', 'cat', '20', '21', '22'")
     for near in ("creme brulee", "Creme Brulee"):
         ended = flexvar(*arguments, near)
         assert ended.refused(2, "--classes", near, "crème brûlée") and "cat" not in ended.err

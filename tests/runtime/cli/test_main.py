@@ -13,8 +13,8 @@ from rich.console import Console
 
 from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory, ParityFailed, __version__
 from flexvar_runtime.cli import console
+from flexvar_runtime.cli.application import GROUP
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
-from flexvar_runtime.cli.main import GROUP
 
 Register = Callable[[typer.Typer], None]
 

@@ -1,0 +1,74 @@
+"""Checks of the places where results will be written, before the work that makes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..checks import invalid
+from ..errors import EnvironmentFailed, InvalidInput
+from .atomic import already_exists
+from .temporary import sibling
+
+_BLOCK = bytes(4096)
+
+
+def place_of(path: Path) -> Path:
+    """The real folder of a path, with its name. A link of that name is not followed: it would be replaced."""
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def check_files(paths: Sequence[Path], force: bool) -> None:
+    """Refuse names that files cannot get: of folders, too long, twice among `paths`, or without `force` in use.
+
+    Raises InvalidInput.
+    """
+    places = [place_of(path) for path in paths]
+    folders = {folder for place in places for folder in place.parents}
+    seen: set[Path] = set()
+    for path, place in zip(paths, places, strict=True):
+        if place in seen:
+            raise invalid(f"{path} is the name of two results", "a name of its own", "Choose another name.")
+        seen.add(place)
+        if place in folders or path.is_dir():
+            raise invalid(f"{path} is a directory", "a file", "Choose another name.")
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            got, fix = f"{path} cannot be written: {error.strerror}.", "Choose another name."
+            raise InvalidInput(got, expected="a name that the file system takes", fix=fix) from error
+        if not force:
+            raise already_exists(path)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is missing, and write in it once. Raises InvalidInput and EnvironmentFailed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        taken = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file has that name" if taken else error.strerror
+        got, fix = f"The directory {folder} cannot be made: {reason}.", "Choose another directory."
+        raise InvalidInput(got, expected="a directory that can be made", fix=fix) from error
+    require_writable(folder)
+
+
+def require_writable(folder: Path) -> None:
+    """Write a small file in a folder and remove it. Raises EnvironmentFailed if that is not possible."""
+    probe = sibling(folder / "probe", "partial")
+    try:
+        with probe.open("xb") as file:
+            file.write(_BLOCK)
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"No file can be written in {folder} ({error.strerror or error}).",
+            expected="a directory that can be written",
+            fix="Correct its permissions, free space, or choose another directory.",
+        ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
