@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._version import __version__
-from .checks import check_index, check_seed, check_whole
+from .checks import check_index, check_seed, check_whole, short
 from .deadlines.choice import Choice
 from .editing.options import EditRecord
-from .errors import ArtifactRefused, FlexVARError
+from .errors import InvalidInput
+from .files.parsing import refuse_failures
 from .model.guidance import Guidance
 from .model.sampling import Sampling
 from .model.schedule import ScaleSchedule
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SETTINGS_VERSION = 1
+_KEYS = frozenset(
+    {"version", "runtime", "bundle", "backend", "class", "seed", "index", "schedule", "guidance", "sampling", "edit"}
+)
 
 
 @dataclass(frozen=True)
@@ -92,27 +96,38 @@ class Settings:
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> Settings:
         """The settings that `to_json` wrote. where: name of the file, for errors. Raises ArtifactRefused."""
-        try:
-            if data["version"] != SETTINGS_VERSION:
-                raise ValueError(f"version {data['version']!r}")
-            return cls(
-                bundle=str(data["bundle"]),
-                label=check_whole("class", data["class"], 0),
-                seed=check_seed(_whole(data["seed"])),
-                index=check_index(_whole(data["index"])),
-                schedule=ScaleSchedule.parse(data["schedule"]),
-                guidance=Guidance(**data["guidance"]),
-                sampling=Sampling.from_json(data["sampling"]),
-                backend=str(data["backend"]),
-                edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
-            )
-        except (KeyError, TypeError, ValueError, FlexVARError) as error:
-            reason = f"there is no key {error}" if isinstance(error, KeyError) else str(error)
-            raise ArtifactRefused(
-                f"{where} has settings that cannot be used ({reason}).",
-                expected=f"settings of version {SETTINGS_VERSION}",
-                fix="Make the image again, or pass the options yourself.",
-            ) from error
+        problem, expected = f"{where} has settings that cannot be used", f"settings of version {SETTINGS_VERSION}"
+        with refuse_failures(problem, expected=expected, fix="Make the image again, or pass the options yourself."):
+            try:
+                return cls._parsed(data)
+            except InvalidInput as error:  # a value that is refused as an argument is not an argument here
+                raise ValueError(error.got) from error
+
+    @classmethod
+    def _parsed(cls, data: dict[str, Any]) -> Settings:
+        """Raises InvalidInput, TypeError, ValueError."""
+        if wrong := (_KEYS ^ set(data)) - {"edit"}:
+            raise ValueError(f"these keys are missing or unknown: {', '.join(map(short, sorted(wrong)[:5]))}")
+        if data["version"] != SETTINGS_VERSION:
+            raise ValueError(f"version {data['version']!r:.100}")
+        return cls(
+            bundle=_text("bundle", data["bundle"]),
+            label=check_whole("class", data["class"], 0),
+            seed=check_seed(_whole(data["seed"])),
+            index=check_index(_whole(data["index"])),
+            schedule=ScaleSchedule.parse(_text("schedule", data["schedule"])),
+            guidance=Guidance(**data["guidance"]),
+            sampling=Sampling.from_json(data["sampling"]),
+            backend=_text("backend", data["backend"]),
+            edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
+        )
+
+
+def _text(key: str, value: object) -> str:
+    """A text of at most 1000 characters. Raises ValueError."""
+    if not isinstance(value, str) or len(value) > 1000:
+        raise ValueError(f"{key} is {short(value)}, but it must be text of at most 1000 characters")
+    return value
 
 
 def _whole(text: object) -> int:

@@ -158,6 +158,12 @@ def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: s
             expected="an image of this bundle",
             fix="Pass the bundle that it was made with.",
         )
+    if found.label > pipeline.model.null_class:
+        raise ArtifactRefused(
+            f"{source.name} names class {found.label}, but classes end at {pipeline.model.null_class}.",
+            expected="a class of the bundle",
+            fix="Pass a PNG file that this command wrote.",
+        )
     maker = "generate" if found.edit is None else "edit"
     if maker != command:
         raise ArtifactRefused(

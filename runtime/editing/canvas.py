@@ -25,8 +25,8 @@ class Canvas:
     """A picture that is ready to be edited.
 
     pixels (H, W, 3) uint8; sides are multiples of the downsampling. mask (H, W) uint8: 0 where pixels are kept, else
-    128 to 255, the share of the generated pixel; None for refinement. cut: the box of the result that is returned. resolved: size (h, w) of
-    the canvas in pixels of the picture, for refinement.
+    128 to 255, the share of the generated pixel; None for refinement. cut: the box of the result that is returned.
+    resolved: size (h, w) of the canvas in pixels of the picture, for refinement.
     """
 
     pixels: Pixels
