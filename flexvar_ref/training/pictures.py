@@ -94,15 +94,19 @@ def _only_pixels(png: bytes) -> tuple[io.BytesIO, bytes | None]:
     while at < len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4])
         kind, data = png[at + 4 : at + 8], png[at + 8 : end - 4]
+        if end > len(png):
+            break
         if kind in _PIXEL_CHUNKS:
             kept.append(png[at:end])
-        elif kind == b"iCCP":
+        elif kind == b"iCCP" and int.from_bytes(png[end - 4 : end]) == zlib.crc32(kind + data):
             try:
                 profile = zlib.decompressobj().decompress(data.partition(b"\0")[2][1:], _MOST_PROFILE_BYTES)
             except zlib.error:
                 profile = b""
-        at = len(png) if kind == b"IEND" else end
-    return io.BytesIO(b"".join(kept)), profile
+        if kind == b"IEND":
+            return io.BytesIO(b"".join(kept)), profile
+        at = end
+    raise ValueError("it ends too early")
 
 
 def _scale_key(image: ImageFile.ImageFile) -> None:

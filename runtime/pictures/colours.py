@@ -45,6 +45,8 @@ def to_rgb(part: Image.Image, to_srgb: ImageCmsTransform | None) -> tuple[Pixels
 
 def over_white(rgb_HW3: Pixels, opacity_HW: Pixels) -> Pixels:
     """Pixels laid over white."""
+    if opacity_HW.min() == 255:
+        return rgb_HW3
     share = opacity_HW[..., None].astype(np.float32) / 255
     mixed = rgb_HW3 * share + 255 * (1 - share)
     return (mixed + np.float32(0.5)).astype(np.uint8)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, WebPImagePlugin
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, WebPImagePlugin, _imaging
 
 from ..errors import ArtifactRefused, EnvironmentFailed, InvalidInput, OutOfMemory
 from ..files.parsing import refuse_failures
 from ..memory.available import available_bytes
-from ..memory.plan import size_text
 from .colours import SIXTEEN_BITS
 from .png_chunks import SIGNATURE, only_pixels
 
@@ -29,7 +30,8 @@ _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # importing them registers their 
 _READABLE = f"a picture in one of the formats {', '.join(FORMATS)}"
 _SAVE_AGAIN = "Save it again as PNG with 8 bits a channel."
 _CORE_BYTES = {"1": 1, "L": 1, "P": 1, **dict.fromkeys(SIXTEEN_BITS, 2)}  # of a pixel in Pillow; the other modes: 4
-_WEBP_BYTES = 16  # two canvases, the decoder's own pixels, and a copy
+_WEBP_BYTES = 12  # two canvases of the decoder, and a copy
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what Pillow logs about damaged files
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def decoded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Decoded]:
             with Image.open(source, formats=[kind]) as image:
                 if isinstance(image, TiffImagePlugin.TiffImageFile):
                     _drop_other_tags(image)
-                yield _loaded(image, profile or image.info.get("icc_profile"), name)
+                yield _loaded(image, profile if kind == "PNG" else image.info.get("icc_profile"), name)
 
 
 @contextmanager
@@ -116,8 +118,25 @@ def _loaded(image: Image.Image, profile: bytes | None, name: str) -> Decoded:
     _check_header(image, name)
     if image.format == "PNG":
         _scale_key(image)
-    image.load()
+    with _quiet_libtiff() if image.format == "TIFF" else nullcontext():
+        image.load()
     return Decoded(image, _orientation(image), profile, name)
+
+
+@contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """Keep libtiff from writing to standard error itself. Pillow raises its errors too."""
+    library = ctypes.CDLL(_imaging.__file__)
+    if not hasattr(library, "TIFFSetErrorHandler"):
+        yield
+        return
+    set_handler = library.TIFFSetErrorHandler
+    set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+    before = set_handler(None)
+    try:
+        yield
+    finally:
+        set_handler(before)
 
 
 def _check_header(image: Image.Image, name: str) -> None:
@@ -135,11 +154,15 @@ def _check_header(image: Image.Image, name: str) -> None:
         raise ArtifactRefused(got, expected="8 or 16 bits a channel", fix="Convert it to 8 bits a channel.")
     needed, available = _bytes_to_read(image), available_bytes()
     if needed > MOST_MEMORY:
-        got = f"{name} takes {size_text(needed)} of memory to read, but the limit is {size_text(MOST_MEMORY)}."
-        raise ArtifactRefused(got, expected=f"at most {size_text(MOST_MEMORY)}", fix="Make it smaller.")
+        got = f"{name} takes {_megabytes(needed)} of memory to read, but the limit is {_megabytes(MOST_MEMORY)}."
+        raise ArtifactRefused(got, expected=f"at most {_megabytes(MOST_MEMORY)}", fix="Make it smaller.")
     if available is not None and needed > available:
-        got = f"{name} takes {size_text(needed)} of memory to read, but only {size_text(available)} is available."
-        raise OutOfMemory(got, expected=f"at most {size_text(available)}", fix="Free memory, or make it smaller.")
+        got = f"{name} takes {_megabytes(needed)} of memory to read, but only {_megabytes(available)} is available."
+        raise OutOfMemory(got, expected=f"at most {_megabytes(available)}", fix="Free memory, or make it smaller.")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _bytes_to_read(image: Image.Image) -> int:
