@@ -14,6 +14,7 @@ import typer
 
 from ..bundle.manifest import MANIFEST
 from ..checks import invalid
+from ..editing.canvas import check_sides
 from ..errors import ArtifactRefused, InvalidInput
 from ..files.atomic import already_exists
 from ..model.noise import fresh_seed
@@ -164,6 +165,13 @@ def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: s
             expected="a class of the bundle",
             fix="Pass a PNG file that this command wrote.",
         )
+    if found.edit is not None and found.edit.edit.size is not None:
+        (height, width), (up, right, down, left) = found.edit.edit.size, found.edit.edit.sides
+        try:
+            check_sides((height + up + down, width + left + right), pipeline.model.downsampling)
+        except InvalidInput as error:
+            fix = "Pass a PNG file that this command wrote."
+            raise ArtifactRefused(f"In {source.name}, {error.got}", expected=error.expected, fix=fix) from error
     maker = "generate" if found.edit is None else "edit"
     if maker != command:
         raise ArtifactRefused(
