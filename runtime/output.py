@@ -13,7 +13,6 @@ from ._version import __version__
 from .checks import check_index, check_keys, check_seed, check_whole, short
 from .deadlines.choice import Choice
 from .editing.options import EditRecord
-from .errors import ArtifactRefused, InvalidInput
 from .files.parsing import refuse_failures
 from .model.guidance import Guidance
 from .model.sampling import Sampling
@@ -98,15 +97,11 @@ class Settings:
     def from_json(cls, data: dict[str, Any], where: str) -> Settings:
         """The settings that `to_json` wrote. where: name of the file, for errors. Raises ArtifactRefused."""
         expected, fix = f"settings of version {SETTINGS_VERSION}", "Make the image again, or pass the options yourself."
-        problem = f"{where} has settings that cannot be used"
-        try:
-            with refuse_failures(problem, expected=expected, fix=fix):
-                try:
-                    return cls._of_values(data)
-                except KeyError as error:
-                    raise ValueError(f"there is no key {error}") from error
-        except InvalidInput as error:
-            raise ArtifactRefused(f"{problem} ({error.got})", expected=expected, fix=fix) from error
+        with refuse_failures(f"{where} has settings that cannot be used", expected=expected, fix=fix):
+            try:
+                return cls._of_values(data)
+            except KeyError as error:
+                raise ValueError(f"there is no key {error}") from error
 
     @classmethod
     def _of_values(cls, data: dict[str, Any]) -> Settings:
@@ -115,22 +110,23 @@ class Settings:
             raise ValueError(f"version {short(data['version'])}")
         check_keys("settings", data, _KEYS)
         return cls(
-            bundle=_text(data["bundle"]),
+            bundle=_text("bundle", data),
             label=check_whole("class", data["class"], 0),
             seed=check_seed(_whole(data["seed"])),
             index=check_index(_whole(data["index"])),
             schedule=ScaleSchedule.parse(data["schedule"]),
             guidance=Guidance.from_json(data["guidance"]),
             sampling=Sampling.from_json(data["sampling"]),
-            backend=_text(data["backend"]),
+            backend=_text("backend", data),
             edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
         )
 
 
-def _text(value: object) -> str:
-    """A text of at most 200 characters. Raises ValueError."""
+def _text(key: str, data: dict[str, Any]) -> str:
+    """A value that must be a text of at most 200 characters. Raises KeyError, ValueError."""
+    value = data[key]
     if not isinstance(value, str) or len(value) > 200:
-        raise ValueError(f"{short(value)} is no short text")
+        raise ValueError(f"{key} is {short(value)}, but it must be a text of at most 200 characters")
     return value
 
 

@@ -36,8 +36,9 @@ Progress = Callable[[int, int], None]
 
 
 def image_key(dataset: Dataset, count: int) -> str:
-    """The folder name for `count` images of a data set: a hash of its settings and of the code that draws scenes."""
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("scenes/*.py")))
+    """The folder name for `count` images of a data set: a hash of its settings and of the code that makes images."""
+    folder = Path(__file__).parent
+    code = b"".join(path.read_bytes() for path in [*sorted(folder.glob("scenes/*.py")), folder / "pictures.py"])
     sizes = {k: v for k, v in vars(dataset).items() if not k.startswith("_")} | {
         "classes": dataset.classes,
         "length": dataset.length,

@@ -14,10 +14,11 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import DataError
 from . import scenes
+from .pictures import SUFFIXES, read_picture, unreadable
 from .scenes.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ ImageCHW = NDArray[np.float32]
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MID_RESOLUTION = 1.125
 """Size of a resized image relative to its crop, as published."""
 _CROPS, _ORDER = 0, 1  # streams of a seed
@@ -122,7 +122,7 @@ class Augmentation:
 
 @dataclass
 class ImageFolder:
-    """Images in ImageNet's layout, root/class/…/image.{png,jpg,jpeg,webp}. Labels follow the sorted class names.
+    """Images in ImageNet's layout, root/class/…/image.png. Labels follow the sorted class names.
 
     root: the folder. size: (height, width) of the crop, or one side. seed: seed of the order and the crops.
     training: a new random order in every epoch and random crops. Otherwise files in the order of their names and centre
@@ -130,8 +130,9 @@ class ImageFolder:
     flip: in training, mirror half of the images.
     check: check every file when the folder is opened.
 
-    A file that cannot be read is replaced by the next one and counted in `skipped`. Photos are rotated according to
-    their EXIF orientation. Raises DataError if there is no class folder or no readable image.
+    `read_picture` reads the images. An image that cannot be read is replaced by the next one and counted in `skipped`.
+    Files whose names end otherwise are counted in `ignored`. Raises DataError if there is no class folder, or if one
+    holds no readable image.
     """
 
     root: Path | str
@@ -141,7 +142,9 @@ class ImageFolder:
     flip: bool = False
     check: bool = True
     skipped: int = field(default=0, init=False)
-    """Number of files found to be unreadable so far."""
+    """Number of images found to be unreadable so far."""
+    ignored: int = field(default=0, init=False)
+    """Number of files in class folders that are not images by their names."""
 
     def __post_init__(self) -> None:
         root = Path(self.root)
@@ -153,15 +156,15 @@ class ImageFolder:
                 fix="Pass a folder with one folder of images for each class.",
             )
         self.classes = tuple(folder.name for folder in folders)
-        files = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in SUFFIXES and path.is_file()
-        ]
+        everything = [(path, label) for label, folder in enumerate(folders) for path in _files_in(folder)]
+        files = [(path, label) for path, label in everything if path.suffix.lower() in SUFFIXES]
+        self.ignored = len(everything) - len(files)
+        if self.ignored:
+            other = next(path for path, _ in everything if path.suffix.lower() not in SUFFIXES)
+            log.warning("ignoring %d files that do not end as images do. The first is %s", self.ignored, other)
         self._bad: set[Path] = set()
         self._augment = Augmentation(_as_size(self.size), self.training, self.flip)
-        reasons = {path: reason for path, _ in files if self.check and (reason := _unreadable(path))}
+        reasons = {path: reason for path, _ in files if self.check and (reason := unreadable(path))}
         self._files = [(path, label) for path, label in files if path not in reasons]
         if reasons:
             self.skipped = len(reasons)
@@ -178,6 +181,13 @@ class ImageFolder:
                 f"{root} holds no readable image in its class folders ({self.skipped} cannot be read).",
                 expected=f"{', '.join(sorted(SUFFIXES))} files in folders like {self.classes[0]}",
                 fix=f"Check the path and the files. Images must end in {', '.join(sorted(SUFFIXES))}.",
+            )
+        labels = {label for _, label in self._files}
+        if empty := [name for label, name in enumerate(self.classes) if label not in labels]:
+            raise DataError(
+                f"{len(empty)} class folders in {root} hold no readable image. The first is {empty[0]!r}.",
+                expected="an image in each class folder",
+                fix="Remove these folders, or add images to them.",
             )
 
     @property
@@ -196,7 +206,7 @@ class ImageFolder:
                 _order(self.seed, epoch, len(self._files))[position] if self.training else position
             ]
             try:
-                image = _open(path)
+                image = read_picture(path)
             except Exception as reason:  # Pillow's decoders raise almost anything for a damaged file
                 self._skip(path, reason)
                 continue
@@ -215,27 +225,12 @@ class ImageFolder:
             self.skipped += 1
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, without hidden ones, in the order of their names."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+
+
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """The order of the files in an epoch: a permutation of 0 … count − 1."""
     return np.argsort(Stream(seed, epoch, _ORDER).uniform(count), kind="stable")
-
-
-def _open(path: Path) -> Image.Image:
-    """The decoded image, rotated according to its EXIF orientation."""
-    with Image.open(path) as image:
-        image.load()
-        return ImageOps.exif_transpose(image)
-
-
-def _unreadable(path: Path) -> str | None:
-    """The reason why a file cannot be read, or None.
-
-    Only headers and checksums are checked. Damage inside a JPEG is found when it is decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except Exception as reason:  # Pillow's decoders raise almost anything for a damaged file
-        return str(reason) or type(reason).__name__
-    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import DataError
 from .config import Data
 from .data import Dataset, ImageCHW, ImageFolder, Scenes
 
@@ -42,4 +43,10 @@ def open_data(data: str, config: Data) -> tuple[Dataset, Dataset]:
     split = (root / "train").is_dir() and (root / "val").is_dir()
     train = ImageFolder(root / "train" if split else root, config.size, config.seed, flip=config.flip)
     held_out = ImageFolder(root / "val" if split else root, config.size, config.seed, training=False, check=split)
+    if train.classes != held_out.classes:
+        raise DataError(
+            f"{root / 'train'} and {root / 'val'} hold different class folders, so labels would not mean the same.",
+            expected="the same class folders in both",
+            fix="Give both folders the same class folders.",
+        )
     return train, EvenSubset(held_out, min(config.held_out, len(held_out)))

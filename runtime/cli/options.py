@@ -13,6 +13,7 @@ import typer
 
 from ..bundle.manifest import MANIFEST
 from ..checks import invalid
+from ..editing.canvas import check_sides
 from ..errors import ArtifactRefused, InvalidInput
 from ..files.targets import check_files, make_writable, place_of
 from ..model.class_names import labels_by_name, labels_named
@@ -181,6 +182,19 @@ def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: s
             expected="an image of this bundle",
             fix="Pass the bundle that it was made with.",
         )
+    if found.label > pipeline.model.null_class:
+        raise ArtifactRefused(
+            f"{source.name} names class {found.label}, but classes end at {pipeline.model.null_class}.",
+            expected="a class of the bundle",
+            fix="Pass a PNG file that this command wrote.",
+        )
+    if found.edit is not None and found.edit.edit.size is not None:
+        (height, width), (up, right, down, left) = found.edit.edit.size, found.edit.edit.sides
+        try:
+            check_sides((height + up + down, width + left + right), pipeline.model.downsampling)
+        except InvalidInput as error:
+            fix = "Pass a PNG file that this command wrote."
+            raise ArtifactRefused(f"In {source.name}, {error.got}", expected=error.expected, fix=fix) from error
     maker = "generate" if found.edit is None else "edit"
     if maker != command:
         raise ArtifactRefused(

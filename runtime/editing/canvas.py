@@ -24,9 +24,9 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 class Canvas:
     """A picture that is ready to be edited.
 
-    pixels (H, W, 3) uint8; sides are multiples of the downsampling. mask (H, W) uint8: 255 where pixels are generated,
-    0 where they are kept; None for refinement. cut: the box of the result that is returned. resolved: size (h, w) of
-    the canvas in pixels of the picture, for refinement.
+    pixels (H, W, 3) uint8; sides are multiples of the downsampling. mask (H, W) uint8: 0 where pixels are kept, else
+    128 to 255, the share of the generated pixel; None for refinement. cut: the box of the result that is returned.
+    resolved: size (h, w) of the canvas in pixels of the picture, for refinement.
     """
 
     pixels: Pixels
@@ -65,7 +65,7 @@ def make_canvas(photo: Photo, mask: Pixels | None, edit: Edit, factor: int, area
     if edit.task == "outpaint":
         return _outpainted(pixels, cut, edit, factor)
     masked = None if mask is None else _fitted_mask(mask, size, edit.fit, placed)
-    if masked is not None and not (masked >= 128).any():
+    if masked is not None and not masked.any():
         fix = "Paint the part to repaint white, or invert the mask."
         raise InvalidInput("mask has no white pixels.", expected="white where the picture is repainted", fix=fix)
     sides = zip(size, placed[2:], cut[2:], strict=True)
@@ -92,7 +92,10 @@ def check_sides(size: Size, factor: int) -> None:
 
 
 def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:
-    """The mask of an inpainting, by default the transparent part of the picture. Raises InvalidInput."""
+    """The mask of an inpainting, by default the transparent part of the picture. Raises InvalidInput.
+
+    Values below 128 become 0. So the noise that JPEG adds to black changes no pixel outside the mask.
+    """
     if edit.task != "inpaint":
         if mask is not None:
             raise wrong_task("mask", edit.task, ["inpaint"])
@@ -101,11 +104,15 @@ def _mask_of(photo: Photo, mask: Pixels | None, edit: Edit) -> Pixels | None:
         if photo.opacity is None:
             fix = "Pass mask, whose white pixels are repainted, or a picture with transparency."
             raise InvalidInput("Inpainting needs a mask.", expected="a mask, or a picture with transparency", fix=fix)
-        return (255 - photo.opacity).astype(np.uint8)
+        return _without_noise(255 - photo.opacity)
     if mask.shape != photo.size:
         has, expected = "{}x{} pixels".format(*mask.shape), "{}x{}, the size of the picture".format(*photo.size)
         raise invalid(f"mask has {has}", expected, "Pass a mask of the size of the picture.")
-    return mask
+    return _without_noise(mask)
+
+
+def _without_noise(mask: Pixels) -> Pixels:
+    return np.where(mask < 128, 0, mask).astype(np.uint8)
 
 
 def _fitted(pixels: Pixels, size: Size, fit: str) -> tuple[Pixels, Box, Box]:
@@ -135,7 +142,13 @@ def _proportional(wanted: Size, space: Size) -> Box:
 def _resized(pixels: Pixels, size: Size) -> Pixels:
     if pixels.shape[:2] == size:
         return np.ascontiguousarray(pixels)
-    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    whole = Image.new("RGB", (pixels.shape[1], pixels.shape[0]))
+    step = max(1, 2**19 // whole.width)
+    for top in range(
+        0, whole.height, step
+    ):  # in strips: Pillow copies a part of a picture once more before it reads it
+        whole.paste(Image.fromarray(pixels[top : top + step]), (0, top))
+    return np.asarray(whole.resize((size[1], size[0]), Image.Resampling.LANCZOS))
 
 
 def _fitted_mask(mask: Pixels, size: Size, fit: str, used: Box) -> Pixels:

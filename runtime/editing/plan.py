@@ -53,7 +53,7 @@ class EditPlan:
         pixels = np.stack([canvas.pixels for canvas in self.canvases])
         latent = encode(from_uint8(pixels, value_range))
         if self.forced is None:
-            white = [canvas.mask >= 128 for canvas in self.canvases if canvas.mask is not None]
+            white = [canvas.mask > 0 for canvas in self.canvases if canvas.mask is not None]
             given = masked(tables, latent, np.stack(white), self.schedule)
         else:
             given = refined(tables, latent, self.schedule, self.forced)
@@ -100,14 +100,8 @@ def plan_edit(
     if not pictures or len(masks) != len(pictures):
         raise _other_number(len(pictures), len(masks), "mask")
     area, side, factor = default[-1][0] * default[-1][1], max(default[-1]), model.downsampling
-    canvases, sources = [], []
-    for picture, own in zip(pictures, masks, strict=True):
-        photo, cover = read_photo(picture), None if own is None else read_mask(own)
-        canvas = make_canvas(photo, cover, edit, factor, area)
-        if canvas.size != photo.size:
-            log.info("a picture of %dx%d pixels is edited at %dx%d (height x width)", *photo.size, *canvas.size)
-        canvases.append(canvas)
-        sources.append((photo.sha256, None if cover is None else _sha256(cover)))
+    placed = [_place(picture, own, edit, factor, area) for picture, own in zip(pictures, masks, strict=True)]
+    canvases, sources = [canvas for canvas, _ in placed], [source for _, source in placed]
     if len({(canvas.size, canvas.cut[2:]) for canvas in canvases}) > 1:
         fix = "Pass size with fit resize or crop, or edit them one by one."
         raise InvalidInput("The pictures have different sizes.", expected="pictures of one size", fix=fix)
@@ -115,6 +109,17 @@ def plan_edit(
     warn_if_large(chosen, default)
     forced = _forced_alike(edit, canvases, chosen, factor) if edit.task == "refine" else None
     return EditPlan(edit, tuple(canvases), tuple(sources), chosen, forced)
+
+
+def _place(
+    picture: PictureLike, mask: PictureLike | None, edit: Edit, factor: int, area: int
+) -> tuple[Canvas, tuple[str, str | None]]:
+    """The canvas of one picture, and the sha256 of the picture and its mask. The picture itself is dropped."""
+    photo, cover = read_photo(picture), None if mask is None else read_mask(mask)
+    canvas = make_canvas(photo, cover, edit, factor, area)
+    if canvas.size != photo.size:
+        log.info("a picture of %dx%d pixels is edited at %dx%d (height x width)", *photo.size, *canvas.size)
+    return canvas, (photo.sha256, None if cover is None else _sha256(cover))
 
 
 def warn_if_large(schedule: ScaleSchedule, default: ScaleSchedule) -> None:

@@ -1,26 +1,35 @@
-"""Reading of pictures and masks: every format becomes 8-bit RGB and an opacity."""
+"""Reading of pictures and masks: every format becomes 8-bit sRGB and an opacity."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..checks import invalid
-from ..errors import InvalidInput
+from .colours import over_white, profile_transform, to_rgb
+from .decoding import Decoded, decoded
 
 Pixels = NDArray[np.uint8]
 PictureLike: TypeAlias = "Image.Image | NDArray[Any] | str | os.PathLike[str]"
 
-MOST_PIXELS = 2**27  # a square of 11,585; larger pictures are refused before their pixels are read
-_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_STRIP_PIXELS = 2**19  # pixels that are converted at once
+_TURNS = {  # by EXIF orientation: whether rows and columns are reversed, and whether they are exchanged afterwards
+    1: (1, 1, False),
+    2: (1, -1, False),
+    3: (-1, -1, False),
+    4: (-1, 1, False),
+    5: (1, 1, True),
+    6: (-1, 1, True),
+    7: (-1, -1, True),
+    8: (1, -1, True),
+}
 
 
 @dataclass(frozen=True)
@@ -39,99 +48,73 @@ class Photo:
     def sha256(self) -> str:
         """Hash of pixels and opacity. It does not depend on the format of the file."""
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
-        digest.update(np.ascontiguousarray(self.pixels).tobytes())
+        digest.update(np.ascontiguousarray(self.pixels).data)
         if self.opacity is not None:
-            digest.update(np.ascontiguousarray(self.opacity).tobytes())
+            digest.update(np.ascontiguousarray(self.opacity).data)
         return digest.hexdigest()
 
 
 def read_photo(picture: PictureLike) -> Photo:
     """The picture in a file, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) uint8.
 
-    It is rotated as its EXIF data says. 16 bits a channel become 8. Every colour model becomes RGB. Transparent parts
-    are laid over white. Raises InvalidInput.
+    Files are PNG, JPEG, WebP, BMP, TIFF or GIF; of several pictures in a file the first is read. The picture is turned
+    as its EXIF orientation says. 16 bits a channel become 8. Every colour model and colour profile becomes sRGB.
+    Transparent parts are laid over white. Raises InvalidInput if there is no such file or the array has another form,
+    ArtifactRefused if the picture cannot be read, and OutOfMemory.
     """
-    if isinstance(picture, str | os.PathLike):
-        return _read_file(Path(picture))
-    if isinstance(picture, Image.Image):
-        return _normalised(picture, "The picture")
-    return _of_array(np.asarray(picture))
+    if not isinstance(picture, str | os.PathLike | Image.Image):
+        return _of_array(np.asarray(picture))
+    with decoded(picture) as source:
+        pixels, upright = _upright(source, channels=(3,))
+        clear = source.image.has_transparency_data
+        opacity, upright_opacity = _upright(source) if clear else (None, None)
+        for rows, rgb, own in _strips(source, use_profile=True):
+            upright[rows] = rgb
+            if upright_opacity is not None and own is not None:
+                upright_opacity[rows] = own
+    return Photo(pixels, None if opacity is None or opacity.min() == 255 else opacity)
 
 
 def read_mask(mask: PictureLike) -> Pixels:
     """A mask (H, W) uint8 from a file, a PIL image or an array. White (or true) marks the part to repaint.
 
-    Colours become grey. In a picture with transparency, white counts only where it is opaque. Raises InvalidInput.
+    Colours become grey. A colour profile is not used. In a picture with transparency, white counts only where it is
+    opaque. Raises the errors of `read_photo`.
     """
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype == np.bool_:
         return mask.astype(np.uint8) * np.uint8(255)
-    photo = read_photo(mask)
-    grey = np.asarray(Image.fromarray(photo.pixels).convert("L"))
-    if photo.opacity is None:
-        return grey
-    return (grey.astype(np.uint16) * photo.opacity // 255).astype(np.uint8)
+    if not isinstance(mask, str | os.PathLike | Image.Image):
+        photo = _of_array(np.asarray(mask))
+        return _opaque_grey(photo.pixels, photo.opacity)
+    with decoded(mask) as source:
+        grey, upright = _upright(source)
+        for rows, rgb, opacity in _strips(source, use_profile=False):
+            upright[rows] = _opaque_grey(rgb, opacity)
+    return grey
 
 
-def _read_file(path: Path) -> Photo:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _normalised(image, path.name)
-    except FileNotFoundError as error:
-        raise InvalidInput(f"There is no file {path}.", expected="a picture", fix="Check the path.") from error
-    except Image.DecompressionBombError as error:
-        raise _too_large(path.name) from error
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise InvalidInput(
-            f"{path} cannot be read as a picture ({error}).",
-            expected="a readable picture: PNG, JPEG, WebP …",
-            fix="Save it again as PNG.",
-        ) from error
+def _upright(source: Decoded, channels: tuple[int, ...] = ()) -> tuple[Pixels, Pixels]:
+    """An empty picture as it is returned, and a view of it with the rows and columns of the source."""
+    width, height = source.image.size
+    down, along, exchanged = _TURNS[source.orientation]
+    turned = np.empty(((width, height) if exchanged else (height, width)) + channels, np.uint8)
+    return turned, (turned.swapaxes(0, 1) if exchanged else turned)[::down, ::along]
 
 
-def _too_large(name: str) -> InvalidInput:
-    limit = f"{MOST_PIXELS:,} pixels"
-    return InvalidInput(f"{name} has more than {limit}.", expected=f"at most {limit}", fix="Make the picture smaller.")
+def _strips(source: Decoded, use_profile: bool) -> Iterator[tuple[slice, Pixels, Pixels | None]]:
+    """The picture in strips: their rows, pixels and opacity. A whole copy in every step would take much memory."""
+    image = source.image
+    profile = source.profile if use_profile else None
+    to_srgb = None if profile is None else profile_transform(profile, image.mode, source.name)
+    step = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, step):
+        rows = slice(top, min(top + step, image.height))
+        yield rows, *to_rgb(image.crop((0, rows.start, image.width, rows.stop)), to_srgb)
 
 
-def _too_deep(name: str, pixels: str) -> InvalidInput:
-    return invalid(f"{name} has {pixels}", "a picture of 8 or 16 bits a channel", "Convert it to 8 bits.")
-
-
-def _normalised(image: Image.Image, name: str) -> Photo:
-    width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise _too_large(name)
-    from PIL import ImageOps  # slow to import
-
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode in _SIXTEEN_BITS or turned.mode == "I":
-        return Photo(_eight_bits(np.asarray(turned), name))
-    if turned.mode == "F":
-        raise _too_deep(name, "floating-point pixels")
-    if turned.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in turned.info:
-        rgba = np.asarray(turned.convert("RGBA"))
-        return _over_white(rgba)
-    return Photo(np.asarray(turned.convert("RGB")))
-
-
-def _over_white(rgba_HW4: Pixels) -> Photo:
-    """The picture laid over white, with its opacity."""
-    opacity = np.ascontiguousarray(rgba_HW4[..., 3])
-    if (opacity == 255).all():
-        return Photo(np.ascontiguousarray(rgba_HW4[..., :3]))
-    share = opacity[..., None].astype(np.float32) / 255
-    mixed = rgba_HW4[..., :3] * share + 255 * (1 - share)
-    return Photo((mixed + 0.5).astype(np.uint8), opacity)
-
-
-def _eight_bits(grey: NDArray[np.generic], name: str) -> Pixels:
-    """8-bit RGB of 16-bit grey."""
-    values = grey.astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise _too_deep(name, "32 bits a channel")
-    return np.repeat(((values * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
+def _opaque_grey(rgb_HW3: Pixels, opacity_HW: Pixels | None) -> Pixels:
+    grey = np.asarray(Image.fromarray(rgb_HW3).convert("L"))
+    return grey if opacity_HW is None else (grey.astype(np.uint16) * opacity_HW // 255).astype(np.uint8)
 
 
 def _of_array(array: NDArray[np.generic]) -> Photo:
@@ -140,4 +123,8 @@ def _of_array(array: NDArray[np.generic]) -> Photo:
         problem = f"The picture has shape {array.shape} and dtype {array.dtype}"
         raise invalid(problem, "(H, W), (H, W, 3) or (H, W, 4) uint8", "Convert the array.")
     pixels = np.ascontiguousarray(array.reshape(*array.shape[:2], channels)).astype(np.uint8)
-    return _over_white(pixels) if channels == 4 else Photo(np.repeat(pixels, 3 // channels, axis=2))
+    if channels < 4:
+        return Photo(np.repeat(pixels, 3 // channels, axis=2))
+    opacity = np.ascontiguousarray(pixels[..., 3])
+    opaque = bool((opacity == 255).all())
+    return Photo(over_white(pixels[..., :3], opacity), None if opaque else opacity)

@@ -54,11 +54,14 @@ def from_uint8(images_BHWC: NDArray[np.uint8], value_range: tuple[float, float] 
 def check_images(image: Image.Image | ArrayLike, factor: int) -> NDArray[np.uint8]:
     """One image or a batch of images as an array (B, H, W, 3) uint8.
 
-    Raises InvalidInput for other arrays, and for sides that are not multiples of `factor`.
+    PIL images are read as by `read_photo`. Raises its errors, and InvalidInput for other arrays and for sides that are
+    not multiples of `factor`.
     """
     from PIL import Image  # slow to import
 
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    from .photo import read_photo
+
+    pixels = read_photo(image).pixels if isinstance(image, Image.Image) else np.asarray(image)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     colour = pixels.ndim == 4 and pixels.shape[3] == 3 and pixels.dtype == np.uint8 and len(pixels) > 0
     if not colour or any(side < factor or side % factor for side in pixels.shape[1:3]):

@@ -12,8 +12,10 @@ from PIL import Image
 
 from flexvar_ref.errors import DataError
 from flexvar_ref.training import scenes
+from flexvar_ref.training.config import Data
 from flexvar_ref.training.data import Augmentation, Dataset, ImageFolder, Scenes, batch, to_signed
 from flexvar_ref.training.scenes.stream import Stream
+from flexvar_ref.training.sources import open_data
 
 FORMATS = ("a.png", "b.JPEG", "c.webp")
 
@@ -84,7 +86,7 @@ def test_unreadable_files_are_skipped_and_counted(folder: Path, check: bool, cap
         found = [data.sample(index) for index in range(2 * len(data))]
     assert data.skipped == 3
     assert np.isfinite([image for image, _ in found]).all() and {label for _, label in found} == {0, 1, 2}
-    assert len(caplog.records) == (2 if check else 1)  # not one for each file
+    assert len(caplog.records) == (3 if check else 2)  # not one for each file; one is of the notes
     if check:
         assert "2 of 12 images" in caplog.text and "ant" in caplog.text
 
@@ -122,6 +124,48 @@ def test_folders_without_images_are_refused(tmp_path: Path, files: list[str], fa
     with pytest.raises(DataError, match=fault) as caught:
         ImageFolder(tmp_path, 16)
     assert str(tmp_path) in caught.value.got
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "empty", "texts", "deep", "broken"])
+def test_a_class_folder_without_images_is_refused(folder: Path, name: str) -> None:
+    """It would become a class that no sample has, and would move the labels of those behind it."""
+    (folder / name / "deeper").mkdir(parents=True)
+    if name in ("texts", "broken"):
+        (folder / name / f"a.{'txt' if name == 'texts' else 'png'}").write_text("no image", encoding="utf-8")
+    with pytest.raises(DataError, match=name):
+        ImageFolder(folder, 16)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "TIFF", "gif", "JPG"])
+def test_every_common_format_is_read(folder: Path, suffix: str) -> None:
+    paint(folder / "ant" / f"z.{suffix}", 200)
+    data = ImageFolder(folder, 16, training=False)
+    assert len(data) == 10 and data.sample(3)[0].mean() == pytest.approx(200 / 127.5 - 1, abs=0.02)
+
+
+def test_files_of_other_kinds_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.avif", "b.heic", ".DS_Store", "._a.png"):
+        (folder / "mole" / name).write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        data = ImageFolder(folder, 16)
+    assert data.ignored == 3 and data.skipped == 0 and len(data) == 9  # hidden files are no images
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "3 files" in caplog.text
+
+
+def test_a_picture_of_another_format_under_the_name_of_an_image_is_skipped(folder: Path) -> None:
+    Image.new("RGB", (8, 8)).save(folder / "ant" / "d.png", format="PPM")
+    (folder / "ant" / "e.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "ant" / "f.tif")
+    assert ImageFolder(folder, 16).skipped == 3
+
+
+def test_held_out_images_must_have_the_same_classes(tmp_path: Path) -> None:
+    for file in ("train/ant/a.png", "train/bee/a.png", "val/bee/a.png"):
+        paint(tmp_path / file, 9)
+    with pytest.raises(DataError, match="different class folders"):
+        open_data(str(tmp_path), Data(size=16))
+    paint(tmp_path / "val" / "ant" / "a.png", 9)
+    assert open_data(str(tmp_path), Data(size=16))[1].classes == ("ant", "bee")
 
 
 def test_other_folders_and_sizes_are_refused(tmp_path: Path) -> None:

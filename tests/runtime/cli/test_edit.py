@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flexvar_runtime import FlexVARPipeline, ScaleSchedule
-from flexvar_runtime.pictures.png import read_metadata
+from flexvar_runtime.pictures.png import read_metadata, save_png
 
 SMALL = ("--size", "24x32", "--schedule", "1_2_3x4_6x8")
 
@@ -184,3 +184,26 @@ def test_the_largest_side_alone_asks_for_no_guidance(
     assert ended.json["guidance"]["scale"] == 0 and ended.json["sampling"]["max_side"] == 8
     ended = flexvar(*options, "-o", tmp_path / "two.png", "--class", 3)
     assert ended.json["guidance"]["scale"] > 0 and ended.json["guidance"]["max_side"] == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": [2**20, 2**20]},
+        {"task": "outpaint", "size": [24, 32], "sides": [2**20] * 4},
+        {"task": "expand", "size": [24, 2**15], "anchor": "top"},
+        {"size": [24, 32], "colour": "red"},
+        {"size": [24, 32], "strength": 1e300},
+    ],
+    ids=["size", "sides", "canvas", "unknown key", "strength"],
+)
+def test_recorded_edits_that_ask_for_too_much_are_refused(
+    flexvar: Any, tiny_bundle: Path, photo: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with FlexVARPipeline.from_bundle(tiny_bundle, "ort-cpu") as pipe:
+        settings = pipe.edit(photo, "refine", size=(24, 32), schedule="1_2_3x4_6x8", seed=0).settings[0].to_json()
+    common = {name: settings["edit"][name] for name in ("picture_sha256", "mask_sha256")}
+    settings["edit"] = {"task": "refine", **common, **change}
+    save_png(tmp_path / "from.png", np.zeros((4, 4, 3), np.uint8), settings)
+    ended = flexvar("edit", tiny_bundle, "--image", photo, "--from", tmp_path / "from.png", "-o", tmp_path / "o.png")
+    assert ended.code == 5 and "from.png" in ended.err and not (tmp_path / "o.png").exists()

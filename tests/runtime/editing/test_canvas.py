@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
 from flexvar_runtime import InvalidInput
 from flexvar_runtime.editing.canvas import Canvas, _dilated, _resized_mask, check_sides, make_canvas, natural_size
 from flexvar_runtime.editing.options import Edit
-from flexvar_runtime.pictures.photo import Photo
+from flexvar_runtime.pictures.photo import Photo, read_mask
 
 FACTOR, AREA = 4, 256
 
@@ -158,6 +160,26 @@ def test_a_seam_is_blended() -> None:
     soft[:, 31] = 128
     result = canvas(white, soft, task="inpaint").blend(np.zeros((64, 64, 3), np.uint8), 0)[30, :, 0]
     assert result[30:33].tolist() == [255, 127, 0]  # grey in the mask is half
+
+
+@pytest.mark.parametrize("quality", [10, 60, 95])
+@pytest.mark.parametrize("feather", [0, 5])
+def test_noise_in_a_mask_changes_nothing_outside_it(quality: int, feather: int) -> None:
+    """As a mask saved as JPEG has it."""
+    drawn, file = np.zeros((64, 64), np.uint8), io.BytesIO()
+    drawn[20:44, 18:46] = 255
+    Image.fromarray(drawn).save(file, "JPEG", quality=quality)
+    mask = read_mask(Image.open(file))
+    assert ((mask > 0) & (mask < 128)).any()
+    picture = photo(64, 64)
+    black = np.zeros((64, 64, 3), np.uint8)
+    result = canvas(picture, mask, task="inpaint", paste=True, feather=feather).blend(black, feather)
+    inside = np.pad(mask >= 128, feather)
+    grown = np.zeros((64, 64), bool)
+    for down in range(2 * feather + 1):
+        for along in range(2 * feather + 1):
+            grown |= inside[down : down + 64, along : along + 64]
+    assert np.array_equal(result[~grown], picture.pixels[~grown])
 
 
 @pytest.mark.parametrize("fit", ["resize", "crop", "pad"])

@@ -177,3 +177,47 @@ def test_no_file(tmp_path: Path) -> None:
 def test_settings_as_another_program_would_write_them(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seed": "12"}
     assert read_metadata(with_text(tmp_path / "a.png", json.dumps(settings, indent=4))) == settings
+
+
+def with_settings(
+    *, kind: bytes = b"tEXt", last: bool = False, text: bytes = b'{"seed": "12"}', copies: int = 1
+) -> bytes:
+    """A PNG file with the text `text`, before or behind its pixels."""
+    key = METADATA_KEY.encode() + b"\0"
+    data = {
+        b"tEXt": key + text,
+        b"zTXt": key + b"\0" + zlib.compress(text),
+        b"iTXt": key + b"\0\0en\0key\0" + text,
+        b"iTXt packed": key + b"\1\0\0\0" + zlib.compress(text),
+    }[kind]
+    texts = [chunk(kind[:4], data)] * copies
+    pixels = [chunk(b"IDAT", zlib.compress(bytes(4)))]
+    return png(1, 1, *(pixels + texts if last else texts + pixels), chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iTXt packed"])
+def test_settings_are_found_anywhere_in_a_file(tmp_path: Path, kind: bytes, last: bool) -> None:
+    (tmp_path / "a.png").write_bytes(with_settings(kind=kind, last=last))
+    assert read_metadata(tmp_path / "a.png") == {"seed": "12"}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (with_settings(copies=2), "2 texts"),
+        (with_settings(kind=b"iTXt", text=b'{"name": "\xff\xfe"}'), "utf-8"),
+        (with_settings(kind=b"zTXt", text=b" " * 2**21), "1,048,576 bytes"),
+        (with_settings(kind=b"iTXt packed", text=b" " * 2**21), "1,048,576 bytes"),
+        (with_settings(text=b" " * 2**21), "1,048,576 bytes"),
+        (with_settings(kind=b"zTXt").replace(b"x\x9c", b"x\x9d"), "checksum"),
+        (with_settings()[:-12], "too early"),
+        (with_settings(text=b"[" * 100_000), "recursion"),
+    ],
+    ids=["twice", "no utf-8", "packed bomb", "packed utf-8 bomb", "long", "checksum", "cut", "deep"],
+)
+def test_settings_that_are_refused(tmp_path: Path, content: bytes, named: str) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ArtifactRefused, match=named) as refusal:
+        read_metadata(tmp_path / "a.png")
+    assert "a.png" in refusal.value.got
