@@ -15,6 +15,7 @@ from flexvar_runtime.model.precision import Precision
 
 from .workload import Extent, names_of
 
+MAX_BYTES = 32 << 10  # tomllib takes time in proportion to the square of a dotted key: seconds at this size
 NONE = "-"  # the value of an option for a bundle without one
 
 
@@ -84,9 +85,12 @@ class Suite:
 def read_suite(path: Path) -> tuple[Entry, ...]:
     """The models of a suite. Its paths are relative to the file. Raises ArtifactRefused and InvalidInput."""
     fix = f"Correct {path.name}. benchmarks/standard.toml is an example."
-    text = path.read_bytes()  # a file that cannot be opened is no fault of its content
-    with refuse_failures(f"{path.name} is not TOML in UTF-8", expected="TOML in UTF-8", fix=fix):
-        document = tomllib.loads(text.decode("utf-8"))
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    with refuse_failures(f"{path.name} is not a suite in TOML", expected="TOML in UTF-8", fix=fix):
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        document = tomllib.loads(content.decode("utf-8"))
     entries = decode(Suite, document, where=path.name, fix=fix).model
 
     def beside(name: str | None) -> str | None:

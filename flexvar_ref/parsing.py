@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from .errors import FlexVARRefError
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_TOML_BYTES = 32 << 10  # tomllib takes time in proportion to the square of a dotted key: seconds at this size
 _SHOWN = 100  # characters of a foreign text in a message
 
 
@@ -76,7 +77,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> Any:
     return json.loads(read_bytes(path, limit), object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
-def read_toml(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+def read_toml(path: Path, limit: int = MAX_TOML_BYTES) -> dict[str, Any]:
     """The tables of a TOML file. Use it inside `refuse_failures`, as `read_json`."""
     return tomllib.loads(read_bytes(path, limit).decode("utf-8"))
 

@@ -17,7 +17,7 @@ from ..parsing import first_sentence, read_json, read_toml, refuse_failures, sho
 T = TypeVar("T")
 PRECISIONS = ("fp32", "bf16")
 MIN_ADVERSARIAL_SIDE = 32  # pixels; the discriminator needs images of at least this side
-MAX_SIDE, MAX_WORKERS = 8192, 512
+MAX_SIDE, MAX_WORKERS, MAX_BATCH = 8192, 512, 2**20
 ALGORITHMS = ("adamw", "muon")
 DECAYS = ("cosine", "linear", "constant")
 
@@ -135,6 +135,7 @@ class Loop:
             _require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "at least 1")
         for name in ("seed", "evaluate", "sample", "save"):
             _require(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "at least 0")
+        _require(self.batch <= MAX_BATCH, "loop.batch", self.batch, f"at most {MAX_BATCH}")
         _require(self.precision in PRECISIONS, "loop.precision", self.precision, "one of " + ", ".join(PRECISIONS))
 
 
@@ -297,6 +298,8 @@ def build(kind: type[T], raw: Any, where: str) -> T:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(Any, hint), value, where)
+    if isinstance(value, int | float) and not -(2**63) < value < 2**63:  # NaN compares false
+        _require(False, where, value, "a finite number of at most 64 bits")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, list):

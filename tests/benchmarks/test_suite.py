@@ -264,3 +264,28 @@ def test_a_bundle_that_is_not_there_is_refused_before_anything_is_measured(
     results = tmp_path / "results.jsonl"
     command = ["bench", "run", str(tmp_path / "no.bundle"), "--name", "a", "-o", str(results)]
     assert ended(command) != 0 and not faked and not results.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xd8\xff\xe0 JFIF",
+        b"model = " + b"[" * 100_000,
+        b"a" + b".a" * 50_000 + b" = 1",
+        b"[[model]",
+        b"x = 0x" + b"f" * 9999,
+    ],
+)
+def test_a_suite_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_bytes(content)
+    with pytest.raises(ArtifactRefused, match=r"s\.toml"):
+        read_suite(tmp_path / "s.toml")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xd8\xff\xe0 JFIF\n", b"[" * 100_000 + b"\n", b"", b"{}\n", b'{"schema": 1}\n']
+)
+def test_a_file_without_results_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(ArtifactRefused, match=r"photo\.jpg"):
+        read(tmp_path / "photo.jpg")

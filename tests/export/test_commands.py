@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from graph_cache import GraphCache
+from safetensors.torch import save_file
 from torch import Tensor
 
 import flexvar_ref
@@ -23,6 +25,8 @@ from flexvar_export.bundle_writer import seal
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
 from flexvar_runtime import Bundle
+from flexvar_runtime.cli.main import main
+from flexvar_runtime.errors import ParityFailed
 from flexvar_runtime.model.schedule import ScaleSchedule
 
 Checkpoint = tuple[Path, Path]
@@ -357,3 +361,77 @@ def test_verify_refuses_a_bundle_without_a_proof(bundle_copy: Path, run_cli: Run
     seal(bundle_copy, manifest)
     code, _, err = run_cli("verify", bundle_copy)
     assert code == 5 and "proof.npz" in err
+
+
+# --weights
+
+
+@pytest.fixture
+def stop_after_loading(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Ends an export with exit code 3 when the checkpoint is loaded. Holds the sum of the loaded head's biases."""
+    loaded: dict[str, float] = {}
+
+    def stop(model: FlexVAR, *rest: object) -> None:
+        loaded["sum"] = float(model.head.bias.detach().sum())
+        raise ParityFailed("stopped.", expected="", fix="")
+
+    monkeypatch.setattr(bundle_module, "make_proof", stop)
+    return loaded
+
+
+def changed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**state, "head.bias": state["head.bias"] + 1}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda t: {"model": t, "ema": changed(t)},
+        lambda t: {"trainer": {"var_wo_ddp": t, "var_wo_ddp_ema": changed(t)}},
+        lambda t: {**t, "model_ema": {"module": changed(t)}},
+    ],
+)
+def test_the_advice_about_two_sets_of_weights_works_when_typed(
+    layout: Callable[[dict[str, Tensor]], Any],
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stop_after_loading: dict[str, float],
+) -> None:
+    transformer, _ = states(tiny_checkpoint)
+    torch.save(layout(transformer), tmp_path / "both.pth")
+    command = ["export", str(tmp_path / "both.pth"), "--vae", str(tiny_checkpoint[1]), "-o", str(tmp_path / "out")]
+
+    def run(*options: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main([*command, *options])
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    code, err = run()
+    assert code == 5 and "both.pth" in err
+    advised = re.findall(r"--weights (\w+)", err)
+    assert sorted(advised) == ["ema", "model"]
+    for choice in advised:
+        assert run("--weights", choice)[0] == 3
+        expected = changed(transformer) if choice == "ema" else transformer
+        assert stop_after_loading["sum"] == float(expected["head.bias"].sum())
+    assert run("--weights", "best")[0] == 2
+
+
+def test_a_folder_of_shards_is_exported(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, stop_after_loading: dict[str, float]
+) -> None:
+    transformer, _ = states(tiny_checkpoint)
+    (tmp_path / "sharded").mkdir()
+    names, weight_map = sorted(transformer), {}
+    for shard in range(2):
+        save_file(
+            {name: transformer[name] for name in names[shard::2]}, tmp_path / "sharded" / f"m-{shard}.safetensors"
+        )
+        weight_map |= dict.fromkeys(names[shard::2], f"m-{shard}.safetensors")
+    (tmp_path / "sharded" / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for path in (tmp_path / "sharded", tmp_path / "sharded" / "m.safetensors.index.json"):
+        stop_after_loading.clear()
+        with pytest.raises(SystemExit) as end:
+            main(["export", str(path), "--vae", str(tiny_checkpoint[1]), "-o", str(tmp_path / "out")])
+        assert end.value.code == 3 and stop_after_loading

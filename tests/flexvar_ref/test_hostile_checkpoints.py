@@ -152,18 +152,12 @@ def test_tensors_outside_their_storage_are_refused(
 ) -> None:
     """The shape is that of the parameter, the bytes lie behind the storage."""
     rest = {name: value for name, value in state.items() if name != "head.bias"}
-    bias = torch.zeros(4)
+    bytes_ = torch.zeros(4).untyped_storage()
+    storage = torch.storage.TypedStorage(wrap_storage=bytes_, dtype=torch.float32, _internal=True)
 
     class Outside:
         def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (
-                torch.storage.TypedStorage(wrap_storage=bias.untyped_storage(), dtype=bias.dtype, _internal=True),
-                offset,
-                size,
-                stride,
-                False,
-                {},
-            )
+            return torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, {})
 
     torch.save({**rest, "head.bias": Outside()}, tmp_path / "x.pth")
     assert "head.bias" in refusal(tmp_path / "x.pth")

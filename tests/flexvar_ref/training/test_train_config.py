@@ -60,6 +60,40 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str, fault: str) -> None
     assert fault in caught.value.got and caught.value.expected and caught.value.fix
 
 
+DEEP = 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.json", "[" * DEEP),
+        ("deep_objects.json", '{"loop":' * DEEP),
+        ("deep_setting.json", '{"loop": {"steps": ' + "[" * 900 + "]" * 900 + "}}"),
+        ("twice.json", '{"loop": {"steps": 1, "steps": 2}}'),
+        ("nan.json", '{"optim": {"lr": NaN}}'),
+        ("digits.json", '{"loop": {"steps": ' + "9" * 5000 + "}}"),
+        ("bytes.json", b"\xff\xfe{}"),
+        ("deep.toml", "loop = " + "[" * 20_000),
+        ("deep_tables.toml", "loop = " + "{a = " * 5_000),
+        ("long_key.toml", "a" + ".a" * DEEP + " = 1"),
+        ("dotted.toml", "loop.steps" + ".a" * 1_000 + " = 1"),
+        ("hexadecimal.toml", "[loop]\nsteps = 0x" + "f" * 20_000),
+        ("digits.toml", "[loop]\nsteps = " + "9" * 5000),
+        ("bytes.toml", b"\xff\xd8\xff\xe0 JFIF"),
+        ("long.toml", " " * (2 << 20)),
+        ("workers.toml", "[data]\nworkers = 1000000000"),
+        ("blocks.toml", "[model]\ndecoder_blocks = 1000000000"),
+        ("float.toml", "[optim]\nlr = 0x" + "f" * 1000),
+    ],
+)
+def test_files_of_absurd_content_are_refused(tmp_path: Path, name: str, text: str | bytes) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / name, TokenizerRun)
+    assert name in caught.value.got or "data.workers" in caught.value.got
+    assert len(caught.value.got) < 1000 and caught.value.fix
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.toml"):
         load_config(tmp_path / "absent.toml", TransformerRun)
