@@ -21,7 +21,8 @@ from ..errors import ArtifactRefused
 from ..files.private import open_unlinked
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
-from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
+from .certificate import check_certificate
+from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, UNLISTED, FileRecord, Manifest
 
 MAX_WORKERS = 1024
 _COPY_AGAIN = "Copy the whole bundle again, or export it again."
@@ -37,12 +38,17 @@ class Bundle:
     sha256: str
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, workers: int | None = None) -> Bundle:
-        """Check a bundle and open it. workers: threads that hash files. Raises ArtifactRefused, InvalidInput."""
+    def open(cls, path: str | os.PathLike[str], *, workers: int | None = None, allow_unproved: bool = False) -> Bundle:
+        """Check a bundle and open it.
+
+        workers: threads that hash files. allow_unproved: only warn if the parity record of the bundle failed, is
+        missing or is of other files. Raises ArtifactRefused, InvalidInput.
+        """
         root = bundle_root(path)
         data = read_manifest(root)
         manifest = Manifest.from_bytes(data)
         check_listing(root, manifest)
+        check_certificate(manifest, allow_unproved=allow_unproved)
         for name, record in hash_files(root, manifest.files, workers).items():
             expected = manifest.files[name]
             if record != expected:
@@ -102,7 +108,7 @@ def read_manifest(root: Path) -> bytes:
 
 
 def inventory(root: Path) -> dict[str, int]:
-    """Name and size of every file below `root`, without the manifest and `engines/`.
+    """Name and size of every file below `root`, without the manifest, `engines/` and the files of `UNLISTED`.
 
     Raises ArtifactRefused for links, special files and empty directories.
     """
@@ -123,8 +129,7 @@ def inventory(root: Path) -> dict[str, int]:
                 found[name] = info.st_size
             elif name != ENGINES:
                 pending.append(name)
-    found.pop(MANIFEST, None)
-    return found
+    return {name: size for name, size in found.items() if name not in (MANIFEST, *UNLISTED)}
 
 
 def check_listing(root: Path, manifest: Manifest) -> None:

@@ -39,7 +39,7 @@ def test_bytes_round_trip_and_are_stable(sealed: Manifest) -> None:
 def test_the_schema_version_is_checked_first() -> None:
     error = _refusal({"schema_version": 7, "hologram": True})
     assert "manifest.json" in error.got and "schema version 7" in error.got
-    assert error.expected == "1 or 2" and error.exit_code == 5
+    assert error.expected == "1, 2 or 3" and error.exit_code == 5
 
 
 def test_only_an_integer_is_a_schema_version() -> None:
