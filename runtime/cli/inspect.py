@@ -63,7 +63,7 @@ def inspect(
         data["memory"] = memory.to_json()
 
     def show() -> None:
-        model, defaults, parity = manifest.model, manifest.defaults, manifest.parity
+        model, defaults = manifest.model, manifest.defaults
         size = sum(record.size for record in manifest.files.values())
         facts = Table(Column(), Column(overflow="fold"), show_header=False)
         for name, value in (
@@ -81,11 +81,7 @@ def inspect(
             ("schedules for deadlines", ", ".join(map(str, quality_order(manifest)))),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
             ("sampling", f"top-k {defaults.top_k}, top-p {defaults.top_p:g}, greedy scales {defaults.greedy_scales}"),
-            (
-                "parity",
-                f"{'passed' if parity.passed else 'FAILED'} on {parity.backend}"
-                f"{' (emulated)' if parity.emulated else ''}, {len(parity.rows)} checks{_largest_error(parity)}",
-            ),
+            ("parity", _parity_text(manifest.parity)),
             (
                 "proved",
                 certificate.problem or "yes: the files are those of the comparison",
@@ -153,10 +149,14 @@ def _schema(version: int) -> str:
     return f"{version}{'' if version == SCHEMA_VERSION else old}"
 
 
-def _largest_error(parity: ParityRecord) -> str:
-    """The largest error as a share of its bound, for the row of the table. Errors whose bound is 0 are left out."""
+def _parity_text(parity: ParityRecord) -> str:
+    """The result of the comparison. Errors whose bound is 0 have no share of it."""
+    passed = parity.passed and all(row.holds for row in parity.rows)
     shares = [row.value / row.bound for row in parity.rows if row.metric != PSNR and row.bound > 0]
-    return f", largest error {max(shares):.0%} of its bound" if shares else ""
+    return (
+        f"{'passed' if passed else 'FAILED'} on {parity.backend}{' (emulated)' if parity.emulated else ''}, "
+        f"{len(parity.rows)} checks{f', largest error {max(shares):.0%} of its bound' if shares else ''}"
+    )
 
 
 def _listed(names: tuple[str, ...]) -> str:
