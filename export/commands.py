@@ -200,9 +200,7 @@ def verify(
 
     def show() -> None:
         _show_record(record)
-        if certificate.proved:
-            say("The bundle holds a parity record of these files.")
-        else:
+        if record.passed and certificate.problem is not None:
             say(f"The bundle needs a new parity record. {certificate.problem} Export the bundle again.")
 
     if record.passed and backend in TENSORRT_BACKENDS:

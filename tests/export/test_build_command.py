@@ -223,6 +223,19 @@ def test_a_bundle_that_does_not_exist(run_cli: Run, tmp_path: Path) -> None:
     assert code == 5 and str(tmp_path / "nothing") in err
 
 
+def test_a_bundle_that_is_not_proved(run_cli: Run, half_bundle: Path, fake_builds: list[EngineId]) -> None:
+    """No engine is built of graphs that were never compared with the reference, unless it is allowed."""
+    path = half_bundle / "manifest.json"
+    document = json.loads(path.read_text())
+    document["parity"]["files"]["step.onnx"] = "e" * 64
+    path.write_text(json.dumps(document))
+    code, _, err = run_cli("build", half_bundle, *SMALL)
+    assert code == 5 and "step.onnx" in err and "--allow-unproved" in err
+    assert not fake_builds and not (half_bundle / "engines").exists()
+    code, _, err = run_cli("build", half_bundle, *SMALL, "--allow-unproved")
+    assert code == 0 and fake_builds and "WARNING" in err
+
+
 def test_a_damaged_bundle(run_cli: Run, half_bundle: Path) -> None:
     data = bytearray((half_bundle / "step.onnx").read_bytes())
     data[len(data) // 2] ^= 1

@@ -226,15 +226,6 @@ def test_a_graph_with_other_tensors(
         FlexVARPipeline(bundle, backend)
 
 
-@pytest.mark.parametrize("defaults", [{"schedule": "2_3"}, {"schedule": "1_2000"}, {"greedy_scales": "0"}])
-def test_defaults_that_cannot_be_used(open_pipeline: Open, defaults: dict[str, Any]) -> None:
-    pipeline, backend = open_pipeline()
-    manifest = pipeline.bundle.manifest
-    bundle = replace(pipeline.bundle, manifest=replace(manifest, defaults=replace(manifest.defaults, **defaults)))
-    with pytest.raises(ArtifactRefused, match="default of the bundle"):
-        FlexVARPipeline(bundle, backend)
-
-
 def test_a_graph_that_takes_weights_from_unchecked_files(open_pipeline: Open, tmp_path: Path) -> None:
     """`engines/` lies in the bundle but outside the manifest."""
     pipeline, _ = open_pipeline()
