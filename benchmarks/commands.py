@@ -12,6 +12,7 @@ import typer
 
 from flexvar_runtime.checks import check_whole
 from flexvar_runtime.cli.console import JsonOption, emit, out, say
+from flexvar_runtime.cli.options import AllowUnproved
 from flexvar_runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def run(
         typer.Option("--costs/--no-costs", help="Also measure the times that --deadline-ms needs, and save them."),
     ] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads of each variant.")] = None,
+    allow_unproved: AllowUnproved = False,
     append: Annotated[bool, typer.Option("--append", help="Add the results to the file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: JsonOption = False,
@@ -107,7 +109,12 @@ def run(
         read_suite(suite)
         if suite is not None
         else from_options(
-            bundles or [], names=name or [], checkpoints=checkpoint or [], vaes=vae or [], quality=quality or []
+            bundles or [],
+            names=name or [],
+            checkpoints=checkpoint or [],
+            vaes=vae or [],
+            quality=quality or [],
+            allow_unproved=allow_unproved,
         )
     )
     options = Extent(
@@ -118,7 +125,15 @@ def run(
         seconds=math.inf if seconds is None else seconds,
         requests=requests,
     )
-    outcome = run_session(entries, options, output, threads=threads or usable_threads(), costs=costs, append=append)
+    outcome = run_session(
+        entries,
+        options,
+        output,
+        threads=threads or usable_threads(),
+        costs=costs,
+        append=append,
+        allow_unproved=allow_unproved,
+    )
     data = {
         "results": str(output),
         "models": [entry.name for entry in entries],

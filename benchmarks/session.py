@@ -32,13 +32,21 @@ class Outcome:
 
 
 def run_session(
-    entries: Sequence[Entry], options: Extent, output: Path, *, threads: int, costs: bool = True, append: bool = False
+    entries: Sequence[Entry],
+    options: Extent,
+    output: Path,
+    *,
+    threads: int,
+    costs: bool = True,
+    append: bool = False,
+    allow_unproved: bool = False,
 ) -> Outcome:
     """Measure every model, and add each result to the file `output` at once.
 
-    append: keep the records of the file. Models that are made for the run lie in a folder named as `output`, with the
-    suffix .models. Before anything is made, it raises InvalidInput for a plan that is not possible and for models that
-    cannot be appended, and ArtifactRefused for a bundle, table or file of results that cannot be read.
+    append: keep the records of the file. allow_unproved: as in `Bundle.open`. Models that are made for the run lie in a
+    folder named as `output`, with the suffix .models. Before anything is made, it raises InvalidInput for a plan that
+    is not possible and for models that cannot be appended, and ArtifactRefused for a bundle, table or file of results
+    that is not accepted.
     """
     models = [model_of(entry, output.with_suffix(".models")) for entry in entries]
     extents = [entry.extent(options) for entry in entries]
@@ -46,7 +54,7 @@ def run_session(
     plans = [plan(model, extent) for model, extent in zip(models, extents, strict=True)]
     for entry in entries:
         if entry.bundle is not None:
-            Bundle.open(entry.bundle)  # refused before anything is measured
+            Bundle.open(entry.bundle, allow_unproved=allow_unproved)  # refused before anything is measured
     records: list[Record] = []
     if append and output.exists():
         before = read(output)

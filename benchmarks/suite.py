@@ -117,6 +117,7 @@ def from_options(
     checkpoints: Sequence[str],
     vaes: Sequence[str],
     quality: Sequence[str],
+    allow_unproved: bool = False,
 ) -> tuple[Entry, ...]:
     """One model for each bundle. Each option has one value for each bundle, in their order, or no value at all.
 
@@ -127,7 +128,7 @@ def from_options(
     return distinct(
         [
             Entry(
-                name=name or names_of(Bundle.open(bundle)),
+                name=name or names_of(Bundle.open(bundle, allow_unproved=allow_unproved)),
                 bundle=str(bundle),
                 checkpoint=checkpoint,
                 vae=vae,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexvar_runtime.cli import options
 from flexvar_runtime.cli.console import JsonOption, emit, err, say, steps
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 
@@ -41,6 +42,7 @@ def build(
     prefill: Annotated[
         bool, typer.Option("--prefill", help="Also build the prefill engine for edits. It needs more GPU memory.")
     ] = False,
+    allow_unproved: options.AllowUnproved = False,
     force: Annotated[bool, typer.Option("--force", help="Build engines again that exist already.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +76,7 @@ def build(
         )
     library = load(backend)
     chosen = choose_target(library, target or [], present_gpu)
-    opened, known = Bundle.open(bundle), sorted(precisions(backend))
+    opened, known = Bundle.open(bundle, allow_unproved=allow_unproved), sorted(precisions(backend))
     if opened.manifest.precision not in known:
         raise InvalidInput(
             f"{bundle} is a bundle in {opened.manifest.precision}, which {backend} does not run.",

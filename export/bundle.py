@@ -21,6 +21,7 @@ from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
 from flexvar_runtime.backends.host_arrays import MAX_THREADS
 from flexvar_runtime.backends.ort.byte_products import make_exact
+from flexvar_runtime.bundle.certificate import check_certificate
 from flexvar_runtime.bundle.manifest import Defaults, Manifest, ParityRecord, Provenance
 from flexvar_runtime.checks import check_choice, check_whole
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
@@ -151,7 +152,8 @@ def export_bundle(
                 if record.passed:
                     break
         require_parity(record)
-        seal(directory, replace(manifest, parity=record))
+        sealed = seal(directory, replace(manifest, parity=record)).manifest
+        check_certificate(sealed, allow_unproved=False)
     return Bundle.open(out)
 
 

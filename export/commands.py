@@ -187,13 +187,14 @@ def verify(
     _check_weights(weights)
     _require_torch()
     from flexvar_runtime import Bundle, Guidance, ScaleSchedule
+    from flexvar_runtime.bundle.certificate import Certificate
 
     from .bundle import load_reference, torch_threads
     from .facts import model_facts
     from .parity import prove, require_parity
     from .proof import PROOF_FILE, Proof, make_proof
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, allow_unproved=True)
     defaults = opened.manifest.defaults
     if checkpoint is not None and vae is not None:
         with torch_threads(threads):
@@ -216,11 +217,18 @@ def verify(
         theirs = threads if backend in (*CPU_BACKENDS, "auto") else None  # the others compute on a GPU
         second = create(backend, opened, device=device, threads=theirs, engines=engines)
         record = cross_check(opened, proof, first, second)
-    data = {"bundle": opened.sha256, "parity": encode(record)}
+    certificate = Certificate.of(opened.manifest)
+    data = {"bundle": opened.sha256, **certificate.to_json(), "parity": encode(record)}
+
+    def show() -> None:
+        _show_record(record)
+        if record.passed and certificate.problem is not None:
+            say(f"The bundle needs a new parity record. {certificate.problem} Export the bundle again.")
+
     if record.passed and backend in TENSORRT_BACKENDS:
         data["engines"] = _engine_precisions(opened, backend, device, engines)
     if record.passed or not as_json:
-        emit(data, as_json, lambda: _show_record(record))
+        emit(data, as_json, show)
     require_parity(record)
 
 
@@ -275,14 +283,12 @@ def _show_record(record: ParityRecord) -> None:
     from rich import box
     from rich.table import Table
 
-    from .parity import holds
-
     title = f"parity on {record.backend}{', bf16 emulated in float32' if record.emulated else ''}"
     labels = {"relative_error": "rel. error", "psnr_db": "PSNR, dB"}  # short, so that a row fits in 80 columns
     columns = ("graph", "scale", "output", "metric", "value", "bound", "")
     table = Table(*columns, title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for row in record.rows:
-        mark = "ok" if holds(row) else "FAILED"
+        mark = "ok" if row.holds else "FAILED"
         metric = labels.get(row.metric, row.metric)
         table.add_row(row.graph, row.scale or "", row.output, metric, f"{row.value:.3g}", f"{row.bound:g}", mark)
     out.print(table)

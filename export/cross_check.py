@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle
 from flexvar_runtime.backends.base import Backend, Graph
-from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
+from flexvar_runtime.bundle.certificate import compared_files
+from flexvar_runtime.bundle.manifest import PSNR, ParityRecord, ParityRow
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 from flexvar_runtime.generation.generator import Generator, require_precision
 from flexvar_runtime.generation.host import HostLoop
@@ -25,7 +26,7 @@ from flexvar_runtime.model.signatures import CONDITION, DECODE, ENCODE, STEP
 from flexvar_runtime.model.tensors import TensorSpec, host_dtype
 from flexvar_runtime.request import Request
 
-from .parity import GATES, holds, joined_modulation, psnr, relative_error
+from .parity import GATES, joined_modulation, psnr, relative_error
 from .proof import Case, Proof
 
 TWICE = 6.0  # dB: an error twice as large
@@ -68,7 +69,7 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
             for name, exact in got[0].items():
                 pair = got[1][name].astype(np.float32), exact.astype(np.float32)
                 if graph == DECODE and bundle.manifest.precision.of(graph).half:
-                    metric, value, bound = "psnr_db", psnr(*pair), gate.psnr - TWICE
+                    metric, value, bound = PSNR, psnr(*pair), gate.psnr - TWICE
                 else:
                     metric, value, bound = "relative_error", relative_error(*pair), 2 * gate.error(graph)
                 row = ParityRow(graph=graph, scale=scale, output=name, metric=metric, value=value, bound=bound)
@@ -81,9 +82,10 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
     return ParityRecord(
         backend=f"{second.name} against {first.name}",
         emulated=False,
-        passed=all(map(holds, rows)),
+        passed=all(row.holds for row in rows),
         rows=tuple(rows),
         free_running_agreement=None,
+        files=compared_files(bundle.manifest),
     )
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle, FlexVARPipeline, ParityFailed, Sampling
 from flexvar_runtime.backends import create
-from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
+from flexvar_runtime.bundle.certificate import compared_files
+from flexvar_runtime.bundle.manifest import PSNR, ParityRecord, ParityRow
 from flexvar_runtime.generation.generator import Generator
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.signatures import (
@@ -117,7 +118,7 @@ def _compare_case(generator: Generator, case: Case, gate: Gate) -> Iterator[Pari
         graph=DECODE,
         scale=f"{h}x{w}",
         output="image",
-        metric="psnr_db",
+        metric=PSNR,
         value=psnr(decoded, case.decoded),
         bound=gate.psnr,
     )
@@ -145,11 +146,6 @@ def _relative(
     )
 
 
-def holds(row: ParityRow) -> bool:
-    """Whether a row is within its bound. Errors must be at most the bound, PSNR at least."""
-    return row.value >= row.bound if row.metric == "psnr_db" else row.value <= row.bound
-
-
 def prove(
     bundle: Bundle,
     proof: Proof,
@@ -162,6 +158,7 @@ def prove(
     """Run every graph of a bundle, in schedule order and without warm-up, and compare the outputs with the proof.
 
     On ort-cpu, which has no bf16 kernels, bf16 graphs are emulated in float32, and the record says so.
+    The record names the files of the bundle.
     `free_running_agreement` of the record is the share of tokens equal to the reference's in a generation that uses its
     own tokens. Raises ArtifactRefused for a proof of another model, BackendUnavailable.
     """
@@ -177,9 +174,10 @@ def prove(
     return ParityRecord(
         backend=started.name,
         emulated=emulated,
-        passed=all(holds(row) for row in rows),
+        passed=all(row.holds for row in rows),
         rows=rows,
         free_running_agreement=agreement,
+        files=compared_files(bundle.manifest),
     )
 
 
@@ -193,13 +191,13 @@ def _free_running(pipeline: FlexVARPipeline, case: Case) -> float:
 
 def require_parity(record: ParityRecord) -> None:
     """Raise ParityFailed if a row fails. It names the first output that diverges, in the order of computation."""
-    failed: Sequence[ParityRow] = [row for row in record.rows if not holds(row)]
+    failed: Sequence[ParityRow] = [row for row in record.rows if not row.holds]
     if failed:
         first = failed[0]
         place = first.graph + (f", scale {first.scale}" if first.scale else "") + f", output {first.output}"
         rounded = first.graph in (STEP, PREFILL) and first.bound > GATES[Precision.FP32].relative
         more = ", or keep more parts in float32 with flexvar export --float32" if rounded else ""
-        bound = f"{'at least' if first.metric == 'psnr_db' else 'at most'} {first.bound:g}"
+        bound = f"{'at least' if first.metric == PSNR else 'at most'} {first.bound:g}"
         raise ParityFailed(
             f"{place}: {first.metric} is {first.value:.3g} on {record.backend}, but it must be {bound} "
             f"({len(failed)} of {len(record.rows)} checks fail).",

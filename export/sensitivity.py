@@ -18,7 +18,7 @@ from flexvar_runtime.model.signatures import PREFILL, STEP
 
 from .activations import SummedInFloat32
 from .modules import Step, block_parts
-from .parity import holds, relative_error
+from .parity import relative_error
 from .proof import Proof
 from .teacher_forcing import teacher_forced
 
@@ -45,7 +45,7 @@ def _worst_error(step: Step, model: FlexVAR, proof: Proof) -> float:
 
 def step_excess(record: ParityRecord) -> float:
     """The largest error of the step as a multiple of its bound, if only `step` and `prefill` fail, else 0."""
-    failed = [row for row in record.rows if not holds(row)]
+    failed = [row for row in record.rows if not row.holds]
     only_step = all(row.graph in (STEP, PREFILL) for row in failed)
     return max((row.value / row.bound for row in failed), default=0.0) if only_step else 0.0
 

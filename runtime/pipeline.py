@@ -61,16 +61,19 @@ class FlexVARPipeline(WithDeadlines):
         threads: int | None = None,
         engines: str | os.PathLike[str] | None = None,
         shapes_kept: int | None = None,
+        *,
+        allow_unproved: bool = False,
     ) -> Self:
         """Check the integrity of a bundle and open it.
 
         backend: "auto" takes the first that works here and runs this bundle, and logs why it passes over the others.
         engines: the folder of `flexvar build`, if it is not in the bundle. shapes_kept: how many shapes
-        (schedule, batch size, guided or not) a GPU keeps beside those of `warmup`; None means 4.
+        (schedule, batch size, guided or not) a GPU keeps beside those of `warmup`; None means 4. allow_unproved: only
+        warn if the bundle is not proved to agree with the reference.
         Raises ArtifactRefused, BackendUnavailable, InvalidInput.
         """
         check_name(backend)
-        bundle = Bundle.open(path, workers=threads)
+        bundle = Bundle.open(path, workers=threads, allow_unproved=allow_unproved)
         folder = None if engines is None else Path(engines)
         started = create(backend, bundle, device=device, threads=threads, engines=folder)
         if shapes_kept is not None and backend == "auto" and started.device is None:

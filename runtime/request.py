@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle.manifest import Defaults
 from .checks import check_index, check_seed, invalid
-from .errors import ArtifactRefused, InvalidInput
+from .errors import InvalidInput
 from .model.class_names import labels_named
 from .model.facts import ModelFacts
 from .model.guidance import Guidance
@@ -137,19 +137,12 @@ class RequestDefaults:
 
     @classmethod
     def of(cls, defaults: Defaults) -> RequestDefaults:
-        """The defaults of a bundle. Raises ArtifactRefused if they are not valid."""
-        try:
-            return cls(
-                ScaleSchedule.parse(defaults.schedule),
-                Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side),
-                Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side),
-            )
-        except InvalidInput as error:
-            raise ArtifactRefused(
-                f"A default of the bundle is not valid: {error.got}",
-                expected=error.expected,
-                fix="Export the bundle again.",
-            ) from error
+        """The defaults of a bundle, whose manifest has checked them."""
+        return cls(
+            ScaleSchedule.parse(defaults.schedule),
+            Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side),
+            Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side),
+        )
 
 
 def parse_request(

@@ -16,6 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from graph_cache import GraphCache
 
+    from flexvar_runtime import Bundle
     from flexvar_runtime.bundle.manifest import Manifest
 
 TESTS = Path(__file__).parent
@@ -171,7 +172,10 @@ def manifest() -> Manifest:
     codes = TensorSpec(name="codes", dtype="float32", axes=("N", "L", 8))
     logits = TensorSpec(name="logits", dtype="float32", axes=("B", "L", 64))
     image = TensorSpec(name="image", dtype="float32", axes=("B", 3, "H", "W"))
-    row = ParityRow(graph="step", scale="3x5", output="logits", metric="relative error", value=3e-6, bound=1e-5)
+    rows = (
+        ParityRow(graph="step", scale="3/3 (3x5)", output="logits", metric="relative_error", value=3e-6, bound=1e-5),
+        ParityRow(graph="decoder", scale="3x5", output="image", metric="psnr_db", value=120.0, bound=80.0),
+    )
     return Manifest(
         schema_version=SCHEMA_VERSION,
         precision="fp32",
@@ -203,25 +207,38 @@ def manifest() -> Manifest:
             max_side=16,
         ),
         provenance=Provenance(transformer_sha256="0" * 64, tokenizer_sha256="f" * 64, tools={"torch": "2.13.0+cpu"}),
-        parity=ParityRecord(backend="ort-cpu", emulated=False, passed=True, rows=(row,), free_running_agreement=None),
+        parity=ParityRecord(backend="ort-cpu", emulated=False, passed=True, rows=rows, free_running_agreement=None),
         largest_activation={"step": Range(value=12.5, where="blocks.1.mlp")},
         files={},
     )
 
 
+@pytest.fixture(scope="session")
+def seal_proved() -> Callable[[Path, Manifest], Bundle]:
+    """(folder, manifest) -> the sealed bundle. Its parity record names the files that are in the folder now."""
+    from flexvar_export.bundle_writer import seal
+    from flexvar_runtime.bundle.certificate import compared_files
+
+    def sealed(folder: Path, manifest: Manifest) -> Bundle:
+        files = compared_files(seal(folder, manifest).manifest)
+        return seal(folder, replace(manifest, parity=replace(manifest.parity, files=files)))
+
+    return sealed
+
+
 @pytest.fixture
-def bundle_dir(tmp_path: Path, manifest: Manifest) -> Path:
+def bundle_dir(tmp_path: Path, manifest: Manifest, seal_proved: Callable[[Path, Manifest], Bundle]) -> Path:
     """A sealed bundle on disk whose graphs do nothing, with a file in a sub-directory and an empty one."""
     from onnx_bytes import plain_graph
 
-    from flexvar_export.bundle_writer import seal, write_bundle
+    from flexvar_export.bundle_writer import write_bundle
 
     with write_bundle(tmp_path / "tiny.bundle") as directory:
         graphs = {spec.file: plain_graph(spec) for spec in manifest.graphs.values()}
         for name, content in (FILES | graphs).items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
-        seal(directory, manifest)
+        seal_proved(directory, manifest)
     return tmp_path / "tiny.bundle"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexvar_export.parity import GATES, compare, holds
+from flexvar_export.parity import GATES, compare
 from flexvar_export.proof import SEED, Case, Proof
 from flexvar_runtime import FlexVARPipeline, Sampling
 from flexvar_runtime.backends.device_arrays import DeviceArrays
@@ -34,9 +34,9 @@ def parity(pipeline: FlexVARPipeline, proof: Proof) -> dict[str, Any]:
     free, again = pipeline(*request).tokens, pipeline(*request).tokens
     stepwise = [step.tokens for step in pipeline.iter_scales(*request)]
     return {
-        "passed": all(map(holds, rows)),
+        "passed": all(row.holds for row in rows),
         "checks": len(rows),
-        "failed": [asdict(row) for row in rows if not holds(row)],
+        "failed": [asdict(row) for row in rows if not row.holds],
         "worst": {name: asdict(row) for name, row in worst.items()},
         "teacher_forced_tokens": forced_tokens(pipeline, case).to_json(),
         "free_running_agreement": equal_share(free, case.tokens),

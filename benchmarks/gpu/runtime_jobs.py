@@ -72,7 +72,7 @@ def opened(work: Path, model: str, backend: str, *, in_phases: bool = False) -> 
     files, start = ModelFiles.of(work, model), time.perf_counter()
     bundle, engines = files.in_phases if in_phases else files.bundle, files.bundle / ENGINES
     with FlexVARPipeline.from_bundle(
-        bundle, backend=backend, engines=engines if backend in TENSORRT_BACKENDS else None
+        bundle, backend=backend, engines=engines if backend in TENSORRT_BACKENDS else None, allow_unproved=True
     ) as pipeline:
         yield Opened(pipeline, model, time.perf_counter() - start)
 
@@ -88,6 +88,7 @@ def build(work: Path, model: str, backend: str, max_batch: int, save: Save, *, i
             max_batch=max_batch,
             target=None,
             engines=files.bundle / ENGINES,
+            allow_unproved=True,
             force=False,
             as_json=True,
         )

@@ -8,36 +8,50 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..checks import require, require_file_name, require_match, require_range, short
 from ..errors import ArtifactRefused, InvalidInput
 from ..files.strict_json import decode, encode, loads
 from ..model.facts import ModelFacts
-from ..model.guidance import RULES
+from ..model.guidance import RULES, Guidance
 from ..model.precision import Precision
+from ..model.sampling import Sampling
 from ..model.schedule import ScaleSchedule
 from ..model.tensors import NAME, NAME_FORM, GraphSpec
 
-READABLE_VERSIONS = (1, 2)
+READABLE_VERSIONS = (1, 2, 3)
+WITHOUT_HASHES = (1, 2)  # schema versions whose parity record names no files
 MANIFEST = "manifest.json"
 ENGINES = "engines"  # a folder in a bundle whose files are not in the manifest
+UNLISTED = ("model.sig", ".gitattributes")  # files that may lie in a bundle and are never in the manifest
 MAX_MANIFEST_BYTES = 16 * 2**20
+PSNR = "psnr_db"  # the metric of a parity row that must be at least its bound
 PLAIN, PHASES, TRANSPOSED = DECODERS = ("plain", "phases", "transposed")
 
 _EXPORT_AGAIN = "Export the bundle again, or copy the whole bundle again."
+_READABLE = "1, 2 or 3"
 _BLOCK_PART = re.compile(r"blocks\.([0-9]{1,3})\.(attention|mlp)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCHEDULE = re.compile(r"[0-9]{1,4}(x[0-9]{1,4})?(_[0-9]{1,4}(x[0-9]{1,4})?)*")
 _GREEDY = re.compile(r"upstream|none|[0-9]{1,4}(x[0-9]{1,4})?(,[0-9]{1,4}(x[0-9]{1,4})?)*")
 
 
-def _parsed(field: str, text: str) -> ScaleSchedule:
-    require_match(_SCHEDULE, field, text, "scales such as 1_2_3x5_12x20")
+@contextmanager
+def _refuse_invalid(field: str) -> Iterator[None]:
+    """Turn InvalidInput for the value of a field into ArtifactRefused."""
     try:
-        return ScaleSchedule.parse(text)
+        yield
     except InvalidInput as error:
         raise ArtifactRefused(f"{field}: {error.got}", expected=error.expected, fix=_EXPORT_AGAIN) from error
+
+
+def _parsed(field: str, text: str) -> ScaleSchedule:
+    require_match(_SCHEDULE, field, text, "scales such as 1_2_3x5_12x20")
+    with _refuse_invalid(field):
+        return ScaleSchedule.parse(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +73,22 @@ class Defaults:
     quality_order: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require_match(_SCHEDULE, "schedule", self.schedule, "scales such as 1_2_3x5_12x20")
+        last = _parsed("schedule", self.schedule)[-1]
         require_range("guidance_scale", self.guidance_scale, 0, 1000)
         require(self.guidance_rule in RULES, "guidance_rule", self.guidance_rule, " or ".join(RULES))
         require_range("top_k", self.top_k, 0, 2**20)
         require_range("top_p", self.top_p, 0, 1)
         require_match(_GREEDY, "greedy_scales", self.greedy_scales, "upstream, none or sides such as 7,9")
         require_range("max_side", self.max_side, 1, 1024)
-        if self.quality_order:
-            last = _parsed("schedule", self.schedule)[-1]
-            order = [_parsed("quality_order", text) for text in self.quality_order]
-            for schedule in order:
-                alike = schedule[-1] == last
-                require(alike, "quality_order", str(schedule), f"schedules that end like {self.schedule}")
-            require(len(set(order)) == len(order), "quality_order", self.quality_order, "schedules that differ")
+        with _refuse_invalid("guidance"):
+            Guidance(self.guidance_scale, self.guidance_rule, self.max_side)
+        with _refuse_invalid("sampling"):
+            Sampling(self.top_k, self.top_p, self.greedy_scales, self.max_side)
+        order = [_parsed("quality_order", text) for text in self.quality_order]
+        for schedule in order:
+            alike = schedule[-1] == last
+            require(alike, "quality_order", str(schedule), f"schedules that end like {self.schedule}")
+        require(len(set(order)) == len(order), "quality_order", self.quality_order, "schedules that differ")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -105,23 +121,37 @@ class ParityRow:
     bound: float
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.value), "value", self.value, "a finite number")
-        require(math.isfinite(self.bound), "bound", self.bound, "a finite number")
+        for field in ("value", "bound"):
+            number = getattr(self, field)
+            require(math.isfinite(number) and number >= 0, field, number, "a finite number, not negative")
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is within the bound. A PSNR must be at least the bound, an error at most."""
+        return self.value >= self.bound if self.metric == PSNR else self.value <= self.bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRecord:
-    """Agreement with the reference on one backend. emulated: whether the backend computed in a wider precision."""
+    """Agreement with the reference on one backend.
+
+    emulated: whether the backend computed in a wider precision. files: sha256 (hexadecimal) of every file that was
+    compared, by name. None in schema versions 1 and 2, and if nothing was compared.
+    """
 
     backend: str
     emulated: bool
     passed: bool
     rows: tuple[ParityRow, ...]
     free_running_agreement: float | None
+    files: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.free_running_agreement is not None:
             require_range("free_running_agreement", self.free_running_agreement, 0, 1)
+        for name, sha256 in (self.files or {}).items():
+            require_file_name("a name in files", name)
+            require_match(_SHA256, f"files[{name!r}]", sha256, "64 hexadecimal digits, lower case")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +200,9 @@ class Manifest:
     decoder: str = PLAIN
 
     def __post_init__(self) -> None:
-        readable = " or ".join(map(str, READABLE_VERSIONS))
-        require(self.schema_version in READABLE_VERSIONS, "schema_version", self.schema_version, readable)
+        require(self.schema_version in READABLE_VERSIONS, "schema_version", self.schema_version, _READABLE)
+        hashed = self.schema_version not in WITHOUT_HASHES
+        require(hashed or self.parity.files is None, "parity.files", self.parity.files, "absent in this schema version")
         require(self.precision in set(Precision), "precision", self.precision, f"one of {', '.join(Precision)}")
         object.__setattr__(self, "precision", Precision(self.precision))  # callers may pass a plain string
         for name in self.graphs:
@@ -188,8 +219,8 @@ class Manifest:
             require(name in self.graphs, "a graph in largest_activation", name, f"one of {', '.join(self.graphs)}")
         for name in self.files:
             require_file_name("a name in files", name)
-            reserved = name == MANIFEST or name.split("/")[0] == ENGINES
-            require(not reserved, "a name in files", name, f"neither {MANIFEST} nor {ENGINES}/")
+            reserved = name.split("/")[0].casefold() in (ENGINES, MANIFEST, *UNLISTED)
+            require(not reserved, "a name in files", name, f"none of {MANIFEST}, {ENGINES}/, {', '.join(UNLISTED)}")
         folded = {name.casefold() for name in self.files}
         require(len(folded) == len(self.files), "files", sorted(self.files), "names that differ in more than case")
 
@@ -202,10 +233,9 @@ class Manifest:
         version = document.get("schema_version") if isinstance(document, dict) else None
         if type(version) is not int or version not in READABLE_VERSIONS:
             shown = "no schema version" if version is None else f"schema version {short(version)}"
-            readable = " or ".join(map(str, READABLE_VERSIONS))
             raise ArtifactRefused(
-                f"{MANIFEST} has {shown}, but this version reads schema version {readable}.",
-                expected=readable,
+                f"{MANIFEST} has {shown}, but this version reads schema version {_READABLE}.",
+                expected=_READABLE,
                 fix="Upgrade flexvar-deploy, or export the bundle again.",
             )
         manifest = decode(cls, document, where=MANIFEST, fix=_EXPORT_AGAIN)

@@ -24,9 +24,10 @@ from ..files.directories import restore_directory
 from ..files.private import open_unlinked
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
+from .certificate import check_certificate
 from .checked_files import CheckedFiles
 from .graph_rules import check_graph
-from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
+from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, UNLISTED, FileRecord, Manifest
 from .onnx_scan import Scan
 
 MAX_WORKERS = 1024
@@ -47,12 +48,17 @@ class Bundle:
     files: CheckedFiles | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, workers: int | None = None) -> Bundle:
-        """Check a bundle and open it. workers: threads that hash files. Raises ArtifactRefused, InvalidInput."""
+    def open(cls, path: str | os.PathLike[str], *, workers: int | None = None, allow_unproved: bool = False) -> Bundle:
+        """Check a bundle and open it.
+
+        workers: threads that hash files. allow_unproved: only warn if the parity record of the bundle failed, is
+        missing or is of other files. Raises ArtifactRefused, InvalidInput.
+        """
         root = bundle_root(path)
         data = read_manifest(root)
         manifest = Manifest.from_bytes(data)
         check_listing(root, manifest)
+        check_certificate(manifest, allow_unproved=allow_unproved)
         files = CheckedFiles(root)
         for name, record in _hash_files(root, manifest.files, workers, files).items():
             expected = manifest.files[name]
@@ -135,7 +141,7 @@ def read_manifest(root: Path) -> bytes:
 
 
 def inventory(root: Path) -> dict[str, int]:
-    """Name and size of every file below `root`, without the manifest and `engines/`.
+    """Name and size of every file below `root`, without the manifest, `engines/` and the files of `UNLISTED`.
 
     Raises ArtifactRefused for links, special files and empty directories.
     """
@@ -156,8 +162,7 @@ def inventory(root: Path) -> dict[str, int]:
                 found[name] = info.st_size
             elif name != ENGINES:
                 pending.append(name)
-    found.pop(MANIFEST, None)
-    return found
+    return {name: size for name, size in found.items() if name not in (MANIFEST, *UNLISTED)}
 
 
 def check_listing(root: Path, manifest: Manifest) -> None:

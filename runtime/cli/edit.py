@@ -65,6 +65,7 @@ def edit(
     device: options.Device = None,
     engines: options.Engines = None,
     threads: options.Threads = None,
+    allow_unproved: options.AllowUnproved = False,
     preview: options.Preview = None,
     show: options.Progress = False,
     source: options.Source = None,
@@ -91,7 +92,9 @@ def edit(
         "paste": paste,
         "feather": feather,
     }
-    with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
+    with FlexVARPipeline.from_bundle(
+        bundle, backend, device, threads, engines, allow_unproved=allow_unproved
+    ) as pipeline:
         start = starting_settings(pipeline, source, "edit")
         settings = with_options(start, cfg, guidance, top_k, top_p, greedy_scales, max_side, seed, first_index)
         wanted = _edit_of(start.edit, edit_options)

@@ -57,6 +57,7 @@ def generate(
     device: options.Device = None,
     engines: options.Engines = None,
     threads: options.Threads = None,
+    allow_unproved: options.AllowUnproved = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images that are generated at once.")] = 8,
     preview: options.Preview = None,
     show: options.Progress = False,
@@ -81,7 +82,9 @@ def generate(
         )
     if deadline_ms is not None:
         _check_deadline(deadline_ms, chosen=(schedule, size, scales), shown=show or preview is not None)
-    with FlexVARPipeline.from_bundle(bundle, backend, device, threads, engines) as pipeline:
+    with FlexVARPipeline.from_bundle(
+        bundle, backend, device, threads, engines, allow_unproved=allow_unproved
+    ) as pipeline:
         start = starting_settings(pipeline, source, "generate")
         labels = [start.label] if classes is None else parse_labels(classes, pipeline.model.class_names)
         start = replace(start, schedule=_schedule(pipeline, start.schedule, schedule, size, scales))

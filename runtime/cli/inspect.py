@@ -12,7 +12,8 @@ from rich.table import Column, Table
 
 from ..backends import KERNELS_CHECKED, planned_backend, precisions
 from ..backends.ort.placement import without_cuda_kernel
-from ..bundle.manifest import Manifest
+from ..bundle.certificate import Certificate
+from ..bundle.manifest import PSNR, Manifest, ParityRecord
 from ..bundle.opening import Bundle
 from ..deadlines.choice import quality_order
 from ..errors import ArtifactRefused
@@ -45,18 +46,22 @@ def inspect(
     Pass --schedule, --batch-size or --cfg to estimate the memory of a generation on a CPU. With --json, the files are
     listed too.
     """
-    opened = Bundle.open(bundle)
-    manifest = opened.manifest
+    opened = Bundle.open(bundle, allow_unproved=True)
+    manifest, certificate = opened.manifest, Certificate.of(opened.manifest)
     on_cuda = _OnCuda.of(opened)
-    data = {"bundle": opened.sha256, **cast(dict[str, Any], encode(manifest)), "ort_cuda": on_cuda.to_json()}
+    data = {
+        "bundle": opened.sha256,
+        **cast(dict[str, Any], encode(manifest)),
+        **certificate.to_json(),
+        "ort_cuda": on_cuda.to_json(),
+    }
     memory = None
     if (schedule, batch_size, cfg) != (None, None, None):
         memory = _Memory.of(manifest, schedule, batch_size or 1, cfg)
         data["memory"] = memory.to_json()
 
     def show() -> None:
-        model, defaults, parity = manifest.model, manifest.defaults, manifest.parity
-        worst = max((r.value / r.bound for r in parity.rows if r.metric != "psnr_db"), default=0.0)
+        model, defaults = manifest.model, manifest.defaults
         size = sum(record.size for record in manifest.files.values())
         facts = Table(Column(), Column(overflow="fold"), show_header=False)
         for name, value in (
@@ -74,11 +79,10 @@ def inspect(
             ("schedules for deadlines", ", ".join(map(str, quality_order(manifest)))),
             ("guidance", f"{defaults.guidance_scale:g}, {defaults.guidance_rule}"),
             ("sampling", f"top-k {defaults.top_k}, top-p {defaults.top_p:g}, greedy scales {defaults.greedy_scales}"),
+            ("parity", _parity_text(manifest.parity)),
             (
-                "parity",
-                f"{'passed' if parity.passed else 'FAILED'} on {parity.backend}"
-                f"{' (emulated)' if parity.emulated else ''}, {len(parity.rows)} checks, "
-                f"largest error {worst:.0%} of its bound",
+                "proved",
+                certificate.problem or "yes: the files are those of the comparison",
             ),
             ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.provenance.tools.items())),
         ):
@@ -141,6 +145,16 @@ class _OnCuda:
 def _schema(version: int) -> str:
     old = f" (this version of flexvar-deploy writes {SCHEMA_VERSION}; export the bundle again)"
     return f"{version}{'' if version == SCHEMA_VERSION else old}"
+
+
+def _parity_text(parity: ParityRecord) -> str:
+    """The result of the comparison. Errors whose bound is 0 have no share of it."""
+    passed = parity.passed and all(row.holds for row in parity.rows)
+    shares = [row.value / row.bound for row in parity.rows if row.metric != PSNR and row.bound > 0]
+    return (
+        f"{'passed' if passed else 'FAILED'} on {parity.backend}{' (emulated)' if parity.emulated else ''}, "
+        f"{len(parity.rows)} checks{f', largest error {max(shares):.0%} of its bound' if shares else ''}"
+    )
 
 
 def _listed(names: tuple[str, ...]) -> str:

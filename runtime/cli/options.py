@@ -71,6 +71,10 @@ Backend = Annotated[str, typer.Option(help="A backend that flexvar doctor lists,
 Device = Annotated[str | None, typer.Option(help="GPU to use: cuda, or cuda:1 for the second.")]
 Engines = Annotated[Path | None, typer.Option(help="Directory of flexvar build's engines, if not in the bundle.")]
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads. The default is one for each processor.")]
+AllowUnproved = Annotated[
+    bool,
+    typer.Option("--allow-unproved", help="Open a bundle that is not proved to agree with the reference, and warn."),
+]
 Preview = Annotated[Path | None, typer.Option(help="Directory to write a PNG of every scale of every image to.")]
 Progress = Annotated[bool, typer.Option("--progress", help="Show each scale on the terminal as a small image.")]
 Source = Annotated[

@@ -21,9 +21,9 @@ from ..model.signatures import (
     CONDITION,
     DECODE,
     ENCODE,
+    JOINED_MODULATION,
     PREFILL,
     REQUIRED,
-    SCHEMA_VERSION,
     TABLES_FILE,
     graph_specs,
 )
@@ -65,12 +65,11 @@ def require_known_graphs(bundle: Bundle) -> None:
                 expected="the inputs and outputs that this version knows",
                 fix="Export the bundle again with this version.",
             )
-    if manifest.schema_version < SCHEMA_VERSION:
+    if manifest.schema_version in JOINED_MODULATION:
         log.warning(
-            "this bundle has schema version %d, and this version exports %d. A new export is faster, and only a new "
-            "export runs on GPU backends without engines.",
+            "This bundle has schema version %d. A new export is faster, and only a new export runs on GPU backends "
+            "without engines.",
             manifest.schema_version,
-            SCHEMA_VERSION,
         )
 
 

@@ -15,7 +15,7 @@ from .facts import ModelFacts
 from .precision import Precision
 from .tensors import GraphSpec, TensorSpec
 
-SCHEMA_VERSION = 2  # of the manifest that this version writes
+SCHEMA_VERSION = 3  # of the manifest that this version writes
 JOINED_MODULATION = (1,)  # schema versions whose graphs pass the modulation of all blocks as one tensor
 
 CONDITION, STEP, DECODE, ENCODE = REQUIRED = ("condition", "step", "decode", "encode")

@@ -407,6 +407,15 @@ def test_the_whole_command(
     assert "tiny" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
 
 
+def test_workers_open_what_the_session_allowed(bundle_copy: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    document = json.loads(path.read_text())
+    document["parity"]["passed"] = False
+    path.write_text(json.dumps(document))
+    with opened(Subject("ort-cpu", bundle_copy, None, None, 1)) as call:
+        assert call(WORK).total > 0
+
+
 def test_time_per_scale_sums_to_the_total(tiny_bundle: Path) -> None:
     """What the runtime tells of its parts is all there is, but for a few microseconds between them."""
     with opened(Subject("ort-cpu", tiny_bundle, None, None, 1)) as call:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexvar_export.bundle_writer import seal
+from flexvar_runtime import Bundle
 from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.cli.main import main
 
@@ -52,12 +52,16 @@ def test_a_changed_file(refused: Callable[..., None], bundle_copy: Path) -> None
     ("name", "content"), [("tables.npz", b"PK\x03\x04"), ("condition.onnx", b""), ("decode.onnx", bytes(1000))]
 )
 def test_a_file_that_the_parser_refuses(
-    refused: Callable[..., None], bundle_copy: Path, name: str, content: bytes
+    refused: Callable[..., None],
+    bundle_copy: Path,
+    seal_proved: Callable[[Path, Manifest], Bundle],
+    name: str,
+    content: bytes,
 ) -> None:
     """Its checksum is right, but its content is not. Graphs are opened when they are needed."""
     manifest = Manifest.from_bytes((bundle_copy / "manifest.json").read_bytes())
     (bundle_copy / name).write_bytes(content)
-    seal(bundle_copy, manifest)
+    seal_proved(bundle_copy, manifest)
     refused(5, name, bundle_copy)
 
 

@@ -19,7 +19,6 @@ import pytest
 
 from flexvar_export import build_command, engine_builder
 from flexvar_export.build_command import choose_target
-from flexvar_export.bundle_writer import seal
 from flexvar_export.engine_builder import Plan
 from flexvar_runtime import BackendUnavailable, Bundle, FlexVARError, InvalidInput
 from flexvar_runtime.backends.tensorrt import library as trt_library
@@ -30,6 +29,7 @@ from flexvar_runtime.backends.tensorrt.engine_files import (
     read_engine,
     receipts_folder,
 )
+from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.model.signatures import GRAPHS
 
 RTX = ("--backend", "tensorrt-rtx")
@@ -37,6 +37,7 @@ SMALL_GRAPHS = ["condition", "decode", "encode", "prefill"]
 SMALL = (*RTX, "--schedule", "1_2x3", "--max-batch", "2", "--prefill")
 FLEXVAR = Path(sys.executable).with_name("flexvar")
 Run = Callable[..., tuple[int, str, str]]
+Seal = Callable[[Path, Manifest], Bundle]
 
 
 WITHOUT_TORCH = """
@@ -222,6 +223,19 @@ def test_a_bundle_that_does_not_exist(run_cli: Run, tmp_path: Path) -> None:
     assert code == 5 and str(tmp_path / "nothing") in err
 
 
+def test_a_bundle_that_is_not_proved(run_cli: Run, half_bundle: Path, fake_builds: list[EngineId]) -> None:
+    """No engine is built of graphs that were never compared with the reference, unless it is allowed."""
+    path = half_bundle / "manifest.json"
+    document = json.loads(path.read_text())
+    document["parity"]["files"]["step.onnx"] = "e" * 64
+    path.write_text(json.dumps(document))
+    code, _, err = run_cli("build", half_bundle, *SMALL)
+    assert code == 5 and "step.onnx" in err and "--allow-unproved" in err
+    assert not fake_builds and not (half_bundle / "engines").exists()
+    code, _, err = run_cli("build", half_bundle, *SMALL, "--allow-unproved")
+    assert code == 0 and fake_builds and "WARNING" in err
+
+
 def test_a_damaged_bundle(run_cli: Run, half_bundle: Path) -> None:
     data = bytearray((half_bundle / "step.onnx").read_bytes())
     data[len(data) // 2] ^= 1
@@ -230,12 +244,14 @@ def test_a_damaged_bundle(run_cli: Run, half_bundle: Path) -> None:
     assert code == 5 and "step.onnx" in err and not (half_bundle / "engines").exists()
 
 
-def test_a_transposed_decoder_in_bf16(run_cli: Run, tiny_bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_transposed_decoder_in_bf16(
+    run_cli: Run, tiny_bundles: Callable[[str], Path], tmp_path: Path, seal_proved: Seal
+) -> None:
     """It is refused before anything is built."""
     bundle = Path(shutil.copytree(tiny_bundles("bf16"), tmp_path / "transposed.bundle"))
     manifest = Bundle.open(bundle).manifest
     (bundle / "manifest.json").unlink()
-    seal(bundle, replace(manifest, decoder="transposed", files={}))
+    seal_proved(bundle, replace(manifest, decoder="transposed", files={}))
     code, _, err = run_cli("build", bundle, *SMALL, "--target", "8.6")
     assert code == 2 and "transposed" in err and "tensorrt-rtx" in err and "--decoder phases" in err
     assert not (bundle / "engines").exists()
@@ -273,12 +289,12 @@ def test_a_full_disk(
     assert not files(half_bundle / "engines") and not files(receipts_folder())
 
 
-def test_the_engine_of_another_export(built_bundle: Path) -> None:
+def test_the_engine_of_another_export(built_bundle: Path, seal_proved: Seal) -> None:
     """A graph that changed has no engine any more. A graph that did not change keeps its engine."""
     manifest = Bundle.open(built_bundle).manifest
     graph = built_bundle / "decode.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"flexvar-deploy", b"flexvar-deplox"))
-    seal(built_bundle, manifest)
+    seal_proved(built_bundle, manifest)
     assert found(built_bundle, "step").path.exists()
     with pytest.raises(FlexVARError, match="decode"):
         found(built_bundle, "decode")

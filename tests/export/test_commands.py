@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 import flexvar_ref
 from flexvar_export import bundle as bundle_module
 from flexvar_export import proof
+from flexvar_export.bundle import UNPROVEN
 from flexvar_export.bundle_writer import seal
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints
@@ -242,11 +244,24 @@ def test_verify_prints_one_json_object_and_writes_nothing(tiny_bundle: Path, run
     code, out, _ = run_cli("verify", tiny_bundle, "--json")
     assert code == 0 and state(tiny_bundle) == before
     data = json.loads(out)
-    assert data.keys() == {"bundle", "parity"} and data["bundle"] == Bundle.open(tiny_bundle).sha256
+    assert data.keys() == {"bundle", "proved", "unproved_because", "parity"}
+    assert data["bundle"] == Bundle.open(tiny_bundle).sha256 and data["proved"] is True
     parity = data["parity"]
+    assert parity["files"] == Bundle.open(tiny_bundle).manifest.parity.files
     assert parity["passed"] is True and parity["emulated"] is False
     assert (parity["backend"], len(parity["rows"])) == ("ort-cpu", 22)
     assert {"graph", "scale", "output", "metric", "value", "bound"} == parity["rows"][0].keys()
+
+
+def test_verify_compares_a_bundle_that_is_not_proved(bundle_copy: Path, run_cli: Run) -> None:
+    """It agrees with the reference, but needs a new record."""
+    manifest = Bundle.open(bundle_copy).manifest
+    seal(bundle_copy, replace(manifest, parity=UNPROVEN))
+    code, out, _ = run_cli("verify", bundle_copy)
+    assert code == 0 and out.splitlines()[-1].startswith("The bundle needs a new parity record.")
+    code, out, _ = run_cli("verify", bundle_copy, "--json")
+    data = json.loads(out)
+    assert code == 0 and data["parity"]["passed"] is True and data["proved"] is False
 
 
 def test_verify_prints_a_table_for_people(tiny_bundles: Callable[[str], Path], run_cli: Run) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flexvar_export.cross_check import cross_check
-from flexvar_export.parity import GATES, PSNR_CAP, holds
+from flexvar_export.parity import GATES, PSNR_CAP
 from flexvar_export.proof import PROOF_FILE, Proof
 from flexvar_runtime import BackendUnavailable, Bundle, InvalidInput, backends
 from flexvar_runtime.backends.ort.cpu import OrtCpu
@@ -72,7 +72,7 @@ def test_a_backend_agrees_with_itself(tiny_bundles: Callable[[str], Path], preci
 def test_a_difference_is_found_in_its_output(tiny_bundle: Path, graph: str, output: str, row: str) -> None:
     record = check(tiny_bundle, graph, output)
     assert not record.passed
-    assert {(found.graph, found.output) for found in record.rows if not holds(found)} == {(graph, row)}
+    assert {(found.graph, found.output) for found in record.rows if not found.holds} == {(graph, row)}
 
 
 def test_the_bound_of_images_is_twice_that_of_the_proof(tiny_bundles: Callable[[str], Path]) -> None:
@@ -80,7 +80,7 @@ def test_the_bound_of_images_is_twice_that_of_the_proof(tiny_bundles: Callable[[
     half, full = (check(tiny_bundles(name), "decode", "image", 1.005) for name in ("fp16", "fp32"))
     [decoded] = [row for row in half.rows if row.graph == "decode"]
     assert half.passed and GATES["fp16"].psnr - 6 < decoded.value < 70
-    assert [row.graph for row in full.rows if not holds(row)] == ["decode"]
+    assert [row.graph for row in full.rows if not row.holds] == ["decode"]
     assert not check(tiny_bundles("fp32"), "decode", "image", 1.0001).passed
     assert not check(tiny_bundles("fp16"), "decode", "image", 1.05).passed
 

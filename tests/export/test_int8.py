@@ -25,7 +25,7 @@ from flexvar_export.bundle_writer import seal
 from flexvar_export.cross_check import cross_check
 from flexvar_export.int8 import LARGEST, LEVELS, LOW, MIDDLE, TRANSLATIONS, Int8Dense
 from flexvar_export.modules import Step, block_parts
-from flexvar_export.parity import GATES, compare, holds
+from flexvar_export.parity import GATES, compare
 from flexvar_export.proof import Proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle, FlexVARPipeline
@@ -249,7 +249,7 @@ def test_a_wrong_layer_fails_its_graph(int8: Bundle, tiny_proof: Proof, tmp_path
     onnx.save_model(model, str(copy / f"{graph}.onnx"))
     with closing(open_generator(seal(copy, int8.manifest), create("ort-cpu", threads=1))) as generator:
         rows = compare(generator, tiny_proof, GATES["int8"])
-        assert next(row.graph for row in rows if not holds(row)) == graph
+        assert next(row.graph for row in rows if not row.holds) == graph
 
 
 def test_auto_takes_ort_cpu(int8: Bundle) -> None:

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from flexvar_export.bundle_writer import seal
 from flexvar_export.emulate import emulate_bf16
-from flexvar_export.parity import GATES, compare, holds, prove, psnr, relative_error, require_parity
+from flexvar_export.parity import GATES, compare, prove, psnr, relative_error, require_parity
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle, Guidance, ParityFailed, ScaleSchedule
@@ -43,7 +43,7 @@ def first_failure(bundle: Bundle, proof: Proof, precision: str | None = None) ->
     engine = open_generator(bundle, backend)
     try:
         rows = compare(engine, proof, GATES[precision or bundle.manifest.precision])
-        return next((named(row) for row in rows if not holds(row)), None)
+        return next((named(row) for row in rows if not row.holds), None)
     finally:
         engine.close()
 
@@ -93,7 +93,7 @@ def test_errors_must_be_below_and_psnr_above_the_bound() -> None:
     for metric, good, bad in (("relative_error", 1.0, 1.001), ("psnr_db", 1.0, 0.999)):
         for value in (good, bad):
             row = ParityRow(graph="g", scale=None, output="o", metric=metric, value=value, bound=1.0)
-            assert holds(row) is (value == good)
+            assert row.holds is (value == good)
 
 
 # Right bundles
@@ -119,7 +119,7 @@ def test_every_precision_holds_every_gate(tiny_bundles: Callable[[str], Path], p
     gate = GATES[precision]
     for row in recorded.rows:
         assert row.bound == (gate.psnr if row.metric == "psnr_db" else gate.error(row.graph))
-        assert holds(row)
+        assert row.holds
     assert (recorded.passed, recorded.backend) == (True, "ort-cpu")
     assert recorded.emulated is precision.endswith("bf16")  # where the CPU has no such kernels, the record says so
     assert recorded.free_running_agreement is not None and recorded.free_running_agreement > 0.3
@@ -403,7 +403,7 @@ def test_wider_gates_fail_on_the_same_faults(
 
 def record(*rows: ParityRow) -> ParityRecord:
     return ParityRecord(
-        backend="ort-cpu", emulated=False, passed=all(map(holds, rows)), rows=rows, free_running_agreement=None
+        backend="ort-cpu", emulated=False, passed=all(row.holds for row in rows), rows=rows, free_running_agreement=None
     )
 
 

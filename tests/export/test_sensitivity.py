@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import flexvar_ref
 from flexvar_export.bundle import export_bundle
 from flexvar_export.modules import Step, block_parts
-from flexvar_export.parity import GATES, holds
+from flexvar_export.parity import GATES
 from flexvar_export.proof import Proof, make_proof
 from flexvar_export.sensitivity import HEADROOM, MOST_KEPT, parts_to_keep, rounding_errors, step_excess
 from flexvar_export.teacher_forcing import teacher_forced
@@ -125,7 +125,7 @@ def row(graph: str, value: float, metric: str = "relative_error", bound: float =
 )
 def test_excess_is_that_of_step_and_prefill_alone(rows: tuple[ParityRow, ...], excess: float) -> None:
     record = ParityRecord(
-        backend="ort-cpu", emulated=False, passed=all(map(holds, rows)), rows=rows, free_running_agreement=None
+        backend="ort-cpu", emulated=False, passed=all(row.holds for row in rows), rows=rows, free_running_agreement=None
     )
     assert step_excess(record) == pytest.approx(excess)
 

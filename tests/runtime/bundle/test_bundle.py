@@ -144,7 +144,7 @@ def test_a_manifest_that_does_not_fit_its_schema(bundle_dir: Path, edit_manifest
 
 def test_duplicate_key(bundle_dir: Path) -> None:
     path = bundle_dir / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 2,\n "schema_version": 2'))
+    path.write_text(path.read_text().replace('"schema_version"', '"schema_version": 1,\n "schema_version"'))
     assert _refusal(bundle_dir).startswith("manifest.json has the key 'schema_version' twice")
 
 

@@ -39,7 +39,7 @@ def test_bytes_round_trip_and_are_stable(sealed: Manifest) -> None:
 def test_the_schema_version_is_checked_first() -> None:
     error = _refusal({"schema_version": 7, "hologram": True})
     assert "manifest.json" in error.got and "schema version 7" in error.got
-    assert error.expected == "1 or 2" and error.exit_code == 5
+    assert error.expected == "1, 2 or 3" and error.exit_code == 5
 
 
 def test_only_an_integer_is_a_schema_version() -> None:
@@ -69,11 +69,22 @@ def test_only_an_integer_is_a_schema_version() -> None:
         (("graphs", "step", "file"), "other.onnx", "graphs['step'].file is 'other.onnx'"),
         (("graphs", "../step"), {"file": "a", "inputs": [], "outputs": []}, "a name in graphs is '../step'"),
         (("defaults", "schedule"), "1_two", "defaults.schedule is '1_two'"),
+        (("defaults", "schedule"), "1_0", "defaults.schedule: schedule has a scale of 0x0"),
+        (("defaults", "schedule"), "2_4", "defaults.schedule: schedule begins with 2"),
+        (("defaults", "schedule"), "1_129", "defaults.schedule: schedule has a scale of 129x129"),
+        (("defaults", "schedule"), "1" + "_2" * 64, "defaults.schedule: schedule has 65 scales"),
         (("defaults", "top_p"), 1.5, "defaults.top_p is 1.5"),
+        (("defaults", "greedy_scales"), "0", "defaults.sampling: greedy_scales is '0'"),
+        (("defaults", "greedy_scales"), "7,07", "defaults.sampling: greedy_scales is '7,07'"),
         (("defaults", "guidance_rule"), "linear", "defaults.guidance_rule is 'linear'"),
         (("defaults", "greedy_scales"), "7;9", "defaults.greedy_scales is '7;9'"),
         (("provenance", "tokenizer_sha256"), "A" * 64, "provenance.tokenizer_sha256 is 'AAAA"),
         (("parity", "free_running_agreement"), 1.1, "parity.free_running_agreement is 1.1"),
+        (("parity", "rows", 0, "bound"), -1e-5, "parity.rows[0].bound is -1e-05"),
+        (("parity", "rows", 0, "value"), -1, "parity.rows[0].value is -1.0"),
+        (("parity", "files"), {"../step.onnx": "a" * 64}, "parity.a name in files is '../step.onnx'"),
+        (("parity", "files"), {"step.onnx": "a" * 63}, "parity.files['step.onnx'] is 'aaa"),
+        (("parity", "files"), {"step.onnx": 1}, "parity.files['step.onnx'] is 1"),
         (("largest_activation", "step", "value"), -1.0, "largest_activation['step'].value is -1.0"),
         (("largest_activation", "ghost"), {"value": 1, "where": ""}, "a graph in largest_activation is 'ghost'"),
         (("float32_parts",), ["blocks.0.mlp"], "float32_parts is ('blocks.0.mlp',)"),  # in fp32

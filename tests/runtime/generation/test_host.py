@@ -223,12 +223,3 @@ def test_a_graph_with_other_tensors(
     bundle = replace(pipeline.bundle, manifest=replace(manifest, graphs=graphs))
     with pytest.raises(ArtifactRefused, match="graph step"):
         FlexVARPipeline(bundle, backend)
-
-
-@pytest.mark.parametrize("defaults", [{"schedule": "2_3"}, {"schedule": "1_2000"}, {"greedy_scales": "0"}])
-def test_defaults_that_cannot_be_used(open_pipeline: Open, defaults: dict[str, Any]) -> None:
-    pipeline, backend = open_pipeline()
-    manifest = pipeline.bundle.manifest
-    bundle = replace(pipeline.bundle, manifest=replace(manifest, defaults=replace(manifest.defaults, **defaults)))
-    with pytest.raises(ArtifactRefused, match="default of the bundle"):
-        FlexVARPipeline(bundle, backend)
