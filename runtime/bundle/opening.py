@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn
 
-from ..checks import check_whole, short
+from ..checks import check_path, check_whole, short
 from ..errors import ArtifactRefused
 from ..files.private import open_unlinked
 from ..model.signatures import WEIGHTS_OF
@@ -39,7 +39,7 @@ class Bundle:
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, workers: int | None = None) -> Bundle:
         """Check a bundle and open it. workers: threads that hash files. Raises ArtifactRefused, InvalidInput."""
-        root = bundle_root(path)
+        root = bundle_root(check_path("The path of the bundle", path))
         data = read_manifest(root)
         manifest = Manifest.from_bytes(data)
         check_listing(root, manifest)
