@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import ArtifactRefused, InvalidInput
 
@@ -19,6 +21,15 @@ def short(value: object) -> str:
     """A value as messages show it: printable, and cut after 80 characters."""
     text = reprlib.repr(value) if isinstance(value, (dict, list, tuple)) else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def shown(value: object) -> str:
+    """A value of the caller as messages show it, cut after 100 characters. It works for every object."""
+    try:
+        text = reprlib.repr(value) if isinstance(value, (dict, list, tuple, set, frozenset, bytes)) else repr(value)
+    except Exception:  # `__repr__` may do anything, and ints of many digits have none
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def invalid(problem: str, expected: str, fix: str) -> InvalidInput:
@@ -41,7 +52,7 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int
         return int(value)
     expected = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
     kind = "" if whole else f" ({type(value).__name__})"
-    raise invalid(f"{name} is {value!r:.100}{kind}", expected, "Pass a whole number in that range.")
+    raise invalid(f"{name} is {shown(value)}{kind}", expected, "Pass a whole number in that range.")
 
 
 def check_number(name: str, value: Any, low: float, high: float, fix: str) -> float:
@@ -53,7 +64,7 @@ def check_number(name: str, value: Any, low: float, high: float, fix: str) -> fl
     if number and low <= value <= high:  # NaN compares false
         return float(value)
     kind = "" if number else f" ({type(value).__name__})"
-    raise invalid(f"{name} is {value!r:.100}{kind}", f"a number from {low:g} to {high:g}", fix)
+    raise invalid(f"{name} is {shown(value)}{kind}", f"a number from {low:g} to {high:g}", fix)
 
 
 def check_keys(name: str, values: Any, known: Collection[str]) -> dict[str, Any]:
@@ -68,7 +79,55 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """The value, if it is one of `choices`. Raises InvalidInput."""
     if isinstance(value, str) and value in choices:
         return value
-    raise invalid(f"{name} is {value!r:.100}", f"one of {', '.join(choices)}", "Pass one of them.")
+    raise invalid(f"{name} is {shown(value)}", f"one of {', '.join(choices)}", "Pass one of them.")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value as a bool, if it is a Python or NumPy bool. Raises InvalidInput."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise invalid(f"{name} is {shown(value)}", "True or False", "Pass one of them.")
+
+
+def check_text(name: str, value: Any) -> str:
+    """The value, if it is a text. Raises InvalidInput."""
+    if isinstance(value, str):
+        return value
+    raise invalid(f"{name} is {shown(value)}", "a text", "Pass a text.")
+
+
+def check_callback(name: str, value: Any) -> None:
+    """Raise InvalidInput unless the value is None or can be called."""
+    if value is not None and not callable(value):
+        raise invalid(f"{name} is {shown(value)}", "a function or None", "Pass a function.")
+
+
+def check_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """The value, if it is a path as text or as a Path. Raises InvalidInput."""
+    if isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str):
+        return value
+    raise invalid(f"{name} is {shown(value)}", "a path", "Pass a text or a pathlib.Path.")
+
+
+def check_entries(name: str, values: Any, most: int) -> list[Any]:
+    """The entries of a list, tuple, range or other collection, at most `most`. Raises InvalidInput."""
+    expected = f"a list of at most {most} entries"
+    try:
+        if len(values) <= most:
+            return list(values)
+        got = f"{name} has {shown(len(values))} entries"
+    except Exception:  # an object of the caller may raise anything
+        got = f"{name} is {shown(values)}"
+    raise invalid(got, expected, "Pass such a list.")
+
+
+def check_array(name: str, value: Any, dtype: Any = None) -> NDArray[Any]:
+    """The value as an array, of `dtype` if given. Raises InvalidInput if NumPy cannot make one of it."""
+    try:
+        return np.asarray(value, dtype)
+    except Exception as error:  # an object of the caller may raise anything
+        got, fix = f"{name} is {shown(value)}, of which NumPy makes no array.", "Pass an array, or lists of numbers."
+        raise InvalidInput(got, expected="an array", fix=fix) from error
 
 
 def check_seed(seed: Any) -> int:

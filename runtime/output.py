@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._version import __version__
-from .checks import check_index, check_keys, check_seed, check_whole, short
+from .checks import check_index, check_keys, check_seed, check_whole, short, shown
 from .deadlines.choice import Choice
 from .editing.options import EditRecord
 from .files.parsing import refuse_failures
@@ -133,7 +133,7 @@ def _text(key: str, data: dict[str, Any]) -> str:
 def _whole(text: object) -> int:
     """A text of at most 20 digits as a whole number. Raises ValueError."""
     if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 20):
-        raise ValueError(f"{text!r:.100} is no text of digits")
+        raise ValueError(f"{shown(text)} is no text of digits")
     return int(text)
 
 

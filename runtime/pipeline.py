@@ -18,17 +18,18 @@ from numpy.typing import ArrayLike, NDArray
 from .backends import check_name, create
 from .backends.base import Backend
 from .bundle.opening import Bundle
-from .checks import check_whole
+from .checks import check_entries, check_keys, check_path, check_text, check_whole
 from .deadlines.measuring import WithDeadlines
-from .editing.options import Edit, EditOptions
+from .editing.options import EDIT_OPTIONS, Edit, EditOptions
 from .generation.opening import open_generator
 from .generation.scale_loop import ScaleLoop
+from .memory.plan import MAX_BATCH
 from .model.guidance import UNGUIDED
 from .model.sampling import Sampling
 from .model.schedule import ScaleSchedule, ScheduleLike
 from .output import GenerationOutput, ScaleStep, Timings, settings_of
 from .pictures.pixels import check_images, from_uint8
-from .request import GuidanceLike, Labels, Numbers, Request, RequestDefaults, check_tokens, parse_request
+from .request import GuidanceLike, Labels, Numbers, Request, RequestDefaults, check_tokens, check_wishes, parse_request
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,8 +74,10 @@ class FlexVARPipeline(WithDeadlines):
         Raises ArtifactRefused, BackendUnavailable, InvalidInput.
         """
         check_name(backend)
+        if device is not None:
+            check_text("device", device)
+        folder = None if engines is None else Path(check_path("engines", engines))
         bundle = Bundle.open(path, workers=threads, allow_unproved=allow_unproved)
-        folder = None if engines is None else Path(engines)
         started = create(backend, bundle, device=device, threads=threads, engines=folder)
         if shapes_kept is not None and backend == "auto" and started.device is None:
             log.warning("shapes_kept is not used: backend %s captures no CUDA graphs", started.name)
@@ -116,7 +119,7 @@ class FlexVARPipeline(WithDeadlines):
         schedule; the time of on_scale is not counted.
         Raises InvalidInput, OutOfMemory, and with a deadline CostUnknown.
         """
-        start = time.perf_counter()
+        start, keep_decoded = time.perf_counter(), check_wishes(keep_decoded, on_scale)
         request = self._request(labels, schedule, guidance, sampling, seed, first_index)
         choice = None
         if deadline_ms is not None:
@@ -198,7 +201,8 @@ class FlexVARPipeline(WithDeadlines):
         """
         from .editing.plan import plan_edit  # imports pillow, which is slow
 
-        start, edit = time.perf_counter(), Edit(task=task, **options)
+        start, keep_decoded = time.perf_counter(), check_wishes(keep_decoded, on_scale)
+        edit = Edit(task=task, **check_keys("edit", options, EDIT_OPTIONS))
         plan = plan_edit(edit, image, mask, self.model, self.defaults.schedule, schedule, steps, earlier)
         classes = [self.model.null_class] * len(plan.canvases) if labels is None else labels
         request = self._request(classes, plan.schedule, guidance, sampling, seed, first_index)
@@ -225,8 +229,8 @@ class FlexVARPipeline(WithDeadlines):
         On a GPU this keeps the buffers and CUDA graphs of each shape until the pipeline is closed. The first
         request for a class still costs its condition, for which `ort-cpu` and `ort-openvino` open the graph again.
         """
-        for batch in batch_sizes:
-            labels = [self.model.null_class] * check_whole("batch size", batch, 1)
+        for batch in check_entries("batch_sizes", batch_sizes, MAX_BATCH):
+            labels = [self.model.null_class] * check_whole("batch size", batch, 1, MAX_BATCH)
             request = self._request(labels, schedule, guidance, sampling, seed=0)
             self._generate(request, False, None, time.perf_counter())
             self.generator.pin(request)
@@ -244,7 +248,8 @@ class FlexVARPipeline(WithDeadlines):
         Raises InvalidInput.
         """
         pixels, factor = check_images(image, self.model.downsampling), self.model.downsampling
-        wanted = ScaleSchedule(((1, 1), size or (pixels.shape[1] // factor, pixels.shape[2] // factor)))[-1]
+        size = (pixels.shape[1] // factor, pixels.shape[2] // factor) if size is None else size
+        wanted = ScaleSchedule(((1, 1), size))[-1]
         with self.generator.in_use():
             latent = self.generator.encode(from_uint8(pixels, self.model.value_range))
         return self.generator.tables.quantize(latent, wanted)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bundle.manifest import Defaults
-from .checks import check_index, check_seed, invalid
+from .checks import check_array, check_callback, check_entries, check_flag, check_index, check_seed, invalid, shown
 from .errors import InvalidInput
+from .memory.plan import MAX_BATCH
 from .model.class_names import labels_named
 from .model.facts import ModelFacts
 from .model.guidance import Guidance
@@ -160,7 +161,7 @@ def parse_request(
     With one seed, image i draws from stream (seed, first_index + i). With a list of seeds every image has index 0,
     unless `first_index` is a list too. Raises InvalidInput.
     """
-    checked = tuple(check_label(model, label) for label in np.atleast_1d(np.asarray(labels, object)))
+    checked = tuple(check_label(model, label) for label in _label_list(labels))
     if not checked:
         raise InvalidInput(
             "labels is empty, but a request needs at least one class.",
@@ -168,7 +169,7 @@ def parse_request(
             fix="Pass a list such as [207].",
         )
     if not isinstance(sampling, Sampling | None):
-        raise invalid(f"sampling is {sampling!r:.100}", "a Sampling or None", "Pass Sampling(top_p=0.9), for example.")
+        raise invalid(f"sampling is {shown(sampling)}", "a Sampling or None", "Pass Sampling(top_p=0.9), for example.")
     if seed is None or _is_one(seed):
         seed = fresh_seed() if seed is None else check_seed(seed)
     else:
@@ -189,14 +190,20 @@ def check_label(model: ModelFacts, label: object) -> int:
     if isinstance(label, str) and names is not None and (found := labels_named(label, names)):
         if len(found) > 1:
             numbers = ", ".join(map(str, found))
-            got = f"The class is {label!r:.100}, and {len(found)} classes have this name: {numbers}."
+            got = f"The class is {shown(label)}, and {len(found)} classes have this name: {numbers}."
             raise InvalidInput(got, expected="a name of one class", fix="Pass one of these numbers.")
         return found[0]
     whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
     if not whole or not 0 <= int(label) <= null:  # type: ignore[call-overload]
         expected = f"a whole number from 0 to {null} ({null} means no class)" + (", or a name" if names else "")
-        raise invalid(f"The class is {label!r:.100}", expected, "To list the classes, run: flexvar inspect BUNDLE")
+        raise invalid(f"The class is {shown(label)}", expected, "To list the classes, run: flexvar inspect BUNDLE")
     return int(label)  # type: ignore[call-overload, no-any-return]
+
+
+def _label_list(labels: Any) -> list[Any]:
+    """The labels of a list, tuple, range or array, or a single label. Raises InvalidInput."""
+    one = not isinstance(labels, list | tuple | range | np.ndarray)
+    return check_entries("labels", np.atleast_1d(check_array("labels", labels, object)) if one else labels, MAX_BATCH)
 
 
 def _is_one(value: object) -> bool:
@@ -205,14 +212,13 @@ def _is_one(value: object) -> bool:
 
 def _listed(name: str, values: Any, images: int) -> list[Any]:
     """A list with one entry for each image. Raises InvalidInput."""
-    listed = list(values)
-    if len(listed) != images:
+    if len(values) != images:
         raise InvalidInput(
-            f"{name} has {len(listed)} entries, but labels has {images} class{'es' * (images > 1)}.",
+            f"{name} has {len(values)} entries, but labels has {images} class{'es' * (images > 1)}.",
             expected=f"{images} entries",
             fix=f"Pass one entry of {name} for each class.",
         )
-    return listed
+    return list(values)
 
 
 def _indices(first_index: Any, images: int, many_seeds: bool) -> tuple[int, ...]:
@@ -243,9 +249,15 @@ def _guidance(given: Any, default: Guidance, images: int) -> tuple[Guidance, ...
     return found
 
 
+def check_wishes(keep_decoded: Any, on_scale: Any) -> bool:
+    """`keep_decoded` as a bool. Raises InvalidInput, also unless `on_scale` is None or can be called."""
+    check_callback("on_scale", on_scale)
+    return check_flag("keep_decoded", keep_decoded)
+
+
 def check_tokens(model: ModelFacts, tokens: ArrayLike) -> Tokens:
     """Tokens (B, h, w) of one scale as a contiguous int32 array. Raises InvalidInput."""
-    array = np.asarray(tokens)
+    array = check_array("tokens", tokens)
     whole = array.ndim == 3 and array.size > 0 and array.dtype.kind in "iu" and max(array.shape[1:]) <= MAX_SIDE
     if not whole or array.min() < 0 or array.max() >= model.vocabulary:
         expected = f"(B, h, w) whole numbers from 0 to {model.vocabulary - 1}, with sides up to {MAX_SIDE}"

@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn
 
-from ..checks import check_whole, short
+from ..checks import check_path, check_whole, short
 from ..errors import ArtifactRefused
 from ..files.directories import restore_directory
 from ..files.private import open_unlinked
@@ -54,7 +54,7 @@ class Bundle:
         workers: threads that hash files. allow_unproved: only warn if the parity record of the bundle failed, is
         missing or is of other files. Raises ArtifactRefused, InvalidInput.
         """
-        root = bundle_root(path)
+        root = bundle_root(check_path("The path of the bundle", path))
         data = read_manifest(root)
         manifest = Manifest.from_bytes(data)
         check_listing(root, manifest)

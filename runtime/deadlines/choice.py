@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..bundle.manifest import Manifest
-from ..checks import invalid
+from ..checks import invalid, shown
 from ..errors import CostUnknown, InvalidInput
 from ..model.schedule import PUBLISHED, ScaleSchedule
 
@@ -56,11 +59,11 @@ def quality_order(manifest: Manifest) -> tuple[ScaleSchedule, ...]:
 
 def seconds_of(deadline_ms: float) -> float:
     """A deadline in milliseconds as seconds. Raises InvalidInput unless it is a finite number above 0."""
-    number = isinstance(deadline_ms, int | float) and not isinstance(deadline_ms, bool)
-    if not number or not 0 < deadline_ms < math.inf:  # NaN compares false
+    number = isinstance(deadline_ms, int | float | np.integer | np.floating) and not isinstance(deadline_ms, bool)
+    if not number or not 0 < deadline_ms <= sys.float_info.max:  # NaN compares false
         fix = "Pass the time limit in milliseconds, such as 250."
-        raise invalid(f"deadline_ms is {deadline_ms!r:.100}", "a number above 0", fix)
-    return deadline_ms / 1e3
+        raise invalid(f"deadline_ms is {shown(deadline_ms)}", "a number above 0", fix)
+    return float(deadline_ms) / 1e3
 
 
 def choose(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from ..backends.base import Backend
 from ..bundle.opening import Bundle
-from ..checks import check_whole, conflict
+from ..checks import check_callback, check_entries, check_whole, conflict
 from ..errors import CostUnknown
+from ..memory.plan import MAX_BATCH
 from ..model.sampling import Sampling
 from ..model.schedule import ScaleSchedule, ScheduleLike
 from ..request import GuidanceLike, Request, RequestDefaults
@@ -54,7 +55,7 @@ class WithDeadlines(ABC):
         is a forecast, not a guarantee. Raises InvalidInput if no schedule is fast enough, CostUnknown if
         `measure_costs` has to run first, and ArtifactRefused if the saved costs cannot be used.
         """
-        deadline, labels = seconds_of(deadline_ms), [0] * check_whole("images", images, 1)
+        deadline, labels = seconds_of(deadline_ms), [0] * check_whole("images", images, 1, MAX_BATCH)
         return self._choose(self._request(labels, None, guidance, sampling), deadline)
 
     def _choose_for_call(
@@ -105,9 +106,12 @@ class WithDeadlines(ABC):
         cannot be saved, a warning is logged and they are kept in this process. Raises InvalidInput, OutOfMemory, and
         ArtifactRefused if the saved costs cannot be used."""
         repeats = check_whole("repeats", repeats, 1)
-        sizes = [check_whole("batch size", batch, 1) for batch in batch_sizes]
+        check_callback("on_row", on_row)
+        batches = check_entries("batch_sizes", batch_sizes, MAX_BATCH)
+        sizes = [check_whole("batch size", batch, 1, MAX_BATCH) for batch in batches]
         order = quality_order(self.bundle.manifest)
-        wanted = order if schedules is None else tuple(map(ScaleSchedule.parse, schedules))
+        listed = order if schedules is None else check_entries("schedules", schedules, MAX_BATCH)
+        wanted = tuple(map(ScaleSchedule.parse, listed))
         self._costs.read_again()  # refuses costs that cannot be used before it measures
         rows: list[CostRow] = []
         labels = itertools.cycle(range(self.bundle.manifest.model.classes))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict
 
-from ..checks import check_choice, check_keys, check_number, check_whole, invalid, short
+from ..checks import check_choice, check_flag, check_keys, check_number, check_whole, invalid, short, shown
 from ..errors import InvalidInput
 
 TASKS = ("refine", "inpaint", "outpaint", "expand")
@@ -42,6 +42,9 @@ class EditOptions(TypedDict, total=False):
     feather: int
 
 
+EDIT_OPTIONS = tuple(EditOptions.__annotations__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """The task of an edit and its options. Raises InvalidInput, also for an option that the task does not have.
@@ -72,11 +75,12 @@ class Edit:
             check_choice(name, getattr(self, name), choices)
         for field in fields(self):
             owners = _OWN.get(field.name, TASKS)
-            if getattr(self, field.name) != field.default and self.task not in owners:
+            if self.task not in owners and _differs(getattr(self, field.name), field.default):
                 raise wrong_task(field.name, self.task, owners)
         if self.size is not None:
             object.__setattr__(self, "size", _whole_numbers("size", self.size, 2, 1))
         object.__setattr__(self, "sides", _whole_numbers("sides", self.sides, 4, 0))
+        object.__setattr__(self, "paste", check_flag("paste", self.paste))
         object.__setattr__(self, "feather", check_whole("feather", self.feather, 0, MAX_FEATHER))
         if self.strength is not None:
             strength = check_number("strength", self.strength, 0, 1, "Pass 0.5 to generate half of the scales.")
@@ -135,6 +139,13 @@ class EditRecord:
         return cls(Edit.from_json(options), data["picture_sha256"], data["mask_sha256"])
 
 
+def _differs(value: Any, default: Any) -> bool:
+    try:
+        return bool(value != default)
+    except Exception:  # arrays have no truth value, and other objects may raise anything
+        return True
+
+
 def wrong_task(option: str, task: str, owners: Sequence[str]) -> InvalidInput:
     """The error for an option of other tasks, `owners`."""
     *first, last = owners
@@ -145,5 +156,5 @@ def wrong_task(option: str, task: str, owners: Sequence[str]) -> InvalidInput:
 
 def _whole_numbers(name: str, values: object, count: int, least: int) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) != count:
-        raise invalid(f"{name} is {values!r:.100}", f"{count} whole numbers", f"Pass {count} numbers.")
+        raise invalid(f"{name} is {shown(values)}", f"{count} whole numbers", f"Pass {count} numbers.")
     return tuple(check_whole(name, value, least, 2**20) for value in values)

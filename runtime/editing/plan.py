@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import conflict
+from ..checks import conflict, invalid, shown
 from ..errors import InvalidInput
 from ..model.facts import ModelFacts
 from ..model.schedule import ScaleSchedule, ScheduleLike, scale_text
@@ -94,6 +94,8 @@ def plan_edit(
 
     default: the bundle's schedule. earlier: the schedule of an edit that is repeated; without `schedule` and `steps` it
     is used if it fits the canvas, else one of as many scales. Raises InvalidInput."""
+    if not isinstance(earlier, ScaleSchedule | None):
+        raise invalid(f"earlier is {shown(earlier)}", "a ScaleSchedule or None", "Pass the schedule of an edit.")
     pictures, masks = _listed(image), _listed(mask)
     if not isinstance(mask, list | tuple):
         masks = masks * len(pictures)

@@ -35,6 +35,7 @@ class Guidance:
 
     def weights(self, schedule: ScaleSchedule) -> tuple[float, ...]:
         """The weight t of every scale."""
+        schedule = ScaleSchedule.parse(schedule)
         if self.rule == "constant":
             return (self.scale - 1,) * len(schedule)
         if len(schedule) == 1:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import check_keys, check_number, check_whole, invalid
+from ..checks import check_array, check_keys, check_number, check_whole, invalid, shown
 from ..errors import InvalidInput
 from .noise import DRAW_BITS, to_uniform
 from .schedule import scale_text
@@ -80,6 +80,7 @@ class Sampling:
 
     def greedy(self, h: int, w: int) -> bool:
         """Whether a scale of h x w tokens is sampled with top_k = 1. The published rule never holds for non-squares."""
+        h, w = check_whole("height of a scale", h, 1), check_whole("width of a scale", w, 1)
         if self.greedy_scales == "upstream":
             return h == w and (h not in UPSTREAM_SAMPLED_SIDES or h > self.max_side)
         return self.greedy_scales != "none" and (h, w) in self.greedy_scales
@@ -119,7 +120,7 @@ def _parse_greedy(value: Any) -> str | tuple[tuple[int, int], ...]:
         pairs = [()]
     if any(len(pair) != 2 for pair in pairs):
         fix = "Separate scales with commas: 7 is a square, 12x20 is height and width."
-        raise invalid(f"greedy_scales is {value!r:.100}", '"upstream", "none" or scales such as "7,12x20"', fix)
+        raise invalid(f"greedy_scales is {shown(value)}", '"upstream", "none" or scales such as "7,12x20"', fix)
     return tuple(sorted({(_check_side(h), _check_side(w)) for h, w in pairs})) or "none"
 
 
@@ -160,7 +161,7 @@ def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> 
     row depends only on that row and its draw. Raises InvalidInput as `probabilities` does, and for draws out of range.
     """
     logits_RV, shape = _as_rows(logits)
-    draws_R = np.asarray(draws)
+    draws_R = check_array("draws", draws)
     fits = len(shape) == 2 and draws_R.shape == shape[:1] and draws_R.dtype.kind in "iu"
     low, high = (draws_R.min(), draws_R.max()) if fits and draws_R.size else (0, 0)
     if not fits or low < 0 or high >= 2**DRAW_BITS:
@@ -180,7 +181,7 @@ def sample(logits: ArrayLike, draws: ArrayLike, *, top_k: int, top_p: float) -> 
 
 
 def _as_rows(logits: ArrayLike) -> tuple[NDArray[np.float32], tuple[int, ...]]:
-    array = np.asarray(logits)
+    array = check_array("logits", logits)
     if array.ndim == 0 or array.dtype.kind not in "fiu" or not 0 < array.shape[-1] < 2**_INDEX_BITS:
         raise invalid(
             f"logits has shape {array.shape} and dtype {array.dtype}",

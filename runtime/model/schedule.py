@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..checks import check_whole
+from ..checks import check_whole, shown
 from ..errors import InvalidInput
 
 MAX_SIDE = 128  # tokens; the model has no limit, but a larger side is surely a mistake
@@ -38,7 +39,8 @@ class ScaleSchedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", _pairs(self.scales))
         if not 1 <= len(self.scales) <= MAX_SCALES:
-            raise _refusal(f"has {len(self.scales)} scales, but it must have", f"1 to {MAX_SCALES} scales")
+            count = f"more than {MAX_SCALES}" if self.scales else "no"
+            raise _refusal(f"has {count} scales, but it must have", f"1 to {MAX_SCALES} scales")
         for h, w in self.scales:
             if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
                 raise _refusal(f"has a scale of {h}x{w}, but it must have", f"sides from 1 to {MAX_SIDE} tokens")
@@ -55,7 +57,7 @@ class ScaleSchedule:
             value = PUBLISHED.get(value, value) if value.endswith("px") else value
             matches = [_SCALE.fullmatch(part) for part in value.split("_")]
             if not all(matches):
-                raise _refusal(f"is {value!r:.100}, but it must be", "scales joined by _, or 512px")
+                raise _refusal(f"is {shown(value)}, but it must be", "scales joined by _, or 512px")
             return cls(tuple((int(m[1]), int(m[2] or m[1])) for m in matches if m))
         return cls(_pairs(value))
 
@@ -81,8 +83,8 @@ class ScaleSchedule:
         steps to 32×32 are the published 512 px schedule: 13 steps to 16, then 23 and 32. Small targets have fewer
         scales, because all scales differ.
         """
-        h, w = size
-        last = cls(((1, 1), (h, w)))[-1]
+        h, w = last = cls(((1, 1), size))[-1]
+        trained_side = check_whole("trained_side", trained_side, 1, MAX_SIDE)
         steps = check_whole("steps", steps, 1 if last == (1, 1) else 2, MAX_SCALES)
         side = math.sqrt(h * w)
         beyond = max(0, math.ceil(2 * math.log2(side / trained_side) - 1e-9))
@@ -130,16 +132,20 @@ def _refusal(problem: str, expected: str) -> InvalidInput:
 def _pairs(value: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """(h, w) pairs of sides and pairs. Raises InvalidInput for anything else."""
     try:
-        pairs = [side if isinstance(side, tuple | list) else (side, side) for side in value]
+        sides = itertools.islice(value, MAX_SCALES + 1)  # one too many is refused later
+        pairs = [side if isinstance(side, tuple | list) else (side, side) for side in sides]
         return tuple((_whole(h), _whole(w)) for h, w in pairs)
-    except (TypeError, ValueError) as error:
-        raise _refusal(f"is {value!r:.100}, but it must be", "text, or sides and (h, w) pairs") from error
+    except Exception as error:  # an object of the caller may raise anything
+        raise _refusal(f"is {shown(value)}, but it must be", "text, or sides and (h, w) pairs") from error
 
 
 def _whole(value: object) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{value!r} is not a whole number")
-    return value.__index__()  # type: ignore[no-any-return]
+        raise TypeError("not a whole number")
+    number: int = value.__index__()
+    if abs(number) >= 10**9:
+        raise ValueError("no side of a scale")
+    return number
 
 
 def scale_text(h: int, w: int) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import invalid
+from ..checks import check_array, invalid
 from ..errors import ArtifactRefused
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def check_images(image: Image.Image | ArrayLike, factor: int) -> NDArray[np.uint
 
     from .photo import read_photo
 
-    pixels = read_photo(image).pixels if isinstance(image, Image.Image) else np.asarray(image)
+    pixels = read_photo(image).pixels if isinstance(image, Image.Image) else check_array("image", image)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     colour = pixels.ndim == 4 and pixels.shape[3] == 3 and pixels.dtype == np.uint8 and len(pixels) > 0
     if not colour or any(side < factor or side % factor for side in pixels.shape[1:3]):
