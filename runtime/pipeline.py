@@ -9,16 +9,15 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .backends import check_name, create
+from .backends import check_options, create
 from .backends.base import Backend
 from .bundle.opening import Bundle
-from .checks import check_entries, check_keys, check_path, check_text, check_whole
+from .checks import check_entries, check_keys, check_whole
 from .deadlines.measuring import WithDeadlines
 from .editing.options import EDIT_OPTIONS, Edit, EditOptions
 from .generation.opening import open_generator
@@ -48,9 +47,8 @@ class FlexVARPipeline(WithDeadlines):
         self._close_bundle: Callable[[], None] = lambda: None  # the bundle belongs to the caller
         self.generator = open_generator(bundle, backend, shapes_kept)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
-        self.defaults = RequestDefaults.of(bundle.manifest.defaults)
-        self.schedule, self.guidance = self.defaults.schedule, self.defaults.guidance
-        self.sampling = self.defaults.sampling
+        self.defaults = given = RequestDefaults.of(bundle.manifest.defaults)
+        self.schedule, self.guidance, self.sampling = given.schedule, given.guidance, given.sampling
         self._request = partial(parse_request, self.model, self.defaults)  # checks the arguments of every call
 
     @classmethod
@@ -73,10 +71,7 @@ class FlexVARPipeline(WithDeadlines):
         warn if the bundle is not proved to agree with the reference.
         Raises ArtifactRefused, BackendUnavailable, InvalidInput.
         """
-        check_name(backend)
-        if device is not None:
-            check_text("device", device)
-        folder = None if engines is None else Path(check_path("engines", engines))
+        folder = check_options(backend, device, engines)
         bundle = Bundle.open(path, workers=threads, allow_unproved=allow_unproved)
         started = create(backend, bundle, device=device, threads=threads, engines=folder)
         if shapes_kept is not None and backend == "auto" and started.device is None:

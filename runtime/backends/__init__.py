@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from ..bundle.opening import Bundle
-from ..checks import check_choice
+from ..checks import check_choice, check_path, check_text
 from ..errors import BackendUnavailable
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
@@ -121,6 +122,17 @@ def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> 
 def check_name(name: str) -> None:
     """Raise InvalidInput for a name that is neither "auto" nor a backend."""
     check_choice("backend", name, ("auto", *BACKENDS))
+
+
+def check_options(name: str, device: str | None, engines: str | os.PathLike[str] | None) -> Path | None:
+    """Check the options that say where to run, before a bundle is opened. Returns the folder of engines.
+
+    Raises InvalidInput.
+    """
+    check_name(name)
+    if device is not None:
+        check_text("device", device)
+    return None if engines is None else Path(check_path("engines", engines))
 
 
 def _module(name: str) -> BackendModule:
