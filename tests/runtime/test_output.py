@@ -52,13 +52,23 @@ def test_to_json_and_back() -> None:
         (lambda data: data.update(schedule=7), "7"),
         (lambda data: data["guidance"].update(scale=10**400), "scale"),
         (lambda data: data["guidance"].update(slope=1), "slope"),
-        (lambda data: data.update(colour="red"), "colour"),
-        (lambda data: data.update(backend=[]), "[]"),
-        (lambda data: data.update(bundle="x" * 1000), "xxx"),
-        (lambda data: data.update(guidance=[1, 2]), "guidance is [1, 2]"),
+        (lambda data: data.update(guidance=[1, 2]), "mapping"),
         (lambda data: data["sampling"].update(top_p=10**400), "top_p"),
         (lambda data: data["sampling"].update(temperature=1), "temperature"),
         (lambda data: data.update(sampling=None), "None"),
+        (lambda data: data.update(colour="red"), "colour"),
+        (lambda data: data.update(bundle=["ab"]), "bundle"),
+        (lambda data: data.update(backend="x" * 10_000), "backend"),
+        (lambda data: data.update(edit=None), "a.png"),
+        (lambda data: data.update(edit={"task": "refine"}), "picture_sha256"),
+        (
+            lambda data: data.update(edit={"task": "refine", "warmth": 1, "picture_sha256": "", "mask_sha256": None}),
+            "warmth",
+        ),
+        (
+            lambda data: data.update(edit={"task": ["refine"], "picture_sha256": "", "mask_sha256": None}),
+            "refine",
+        ),
     ],
 )
 def test_settings_that_are_not_valid(change: Callable[[Any], Any], fault: str) -> None:
