@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._version import __version__
-from .checks import check_index, check_keys, check_seed, check_whole, short, shown
+from .checks import check_index, check_seed, check_whole, short
 from .deadlines.choice import Choice
 from .editing.options import EditRecord
+from .errors import InvalidInput
 from .files.parsing import refuse_failures
 from .model.guidance import Guidance
 from .model.sampling import Sampling
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SETTINGS_VERSION = 1
-_KEYS = (
-    *("version", "runtime", "bundle", "backend", "class", "seed"),
-    *("index", "schedule", "guidance", "sampling", "edit"),
+_KEYS = frozenset(
+    {"version", "runtime", "bundle", "backend", "class", "seed", "index", "schedule", "guidance", "sampling", "edit"}
 )
 
 
@@ -96,44 +96,44 @@ class Settings:
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> Settings:
         """The settings that `to_json` wrote. where: name of the file, for errors. Raises ArtifactRefused."""
-        expected, fix = f"settings of version {SETTINGS_VERSION}", "Make the image again, or pass the options yourself."
-        with refuse_failures(f"{where} has settings that cannot be used", expected=expected, fix=fix):
+        problem, expected = f"{where} has settings that cannot be used", f"settings of version {SETTINGS_VERSION}"
+        with refuse_failures(problem, expected=expected, fix="Make the image again, or pass the options yourself."):
             try:
-                return cls._of_values(data)
-            except KeyError as error:
-                raise ValueError(f"there is no key {error}") from error
+                return cls._parsed(data)
+            except InvalidInput as error:  # a value that is refused as an argument is not an argument here
+                raise ValueError(error.got) from error
 
     @classmethod
-    def _of_values(cls, data: dict[str, Any]) -> Settings:
-        """The settings in `data`. Raises exceptions of any type if they are not valid."""
+    def _parsed(cls, data: dict[str, Any]) -> Settings:
+        """Raises InvalidInput, TypeError, ValueError."""
+        if wrong := (_KEYS ^ set(data)) - {"edit"}:
+            raise ValueError(f"these keys are missing or unknown: {', '.join(map(short, sorted(wrong)[:5]))}")
         if data["version"] != SETTINGS_VERSION:
-            raise ValueError(f"version {short(data['version'])}")
-        check_keys("settings", data, _KEYS)
+            raise ValueError(f"version {data['version']!r:.100}")
         return cls(
-            bundle=_text("bundle", data),
+            bundle=_text("bundle", data["bundle"]),
             label=check_whole("class", data["class"], 0),
             seed=check_seed(_whole(data["seed"])),
             index=check_index(_whole(data["index"])),
-            schedule=ScaleSchedule.parse(data["schedule"]),
-            guidance=Guidance.from_json(data["guidance"]),
+            schedule=ScaleSchedule.parse(_text("schedule", data["schedule"])),
+            guidance=Guidance(**data["guidance"]),
             sampling=Sampling.from_json(data["sampling"]),
-            backend=_text("backend", data),
+            backend=_text("backend", data["backend"]),
             edit=EditRecord.from_json(data["edit"]) if "edit" in data else None,
         )
 
 
-def _text(key: str, data: dict[str, Any]) -> str:
-    """A value that must be a text of at most 200 characters. Raises KeyError, ValueError."""
-    value = data[key]
-    if not isinstance(value, str) or len(value) > 200:
-        raise ValueError(f"{key} is {short(value)}, but it must be a text of at most 200 characters")
+def _text(key: str, value: object) -> str:
+    """A text of at most 1000 characters. Raises ValueError."""
+    if not isinstance(value, str) or len(value) > 1000:
+        raise ValueError(f"{key} is {short(value)}, but it must be text of at most 1000 characters")
     return value
 
 
 def _whole(text: object) -> int:
     """A text of at most 20 digits as a whole number. Raises ValueError."""
     if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 20):
-        raise ValueError(f"{shown(text)} is no text of digits")
+        raise ValueError(f"{text!r:.100} is no text of digits")
     return int(text)
 
 

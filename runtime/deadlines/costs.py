@@ -19,6 +19,7 @@ from typing import Self
 from ..checks import require, short
 from ..errors import ArtifactRefused, FlexVARError, InvalidInput
 from ..files.atomic import atomic_write
+from ..files.parsing import refuse_failures
 from ..files.private import check_private, make_private, read_private, user_folder
 from ..files.strict_json import decode, encode, loads
 from ..model.schedule import ScaleSchedule
@@ -53,6 +54,11 @@ class CostRow:
     scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        with refuse_failures("A cost is not valid", expected="a number of each kind", fix=_MEASURE_AGAIN):
+            self._check()
+
+    def _check(self) -> None:
+        """Raises ArtifactRefused, and exceptions of any type for values of other types."""
         try:
             count = len(ScaleSchedule.parse(self.schedule))
         except InvalidInput as error:
@@ -104,6 +110,11 @@ class CostTable:
     rows: tuple[CostRow, ...] = ()
 
     def __post_init__(self) -> None:
+        with refuse_failures("The costs are not valid", expected="costs that were measured", fix=_MEASURE_AGAIN):
+            self._check()
+
+    def _check(self) -> None:
+        """Raises ArtifactRefused, and exceptions of any type for values of other types."""
         require(self.version == COSTS_VERSION, "version", self.version, str(COSTS_VERSION))
         require(_SHA256.fullmatch(self.bundle) is not None, "bundle", self.bundle, "64 hexadecimal digits")
         require(_BACKEND.fullmatch(self.backend) is not None, "backend", self.backend, "the name of a backend")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..generation.generator import Generator
     from ..output import GenerationOutput
 
+MAX_REPEATS = 10_000  # more is surely a mistake
+
 
 class WithDeadlines(ABC):
     """The part of a pipeline that measures costs and chooses a schedule for a deadline."""
@@ -105,7 +107,7 @@ class WithDeadlines(ABC):
         Nothing else should run on the machine at the same time. Costs are saved even if a later schedule fails. If they
         cannot be saved, a warning is logged and they are kept in this process. Raises InvalidInput, OutOfMemory, and
         ArtifactRefused if the saved costs cannot be used."""
-        repeats = check_whole("repeats", repeats, 1)
+        repeats = check_whole("repeats", repeats, 1, MAX_REPEATS)
         check_callback("on_row", on_row)
         batches = check_entries("batch_sizes", batch_sizes, MAX_BATCH)
         sizes = [check_whole("batch size", batch, 1, MAX_BATCH) for batch in batches]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from ..checks import check_choice, check_keys, check_number, check_whole
+from ..checks import check_choice, check_number, check_whole
 from .schedule import ScaleSchedule
 
 RULES = ("ramp", "constant")
@@ -51,11 +50,6 @@ class Guidance:
 
     def to_json(self) -> dict[str, float | str | int]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Guidance:
-        """The guidance that `to_json` wrote. A missing key means its default; an unknown one raises InvalidInput."""
-        return cls(**check_keys("guidance", values, [field.name for field in fields(cls)]))
 
 
 UNGUIDED = Guidance(scale=0.0, rule="ramp")
