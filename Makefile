@@ -1,10 +1,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+LOWEST_VENV ?= .venv-lowest
+LOWEST_OUT ?= build/lowest
 DEMO_OUT ?= demo/out
 BENCH_OUT ?= build/bench
 REHEARSAL_OUT ?= build/gpu-rehearsal
 PYTEST_ARGS ?=
+# Cases of `make fuzz`, by kind. They have the seeds from FUZZ_FIRST on.
+export FUZZ_FIRST ?= 0
+export FUZZ_ONE_PROCESS ?= 10000
+export FUZZ_INSTALLED ?= 300
+export FUZZ_CALLS ?= 10000
+export FUZZ_PICTURES ?= 2000
+export FUZZ_BUNDLES ?= 2000
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -14,13 +23,15 @@ VENV_HOLDS := flexvar-deploy and everything that its tests need (torch is large:
 DEMO_STAMP := $(DEMO_VENV)/.installed
 DEMO_EXTRAS := cpu,export
 DEMO_HOLDS := flexvar-deploy[$(DEMO_EXTRAS)]: ONNX Runtime to generate, torch and onnx to export (1.2 GB with torch for CPUs, more with CUDA; this takes minutes)
+LOWEST_STAMP := $(LOWEST_VENV)/.installed
+LOWEST_EXTRAS := cpu
 REQUIREMENTS := pyproject.toml constraints.txt runtime/_version.py
 PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:export flexvar_bench:benchmarks
 # How mypy sees the packages: by import name, although the folders are called otherwise.
 LINKS := .mypy_cache/packages
 
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-slow test-engines demo bench gpu-rehearsal clean
+.PHONY: help venv lint test test-slow test-engines test-lowest fuzz demo bench gpu-rehearsal clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -43,6 +54,14 @@ $(STAMP): $(REQUIREMENTS)
 $(DEMO_STAMP): $(REQUIREMENTS)
 	$(call install,$(DEMO_VENV),$(DEMO_EXTRAS),$(DEMO_HOLDS))
 
+$(LOWEST_STAMP): $(REQUIREMENTS) tests/packaging/lowest.py
+	@echo "==> $(LOWEST_VENV): installing flexvar-deploy[$(LOWEST_EXTRAS)] with the lowest versions that pyproject.toml allows"
+	@"$(PYTHON)" -m venv --clear "$(LOWEST_VENV)"
+	@"$(PYTHON)" tests/packaging/lowest.py $(LOWEST_EXTRAS) > "$(LOWEST_VENV)/lowest.txt"
+	@"$(LOWEST_VENV)/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools pytest pytest-timeout hypothesis
+	@"$(LOWEST_VENV)/bin/python" -m pip install -qq --disable-pip-version-check -c "$(LOWEST_VENV)/lowest.txt" --no-build-isolation -e ".[$(LOWEST_EXTRAS)]"
+	@touch "$@"
+
 lint: venv ## run ruff, its formatter and mypy
 	@echo "==> ruff"
 	@"$(BIN)/ruff" check .
@@ -61,6 +80,15 @@ test-slow: venv ## run the tests marked slow
 
 test-engines: venv ## run the tests marked engines: they build d16 for every published schedule with TensorRT-RTX; no GPU needed
 	@"$(BIN)/pytest" --quiet -m engines $(PYTEST_ARGS)
+
+fuzz: venv ## run random command lines, calls, pictures and bundles: some 24,000 cases in about an hour
+	@"$(BIN)/pytest" --quiet -m fuzz -s tests/fuzz $(PYTEST_ARGS)
+
+test-lowest: venv $(LOWEST_STAMP) ## run the tests of the runtime with the lowest versions of its dependencies, without torch
+	@rm -rf "$(LOWEST_OUT)" && mkdir -p "$(LOWEST_OUT)"
+	@"$(BIN)/python" -c 'import sys; from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, write_checkpoints; write_checkpoints(sys.argv[1], tiny_transformer(), TINY_TOKENIZER)' "$(LOWEST_OUT)"
+	@"$(BIN)/flexvar" export "$(LOWEST_OUT)/transformer.pth" --vae "$(LOWEST_OUT)/vae.pth" -o "$(LOWEST_OUT)/tiny.bundle" > /dev/null
+	@OMP_NUM_THREADS=1 FLEXVAR_TEST_BUNDLE="$(abspath $(LOWEST_OUT))/tiny.bundle" "$(LOWEST_VENV)/bin/pytest" --quiet tests/runtime tests/e2e/test_cpu_only_environment.py $(PYTEST_ARGS)
 
 demo: $(DEMO_STAMP) ## export, verify and run the demo model, into DEMO_OUT (demo/out); makes an environment of its own, .venv-demo
 	@"$(DEMO_VENV)/bin/python" demo/run.py --out "$(DEMO_OUT)"

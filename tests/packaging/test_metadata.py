@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import flexvar_runtime
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+REQUIRED: list[str] = PROJECT["project"]["dependencies"]
+LOWEST = Path(__file__).parent / "lowest.py"
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 PINS = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split("\n") if "==" in line
@@ -44,10 +48,19 @@ def test_no_other_extra_decides_between_cpu_and_gpu(extra: str) -> None:
     assert not names(EXTRAS[extra]) & {"onnxruntime", "onnxruntime-gpu"}
 
 
+def test_the_runtime_has_lower_bounds() -> None:
+    """`make test-lowest` installs these versions. Each satisfies its own requirement, and none is left out."""
+    lines = subprocess.run([sys.executable, LOWEST, "cpu"], capture_output=True, text=True, check=True).stdout.split()
+    declared = {canonicalize_name(Requirement(line).name): Requirement(line) for line in (*REQUIRED, *EXTRAS["cpu"])}
+    lowest = dict(line.split("==") for line in lines)
+    assert lowest.keys() == declared.keys()
+    assert all(Version(version) in declared[name].specifier for name, version in lowest.items())
+
+
 def test_the_test_environment_is_pinned() -> None:
     """Each of its requirements has one exact version, within the bounds declared for users."""
     pins = {canonicalize_name(name): Version(version) for name, version in PINS.items()}
     extras = ("cpu", "export", "tensorrt-rtx", "dev")
-    declared = [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
+    declared = [*REQUIRED, *(line for extra in extras for line in EXTRAS[extra])]
     for requirement in map(Requirement, declared):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement

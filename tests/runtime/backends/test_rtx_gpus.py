@@ -28,6 +28,8 @@ from flexvar_runtime.backends.tensorrt.library import load
 from flexvar_runtime.cuda.gpu import GpuFacts
 from flexvar_runtime.model.signatures import REQUIRED
 
+pytest.importorskip("tensorrt_rtx_bindings")
+
 RTX = "tensorrt-rtx"
 UNFIT = ["7.5", "9.0", "10.0", "10.3"]
 FIT = ["8.6", "12.0", "12.3"]

@@ -160,6 +160,7 @@ def test_only_the_last_errors_are_kept() -> None:
 @pytest.fixture(params=["the real library", "a fake"])
 def rtx(request: pytest.FixtureRequest) -> TrtLibrary:
     if request.param == "the real library":
+        pytest.importorskip("tensorrt_rtx_bindings")
         return load("tensorrt-rtx")
     members = dict.fromkeys(["NONE", "CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120", "SM121"])
     fake = module("1.7.1.116")
@@ -195,6 +196,7 @@ def test_tensorrt_runs_on_every_gpu() -> None:
 
 
 def test_the_real_library() -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
     library = load("tensorrt-rtx")
     assert library.version == importlib.import_module("tensorrt_rtx_bindings").__version__
     parser = library.module.OnnxParser(library.module.Builder(library.logger).create_network(), library.logger)
@@ -216,6 +218,7 @@ def test_nothing_is_imported_before() -> None:
 
 
 def test_the_libraries_are_found_where_the_provider_cannot_be_imported() -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
     """Importing it writes links beside its libraries, which fails in a read-only folder."""
     code = f"""
 import importlib

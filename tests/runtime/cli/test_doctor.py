@@ -14,6 +14,7 @@ from flexvar_runtime.cuda.gpu import GpuFacts
 
 
 def test_this_machine(flexvar: Any) -> None:
+    pytest.importorskip("openvino")
     ended = flexvar("doctor", "--json")
     data = ended.json
     assert ended.code == 0 and ended.err == ""
@@ -84,6 +85,7 @@ def test_memory_that_is_not_known(flexvar: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tensorrt_rtx_on_a_gpu_that_it_does_not_run_on(flexvar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
     monkeypatch.setattr(tensorrt, "find_gpus", lambda: (GpuFacts(0, "NVIDIA H200", "9.0", 2**37),))
     ended = flexvar("doctor", "--json")
     state = ended.json["backends"]["tensorrt-rtx"]
