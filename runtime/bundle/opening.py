@@ -19,6 +19,8 @@ from typing import NoReturn
 from ..checks import check_whole, short
 from ..errors import ArtifactRefused
 from ..files.private import open_unlinked
+from ..machine.processors import default_threads
+from ..machine.threads import require_threads
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
@@ -143,14 +145,18 @@ def check_listing(root: Path, manifest: Manifest) -> None:
 def hash_files(root: Path, names: Iterable[str], workers: int | None = None) -> dict[str, FileRecord]:
     """Size and sha256 of files below `root`, in the order of `names`. workers: threads; None means up to 8.
 
-    Raises ArtifactRefused, InvalidInput.
+    Raises ArtifactRefused, EnvironmentFailed, InvalidInput.
     """
     if workers is not None:
         check_whole("threads", workers, 1, MAX_WORKERS)
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
     ordered = list(names)
-    with ThreadPoolExecutor(max_workers=workers or min(8, os.cpu_count() or 1)) as pool:
+    workers = min(workers or min(8, default_threads()), len(ordered))
+    if workers <= 1:
+        return {name: _hash(root, name) for name in ordered}
+    require_threads(workers)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         return dict(zip(ordered, pool.map(lambda name: _hash(root, name), ordered), strict=True))
 
 
