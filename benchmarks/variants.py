@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle, CostRow, FlexVARPipeline, Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
+from flexvar_runtime.backends.loading import load_onnxruntime
 from flexvar_runtime.backends.openvino.backend import shared_core
 from flexvar_runtime.backends.ort.byte_products import make_exact
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
@@ -224,8 +225,7 @@ def _plain_peer(subject: Subject) -> PlainCaller:
 
 
 def _onnx_runtime(bundle: Bundle, threads: int) -> tuple[RunGraph, str]:
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     options, provider = onnxruntime.SessionOptions(), "CPUExecutionProvider"
     options.intra_op_num_threads = threads
     if bundle.manifest.precision.of(STEP) == "int8":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -20,11 +19,14 @@ from flexvar_ref.safetensors_files import list_files
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.backends import create
 from flexvar_runtime.backends.host_arrays import MAX_THREADS
+from flexvar_runtime.backends.loading import load_onnxruntime
 from flexvar_runtime.backends.ort.byte_products import make_exact
 from flexvar_runtime.bundle.certificate import check_certificate
 from flexvar_runtime.bundle.manifest import Defaults, Manifest, ParityRecord, Provenance
 from flexvar_runtime.checks import check_choice, check_whole
 from flexvar_runtime.errors import ArtifactRefused, InvalidInput
+from flexvar_runtime.machine.processors import default_threads
+from flexvar_runtime.machine.threads import require_threads
 from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.signatures import PREFILL, SCHEMA_VERSION, STEP, TABLES_FILE, WEIGHTS_OF, graph_specs
@@ -99,7 +101,7 @@ def export_bundle(
     decoder = choose_decoder(decoder, precision, target)
     create("ort-cpu", threads=threads)  # without the backend of the proof, fail before the export and not after it
     if precision.of(STEP) is Precision.INT8:
-        library = importlib.import_module("onnxruntime")
+        library = load_onnxruntime()
         make_exact(library, library.SessionOptions())
     with torch_threads(threads), write_bundle(out, force=force) as directory:
         progress("loading the checkpoint")
@@ -163,9 +165,14 @@ def _dtype(precision: Precision, graph: str) -> torch.dtype:
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Run the body with this number of torch threads. None leaves it unchanged. Raises InvalidInput."""
+    """Run the body with this number of torch threads. Raises InvalidInput, EnvironmentFailed.
+
+    None means torch's own number, but no more than this process may use: torch knows no quota of a control group.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(before if threads is None else check_whole("threads", threads, 1, MAX_THREADS))
+    chosen = min(before, default_threads()) if threads is None else check_whole("threads", threads, 1, MAX_THREADS)
+    require_threads(chosen - 1)
+    torch.set_num_threads(chosen)
     try:
         yield
     finally:

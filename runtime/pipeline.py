@@ -165,8 +165,9 @@ class FlexVARPipeline(WithDeadlines):
                     return
                 yield step
         finally:
-            with self.generator.in_use():
-                resources.close()
+            if not self.generator.inherited:
+                with self.generator.in_use():
+                    resources.close()
 
     def edit(
         self,

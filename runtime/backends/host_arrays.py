@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..checks import check_whole
 from ..errors import InvalidInput, OutOfMemory
+from ..machine.processors import default_threads
 from ..memory.available import available_bytes
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
@@ -21,11 +21,6 @@ from ..model.tensors import host_dtype
 from .base import Backend, refuse_option
 
 MAX_THREADS = 1024
-
-
-def default_threads() -> int:
-    """The number of processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -22,6 +22,8 @@ from ..checks import check_path, check_whole, short
 from ..errors import ArtifactRefused
 from ..files.directories import restore_directory
 from ..files.private import open_unlinked
+from ..machine.processors import default_threads
+from ..machine.threads import require_threads
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
 from .certificate import check_certificate
@@ -181,7 +183,7 @@ def check_listing(root: Path, manifest: Manifest) -> None:
 def hash_files(root: Path, names: Iterable[str], workers: int | None = None) -> dict[str, FileRecord]:
     """Size and sha256 of files below `root`, in the order of `names`. workers: threads; None means up to 8.
 
-    Raises ArtifactRefused, InvalidInput.
+    Raises ArtifactRefused, EnvironmentFailed, InvalidInput.
     """
     with closing(CheckedFiles(root)) as files:
         return _hash_files(root, names, workers, files)
@@ -197,7 +199,11 @@ def _hash_files(root: Path, names: Iterable[str], workers: int | None, files: Ch
             return files.hash(name, file)
 
     ordered = list(names)
-    with ThreadPoolExecutor(max_workers=workers or min(8, os.cpu_count() or 1)) as pool:
+    workers = min(workers or min(8, default_threads()), len(ordered))
+    if workers <= 1:
+        return {name: hashed(name) for name in ordered}
+    require_threads(workers)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         return dict(zip(ordered, pool.map(hashed, ordered), strict=True))
 
 

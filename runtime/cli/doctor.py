@@ -10,8 +10,8 @@ import typer
 
 from .._version import __version__
 from ..backends import BACKENDS, precisions, probe
-from ..backends.host_arrays import default_threads
 from ..errors import BackendUnavailable
+from ..machine.processors import default_threads
 from ..memory.available import available_bytes
 from ..model.precision import Precision
 from .console import JsonOption, emit, say

@@ -19,6 +19,7 @@ from ..cuda.array import ALIGNMENT, DeviceArray
 from ..cuda.device import ignore_errors
 from ..cuda.kernels import KernelConfig
 from ..errors import OutOfMemory
+from ..machine.forks import never_free
 from ..memory.plan import IMAGES_PER_RUN, largest_batch
 from ..model.signatures import CONDITION, DECODE, STEP
 from ..model.tensors import host_dtype
@@ -119,15 +120,22 @@ class DeviceGenerator(Generator):
         try:
             yield generation
         finally:
-            unused = self._spare.pop(shape, None)  # of a second loop over this shape at the same time
-            if self.closed or (unused is not None and unused.warm):
-                generation, unused = cast(CapturedGeneration, unused), generation
-            if unused is not None:
-                self.device.synchronize()
-                unused.close()
-            if not self.closed:
-                self._spare[shape] = generation
-                self._drop(self._shapes_kept)
+            if self.inherited:
+                never_free(generation)
+            else:
+                self._put_back(shape, generation)
+
+    def _put_back(self, shape: Shape, generation: CapturedGeneration) -> None:
+        """Keep the buffers for the next request of their shape, and free those that are too many."""
+        unused = self._spare.pop(shape, None)  # of a second loop over this shape at the same time
+        if self.closed or (unused is not None and unused.warm):
+            generation, unused = cast(CapturedGeneration, unused), generation
+        if unused is not None:
+            self.device.synchronize()
+            unused.close()
+        if not self.closed:
+            self._spare[shape] = generation
+            self._drop(self._shapes_kept)
 
     def _shape(self, request: Request) -> Shape:
         """The shape that a request runs in. If the keys of one token would not end on an aligned address, a second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from ..backends import suggest_backend
 from ..backends.base import Backend, Graph
 from ..bundle.opening import Bundle
 from ..errors import ArtifactRefused, BackendUnavailable, InvalidInput
+from ..machine.forks import never_free_in_children
 from ..model.signatures import (
     CONDITION,
     DECODE,
@@ -105,6 +107,8 @@ class Generator(ABC):
         with bundle.unchanged():
             self.tables = Tables.load(bundle.file(TABLES_FILE), self.model)
         self.closed = False
+        self._process = os.getpid()
+        never_free_in_children(self)
         self._owner = threading.RLock()
         self._graphs: dict[str, Graph] = {}
 
@@ -116,12 +120,19 @@ class Generator(ABC):
     def hardware(self) -> str:
         """The name of the processor or GPU."""
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process inherited the generator from its parent by a fork. Then it can neither run nor be freed:
+        the threads of the libraries stay in the parent."""
+        return os.getpid() != self._process
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Hold the generator for this thread, because its buffers belong to whoever runs.
 
         Raises InvalidInput, and at the end ArtifactRefused if the bundle was edited: weights are mapped from its files.
         """
+        self._refuse_inherited()
         if not self._owner.acquire(blocking=False):
             raise InvalidInput(
                 "Another thread is using this pipeline.",
@@ -156,14 +167,23 @@ class Generator(ABC):
         """Run an action. A device frees memory and runs it once more if it runs out of memory."""
         return action()
 
+    def _refuse_inherited(self) -> None:
+        if self.inherited:
+            raise InvalidInput(
+                "This pipeline was opened before a fork, and only the parent process can use it.",
+                expected="a pipeline of this process",
+                fix="Open pipelines only in the child processes, or start these with spawn instead of fork.",
+            )
+
     def require_open(self) -> None:
-        """Raise InvalidInput if the generator is closed."""
+        """Raise InvalidInput if the generator is closed, or was inherited by a fork."""
+        self._refuse_inherited()
         if self.closed:
             raise InvalidInput("The pipeline is closed.", expected="an open pipeline", fix="Open a new pipeline.")
 
     def close(self) -> None:
-        """Free weights and buffers. Nothing can run afterwards."""
-        if self.closed:
+        """Free weights and buffers. Nothing can run afterwards. A child process frees nothing that it inherited."""
+        if self.closed or self.inherited:
             return
         self.closed = True
         self._release()

@@ -19,7 +19,7 @@ PACKAGES = {
     "benchmarks": "flexvar_bench",
 }
 LAYERS = (  # as in CONTRIBUTING: a layer imports from its own row and the rows above it
-    {"errors", "checks", "_version", "files"},
+    {"errors", "checks", "_version", "files", "machine"},
     {"model", "cuda"},
     {"bundle"},
     {"memory"},

@@ -7,7 +7,7 @@ never rounds a tensor that the graph declares float32.
 
 from __future__ import annotations
 
-import importlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +20,18 @@ from numpy.typing import NDArray
 
 from ...bundle.opening import Bundle
 from ...checks import version_numbers
-from ...errors import ArtifactRefused, first_line
+from ...errors import BackendUnavailable, first_line
+from ...machine.forks import never_free_in_children
+from ...machine.processors import default_threads
+from ...machine.threads import require_threads
 from ...memory.library import LibraryMemory
 from ...model.precision import Precision
 from ...model.signatures import DECODE, GRAPHS
 from ...model.tensors import GraphSpec, TensorSpec, host_dtype
-from ..base import EXPORT_AGAIN, Arrays, Availability, Graph, check_bindings, closed_graph, no_memory, runs_precision
-from ..host_arrays import HostBackend, check_options, default_threads, require_contiguous
+from ..base import Arrays, Availability, Graph, check_bindings, closed_graph, runs_precision
+from ..failures import failure
+from ..host_arrays import HostBackend, check_options, require_contiguous
+from ..loading import load_openvino
 from .memory import library_of
 from .norms import keep_layout
 
@@ -36,9 +41,11 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16})  # it computes int8 in float32, which is slower
 MINIMUM = "2026.4"  # the version that was tested; it reads ONNX's Attention
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+KERNELS_KEPT = 50
+"""The most kernels that a graph keeps, those used last. OpenVINO keeps 5,000 unless told, and makes some for every new
+shape: memory grows by 2.5 MB a shape, to gigabytes. A generation of 13 scales uses fewer than 50."""
 _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 _CORE_LOCK = threading.Lock()
-_NO_MEMORY = ("bad_alloc", "allocate", "out of memory")
 
 
 def shared_core() -> Any:
@@ -54,12 +61,33 @@ def shared_core() -> Any:
 
 @cache
 def _core() -> Any:
-    return importlib.import_module("openvino").Core()
+    core = load_openvino().Core()
+    never_free_in_children(core)
+    return core
+
+
+@cache
+def _first_process() -> int:
+    """The process that used OpenVINO first."""
+    return os.getpid()
+
+
+def _refuse_forked() -> None:
+    """Raise BackendUnavailable in a child of a process that has used OpenVINO, where it would wait for ever.
+
+    OpenVINO's threads are shared by all models and stay in the parent.
+    """
+    if _first_process() != os.getpid():
+        raise BackendUnavailable(
+            "OpenVINO was used before a fork, and cannot be used in the child process.",
+            expected="a process in which OpenVINO was not used before a fork",
+            fix="Open pipelines only in the child processes, or start these with spawn instead of fork.",
+        )
 
 
 def probe(name: str) -> Availability:
     try:
-        openvino = importlib.import_module("openvino")
+        openvino = load_openvino()
         version = str(openvino.__version__).partition("-")[0]
         old = version_numbers(version) < version_numbers(MINIMUM)
         kinds = set() if old else set(shared_core().get_property("CPU", _CAPABILITIES))
@@ -102,6 +130,7 @@ class OpenVino(HostBackend):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
+        _refuse_forked()
         self._core = shared_core()
 
     def libraries(self, precision: Precision) -> dict[str, LibraryMemory]:
@@ -121,8 +150,10 @@ class OpenVino(HostBackend):
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",  # without it OpenVINO rounds float32 tensors to bfloat16
+            "CPU_RUNTIME_CACHE_CAPACITY": KERNELS_KEPT,
         }
         path = bundle.graph_file(graph)
+        require_threads(self.threads + 1)  # it starts a thread that runs the graph with the others
         with bundle.unchanged(), _errors(path.name):
             source = self._core.read_model(str(path))
             if shapes is not None:
@@ -133,12 +164,12 @@ class OpenVino(HostBackend):
 
 
 class OpenVinoGraph(Graph):
-    """A compiled model. If it takes all shapes, OpenVINO prepares and keeps kernels at the first run of each shape."""
+    """A compiled model. If it takes all shapes, OpenVINO prepares kernels at the first run of each shape."""
 
     def __init__(self, model: Any, name: str, spec: GraphSpec) -> None:
         self.spec, self.name = spec, name
         self._model = model
-        self._library: Any = importlib.import_module("openvino")
+        self._library: Any = load_openvino()
         tensors = (*spec.inputs, *spec.outputs)
         self._types = {tensor.name: getattr(self._library.Type, _TYPES[tensor.dtype]) for tensor in tensors}
         if any("past" in tensor.axes for tensor in spec.inputs):
@@ -248,16 +279,10 @@ class OneByOne:
 
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
-    """Translate OpenVINO's RuntimeError: OutOfMemory if memory was missing, else ArtifactRefused."""
+    """Raise OpenVINO's RuntimeError as an error of this package. name: of the graph."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         text = next((line for line in lines if not line.startswith("Exception from")), type(error).__name__)[:300]
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
-            raise no_memory(name, text) from error
-        raise ArtifactRefused(
-            f"OpenVINO cannot run {name}: {text.removesuffix('.')}.",
-            expected="a graph this OpenVINO can run",
-            fix=EXPORT_AGAIN,
-        ) from error
+        raise failure("OpenVINO", name, error, text) from error

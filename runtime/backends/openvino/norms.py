@@ -8,10 +8,11 @@ over its channels. Newer bundles contain such sums already, and nothing in them 
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
+
+from ..loading import load_openvino
 
 
 def keep_layout(model: Any) -> int:
@@ -78,7 +79,7 @@ def _holds(node: Any, value: float) -> bool:
 
 def _normed(x: Any, groups: int, channels: int, eps: float) -> Any:
     """(x − μ) / √(σ² + eps) for x (N, C, H, W), with μ and σ² per group. It is x·a − b, with a and b per channel."""
-    op = importlib.import_module("openvino").opset13
+    op = load_openvino().opset13
 
     def whole(*numbers: int) -> Any:
         return op.constant(np.array(numbers, np.int64))

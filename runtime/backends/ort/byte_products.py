@@ -16,6 +16,7 @@ import numpy as np
 from ...checks import version_numbers
 from ...errors import BackendUnavailable
 from ..base import Availability
+from .session import ort_errors
 
 MINIMUM = "1.31"  # with the option, older versions read beyond the inputs of a product with fewer than four rows
 LARGEST = 255, 127
@@ -52,7 +53,8 @@ def saturates(ort: Any) -> bool:
     """Whether the product of the largest bytes is too small. Takes 4 ms, once per process."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
-    session = ort.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
+    with ort_errors("a product of bytes"):
+        session = ort.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
     a, b = np.full((2, 64), LARGEST[0], np.uint8), np.full((64, 16), LARGEST[1], np.int8)
     (product,) = session.run(None, {"a": a, "b": b})
     return bool((product != 64 * LARGEST[0] * LARGEST[1]).any())

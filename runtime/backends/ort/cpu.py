@@ -5,7 +5,6 @@ It reads inputs and writes outputs in place, without a copy, and maps weight fil
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ...bundle.opening import Bundle
+from ...machine.processors import default_threads
+from ...machine.threads import require_threads
 from ...memory.library import LibraryMemory
 from ...model.precision import Precision
 from ...model.signatures import GRAPHS, STEP
 from ..base import Availability, runs_precision
-from ..host_arrays import HostBackend, check_options, default_threads, require_contiguous
+from ..host_arrays import HostBackend, check_options, require_contiguous
+from ..loading import load_onnxruntime
 from .byte_products import exact_here, make_exact
 from .memory import ORT
 from .session import OrtGraph, open_session, probe_onnxruntime
@@ -43,7 +45,7 @@ def runs_exactly(name: str, precision: Precision, precisions: frozenset[Precisio
     state = runs_precision(name, precision, precisions)
     if not state.available or precision.of(STEP) is not Precision.INT8:
         return state
-    exact = exact_here(importlib.import_module("onnxruntime"))
+    exact = exact_here(load_onnxruntime())
     return state if exact.available else exact
 
 
@@ -63,7 +65,7 @@ class OrtCpu(HostBackend):
 
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> OrtGraph:
         """Open a session. With `once` the weights are not repacked: they stay in the mapped file until `close`."""
-        ort = importlib.import_module("onnxruntime")
+        ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 4  # FATAL only: errors are raised
@@ -76,6 +78,7 @@ class OrtCpu(HostBackend):
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
         spec = bundle.graph(graph)
+        require_threads(self.threads - 1)  # each session starts its own; the caller's thread is one of them
         return OrtGraph(
             spec.file,
             spec,

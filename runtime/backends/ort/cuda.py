@@ -10,7 +10,6 @@ every binding of the step and of the decoder, and replays it.
 
 from __future__ import annotations
 
-import importlib
 import io
 import itertools
 import logging
@@ -29,6 +28,7 @@ from ...errors import BackendUnavailable, FlexVARError, InvalidInput
 from ...model.signatures import DECODE, STEP
 from ..base import Arrays, Availability, refuse_option, runs_precision
 from ..device_arrays import DeviceBackend, probe_gpu
+from ..loading import load_onnxruntime
 from .placement import EXPORT_FOR_GPU, RECORD_ASSIGNMENT, count_operators, require_placed, without_cuda_kernel
 from .session import OrtGraph, open_session, probe_onnxruntime
 
@@ -50,7 +50,7 @@ def probe(name: str) -> Availability:
     state = probe_onnxruntime("gpu")
     if not state.available:
         return state
-    ort = importlib.import_module("onnxruntime")
+    ort = load_onnxruntime()
     if PROVIDER not in getattr(ort, "get_available_providers", list)():
         return Availability(False, f"{state.detail} is built without CUDA", _EXTRA)
     state = probe_onnxruntime("gpu", MINIMUM)
@@ -98,7 +98,7 @@ class OrtCuda(DeviceBackend):
     def __init__(self, device: Device) -> None:
         super().__init__("ort-cuda", device)
         self.cuda_libraries = load_cuda_libraries()  # first, because `preload_dlls` searches fewer places
-        ort = importlib.import_module("onnxruntime")
+        ort = load_onnxruntime()
         ort.set_default_logger_severity(SILENT)
         preload = getattr(ort, "preload_dlls", None)
         if preload is not None:  # loads CUDA's libraries from their wheels
@@ -121,7 +121,7 @@ class OrtCuda(DeviceBackend):
         return OrtGraph(spec.file, spec, **options)
 
     def _open_session(self, bundle: Bundle, graph: str) -> Any:
-        ort = importlib.import_module("onnxruntime")
+        ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = SILENT  # `require_placed` checks what the log would say
         options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
@@ -147,7 +147,7 @@ class OrtCuda(DeviceBackend):
 
 def run_options(cuda_graph: int) -> Any:
     """Options of a run that only enqueues. cuda_graph: number of the CUDA graph to capture or replay."""
-    options = importlib.import_module("onnxruntime").RunOptions()
+    options = load_onnxruntime().RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     options.add_run_config_entry("gpu_graph_id", str(cuda_graph))
     return options

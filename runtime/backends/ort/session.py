@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import sys
@@ -15,16 +14,17 @@ import numpy as np
 
 from ...bundle.opening import Bundle
 from ...checks import version_numbers
-from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError, first_line
+from ...errors import BackendUnavailable, FlexVARError, first_line
 from ...model.tensors import GraphSpec
-from ..base import EXPORT_AGAIN, Array, Arrays, Availability, BindingCheck, Bound, Graph, closed_graph, no_memory
+from ..base import Array, Arrays, Availability, BindingCheck, Bound, Graph, closed_graph
+from ..failures import failure
+from ..loading import load_onnxruntime
 
 Places: TypeAlias = dict[str, tuple[int, tuple[int, ...]]]
 """The address and shape of each array, by name."""
 
 MINIMUM = "1.24"  # older versions read weights from any path that a graph names
 _ONNX_BFLOAT16 = 16  # ONNX element type; NumPy has no bfloat16
-_NO_MEMORY = ("Failed to allocate", "bad_alloc", "bad allocation", "out of memory")
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
@@ -40,7 +40,7 @@ def probe_onnxruntime(extra: str, minimum: str = MINIMUM) -> Availability:
         )
     wheel = next(iter(wheels), None)
     try:
-        version = str(importlib.import_module("onnxruntime").__version__)
+        version = str(load_onnxruntime().__version__)
     except Exception as error:  # a damaged wheel can raise any error
         if wheel is None:
             return Availability(False, "onnxruntime is not installed", f"pip install 'flexvar-deploy[{extra}]'")
@@ -67,11 +67,9 @@ def _wheels() -> list[str]:
 
 def open_session(bundle: Bundle, graph: str, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
     """A session of ONNX Runtime. Raises ArtifactRefused, BackendUnavailable, OutOfMemory."""
-    ort, path = importlib.import_module("onnxruntime"), bundle.graph_file(graph)
-    with (
-        bundle.unchanged(),
-        _errors(path.name),
-    ):  # without enable_fallback=0 it tries the CPU and prints that to standard output
+    ort, path = load_onnxruntime(), bundle.graph_file(graph)
+    with bundle.unchanged(), ort_errors(path.name):
+        # without enable_fallback=0 it tries the CPU and prints that to standard output
         return ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
 
 
@@ -133,7 +131,7 @@ class OrtGraph(Graph):
 
     def _new_binding(self) -> Any:
         session = self.session
-        with _errors(self.name):
+        with ort_errors(self.name):
             return session.io_binding()
 
     def run(self, inputs: Arrays, outputs: Arrays) -> None:
@@ -148,7 +146,7 @@ class OrtGraph(Graph):
     def _bind(self, binding: Any, inputs: Arrays, outputs: Arrays, bound: Places) -> None:
         """Bind arrays. bound: what is bound already; updated."""
         self._check(inputs, outputs)
-        with _errors(self.name):
+        with ort_errors(self.name):
             for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
                 for name, array in arrays.items():
                     place = self._address(array), array.shape
@@ -159,7 +157,7 @@ class OrtGraph(Graph):
     def run_binding(self, binding: Any, run_options: Any = None) -> None:
         """Run the session. run_options replaces those of the graph."""
         session = self.session
-        with _errors(self.name):
+        with ort_errors(self.name):
             session.run_with_iobinding(binding, self._run_options if run_options is None else run_options)
 
     def close(self) -> None:
@@ -181,21 +179,18 @@ class OrtBound:
 
 
 @contextmanager
-def _errors(name: str) -> Iterator[None]:
-    """Raise ONNX Runtime's errors as OutOfMemory, BackendUnavailable or ArtifactRefused."""
+def ort_errors(name: str) -> Iterator[None]:
+    """Raise ONNX Runtime's errors as errors of this package. name: of the graph."""
     try:
         yield
     except FlexVARError:
         raise
     except Exception as error:
         text, reason = str(error), first_line(error)
-        if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
-            raise no_memory(name, reason) from error
         if "NOT_IMPLEMENTED" in text or "NotImplemented" in type(error).__name__:
             raise BackendUnavailable(
                 f"ONNX Runtime has no kernel for an operator of {name}: {reason}.",
                 expected="operators that this backend has",
                 fix="Export the bundle with --precision fp32, or name another backend.",
             ) from error
-        got = f"ONNX Runtime cannot run {name}: {reason}."
-        raise ArtifactRefused(got, expected="a graph that this ONNX Runtime can run", fix=EXPORT_AGAIN) from error
+        raise failure("ONNX Runtime", name, error, reason) from error

@@ -1,0 +1,78 @@
+"""The control groups of this process, of versions 1 and 2, as Linux mounts them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class ControlGroup:
+    """A group that this process is in. version: 1 or 2."""
+
+    folder: Path
+    version: int
+
+    def read(self, name: str) -> str:
+        """The text of a file of the group. Raises OSError."""
+        return (self.folder / name).read_text(encoding="ascii", errors="replace")
+
+    def numbers(self, name: str) -> dict[str, int]:
+        """A file of lines with a name and a whole number, such as `memory.stat`. Raises OSError, ValueError."""
+        return {key: int(number) for key, number in (line.split() for line in self.read(name).splitlines())}
+
+
+def control_groups(controller: str, proc: Path = PROC) -> Iterator[ControlGroup]:
+    """The groups of this process that can limit a controller ("cpu", "memory"), each followed by the groups around it.
+
+    Nothing on a system without control groups. A group that is not mounted here is left out.
+    """
+    with suppress(OSError, ValueError):
+        own = _own_groups((proc / "self/cgroup").read_text(encoding="utf-8", errors="surrogateescape"), controller)
+        mounts = (proc / "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        for root, point, version in _mounts(mounts, controller):
+            if version not in own:
+                continue
+            inside = Path(own[version])
+            if inside.is_relative_to(root):  # in a container, the mount may show only a part of the tree
+                inside = inside.relative_to(root)
+            folder = point / str(inside).lstrip("/")
+            for group in (folder, *folder.parents):
+                if not group.is_relative_to(point):
+                    break
+                if group.is_dir():
+                    yield ControlGroup(group, version)
+
+
+def _own_groups(text: str, controller: str) -> dict[int, str]:
+    """The path of the group of this process, by version. text: of /proc/self/cgroup."""
+    found = {}
+    for line in text.splitlines():
+        number, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            found[1] = path
+        elif number == "0" and not controllers:
+            found[2] = path
+    return found
+
+
+def _mounts(text: str, controller: str) -> Iterator[tuple[Path, Path, int]]:
+    """The root, the mount point and the version of each mounted tree of groups. text: of /proc/self/mountinfo."""
+    for line in text.splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        root, point = map(_unescaped, mount.split()[3:5])
+        kind, *_, options = filesystem.split(" ")
+        if kind == "cgroup2":
+            yield root, point, 2
+        elif kind == "cgroup" and controller in options.split(","):
+            yield root, point, 1
+
+
+def _unescaped(path: str) -> Path:
+    """A path of mountinfo, in which a space is written as \\040."""
+    return Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path))
