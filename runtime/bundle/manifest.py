@@ -85,9 +85,8 @@ class Defaults:
         with _refuse_invalid("sampling"):
             Sampling(self.top_k, self.top_p, self.greedy_scales, self.max_side)
         order = [_parsed("quality_order", text) for text in self.quality_order]
-        for schedule in order:
-            alike = schedule[-1] == last
-            require(alike, "quality_order", str(schedule), f"schedules that end like {self.schedule}")
+        for one in order:
+            require(one[-1] == last, "quality_order", str(one), f"schedules that end like {self.schedule}")
         require(len(set(order)) == len(order), "quality_order", self.quality_order, "schedules that differ")
 
     @property
@@ -201,8 +200,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         require(self.schema_version in READABLE_VERSIONS, "schema_version", self.schema_version, _READABLE)
-        hashed = self.schema_version not in WITHOUT_HASHES
-        require(hashed or self.parity.files is None, "parity.files", self.parity.files, "absent in this schema version")
+        known = self.schema_version not in WITHOUT_HASHES or self.parity.files is None
+        require(known, "parity.files", self.parity.files, "absent in this schema version")
         require(self.precision in set(Precision), "precision", self.precision, f"one of {', '.join(Precision)}")
         object.__setattr__(self, "precision", Precision(self.precision))  # callers may pass a plain string
         for name in self.graphs:

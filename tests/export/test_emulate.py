@@ -130,7 +130,7 @@ def test_the_emulated_bundle_is_a_float32_bundle_of_the_same_model(
     tiny_bundles: Callable[[str], Path], emulated: Bundle
 ) -> None:
     source = Bundle.open(tiny_bundles("bf16"))  # unchanged: its hashes still hold
-    again = Bundle.open(emulated.path)
+    again = Bundle.open(emulated.path, allow_unproved=True)
     assert again.manifest.precision == "fp32"
     assert again.manifest.graphs == graph_specs(source.manifest.model, "fp32")
     assert again.manifest.model == source.manifest.model
