@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,16 @@ from .config import TokenizerConfig, TransformerConfig
 from .errors import CheckpointError, InvalidInput
 from .files import write_whole
 from .layouts import Weights, check_choice, choose, find_weights
+from .parameters import Tensors, assign_parameters, dense, published_name
 from .parsing import first_sentence, read_json, refuse_failures, shown, shown_value
-from .pickles import Opaque
 from .pth import read_pth
-from .safetensors_files import SUFFIX, find_file, list_files, read_safetensors
+from .safetensors_files import SUFFIX, find_file, read_safetensors
 from .sizes import require_parameters, tokenizer_config, transformer_config
-from .stored import State, StoredTensor
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR
 
 FORMAT = "flexvar-ref/1"
-MAX_NAMES = 40  # an error message lists this many parameters and counts the rest
 Config = TransformerConfig | TokenizerConfig
-Tensors = dict[str, StoredTensor]
 
 
 def load(transformer: str | Path, tokenizer: str | Path, *, weights: str | None = None) -> tuple[FlexVAR, Tokenizer]:
@@ -102,18 +98,18 @@ def _open(path: str | Path, kind: str) -> _File:
 
 
 def _build_tokenizer(file: _File, weights: str | None) -> Tokenizer:
-    state = _dense(choose(file.sets, weights, file.name), file.path)
+    state = dense(choose(file.sets, weights, file.name), file.path)
     config = file.config or _infer_sizes(tokenizer_config, state, file.path)
     assert isinstance(config, TokenizerConfig)
     with _refuse_sizes(file.path), torch.device("meta"):  # skips the initialisation of weights that are replaced
         require_parameters(config, state)
         model = Tokenizer(config)
-    _assign_parameters(model, state, file.path)
+    assign_parameters(model, state, file.path)
     return model.eval()
 
 
 def _build_transformer(file: _File, weights: str | None, codebook_VD: Tensor) -> FlexVAR:
-    state = _dense(choose(file.sets, weights, file.name), file.path)
+    state = dense(choose(file.sets, weights, file.name), file.path)
     config = file.config or _infer_sizes(transformer_config, state, file.path)
     assert isinstance(config, TransformerConfig)
     if codebook_VD.shape != (config.vocabulary, config.code_dim):
@@ -126,7 +122,7 @@ def _build_transformer(file: _File, weights: str | None, codebook_VD: Tensor) ->
     with _refuse_sizes(file.path), torch.device("meta"):
         require_parameters(config, state)
         model = FlexVAR(config, codebook_VD)
-    _assign_parameters(model, state, file.path)
+    assign_parameters(model, state, file.path)
     return model.eval()
 
 
@@ -153,11 +149,6 @@ def save(model: FlexVAR | Tokenizer, path: str | Path) -> None:
         sizes.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def published_name(name: str) -> str:
-    """The published name of a parameter. Only the quantizer is called differently: `quantize` is a method here."""
-    return re.sub(r"^quantizer\.", "quantize.", name)
-
-
 def _infer_sizes(infer: Any, state: Tensors, path: Path) -> Any:
     """`infer(state)`, with a CheckpointError if the state lacks a parameter or its sizes make no sense."""
     try:
@@ -178,84 +169,6 @@ def _refuse_sizes(path: Path) -> Any:
         expected="sizes that fit the parameters",
         fix="Correct the sizes in its .json file." if path.suffix == SUFFIX else "Use another checkpoint.",
     )
-
-
-def _assign_parameters(model: FlexVAR | Tokenizer, state: Tensors, path: Path) -> None:
-    """Set the parameters of `model` to the values of `state`, in float32.
-
-    Raises CheckpointError, which names every parameter that is missing, unexpected, or of the wrong shape.
-    """
-    own = {published_name(name): (name, tuple(value.shape)) for name, value in model.state_dict().items()}
-    shapes = [
-        f"{name} has {tuple(state[name].shape)}, not {shape}"
-        for name, (_, shape) in own.items()
-        if name in state and state[name].shape != shape
-    ]
-    faults = {
-        "Missing": sorted(own.keys() - state.keys()),
-        "Unexpected": sorted(state.keys() - own.keys()),
-        "Wrong shape": shapes,
-    }
-    if any(faults.values()):
-        raise CheckpointError(
-            f"{path.name} does not hold the {len(own)} parameters of a model of its size. "
-            + " ".join(f"{what}: {_join_names(names)}." for what, names in faults.items() if names),
-            expected=f"exactly the {len(own)} parameters of a model of its sizes",
-            fix="Use a complete checkpoint. Save a model with fewer blocks than heads with flexvar_ref.save.",
-        )
-    _require_bytes(state, path)
-    values = {own[name][0]: _float32(value, name, path) for name, value in state.items()}
-    model.load_state_dict(values, assign=True)
-
-
-def _require_bytes(state: Tensors, path: Path) -> None:
-    """Raise CheckpointError if the tensors together take more memory than the file has bytes.
-
-    Tensors that repeat the elements of one storage do, and fill the memory when they are read.
-    """
-    needed = sum(value.nbytes for value in state.values())
-    size = sum(file.stat().st_size for file in list_files(path))
-    if needed > size:
-        raise CheckpointError(
-            f"{path.name} has {size} bytes, but its weights would take {needed} bytes of memory.",
-            expected="weights that are stored element by element",
-            fix="Save the weights as contiguous tensors: tensor.contiguous()",
-        )
-
-
-def _dense(state: State, path: Path) -> Tensors:
-    """The state, if all its weights are dense and of a floating-point type. Raises CheckpointError."""
-    dense: dict[str, StoredTensor] = {}
-    for name, value in state.items():
-        found = value.name if isinstance(value, Opaque) else str(value.dtype or "an unknown type")
-        if isinstance(value, Opaque) or value.dtype is None or not value.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{path.name} holds {shown(name)} as {shown(found)}, but it must hold dense floating-point weights.",
-                expected="dense floating-point weights",
-                fix="Use the checkpoint from before quantisation.",
-            )
-        dense[name] = value
-    return dense
-
-
-def _float32(stored: StoredTensor, name: str, path: Path) -> Tensor:
-    with refuse_failures(
-        CheckpointError,
-        f"{path.name} cannot be read: {name}",
-        expected="a complete checkpoint",
-        fix="Download it again and compare its size.",
-    ):
-        value = stored.read().detach().to(torch.float32, copy=True)  # a copy, because the file is memory-mapped
-    if not value.isfinite().all():
-        raise CheckpointError(
-            f"{path.name} holds NaN or infinity in {name}.", expected="finite weights", fix="Use another checkpoint."
-        )
-    return value
-
-
-def _join_names(names: list[str]) -> str:
-    rest = len(names) - MAX_NAMES
-    return ", ".join(map(shown, names[:MAX_NAMES])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read_config(path: Path, weights: Path, kind: str) -> Config:

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checkpoint import published_name
 from .config import TokenizerConfig, TransformerConfig
 from .errors import InvalidInput
+from .parameters import published_name
 from .sizes import PUBLISHED_GROUPS
 from .tokenizer import Tokenizer
 from .transformer import FlexVAR

@@ -26,7 +26,7 @@ from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import export_graph
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer, TokenizerConfig, TransformerConfig
-from flexvar_ref.checkpoint import published_name
+from flexvar_ref.parameters import published_name
 from flexvar_ref.synthetic import TINY_TOKENIZER, synthetic_state, tiny_transformer
 from flexvar_runtime import Bundle, Guidance, ScaleSchedule
 from flexvar_runtime.bundle.manifest import ENGINES, MANIFEST, PHASES, PLAIN, Manifest, Provenance
