@@ -22,7 +22,7 @@ from ..base import EXPORT_AGAIN, Array, Arrays, Availability, BindingCheck, Boun
 Places: TypeAlias = dict[str, tuple[int, tuple[int, ...]]]
 """The address and shape of each array, by name."""
 
-# Before 1.24, weights are read from any path that a graph names. Before 1.25, an image depends on the size of its batch.
+# Before 1.24, weights are read from any path that a graph names. Before 1.25, an image depends on its batch.
 MINIMUM = "1.25"
 _ONNX_BFLOAT16 = 16  # ONNX element type; NumPy has no bfloat16
 _NO_MEMORY = ("Failed to allocate", "bad_alloc", "bad allocation", "out of memory")
