@@ -1,7 +1,7 @@
 """Run many cases of one kind, report those that ended wrongly, and go on: `campaign.py KIND DESK FIRST END`.
 
 The cases run in a worker process, one after the other. If it dies, or if a case takes longer than SECONDS, the case of
-that moment is reported, and a new worker takes the next seed.
+that moment is reported. After a case that was wrong, a new worker takes the next seed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def results(kind: str, desk: Path, first: int, end: int) -> Iterator[Line]:
 
 
 def _worker(kind: str, desk: Path, first: int, end: int) -> Iterator[Line]:
-    """The lines of one worker. If it does not reach the end, its last line describes the case that ended it."""
+    """The lines of one worker. If it dies or is killed, the last line describes the case of that moment."""
     command = [sys.executable, str(HERE / "worker.py"), kind, str(desk), str(first), str(end)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     with tempfile.TemporaryFile() as log:
@@ -64,8 +64,11 @@ def _worker(kind: str, desk: Path, first: int, end: int) -> Iterator[Line]:
                             line["problem"] = f"{line['seconds']:.0f} s"
                         first, limit = line["seed"] + 1, SECONDS
                         yield line
-            if first < end:
-                code = worker.wait(10) if not late else None
+            code = 0
+            if first < end and not late:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = worker.wait(STARTING)
+            if code or late:
                 log.seek(0)
                 text = " ".join(log.read().decode("utf-8", "replace")[-1500:].split())
                 how = f"no end after {SECONDS} s" if late else f"the process ended with {code}"

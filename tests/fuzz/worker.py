@@ -1,4 +1,7 @@
-"""Run the cases of some seeds in this process: `worker.py KIND DESK FIRST END`. Writes one line of JSON about each."""
+"""Run the cases of some seeds in this process: `worker.py KIND DESK FIRST END`. Writes one line of JSON about each.
+
+It ends at END, or after the first case that was wrong.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,8 @@ def main(kind: str, desk: Path, first: int, end: int) -> None:
         line = {"seed": seed, "ended": ended, "problem": problem, "seconds": seconds, "bytes": memory}
         report.write(json.dumps(line) + "\n")
         report.flush()
+        if problem is not None:
+            return  # what a wrong case has left in this process must not touch the next one
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import flexvar_runtime
+from flexvar_runtime.backends.ort.session import MINIMUM
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -55,6 +56,7 @@ def test_the_runtime_has_lower_bounds() -> None:
     lowest = dict(line.split("==") for line in lines)
     assert lowest.keys() == declared.keys()
     assert all(Version(version) in declared[name].specifier for name, version in lowest.items())
+    assert lowest["onnxruntime"] == MINIMUM  # older ones are refused when a bundle is opened
 
 
 def test_the_test_environment_is_pinned() -> None:

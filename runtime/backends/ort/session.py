@@ -23,7 +23,8 @@ from ..loading import load_onnxruntime
 Places: TypeAlias = dict[str, tuple[int, tuple[int, ...]]]
 """The address and shape of each array, by name."""
 
-MINIMUM = "1.24"  # older versions read weights from any path that a graph names
+# Before 1.24, weights are read from any path that a graph names. Before 1.25, an image depends on its batch.
+MINIMUM = "1.25"
 _ONNX_BFLOAT16 = 16  # ONNX element type; NumPy has no bfloat16
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 

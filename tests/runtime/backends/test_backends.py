@@ -157,7 +157,7 @@ CANNOT_LOAD = ImportError("libonnx.so.1: cannot open shared object file\nmore")
 
 
 def test_one_wheel_that_works(install: Install) -> None:
-    versions = ("1.31.1", "1.24.0", "2.0", "1.24.0.dev20261101+cpu", "1.30rc1")
+    versions = ("1.31.1", "1.25.0", "2.0", "1.25.0.dev20261101+cpu", "1.30rc1")
     wheels = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml")
     for wheel, version in itertools.product(wheels, versions):
         install(wheel, module=version)
@@ -202,15 +202,15 @@ def test_built_from_source_there_is_no_wheel(install: Install) -> None:
         ),
         (
             ("onnxruntime",),
-            "1.23.2",
-            "onnxruntime 1.23.2",
-            "pip install 'onnxruntime>=1.24'",
+            "1.24.4",
+            "onnxruntime 1.24.4",
+            "pip install 'onnxruntime>=1.25'",
         ),
         (
             ("onnxruntime-gpu",),
             "1.9.0",
             "onnxruntime-gpu 1.9.0",
-            "pip install 'onnxruntime-gpu>=1.24'",  # never the other wheel beside it
+            "pip install 'onnxruntime-gpu>=1.25'",  # never the other wheel beside it
         ),
     ],
 )

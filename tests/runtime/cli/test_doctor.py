@@ -52,7 +52,7 @@ def test_one_wheel(flexvar: Any, install: Any, wheel: str) -> None:
             "pip uninstall -y onnxruntime onnxruntime-gpu",
         ),
         ((), ModuleNotFoundError("x"), "onnxruntime", "pip install 'flexvar-deploy[cpu]'"),
-        (("onnxruntime",), "1.22.0", "1.22.0", "pip install 'onnxruntime>=1.24'"),
+        (("onnxruntime",), "1.22.0", "1.22.0", "pip install 'onnxruntime>=1.25'"),
         (("onnxruntime-gpu",), ImportError("libcudart.so.13"), "libcudart.so.13", "onnxruntime-gpu"),
     ],
 )
