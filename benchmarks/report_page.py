@@ -167,7 +167,7 @@ def _models(results: Results) -> tuple[Model, ...]:
 
 def _with_file_names(model: Model, taken: set[str]) -> Model:
     """The model with file names for its charts: the model's name, with a number if two models would share it."""
-    plain = re.sub(r"[^A-Za-z0-9.]+", "-", model.name).strip("-.") or "model"
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", model.name)[:100].strip("-.") or "model"
     suffix = next(one for i in range(1, 2 + len(taken)) if (one := plain if i == 1 else f"{plain}-{i}") not in taken)
     taken.add(suffix)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from flexvar_runtime import Bundle
+from flexvar_runtime.checks import shown
 from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.files.parsing import refuse_failures
 from flexvar_runtime.files.strict_json import decode
@@ -16,6 +17,7 @@ from flexvar_runtime.model.precision import Precision
 from .workload import Extent, names_of
 
 MAX_BYTES = 32 << 10  # tomllib takes time in proportion to the square of a dotted key: seconds at this size
+MOST_LETTERS = 100  # of the name of a model, from which files are named
 NONE = "-"  # the value of an option for a bundle without one
 
 
@@ -56,6 +58,10 @@ class Entry:
                 expected="a name, and a bundle, or a checkpoint with its vae, or random weights",
                 fix="Give checkpoint and vae together, or random alone.",
             )
+        if not self.name.isprintable() or len(self.name) > MOST_LETTERS:
+            expected = f"at most {MOST_LETTERS} printable characters"
+            got = f"The name {shown(self.name)} of a model must have {expected}."
+            raise InvalidInput(got, expected=expected, fix="Give it another name.")
         if self.precision not in (None, *Precision):
             raise InvalidInput(
                 f"precision of the model {self.name!r:.100} is {self.precision!r:.100}, which is unknown.",

@@ -19,7 +19,10 @@ _REMAKE = "Make the file again with the command that wrote it."
 
 def short(value: object) -> str:
     """A value as messages show it: printable, and cut after 80 characters."""
-    text = reprlib.repr(value) if isinstance(value, (dict, list, tuple)) else ascii(value)
+    try:
+        text = reprlib.repr(value) if isinstance(value, (dict, list, tuple)) else ascii(value)
+    except Exception:  # see `shown`
+        text = f"an object of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

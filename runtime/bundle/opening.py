@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn
 
-from ..checks import check_path, check_whole, short
+from ..checks import check_path, check_text, check_whole, short
 from ..errors import ArtifactRefused
 from ..files.directories import restore_directory
 from ..files.private import open_unlinked
@@ -87,14 +87,14 @@ class Bundle:
 
     def file(self, name: str) -> Path:
         """The path of a file of the manifest. Raises ArtifactRefused for any other name."""
-        if name not in self.manifest.files:
+        if check_text("The name of the file", name) not in self.manifest.files:
             known = f"one of {', '.join(self.manifest.files)}"
             _refuse(name, f"must be a file of the bundle: {known}", known, _EXPORT_AGAIN)
         return self.path / name
 
     def graph(self, name: str) -> GraphSpec:
         """Inputs and outputs of a graph. Raises ArtifactRefused if the bundle has no such graph."""
-        if name not in self.manifest.graphs:
+        if check_text("The name of the graph", name) not in self.manifest.graphs:
             known = f"one of {', '.join(self.manifest.graphs)}"
             _refuse(name, f"must be a graph of the bundle: {known}", known, _EXPORT_AGAIN)
         return self.manifest.graphs[name]

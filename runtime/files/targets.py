@@ -32,7 +32,7 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
         if place in seen:
             raise invalid(f"{path} is the name of two results", "a name of its own", "Choose another name.")
         seen.add(place)
-        if place in folders or path.is_dir():
+        if place in folders or os.path.isdir(path):
             raise invalid(f"{path} is a directory", "a file", "Choose another name.")
         try:
             os.lstat(path)

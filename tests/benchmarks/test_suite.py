@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -289,3 +290,106 @@ def test_a_file_without_results_is_refused(content: bytes, tmp_path: Path) -> No
     (tmp_path / "photo.jpg").write_bytes(content)
     with pytest.raises(ArtifactRefused, match=r"photo\.jpg"):
         read(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--batches", "1000000000"),
+        ("--batches", "1,1025"),
+        ("--batches", "0"),
+        ("--repeats", "1000000000000"),
+        ("--requests", "1000000000000"),
+        ("--threads", "1000000000"),
+        ("--steps", "1000000000000"),
+    ],
+)
+def test_absurd_amounts_are_refused_at_once(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    faked: list[tuple[str, int]],
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, str],
+) -> None:
+    assert ended(["bench", "run", str(tiny_bundle), "-o", str(tmp_path / "r.jsonl"), *options]) == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and options[0].removeprefix("--") in said and not faked
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["\udce9", "a\nb", "x" * 101, ""])
+def test_names_that_results_cannot_have(
+    tiny_bundle: Path, tmp_path: Path, faked: list[tuple[str, int]], name: str
+) -> None:
+    with pytest.raises(InvalidInput):
+        Entry(name=name, bundle=str(tiny_bundle))
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 6), (OSError(28, "No space left on device"), 4)]
+)
+def test_what_was_measured_stays_if_a_run_ends_early(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    faked: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    code: int,
+) -> None:
+    def measure(plan: Any, threads: int, progress: Any) -> Any:
+        yield row("a")
+        yield row("b")
+        raise failure
+
+    monkeypatch.setattr(session, "measure", measure)
+    results = tmp_path / "r.jsonl"
+    assert ended(["bench", "run", str(tiny_bundle), "-o", str(results), "--name", "a"]) == code
+    assert [one.scenario.model for one in read(results).measured] == ["a", "b"]
+
+
+def test_a_disk_that_fills_leaves_the_earlier_results(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    faked: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A result that is written in part is ignored."""
+
+    def append(path: Path, record: Any) -> None:
+        with path.open("a") as file:
+            file.write('{"half of a')
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session, "measure", lambda *_: iter([row("a"), row("b")]))
+    monkeypatch.setattr(session, "append_record", append)
+    results = tmp_path / "r.jsonl"
+    assert ended(["bench", "run", str(tiny_bundle), "-o", str(results), "--name", "a"]) == 4
+    said = capsys.readouterr().err
+    assert "r.jsonl" in said and "No space left" in said and "in the file" in said
+    assert [one.scenario.model for one in read(results).measured] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello\n",
+        b"\xff\xd8\xff\xe0photo",
+        bytes(100),
+        b"[" * 100_000 + b"\n",
+        b'{"schema": 1, "kind": 5}\n',
+        b"5\n",
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_files_that_are_no_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: bytes
+) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    other = ["-o", str(tmp_path / "report")] if command == "report" else [str(path)]
+    assert ended(["bench", command, str(path), *other]) == 5
+    assert "photo.jpg" in capsys.readouterr().err
+    assert ended(["bench", command, str(tmp_path), *other]) == 5
+    assert ended(["bench", command, str(tmp_path / "missing"), *other]) == 5

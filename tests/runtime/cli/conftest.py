@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import typer
 
+from flexvar_runtime.cli.application import GROUP
 from flexvar_runtime.cli.main import main
 
 LOGGERS = ("flexvar_runtime", "flexvar_export", "flexvar_bench")
@@ -52,3 +55,34 @@ def flexvar(capsys: pytest.CaptureFixture[str]) -> Iterator[Flexvar]:
     yield run
     for name, state in before.items():
         logging.getLogger(name).__dict__.update(state)
+
+
+Register = Callable[[typer.Typer], None]
+
+
+class Entry:
+    """The entry point of an installed package that has commands."""
+
+    def __init__(self, name: str, register: Register) -> None:
+        self.name, self.register = name, register
+
+    def load(self) -> Register:
+        return self.register
+
+
+@pytest.fixture
+def install_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
+    """Make a function a command of another package, beside those of the runtime."""
+
+    def install(command: Callable[..., None]) -> None:
+        def register(app: typer.Typer) -> None:
+            app.command()(command)
+
+        def entry_points(group: str) -> list[Any]:
+            assert group == GROUP
+            return [Entry("zzz", register), *[entry for entry in real(group=group) if entry.name == "runtime"]]
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+
+    real = importlib.metadata.entry_points
+    return install

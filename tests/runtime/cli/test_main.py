@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,38 +12,7 @@ from rich.console import Console
 
 from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory, ParityFailed, __version__
 from flexvar_runtime.cli import console
-from flexvar_runtime.cli.application import GROUP
 from flexvar_runtime.cli.console import JsonOption, emit, out, steps
-
-Register = Callable[[typer.Typer], None]
-
-
-class Entry:
-    """The entry point of an installed package that has commands."""
-
-    def __init__(self, name: str, register: Register) -> None:
-        self.name, self.register = name, register
-
-    def load(self) -> Register:
-        return self.register
-
-
-@pytest.fixture
-def install_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
-    """Make a function a command of another package, beside those of the runtime."""
-
-    def install(command: Callable[..., None]) -> None:
-        def register(app: typer.Typer) -> None:
-            app.command()(command)
-
-        def entry_points(group: str) -> list[Any]:
-            assert group == GROUP
-            return [Entry("zzz", register), *[entry for entry in real(group=group) if entry.name == "runtime"]]
-
-        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-
-    real = importlib.metadata.entry_points
-    return install
 
 
 def test_version(flexvar: Any) -> None:
