@@ -296,7 +296,7 @@ def test_exchanged_codes_of_the_decoder_fail(spoil: Spoil, tiny_proof: Proof) ->
 
 
 def edit_table(bundle: Path, name: str, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Bundle:
-    manifest = Bundle.open(bundle).manifest
+    manifest = Bundle.open(bundle, allow_unproved=True).manifest
     with np.load(bundle / TABLES_FILE) as stored:
         arrays = {key: stored[key] for key in stored.files}
     arrays[name] = change(arrays[name])
