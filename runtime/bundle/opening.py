@@ -20,7 +20,7 @@ from ..checks import check_whole, short
 from ..errors import ArtifactRefused
 from ..files.private import open_unlinked
 from ..machine.processors import default_threads
-from ..machine.threads import require_threads
+from ..machine.threads import cannot_start
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
@@ -155,9 +155,11 @@ def hash_files(root: Path, names: Iterable[str], workers: int | None = None) -> 
     workers = min(workers or min(8, default_threads()), len(ordered))
     if workers <= 1:
         return {name: _hash(root, name) for name in ordered}
-    require_threads(workers)
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        return dict(zip(ordered, pool.map(lambda name: _hash(root, name), ordered), strict=True))
+    try:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            return dict(zip(ordered, pool.map(lambda name: _hash(root, name), ordered), strict=True))
+    except RuntimeError as error:
+        raise cannot_start(workers) from error
 
 
 def _hash(root: Path, name: str) -> FileRecord:
