@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 
 from ..errors import ArtifactRefused, EnvironmentFailed, FlexVARError
+from ..machine.threads import FEWER_THREADS
 from .base import EXPORT_AGAIN, no_memory
 
 _PATHS = re.compile(r"\S*/\S*")  # the words of a path say nothing about the cause
 _THREADS = re.compile(r"pthread_create|Resource temporarily unavailable|(?:create|start) (?:a |new )*thread", re.I)
-_MEMORY = re.compile(r"bad[_ ]alloc|out of memory|(?:cannot|could not|failed to|unable to) allocate", re.I)
+_MEMORY = re.compile(r"bad[_ ]alloc|out of memory|(?:can't|cannot|could not|failed to|unable to) alloc", re.I)
 _MACHINE = re.compile(
     r"system error|No such file|NO_SUCHFILE|does(?:n't| not) exist|could not open|cannot open|can ?not load library|"
     r"too many open files|permission denied|input/output error|regular file|file mapping|mmap|map segment|"
@@ -22,7 +23,7 @@ _MACHINE = re.compile(
 )
 _GRAPH = re.compile(
     r"\b(?:node|op|operator|opset|tensor|initializer|shapes?|graph|protobuf|parsed|dimensions?|IR version)\b|"
-    r"OpConversionFailure|ShapeInference|INVALID_GRAPH|Available frontends",
+    r"OpConversionFailure|externally stored data|ShapeInference|INVALID_GRAPH|Available frontends",
     re.I,
 )
 
@@ -37,7 +38,7 @@ def failure(library: str, name: str, error: BaseException, reason: str) -> FlexV
         return EnvironmentFailed(
             f"{library} cannot start its threads for {name}: {reason}.",
             expected="a system that starts the threads",
-            fix="Use a smaller number of threads, or raise the limits of this process (ulimit -u, ulimit -v).",
+            fix=FEWER_THREADS,
         )
     if isinstance(error, MemoryError) or _MEMORY.search(text):
         return no_memory(name, reason)

@@ -27,6 +27,12 @@ def load_onnxruntime() -> Any:
     return importlib.import_module("onnxruntime")
 
 
+def telemetry() -> dict[str, str]:
+    """Whether each library may send its telemetry when this package runs it: "off", or why it may be on."""
+    switch = os.environ.get(TELEMETRY_SWITCH, "1")
+    return {"onnxruntime": "off" if switch == "1" else f"{TELEMETRY_SWITCH}={switch}", "openvino": "off"}
+
+
 def load_openvino() -> Any:
     """The module openvino. It does not find the package that sends its events, and then it sends none.
 

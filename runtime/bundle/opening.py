@@ -23,7 +23,7 @@ from ..errors import ArtifactRefused
 from ..files.directories import restore_directory
 from ..files.private import open_unlinked
 from ..machine.processors import default_threads
-from ..machine.threads import require_threads
+from ..machine.threads import cannot_start
 from ..model.signatures import WEIGHTS_OF
 from ..model.tensors import GraphSpec
 from .certificate import check_certificate
@@ -202,9 +202,11 @@ def _hash_files(root: Path, names: Iterable[str], workers: int | None, files: Ch
     workers = min(workers or min(8, default_threads()), len(ordered))
     if workers <= 1:
         return {name: hashed(name) for name in ordered}
-    require_threads(workers)
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        return dict(zip(ordered, pool.map(hashed, ordered), strict=True))
+    try:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            return dict(zip(ordered, pool.map(hashed, ordered), strict=True))
+    except RuntimeError as error:
+        raise cannot_start(workers) from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import typer
 
 from .._version import __version__
 from ..backends import BACKENDS, precisions, probe
+from ..backends.loading import telemetry
 from ..errors import BackendUnavailable
 from ..machine.processors import default_threads
 from ..memory.available import available_bytes
@@ -35,6 +36,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "platform": platform.platform(),
         "processors": default_threads(),
         "available_memory_bytes": available,
+        "telemetry": telemetry(),
         "auto": auto,
         "auto_by_precision": by_precision,
         "backends": {name: asdict(state) for name, state in states.items()},
@@ -44,6 +46,7 @@ def doctor(as_json: JsonOption = False) -> None:
         memory = "unknown" if available is None else f"{available / 2**30:.1f} GiB free"
         machine = f"{data['platform']}, {data['processors']} processors, {memory}"
         say(f"flexvar {__version__}, Python {data['python']}, {machine}")
+        say(f"telemetry    {', '.join(f'{library}: {state}' for library, state in data['telemetry'].items())}")
         for name, state in states.items():
             say(f"{name:<13}{'works' if state.available else 'no'}: {state.detail}")
             if state.fix:  # on its own line, so that it can be copied

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -27,26 +27,34 @@ class ControlGroup:
         return {key: int(number) for key, number in (line.split() for line in self.read(name).splitlines())}
 
 
-def control_groups(controller: str, proc: Path = PROC) -> Iterator[ControlGroup]:
+def control_groups(controller: str, proc: Path = PROC) -> tuple[ControlGroup, ...]:
     """The groups of this process that can limit a controller ("cpu", "memory"), each followed by the groups around it.
 
-    Nothing on a system without control groups. A group that is not mounted here is left out.
+    None on a system without control groups. What is mounted is read once for each group that the process gets into.
     """
-    with suppress(OSError, ValueError):
-        own = _own_groups((proc / "self/cgroup").read_text(encoding="utf-8", errors="surrogateescape"), controller)
-        mounts = (proc / "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-        for root, point, version in _mounts(mounts, controller):
-            if version not in own:
-                continue
-            inside = Path(own[version])
-            if inside.is_relative_to(root):  # in a container, the mount may show only a part of the tree
-                inside = inside.relative_to(root)
-            folder = point / str(inside).lstrip("/")
-            for group in (folder, *folder.parents):
-                if not group.is_relative_to(point):
-                    break
-                if group.is_dir():
-                    yield ControlGroup(group, version)
+    try:
+        return _mounted(controller, proc, _text(proc / "self/cgroup"))
+    except (OSError, ValueError):
+        return ()
+
+
+@lru_cache(maxsize=16)
+def _mounted(controller: str, proc: Path, groups: str) -> tuple[ControlGroup, ...]:
+    """groups: the text of /proc/self/cgroup. Raises OSError, ValueError."""
+    own, found = _own_groups(groups, controller), []
+    for root, point, version in _mounts(_text(proc / "self/mountinfo"), controller):
+        if version not in own:
+            continue
+        inside = Path(own[version])
+        if inside.is_relative_to(root):  # in a container, the mount may show only a part of the tree
+            inside = inside.relative_to(root)
+        folder = point / str(inside).lstrip("/")
+        found += [ControlGroup(each, version) for each in (folder, *folder.parents) if each.is_relative_to(point)]
+    return tuple(found)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _own_groups(text: str, controller: str) -> dict[int, str]:

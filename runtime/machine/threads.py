@@ -4,50 +4,64 @@ from __future__ import annotations
 
 import _thread
 import os
+import queue
 import threading
 import time
+from contextlib import suppress
+from typing import TypeAlias
 
 from ..errors import EnvironmentFailed
 
-SPARE = 2
-"""Threads to try beyond those that are needed. The libraries start some of their own, and so may other processes."""
+SPARE = 1
+"""Threads to try beyond those that are needed, because other processes may count towards the same limit."""
+ALLOCATED = 4096
+"""Bytes that each thread allocates. With its first allocation a thread reserves address space beside its stack."""
+SECONDS = 10.0
+"""How long to wait for the threads. They need milliseconds, also on a busy machine."""
+FEWER_THREADS = (
+    "Use a smaller number of threads, or raise the limit of processes (ulimit -u, pids.max) or of address space "
+    "(ulimit -v)."
+)
 _OWN_THREADS = "/proc/self/task"
+
+_Started: TypeAlias = queue.SimpleQueue[bytearray]
 
 
 def require_threads(count: int) -> None:
     """Raise EnvironmentFailed unless `count` threads can be started now beside those that run.
 
     Libraries hang or end the process if they cannot start a thread. So as many threads as they will start are started
-    here first, with stacks of the same size. Each takes some 0.05 ms. They wait for a lock without running any Python
-    code, and have ended when this returns.
+    here first, with stacks of the same size. Each takes some 0.1 ms. All have ended when this returns.
     """
     if count <= 0:
         return
-    before, locks = _running(), []
-    stack_size = threading.stack_size(0)  # that of the system, which libraries use
+    before, started, end = _running(), _Started(), _thread.allocate_lock()
+    stack_size = threading.stack_size(0)  # that of the system, which the libraries use
+    end.acquire()
     try:
         for _ in range(count + SPARE):
-            lock = _thread.allocate_lock()
-            lock.acquire()
-            _thread.start_new_thread(lock.acquire, ())
-            locks.append(lock)
-    except (RuntimeError, MemoryError) as error:
+            _thread.start_new_thread(_hold, (started, end))
+            started.get(timeout=SECONDS)  # it has allocated before the next one starts, as in a library
+    except (RuntimeError, MemoryError, queue.Empty) as error:
         raise cannot_start(count) from error
     finally:
         threading.stack_size(stack_size)
-        for lock in locks:
-            lock.release()
+        end.release()
         _wait_until(before)
 
 
 def cannot_start(count: int) -> EnvironmentFailed:
     """The error that `count` threads cannot be started."""
-    return EnvironmentFailed(
-        f"The system does not let this process start {count} more thread{'s' * (count > 1)}.",
-        expected="a system that starts the threads",
-        fix="Use a smaller number of threads, or raise the limit of processes (ulimit -u, pids.max) or of "
-        "address space (ulimit -v).",
-    )
+    got = f"The system does not let this process start {count} more thread{'s' * (count > 1)}."
+    return EnvironmentFailed(got, expected="a system that starts the threads", fix=FEWER_THREADS)
+
+
+def _hold(started: _Started, end: _thread.LockType) -> None:
+    """Allocate some memory, say so, and wait until all threads may end."""
+    with suppress(MemoryError):
+        started.put(bytearray(ALLOCATED))
+        with end:
+            pass
 
 
 def _running() -> int:

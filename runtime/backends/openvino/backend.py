@@ -284,5 +284,4 @@ def _errors(name: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        text = next((line for line in lines if not line.startswith("Exception from")), type(error).__name__)[:300]
-        raise failure("OpenVINO", name, error, text) from error
+        raise failure("OpenVINO", name, error, (lines or [type(error).__name__])[-1][:300]) from error

@@ -21,10 +21,10 @@ from onnx import TensorProto, helper
 from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory, backends
 from flexvar_runtime.backends import BACKENDS, create, probe
 from flexvar_runtime.backends.base import Availability
-from flexvar_runtime.backends.host_arrays import default_threads
 from flexvar_runtime.backends.openvino.backend import OpenVino
 from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.backends.ort.session import OrtGraph
+from flexvar_runtime.machine.processors import default_threads
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from flexvar_runtime import BackendUnavailable, Bundle, FlexVARPipeline, Guidance, InvalidInput, ScaleSchedule
 from flexvar_runtime.backends import create, probe
 from flexvar_runtime.backends.base import Graph
-from flexvar_runtime.backends.host_arrays import default_threads
 from flexvar_runtime.backends.openvino import backend as backend_module
 from flexvar_runtime.backends.openvino.backend import DefaultSizeGraph, OpenVino, OpenVinoGraph, shared_core
 from flexvar_runtime.backends.openvino.memory import BF16_ARITHMETIC, FLOAT32_ARITHMETIC
 from flexvar_runtime.backends.openvino.norms import keep_layout
 from flexvar_runtime.backends.ort.cpu import OrtCpu
 from flexvar_runtime.generation.host import HostGenerator
+from flexvar_runtime.machine.processors import default_threads
 from flexvar_runtime.memory.plan import plan
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.signatures import DECODE, GRAPHS, STEP

@@ -8,9 +8,9 @@ import pytest
 
 from flexvar_runtime import __version__
 from flexvar_runtime.backends import BACKENDS
-from flexvar_runtime.backends.host_arrays import default_threads
 from flexvar_runtime.backends.tensorrt import backend as tensorrt
 from flexvar_runtime.cuda.gpu import GpuFacts
+from flexvar_runtime.machine.processors import default_threads
 
 
 def test_this_machine(flexvar: Any) -> None:
