@@ -40,7 +40,8 @@ LONGEST = (
 
 def pytest_configure() -> None:
     """A processor of its own for every worker and what it starts: graphs of the tests' size gain nothing from a second
-    thread, and what spins while it waits takes the time of both. Interrupts arrive."""
+    thread, and what spins while it waits takes the time of both. Interrupts arrive. Nothing sends telemetry."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # many tests import onnxruntime themselves
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by what is started too
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None and hasattr(os, "sched_setaffinity"):

@@ -1,4 +1,4 @@
-"""Machines that lack things."""
+"""Machines that lack things, or limit them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,3 +44,43 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     real = importlib.import_module
     return pretend
+
+
+@dataclass(frozen=True)
+class FakeLinux:
+    """Trees like /proc and /sys/fs/cgroup. 800 MiB are available; there are no control groups yet."""
+
+    root: Path
+
+    @property
+    def proc(self) -> Path:
+        return self.root / "proc"
+
+    def mount(self, version: int, controller: str, group: str, shown: str = "/") -> Path:
+        """Mount a tree of control groups and put the process into a group. Returns the mount point.
+
+        shown: the part of the tree that is mounted.
+        """
+        point = self.root / "cgroup" / f"v{version} {controller}"
+        inside = Path(group).relative_to(shown) if Path(group).is_relative_to(shown) else Path(group.lstrip("/"))
+        (point / inside).mkdir(parents=True, exist_ok=True)
+        kind, options = ("cgroup2", "rw") if version == 2 else ("cgroup", f"rw,{controller},other")
+        written = str(point).replace(" ", "\\040")
+        for name, line in (
+            ("mountinfo", f"33 31 0:30 {shown} {written} rw,nosuid shared:9 - {kind} {kind} {options}"),
+            ("cgroup", f"0::{group}" if version == 2 else f"4:{controller},other:{group}"),
+        ):
+            with (self.proc / "self" / name).open("a") as file:
+                file.write(f"{line}\n")
+        return point
+
+
+@pytest.fixture
+def linux(tmp_path: Path) -> FakeLinux:
+    """A system without control groups."""
+    system = FakeLinux(tmp_path)
+    (system.proc / "self").mkdir(parents=True)
+    (system.proc / "meminfo").write_text("MemTotal:    2048000 kB\nMemFree:  1000 kB\nMemAvailable:   819200 kB\n")
+    (system.proc / "self" / "mountinfo").write_text("31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw\n")
+    (system.proc / "self" / "cgroup").write_text("9:name=systemd:/\n")
+    return system
