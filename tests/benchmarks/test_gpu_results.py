@@ -20,7 +20,7 @@ SIDES = {
     "eager reference, resident weights": "flexvar_ref resident-bf16",
     "`ort-cuda`, first run": "ort-cuda",
 }
-FIRST_RUN = "¹"  # marks a cell whose figure is of the first run
+MARKS = ("¹", "²", "")  # of the cells whose figure is of the first, the second and the third run
 PRECISIONS = {"fp16 autocast": ("autocast-fp16",), "bf16": ("resident-bf16",), "fp16": ("fp16", "float16")}
 BATCHES = (1, 8, 64)
 
@@ -33,9 +33,9 @@ def section() -> str:
 
 @pytest.fixture(scope="module")
 def runs(section: str) -> dict[str, dict[str, Any]]:
-    """The results that the table names, those of the first run under its mark, the others under ""."""
-    first, second = re.findall(r"\(\.\./benchmarks/results/(gpu_[^)]+\.json)\)", section)
-    return {mark: json.loads((RESULTS / name).read_text()) for mark, name in ((FIRST_RUN, first), ("", second))}
+    """The results that the section names, each under the mark of its cells."""
+    names = re.findall(r"\(\.\./benchmarks/results/(gpu_[^)]+\.json)\)", section)
+    return {mark: json.loads((RESULTS / name).read_text()) for mark, name in zip(MARKS, names, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_figure(table: dict[str, list[str]], runs: dict[str, dict[str, Any
     shown = set()
     for label, (precision, mode, *cells) in table.items():
         for batch, cell in zip(BATCHES, cells, strict=True):
-            mark = FIRST_RUN if cell.endswith(FIRST_RUN) else ""
+            mark = next(mark for mark in MARKS if cell.endswith(mark))
             key = mark, SIDES.get(label, ""), batch
             if cell == "not measured":
                 assert key not in rows or label.endswith("first run"), f"{label}, batch {batch}"
