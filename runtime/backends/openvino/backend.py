@@ -141,12 +141,13 @@ class OpenVino(HostBackend):
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
         """Compile a graph; `once` changes nothing. The decoder in bfloat16 is compiled when it is first run."""
         path, spec, manifest = bundle.graph_file(graph), bundle.graph(graph), bundle.manifest
+        size = manifest.defaults.size
+        kept = TOKENIZER_KERNELS_KEPT if graph in TOKENIZER_GRAPHS else KERNELS_KEPT
         if graph == DECODE and manifest.precision.of(graph) is Precision.BF16:
-            size = manifest.defaults.size
             return DefaultSizeGraph(
-                spec, size, lambda shapes: self._compile(path, spec, TOKENIZER_KERNELS_KEPT, shapes)
+                spec, manifest.defaults.size, lambda shapes: self._compile(path, spec, kept, shapes)
             )
-        return self._compile(path, spec, TOKENIZER_KERNELS_KEPT if graph in TOKENIZER_GRAPHS else KERNELS_KEPT)
+        return self._compile(path, spec, kept)
 
     def _compile(self, path: Path, spec: GraphSpec, kernels: int, shapes: Shapes | None = None) -> OpenVinoGraph:
         """kernels: how many to keep. shapes: the only shapes of the inputs; None compiles for all shapes."""
