@@ -141,7 +141,6 @@ class OpenVino(HostBackend):
     def open(self, bundle: Bundle, graph: str, *, once: bool = False) -> Graph:
         """Compile a graph; `once` changes nothing. The decoder in bfloat16 is compiled when it is first run."""
         path, spec, manifest = bundle.graph_file(graph), bundle.graph(graph), bundle.manifest
-        size = manifest.defaults.size
         kept = TOKENIZER_KERNELS_KEPT if graph in TOKENIZER_GRAPHS else KERNELS_KEPT
         if graph == DECODE and manifest.precision.of(graph) is Precision.BF16:
             return DefaultSizeGraph(
