@@ -23,7 +23,8 @@ _MACHINE = re.compile(
 )
 _GRAPH = re.compile(
     r"\b(?:node|op|operator|opset|tensor|initializer|shapes?|graph|protobuf|parsed|dimensions?|IR version)\b|"
-    r"OpConversionFailure|externally stored data|ShapeInference|INVALID_GRAPH|Available frontends",
+    r"OpConversionFailure|externally stored data|outside the base directory|ShapeInference|INVALID_GRAPH|"
+    r"Available frontends",
     re.I,
 )
 

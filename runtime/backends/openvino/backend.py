@@ -25,7 +25,7 @@ from ...machine.forks import never_free_in_children
 from ...machine.processors import default_threads
 from ...machine.threads import require_threads
 from ...memory.library import LibraryMemory
-from ...model.precision import Precision
+from ...model.precision import TOKENIZER_GRAPHS, Precision
 from ...model.signatures import DECODE, GRAPHS
 from ...model.tensors import GraphSpec, TensorSpec, host_dtype
 from ..base import Arrays, Availability, Graph, check_bindings, closed_graph, runs_precision
@@ -41,9 +41,11 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16})  # it computes int8 in float32, which is slower
 MINIMUM = "2026.4"  # the version that was tested; it reads ONNX's Attention
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
-KERNELS_KEPT = 50
-"""The most kernels that a graph keeps, those used last. OpenVINO keeps 5,000 unless told, and makes some for every new
-shape: memory grows by 2.5 MB a shape, to gigabytes. A generation of 13 scales uses fewer than 50."""
+KERNELS_KEPT = 256
+"""The most kernels that a graph keeps, those used last. OpenVINO's default is 5,000, and it makes some for every new
+shape, so memory would grow to gigabytes. The step uses up to 100 in a generation of 13 scales."""
+TOKENIZER_KERNELS_KEPT = 10
+"""Like KERNELS_KEPT, for the graphs of the tokenizer. Theirs are larger, and they are as fast with so few."""
 _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 _CORE_LOCK = threading.Lock()
 
@@ -150,7 +152,7 @@ class OpenVino(HostBackend):
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",  # without it OpenVINO rounds float32 tensors to bfloat16
-            "CPU_RUNTIME_CACHE_CAPACITY": KERNELS_KEPT,
+            "CPU_RUNTIME_CACHE_CAPACITY": TOKENIZER_KERNELS_KEPT if graph in TOKENIZER_GRAPHS else KERNELS_KEPT,
         }
         path = bundle.graph_file(graph)
         require_threads(self.threads + 1)  # it starts a thread that runs the graph with the others

@@ -34,6 +34,7 @@ TEXTS: list[tuple[type[FlexVARError], str]] = [
     (ArtifactRefused, f"{ORT}1 : FAIL : Node (a) Op (Reshape) [ShapeInferenceError] Dimension could not be inferred"),
     (ArtifactRefused, f"{ORT}1 : FAIL : Unsupported model IR version: 99, max supported IR version: 13"),
     (ArtifactRefused, f"{FAILED}Loading input model\nInvalid usage of method for externally stored data in file (w)"),
+    (ArtifactRefused, f"{FAILED}Path '../w' resolves to '/w' which is outside the base directory '/b'"),
     (ArtifactRefused, f"{FAILED}FrontEnd API failed with OpConversionFailure:\n-- No conversion rule found: X-23\n"),
     (ArtifactRefused, f'{CORE}Unable to read the model: "/b/s.onnx" Available frontends: jax onnx ir tf \n'),
 ]
