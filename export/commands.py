@@ -14,7 +14,7 @@ from flexvar_runtime.backends import CPU_BACKENDS, TENSORRT_BACKENDS
 from flexvar_runtime.cli import options
 from flexvar_runtime.cli.console import JsonOption, emit, out, say, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
-from flexvar_runtime.files.atomic import already_exists, require_parent
+from flexvar_runtime.files.atomic import already_exists
 from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import encode, loads
 from flexvar_runtime.files.targets import require_writable
@@ -85,10 +85,9 @@ def export(
         if not path.is_file():  # checked before torch is imported, which takes seconds
             got, fix = f"{option}: there is no file {path}.", "Check the path."
             raise ArtifactRefused(got, expected="a checkpoint", fix=fix)
-    require_parent(output)
     if os.path.lexists(output) and not force:
         raise already_exists(output)
-    require_writable(output.absolute().parent)
+    require_writable(Path(os.path.abspath(output)).parent)
     names = _read_class_names(class_names) if class_names else None
     _require_torch()
     from .bundle import export_bundle

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoint import load_tokenizer, save
-from ..errors import RunRefused
+from ..errors import InvalidInput, RunRefused
 from ..tokenizer import Tokenizer
 from .cache import cache_images, cache_latents, image_key, latent_key
 from .config import Data, Run, TokenizerRun, TransformerRun
@@ -144,7 +144,11 @@ def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerato
         )
     accelerator.wait_for_everyone()  # no process writes before all have checked
     if accelerator.is_main_process:
-        (options.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        try:
+            (options.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            got, fix = f"A file is in the way of the folder {options.out}.", "Choose another --out."
+            raise InvalidInput(got, expected="the name of a folder", fix=fix) from error
         (options.out / CLASSES).write_text(json.dumps(list(dataset.classes), indent=1) + "\n", encoding="utf-8")
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")

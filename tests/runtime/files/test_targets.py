@@ -56,6 +56,16 @@ def test_a_file_where_a_directory_should_be(tmp_path: Path, name: str) -> None:
         make_writable(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("missing", "mkdir -p"), ("missing/below", "mkdir -p"), ("file", "file is a file"), ("file/b", "file is a file")],
+)
+def test_a_directory_that_is_not_there(tmp_path: Path, name: str, fault: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match=fault):
+        require_writable(tmp_path / name)
+
+
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])
 def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Found by writing: the permissions of a directory do not say that its file system is full or read-only."""
