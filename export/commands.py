@@ -17,7 +17,7 @@ from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidI
 from flexvar_runtime.files.atomic import already_exists
 from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import encode, loads
-from flexvar_runtime.files.targets import require_writable
+from flexvar_runtime.files.targets import require_utf8, require_writable
 from flexvar_runtime.model.signatures import GRAPHS
 
 from .build_command import build
@@ -87,6 +87,7 @@ def export(
             raise ArtifactRefused(got, expected="a checkpoint", fix=fix)
     if os.path.lexists(output) and not force:
         raise already_exists(output)
+    require_utf8(Path(os.path.abspath(output)), "ONNX")
     require_writable(Path(os.path.abspath(output)).parent)
     names = _read_class_names(class_names) if class_names else None
     _require_torch()

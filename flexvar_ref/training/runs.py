@@ -131,6 +131,9 @@ def _config_text(kind: str, run: Run, data: str, **more: str) -> str:
 
 def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerator: Accelerator) -> None:
     """Create the run's folder and write its configuration. Raises RunRefused if the folder holds another run."""
+    if not _is_utf8(options.out):
+        got, fix = f"TensorBoard and safetensors cannot write in {options.out}.", "Choose another --out."
+        raise InvalidInput(got, expected="the name of a folder in UTF-8", fix=fix)
     path = options.out / CONFIG
     if path.exists() and not options.resume:
         raise RunRefused(
@@ -153,6 +156,14 @@ def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerato
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _prepare_images(

@@ -45,6 +45,18 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
             raise already_exists(path)
 
 
+def require_utf8(path: Path, library: str) -> None:
+    """Raise EnvironmentFailed if a path is not UTF-8, because `library` opens no other files."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        got, fix = (
+            f"{library} cannot open {path}, because its name is not UTF-8.",
+            "Rename its directories, or move it.",
+        )
+        raise EnvironmentFailed(got, expected="a path in UTF-8", fix=fix) from error
+
+
 def make_writable(folder: Path) -> None:
     """Make a folder if it is missing, and write in it once. Raises InvalidInput and EnvironmentFailed."""
     try:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...checks import version_numbers
 from ...errors import ArtifactRefused, BackendUnavailable, FlexVARError, first_line
+from ...files.targets import require_utf8
 from ...model.tensors import GraphSpec
 from ..base import EXPORT_AGAIN, Array, Arrays, Availability, BindingCheck, Bound, Graph, closed_graph, no_memory
 
@@ -66,8 +67,9 @@ def _wheels() -> list[str]:
 
 
 def open_session(path: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
-    """A session of ONNX Runtime. Raises ArtifactRefused, BackendUnavailable, OutOfMemory."""
+    """A session of ONNX Runtime. Raises ArtifactRefused, EnvironmentFailed, OutOfMemory."""
     ort = importlib.import_module("onnxruntime")
+    require_utf8(path, "ONNX Runtime")
     with _errors(path.name):  # without enable_fallback=0 it tries the CPU and prints that to standard output
         return ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
 
