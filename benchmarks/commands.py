@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +85,6 @@ def run(
     The peak speed of the machine is measured first. Then all variants are measured in turn, each in its own process.
     """
     from flexvar_runtime.backends.host_arrays import MAX_THREADS
-    from flexvar_runtime.files.atomic import require_parent
     from flexvar_runtime.files.targets import check_files, require_writable
 
     from .session import run_session
@@ -100,9 +100,8 @@ def run(
             expected="a suite, or bundles",
             fix="Add the bundle to the suite, or leave out --suite.",
         )
-    require_parent(output.absolute())
     check_files([output], append or force)
-    require_writable(output.absolute().parent)
+    require_writable(Path(os.path.abspath(output)).parent)
     if threads is not None:
         check_whole("threads", threads, 1, MAX_THREADS)
     entries = (

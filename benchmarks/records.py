@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flexvar_runtime.checks import require_range
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.files.atomic import atomic_write
 from flexvar_runtime.files.parsing import refuse_failures
@@ -21,7 +22,15 @@ from flexvar_runtime.files.strict_json import decode, encode, loads
 
 _FIX = "Run the benchmark again."
 SCHEMA = 1
+LEAST, MOST = 1e-15, 1e24  # of any number: reports divide by them
 T = TypeVar("T")
+
+
+def _require_numbers(field: str, values: Iterable[float | None], low: float) -> None:
+    """Raise ArtifactRefused unless all numbers are from `low` to MOST. None is left out."""
+    for value in values:
+        if value is not None:
+            require_range(field, value, low, MOST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,10 @@ class Ceiling:
     copy_bytes_per_second: float
     flops_per_second: dict[str, float]
 
+    def __post_init__(self) -> None:
+        _require_numbers("copy_bytes_per_second", (self.copy_bytes_per_second,), LEAST)
+        _require_numbers("flops_per_second", self.flops_per_second.values(), LEAST)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
@@ -70,6 +83,10 @@ class Scenario:
     batch: int
     guided: bool
     threads: int
+
+    def __post_init__(self) -> None:
+        _require_numbers("batch", (self.batch,), 1)
+        _require_numbers("threads", (self.threads,), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +118,15 @@ class Measured:
     note: str
     told: float | None = None
 
+    def __post_init__(self) -> None:
+        _require_numbers("seconds", self.seconds, LEAST)
+        parts = (self.condition, self.sampling, self.decode, *(self.scales or ()))
+        _require_numbers("times of parts", parts, 0)
+        _require_numbers("peak_memory_bytes", (self.peak_memory_bytes,), 0)
+        _require_numbers("flops", (self.flops,), LEAST)
+        _require_numbers("joules", (self.joules,), 0)
+        _require_numbers("told", (self.told,), 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -117,6 +143,10 @@ class Served:
     latencies: tuple[float, ...]
     images_per_second: float
 
+    def __post_init__(self) -> None:
+        _require_numbers("latencies", self.latencies, 0)
+        _require_numbers("rates", (self.rate, self.bound, self.images_per_second), LEAST)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
@@ -126,6 +156,10 @@ class Quality:
     schedule: str
     accuracy: float | None
     frechet: float | None
+
+    def __post_init__(self) -> None:
+        _require_numbers("accuracy", (self.accuracy,), 0)
+        _require_numbers("frechet", (self.frechet,), 0)
 
 
 Record = Environment | Ceiling | Measured | Served | Quality
@@ -185,7 +219,7 @@ def read(path: Path) -> Results:
 
 def _record(text: str, where: str) -> Record:
     document = loads(text, where=where, fix=_FIX)
-    known = isinstance(document, dict) and document.get("schema") == SCHEMA and document.get("kind") in KINDS
+    known = isinstance(document, dict) and document.get("schema") == SCHEMA and document.get("kind") in [*KINDS]
     if not isinstance(document, dict) or not known:
         raise ArtifactRefused(
             f"{where} is not a result of schema {SCHEMA}: {text[:60]!r}.",

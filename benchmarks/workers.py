@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def without_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # its first start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -123,7 +125,7 @@ def _serve(connection: Connection, subject: Subject) -> None:
             connection.send((str(error) if isinstance(error, FlexVARError) else _describe(error), None))
             return
         connection.send((None, call.precision if isinstance(call, PlainCaller) else None))
-        with suppress(EOFError):
+        with suppress(EOFError, OSError):  # the parent has ended
             while True:
                 connection.send(_answer(call, connection.recv()))
 

@@ -15,10 +15,10 @@ from flexvar_runtime.checks import check_choice
 from flexvar_runtime.cli import options
 from flexvar_runtime.cli.console import JsonOption, emit, out, say, steps
 from flexvar_runtime.errors import ArtifactRefused, BackendUnavailable, InvalidInput, ParityFailed
-from flexvar_runtime.files.atomic import already_exists, require_parent
+from flexvar_runtime.files.atomic import already_exists
 from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import encode, loads
-from flexvar_runtime.files.targets import require_writable
+from flexvar_runtime.files.targets import require_utf8, require_writable
 from flexvar_runtime.model.signatures import GRAPHS
 
 from .build_command import build
@@ -97,7 +97,8 @@ def export(
     require_parent(output)
     if os.path.lexists(output) and not force:
         raise already_exists(output)
-    require_writable(output.absolute().parent)
+    require_utf8(Path(os.path.abspath(output)), "ONNX")
+    require_writable(Path(os.path.abspath(output)).parent)
     names = _read_class_names(class_names) if class_names else None
     _require_torch()
     from .bundle import export_bundle

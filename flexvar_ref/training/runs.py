@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoint import load_tokenizer, save
-from ..errors import RunRefused
+from ..errors import InvalidInput, RunRefused
 from ..files import write_whole
 from ..tokenizer import Tokenizer
 from .cache import cache_images, cache_latents, image_key, latent_key
@@ -134,6 +134,9 @@ def _config_text(kind: str, run: Run, data: str, **more: str) -> str:
 
 def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerator: Accelerator) -> None:
     """Create the run's folder and write its configuration. Raises RunRefused if the folder holds another run."""
+    if not _is_utf8(options.out):
+        got, fix = f"TensorBoard and safetensors cannot write in {options.out}.", "Choose another --out."
+        raise InvalidInput(got, expected="the name of a folder in UTF-8", fix=fix)
     path = options.out / CONFIG
     if path.exists() and not options.resume:
         raise RunRefused(
@@ -147,10 +150,22 @@ def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerato
         )
     accelerator.wait_for_everyone()  # no process writes before all have checked
     if accelerator.is_main_process:
-        (options.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        try:
+            (options.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            got, fix = f"A file is in the way of the folder {options.out}.", "Choose another --out."
+            raise InvalidInput(got, expected="the name of a folder", fix=fix) from error
         (options.out / CLASSES).write_text(json.dumps(list(dataset.classes), indent=1) + "\n", encoding="utf-8")
         with write_whole(path) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _prepare_images(

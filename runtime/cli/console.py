@@ -42,10 +42,12 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
 
 def say(line: str, console: Console = out) -> None:
     """Print a line as it is: not wrapped, not coloured. On standard error, control characters are escaped."""
-    if console is out:
-        sys.stdout.write(f"{line}\n")  # rich would expand tabs
+    line = line if console is out else line.translate(_CONTROLS)
+    if console.is_terminal:
+        console.print(line, soft_wrap=True)
     else:
-        console.print(line.translate(_CONTROLS), soft_wrap=True)
+        console.file.write(f"{line}\n")  # rich would expand tabs
+        console.file.flush()
 
 
 @contextmanager

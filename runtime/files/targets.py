@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +46,18 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
             raise already_exists(path)
 
 
+def require_utf8(path: Path, library: str) -> None:
+    """Raise EnvironmentFailed if a path is not UTF-8, because `library` opens no other files."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        got, fix = (
+            f"{library} cannot open {path}, because its name is not UTF-8.",
+            "Rename its directories, or move it.",
+        )
+        raise EnvironmentFailed(got, expected="a path in UTF-8", fix=fix) from error
+
+
 def make_writable(folder: Path) -> None:
     """Make a folder if it is missing, and write in it once. Raises InvalidInput and EnvironmentFailed."""
     try:
@@ -58,7 +71,12 @@ def make_writable(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Write a small file in a folder and remove it. Raises EnvironmentFailed if that is not possible."""
+    """Write a small file in an existing folder and remove it. Raises InvalidInput and EnvironmentFailed."""
+    if not os.path.isdir(folder):
+        taken = next((part for part in (folder, *folder.parents) if os.path.isfile(part)), None)
+        got = f"There is no directory {folder}." if taken is None else f"{taken} is a file, not a directory."
+        fix = f"Run: {shlex.join(['mkdir', '-p', str(folder)])}" if taken is None else "Choose another directory."
+        raise InvalidInput(got, expected="an existing directory", fix=fix)
     probe = sibling(folder / "probe", "partial")
     try:
         with probe.open("xb") as file:

@@ -184,10 +184,8 @@ def test_warnings_of_a_machine_that_was_busy() -> None:
 
 @pytest.mark.parametrize("seconds", [[0.1, 0.0], [0.1, -1.0], [math.nan], [math.inf]])
 def test_times_that_are_none(seconds: list[float]) -> None:
-    good, bad = results(measured([0.1] * 10)), results(measured(seconds))
-    for pair in ((good, bad), (bad, good)):
-        with pytest.raises(ArtifactRefused, match=r"latency \(tiny, ort-cpu, "):
-            compare(*pair)
+    with pytest.raises(ArtifactRefused, match="seconds"):
+        measured(seconds)
 
 
 def test_a_scenario_that_is_twice_in_a_file() -> None:

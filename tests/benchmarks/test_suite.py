@@ -379,6 +379,9 @@ def test_a_disk_that_fills_leaves_the_earlier_results(
         bytes(100),
         b"[" * 100_000 + b"\n",
         b'{"schema": 1, "kind": 5}\n',
+        b'{"schema": 1, "kind": []}\n',
+        b'{"schema": 1, "kind": "ceiling", "value": {"copy_bytes_per_second": 0, "flops_per_second": {}}}\n',
+        b'{"schema": 1, "kind": "quality", "value": {"model": "a", "schedule": "1", "accuracy": 1e99}}\n',
         b"5\n",
     ],
 )

@@ -311,7 +311,8 @@ def test_existing_files_are_kept(flexvar: Any, tiny_bundle: Path, tmp_path: Path
     )
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     ended = flexvar(*arguments)
-    assert ended.refused(2, path, "--force") and "generate 1/" not in ended.err
+    advice = "directory" if kind == "directory" else "--force"
+    assert ended.refused(2, path, advice) and "generate 1/" not in ended.err
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
     ended = flexvar(*arguments, "--force")
     if kind == "directory":
@@ -320,6 +321,31 @@ def test_existing_files_are_kept(flexvar: Any, tiny_bundle: Path, tmp_path: Path
     else:
         assert ended.code == 0 and path.is_file() and not path.is_symlink() and path.read_bytes() != b"mine"
         assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "others"),
+    [
+        ("out/000000_class0001.png", ()),
+        ("out/../out/000001_class0002.png", ("--force",)),
+        ("link/000000_class0001.png", ("--force",)),
+        ("out", ()),
+        ("scales/000000_class0001_scale01_1x1.png", ("--preview", "scales")),
+    ],
+)
+def test_arrays_cannot_replace_what_the_run_writes(
+    flexvar: Any,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arrays: str,
+    others: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("out")
+    ended = flexvar("generate", tiny_bundle, "-o", "out", "--classes", "1,2", "--save-arrays", arrays, *others)
+    assert ended.refused(2, arrays) and "generate 1/" not in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 @pytest.mark.parametrize("option", ["-o", "--preview", "--save-arrays"])

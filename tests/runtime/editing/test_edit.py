@@ -65,6 +65,7 @@ def test_invalid_options_are_refused(named: str, options: dict[str, Any]) -> Non
 def test_settings_with_a_spoiled_edit_are_refused(change: Any) -> None:
     data: dict[str, Any] = {
         "version": 1,
+        "runtime": "1.0",
         "bundle": "b",
         "class": 3,
         "seed": "1",

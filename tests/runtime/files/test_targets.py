@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from flexvar_runtime.errors import EnvironmentFailed, InvalidInput
 from flexvar_runtime.files.atomic import atomic_write, sibling
-from flexvar_runtime.files.targets import check_files, make_writable, require_writable
+from flexvar_runtime.files.targets import check_files, make_writable, require_utf8, require_writable
 
 
 @pytest.mark.parametrize("name", ["x" * 240 + ".png", "é" * 120 + ".png", "x" * 255, "a." + "x" * 250, "\udce9" * 250])
@@ -54,6 +55,22 @@ def test_a_file_where_a_directory_should_be(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="a file has that name"):
         make_writable(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("missing", "mkdir -p"), ("missing/below", "mkdir -p"), ("file", "file is a file"), ("file/b", "file is a file")],
+)
+def test_a_directory_that_is_not_there(tmp_path: Path, name: str, fault: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match=fault):
+        require_writable(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "right"), [("фото/a", True), ("caf\udce9/a", False), ("\udcff", False)])
+def test_libraries_open_only_paths_in_utf8(name: str, right: bool) -> None:
+    with nullcontext() if right else pytest.raises(EnvironmentFailed, match="UTF-8"):
+        require_utf8(Path(name), "A library")
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])
