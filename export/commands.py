@@ -94,7 +94,6 @@ def export(
             got, fix = f"{option}: there is no file {path}.", "Check the path."
             raise ArtifactRefused(got, expected="a checkpoint", fix=fix)
     _check_weights(weights)
-    require_parent(output)
     if os.path.lexists(output) and not force:
         raise already_exists(output)
     require_utf8(Path(os.path.abspath(output)), "ONNX")
