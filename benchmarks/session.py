@@ -5,6 +5,7 @@ The limits are measured again at the end, and the higher rate counts, because ot
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ def run_session(
         if entry.bundle is not None:
             Bundle.open(entry.bundle, allow_unproved=allow_unproved)  # refused before anything is measured
     records: list[Record] = []
-    if append and output.exists():
+    if append and os.path.exists(output):
         before = read(output)
         names = [entry.name for entry in entries]
         _require_new(before, names, environment(threads), output.name)

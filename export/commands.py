@@ -90,7 +90,7 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs and tables, and compare it with the PyTorch reference."""
     for option, path in (("CHECKPOINT", checkpoint), ("--vae", vae)):
-        if not path.exists():  # checked before torch is imported, which takes seconds
+        if not os.path.exists(path):  # checked before torch is imported, which takes seconds
             got, fix = f"{option}: there is no file {path}.", "Check the path."
             raise ArtifactRefused(got, expected="a checkpoint", fix=fix)
     _check_weights(weights)

@@ -16,6 +16,7 @@ from flexvar_runtime.files.parsing import refuse_failures
 from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import loads
 
+_KEYS = {"accuracy", "frechet", "images"}  # of a row of a plain table
 _STEPS = re.compile(r"\d+ steps")  # the rows of demo_quality that differ only in their schedule
 
 
@@ -44,14 +45,17 @@ def read_quality(path: Path) -> tuple[Rated, ...]:
 def _table(document: Any) -> tuple[Rated, ...]:
     """The table in a document. Raises exceptions of any type if it is not one."""
     if "rows" in document:
-        rows: dict[str, Any] = {row["schedule"]: row for row in document["rows"] if _STEPS.fullmatch(row["name"])}
+        rows = [(row["schedule"], row) for row in document["rows"] if _STEPS.fullmatch(row["name"])]
     else:
-        rows = document
-    if len(counts := {row.get("images") for row in rows.values()}) > 1:
+        rows = list(document.items())
+        for text, row in rows:
+            if unknown := sorted(row.keys() - _KEYS):
+                raise ValueError(f"{short(text)} has the unknown key {short(unknown[0])}")
+    if len(counts := {row.get("images") for _, row in rows}) > 1:
         raise ValueError(f"schedules of different numbers of images: {short(list(counts))}")
     rated = tuple(
         Rated(schedule=_schedule(text), accuracy=_number(row.get("accuracy")), frechet=_number(row.get("frechet")))
-        for text, row in rows.items()
+        for text, row in rows
     )
     if len({one.schedule for one in rated}) < len(rated):
         raise ValueError("a schedule occurs twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +46,7 @@ def find_file(path: Path) -> Path:
 
     Raises CheckpointError for a folder without such a file, or with several.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     names = sorted(entry.name for entry in path.iterdir())
     found = [name for name in names if name.endswith(INDEX_SUFFIX)] or [n for n in names if n.endswith(SUFFIX)]

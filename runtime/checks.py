@@ -105,11 +105,12 @@ def check_callback(name: str, value: Any) -> None:
         raise invalid(f"{name} is {shown(value)}", "a function or None", "Pass a function.")
 
 
-def check_path(name: str, value: Any) -> str | os.PathLike[str]:
-    """The value, if it is a path as text or as a Path. Raises InvalidInput."""
-    if isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str):
-        return value
-    raise invalid(f"{name} is {shown(value)}", "a path", "Pass a text or a pathlib.Path.")
+def check_path(name: str, value: Any) -> str:
+    """A path, given as text or as a Path, as text. Raises InvalidInput."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if isinstance(text, str) and "\0" not in text:
+        return text
+    raise invalid(f"{name} is {shown(value)}", "a path", "Pass a text without NUL, or a pathlib.Path.")
 
 
 def check_entries(name: str, values: Any, most: int) -> list[Any]:

@@ -111,8 +111,7 @@ class FlexVARPipeline(WithDeadlines):
         from stream (seed, first_index + i). seed, guidance and first_index may be lists with one entry for each image;
         see `request.parse_request`. on_scale is called after every scale. keep_decoded keeps the float output of the
         decoder. deadline_ms: instead of a schedule, the time for the whole call, for which `choose_schedule` finds a
-        schedule; the time of on_scale is not counted.
-        Raises InvalidInput, OutOfMemory, and with a deadline CostUnknown.
+        schedule; time in on_scale does not count. Raises InvalidInput, OutOfMemory, and with a deadline CostUnknown.
         """
         start, keep_decoded = time.perf_counter(), check_wishes(keep_decoded, on_scale)
         request = self._request(labels, schedule, guidance, sampling, seed, first_index)

@@ -7,6 +7,7 @@ the optimisers, the averages, the task's own state and the step.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def write(folder: Path, state: dict[str, Any]) -> Path:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    names = folder.iterdir() if folder.is_dir() else ()
+    names = folder.iterdir() if os.path.isdir(folder) else ()
     return sorted((path for path in names if _NAME.fullmatch(path.name)), key=lambda path: int(path.stem[5:]))
 
 

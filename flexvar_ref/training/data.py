@@ -7,6 +7,7 @@ and several workers can prepare samples at the same time.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -148,10 +149,10 @@ class ImageFolder:
 
     def __post_init__(self) -> None:
         root = Path(self.root)
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if os.path.isdir(root) else []
         if not folders:
             raise DataError(
-                f"{root} holds no class folders." if root.is_dir() else f"{root} is not a folder.",
+                f"{root} holds no class folders." if os.path.isdir(root) else f"{root} is not a folder.",
                 expected="root/class/image.png",
                 fix="Pass a folder with one folder of images for each class.",
             )

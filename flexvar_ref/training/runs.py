@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,11 +139,11 @@ def _prepare_folder(options: RunOptions, text: str, dataset: Dataset, accelerato
         got, fix = f"TensorBoard and safetensors cannot write in {options.out}.", "Choose another --out."
         raise InvalidInput(got, expected="the name of a folder in UTF-8", fix=fix)
     path = options.out / CONFIG
-    if path.exists() and not options.resume:
+    if os.path.exists(path) and not options.resume:
         raise RunRefused(
             f"{options.out} already holds a run.", expected="a new folder", fix="Pass --resume or another --out."
         )
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if os.path.exists(path) and path.read_text(encoding="utf-8") != text:
         raise RunRefused(
             f"The configuration differs from {path}, with which the run was started.",
             expected="the configuration the run was started with",

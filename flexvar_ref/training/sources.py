@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def open_data(data: str, config: Data) -> tuple[Dataset, Dataset]:
     if data == SCENES:
         return Scenes(config.size, config.seed), Scenes(config.size, config.seed + 1)
     root = Path(data)
-    split = (root / "train").is_dir() and (root / "val").is_dir()
+    split = os.path.isdir(root / "train") and os.path.isdir(root / "val")
     train = ImageFolder(root / "train" if split else root, config.size, config.seed, flip=config.flip)
     held_out = ImageFolder(root / "val" if split else root, config.size, config.seed, training=False, check=split)
     if train.classes != held_out.classes:

@@ -122,9 +122,9 @@ def bundle_root(path: str | os.PathLike[str]) -> Path:
     A bundle whose replacement was interrupted is found, too.
     """
     root = Path(os.path.realpath(path))
-    if not root.is_dir():
+    if not os.path.isdir(root):
         root = restore_directory(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         problem = "is a file, not the directory of a bundle" if os.path.exists(path) else "does not exist"
         fix = "Check the path, or make a bundle with flexvar export."
         raise ArtifactRefused(f"{os.fspath(path)} {problem}.", expected="the directory of a bundle", fix=fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -212,7 +213,7 @@ def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: s
 def check_targets(paths: list[Path], force: bool) -> None:
     """Refuse files that cannot be written, and make their directories. Raises InvalidInput and EnvironmentFailed."""
     for folder in dict.fromkeys(folder for path in paths for folder in place_of(path).parents):
-        if (folder / MANIFEST).exists() and (folder / TABLES_FILE).exists():
+        if os.path.exists(folder / MANIFEST) and os.path.exists(folder / TABLES_FILE):
             got, fix = f"{folder} is a bundle, whose files must not change.", "Choose another directory."
             raise InvalidInput(got, expected="a path outside of bundles", fix=fix)
     check_files(paths, force)

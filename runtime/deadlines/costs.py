@@ -79,19 +79,20 @@ class CostRow:
         seconds: Sequence[float],
         scales: Sequence[Sequence[float]] = (),
     ) -> Self:
-        """A row from the seconds of every generation, and of every scale of every generation."""
+        """A row from the seconds of every generation and of every scale of them. Raises ArtifactRefused."""
         import statistics  # takes longer to import than the rest of this package
 
-        return cls(
-            schedule=str(schedule),
-            batch=batch,
-            guided=guided,
-            filters=filters,
-            p90=sorted(seconds)[math.ceil(QUANTILE * len(seconds)) - 1],
-            median=statistics.median_low(seconds),
-            samples=len(seconds),
-            scales=tuple(statistics.median(one) for one in zip(*scales, strict=True)),
-        )
+        with refuse_failures("A cost is not valid", expected="a number of each kind", fix=_MEASURE_AGAIN):
+            return cls(
+                schedule=str(schedule),
+                batch=batch,
+                guided=guided,
+                filters=filters,
+                p90=sorted(seconds)[math.ceil(QUANTILE * len(seconds)) - 1],
+                median=statistics.median_low(seconds),
+                samples=len(seconds),
+                scales=tuple(statistics.median(one) for one in zip(*scales, strict=True)),
+            )
 
     @property
     def key(self) -> tuple[ScaleSchedule, int, bool, str]:

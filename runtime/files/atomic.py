@@ -24,7 +24,7 @@ def already_exists(final: Path) -> InvalidInput:
 
 def require_parent(final: Path) -> None:
     """Raise InvalidInput unless `final` is a name in an existing directory."""
-    if not final.name or not final.parent.is_dir():
+    if not final.name or not os.path.isdir(final.parent):
         expected, fix = "a name in an existing directory", f"Run: {shlex.join(['mkdir', '-p', str(final.parent)])}"
         raise InvalidInput(f"{final} is not {expected}.", expected=expected, fix=fix)
 
@@ -57,7 +57,7 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterat
     """
     final = Path(os.path.abspath(path))
     require_parent(final)
-    if final.is_dir() and not final.is_symlink():
+    if os.path.isdir(final) and not os.path.islink(final):
         raise InvalidInput(f"{final} is a directory.", expected="the name of a file", fix="Name a file in it.")
     if not force and os.path.lexists(final):
         raise already_exists(final)

@@ -51,23 +51,29 @@ def decoded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Decoded]:
     Errors of any kind while the picture is in use become ArtifactRefused or OutOfMemory. Raises InvalidInput if there
     is no such file.
     """
-    name = "The picture" if isinstance(picture, Image.Image) else str(Path(picture))
+    if isinstance(picture, Image.Image):
+        with _refuse_damage("The picture"):
+            yield _loaded(picture, picture.info.get("icc_profile"), "The picture")
+        return
+    name = str(Path(picture))
+    with _opened(Path(picture)) as file, _refuse_damage(name):
+        kind = _format(file, name)
+        file.seek(0)
+        source, profile = only_pixels(file) if kind == "PNG" else (file, None)
+        with Image.open(source, formats=[kind]) as image:
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                _drop_other_tags(image)
+            yield _loaded(image, profile if kind == "PNG" else image.info.get("icc_profile"), name)
+
+
+@contextmanager
+def _refuse_damage(name: str) -> Iterator[None]:
     with (
         refuse_failures(f"{name} cannot be read as a picture", expected=_READABLE, fix=_SAVE_AGAIN),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here, and of tags that are not used
-        if isinstance(picture, Image.Image):
-            yield _loaded(picture, picture.info.get("icc_profile"), name)
-            return
-        with _opened(Path(picture)) as file:
-            kind = _format(file, name)
-            file.seek(0)
-            source, profile = only_pixels(file) if kind == "PNG" else (file, None)
-            with Image.open(source, formats=[kind]) as image:
-                if isinstance(image, TiffImagePlugin.TiffImageFile):
-                    _drop_other_tags(image)
-                yield _loaded(image, profile if kind == "PNG" else image.info.get("icc_profile"), name)
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..checks import invalid
+from ..checks import check_array, invalid
 from .colours import over_white, profile_transform, to_rgb
 from .decoding import Decoded, decoded
 
@@ -63,7 +63,7 @@ def read_photo(picture: PictureLike) -> Photo:
     ArtifactRefused if the picture cannot be read, and OutOfMemory.
     """
     if not isinstance(picture, str | os.PathLike | Image.Image):
-        return _of_array(np.asarray(picture))
+        return _of_array(check_array("The picture", picture))
     with decoded(picture) as source:
         pixels, upright = _upright(source, channels=(3,))
         clear = source.image.has_transparency_data
@@ -84,7 +84,7 @@ def read_mask(mask: PictureLike) -> Pixels:
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype == np.bool_:
         return mask.astype(np.uint8) * np.uint8(255)
     if not isinstance(mask, str | os.PathLike | Image.Image):
-        photo = _of_array(np.asarray(mask))
+        photo = _of_array(check_array("The mask", mask))
         return _opaque_grey(photo.pixels, photo.opacity)
     with decoded(mask) as source:
         grey, upright = _upright(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def save_png(path: Path, pixels_HWC: NDArray[np.uint8], metadata: dict[str, Any]
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `save_png` wrote, wherever in the file they are. Raises ArtifactRefused for any other file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ArtifactRefused(f"There is no file {path}.", expected="a PNG file", fix="Check the path.")
     problem, readable = f"{path} cannot be read as PNG", "a readable PNG file"
     with refuse_failures(problem, expected=readable, fix=_USE_ORIGINAL), path.open("rb") as file:

@@ -54,6 +54,9 @@ def test_of_the_demos_evaluation_only_what_differs_in_its_steps() -> None:
         '{"rows": [{"name": "4 steps"}]}',
         '{"1_2": {"frechet": 1, "images": 2000}, "1_3": {"frechet": 2, "images": 240}}',
         '{"rows": [{"name": "1 steps", "schedule": "1", "images": 9}, {"name": "2 steps", "schedule": "1_2"}]}',
+        '{"rows": [{"name": "1 steps", "schedule": "1"}, {"name": "2 steps", "schedule": "1"}]}',
+        '{"rows": [{"name": "1 steps", "schedule": "1_2"}, {"name": "2 steps", "schedule": "1x1_2x2"}]}',
+        '{"1_2": {"frechet": 1, "fid": 3}}',
     ],
 )
 def test_tables_refused(table: Path, text: str) -> None:

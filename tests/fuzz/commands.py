@@ -94,7 +94,7 @@ def all_commands() -> tuple[tuple[tuple[str, ...], tuple[Any, ...]], ...]:
     """(words, parameters) of every command of the application."""
     import typer
 
-    from flexvar_runtime.cli.main import build
+    from flexvar_runtime.cli.application import build
 
     def walk(command: Any, words: tuple[str, ...]) -> Any:
         inner = getattr(command, "commands", None)

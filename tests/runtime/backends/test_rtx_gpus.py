@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,8 @@ from flexvar_runtime.backends.tensorrt.library import load
 from flexvar_runtime.cuda.gpu import GpuFacts
 from flexvar_runtime.model.signatures import REQUIRED
 
-pytest.importorskip("tensorrt_rtx_bindings")
+if find_spec("tensorrt_rtx_bindings") is None:
+    pytest.skip("TensorRT-RTX is not installed", allow_module_level=True)
 
 RTX = "tensorrt-rtx"
 UNFIT = ["7.5", "9.0", "10.0", "10.3"]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from flexvar_runtime.errors import EnvironmentFailed, InvalidInput
-from flexvar_runtime.files.atomic import atomic_write, sibling
+from flexvar_runtime.files.atomic import atomic_write
 from flexvar_runtime.files.targets import check_files, make_writable, require_utf8, require_writable
+from flexvar_runtime.files.temporary import sibling
 
 
 @pytest.mark.parametrize("name", ["x" * 240 + ".png", "é" * 120 + ".png", "x" * 255, "a." + "x" * 250, "\udce9" * 250])
