@@ -48,6 +48,9 @@ def run(
     vae: Annotated[
         list[str] | None, typer.Option(help=f"Tokenizer checkpoint of the bundle, for the torch variants. {EACH}")
     ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help=f"ema or model, for a checkpoint that holds both. {EACH}")
+    ] = None,
     quality: Annotated[
         list[str] | None,
         typer.Option(help=f"JSON file with the image quality of each schedule, for a chart. {EACH}"),
@@ -94,9 +97,9 @@ def run(
 
     if append and force:
         raise InvalidInput("--append cannot be combined with --force.", expected="one of them", fix="Use one of them.")
-    if suite is not None and any((bundles, name, checkpoint, vae, quality)):
+    if suite is not None and any((bundles, name, checkpoint, vae, weights, quality)):
         raise InvalidInput(
-            "--suite cannot be combined with bundles, --name, --checkpoint, --vae or --quality.",
+            "--suite cannot be combined with bundles, --name, --checkpoint, --vae, --weights or --quality.",
             expected="a suite, or bundles",
             fix="Add the bundle to the suite, or leave out --suite.",
         )
@@ -112,6 +115,7 @@ def run(
             names=name or [],
             checkpoints=checkpoint or [],
             vaes=vae or [],
+            weights=weights or [],
             quality=quality or [],
             allow_unproved=allow_unproved,
         )

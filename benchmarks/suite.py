@@ -11,6 +11,7 @@ from flexvar_runtime import Bundle
 from flexvar_runtime.checks import shown
 from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.files.parsing import refuse_failures
+from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import decode
 from flexvar_runtime.model.precision import Precision
 
@@ -18,6 +19,7 @@ from .workload import Extent, names_of
 
 MAX_BYTES = 32 << 10  # tomllib takes time in proportion to the square of a dotted key: seconds at this size
 MOST_LETTERS = 100  # of the name of a model, from which files are named
+WEIGHTS = ("ema", "model")
 NONE = "-"  # the value of an option for a bundle without one
 
 
@@ -26,8 +28,8 @@ class Entry:
     """A model of a suite.
 
     It is a `bundle`, or it is exported for the run in `precision` (default fp32): from `checkpoint` and `vae`, or from
-    `random` weights of a size ("d16"). The torch peers need an exported model. quality: a file with the quality of each
-    schedule.
+    `random` weights of a size ("d16"). weights: "ema" or "model", for a checkpoint that holds both. The torch peers
+    need an exported model. quality: a file with the quality of each schedule.
 
     The other fields say how much is measured, as in `Extent`. None takes the options of the command.
     """
@@ -37,6 +39,7 @@ class Entry:
     random: str | None = None
     checkpoint: str | None = None
     vae: str | None = None
+    weights: str | None = None
     precision: str | None = None
     quality: str | None = None
     variants: tuple[str, ...] | None = None
@@ -62,6 +65,13 @@ class Entry:
             expected = f"at most {MOST_LETTERS} printable characters"
             got = f"The name {shown(self.name)} of a model must have {expected}."
             raise InvalidInput(got, expected=expected, fix="Give it another name.")
+        if self.weights is not None and (self.checkpoint is None or self.weights not in WEIGHTS):
+            wrong = "needs its checkpoint" if self.checkpoint is None else f"is {shown(self.weights)}"
+            raise InvalidInput(
+                f"weights of the model {self.name!r:.100} {wrong}.",
+                expected="ema or model, and a checkpoint",
+                fix="Leave out weights, or give ema or model with a checkpoint.",
+            )
         if self.precision not in (None, *Precision):
             raise InvalidInput(
                 f"precision of the model {self.name!r:.100} is {self.precision!r:.100}, which is unknown.",
@@ -91,11 +101,8 @@ class Suite:
 def read_suite(path: Path) -> tuple[Entry, ...]:
     """The models of a suite. Its paths are relative to the file. Raises ArtifactRefused and InvalidInput."""
     fix = f"Correct {path.name}. benchmarks/standard.toml is an example."
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
+    content = read_small(path, fix="Check the path of the suite.", most=MAX_BYTES)
     with refuse_failures(f"{path.name} is not a suite in TOML", expected="TOML in UTF-8", fix=fix):
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
         document = tomllib.loads(content.decode("utf-8"))
     entries = decode(Suite, document, where=path.name, fix=fix).model
 
@@ -122,6 +129,7 @@ def from_options(
     names: Sequence[str],
     checkpoints: Sequence[str],
     vaes: Sequence[str],
+    weights: Sequence[str],
     quality: Sequence[str],
     allow_unproved: bool = False,
 ) -> tuple[Entry, ...]:
@@ -129,7 +137,13 @@ def from_options(
 
     The value `-` means none. Raises InvalidInput, and ArtifactRefused for a folder that is not a bundle.
     """
-    by_option = {"--name": names, "--checkpoint": checkpoints, "--vae": vaes, "--quality": quality}
+    by_option = {
+        "--name": names,
+        "--checkpoint": checkpoints,
+        "--vae": vaes,
+        "--weights": weights,
+        "--quality": quality,
+    }
     matched = [_matched(option, values, len(bundles)) for option, values in by_option.items()]
     return distinct(
         [
@@ -138,9 +152,10 @@ def from_options(
                 bundle=str(bundle),
                 checkpoint=checkpoint,
                 vae=vae,
+                weights=chosen,
                 quality=table,
             )
-            for bundle, name, checkpoint, vae, table in zip(bundles, *matched, strict=True)
+            for bundle, name, checkpoint, vae, chosen, table in zip(bundles, *matched, strict=True)
         ]
     )
 

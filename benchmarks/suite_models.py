@@ -30,7 +30,7 @@ def model_of(entry: Entry, folder: Path) -> Model:
     bundle = folder / f"{file}.bundle" if entry.bundle is None else Path(entry.bundle)
     if entry.random is None:
         given = [None if name is None else Path(name) for name in (entry.checkpoint, entry.vae)]
-        return Model(name=entry.name, bundle=bundle, transformer=given[0], vae=given[1])
+        return Model(name=entry.name, bundle=bundle, transformer=given[0], vae=given[1], weights=entry.weights)
     if entry.random != TINY and _PUBLISHED.fullmatch(entry.random) is None:
         raise InvalidInput(
             f"random of the model {entry.name!r:.100} is {entry.random!r:.100}, which is no size.",
@@ -92,6 +92,7 @@ def _make(entry: Entry, model: Model, threads: int) -> None:
         force=True,
         threads=threads,
         quality_order=order,
+        weights=entry.weights,
     )
 
 

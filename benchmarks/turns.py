@@ -47,7 +47,8 @@ def measure(plan: Plan, threads: int, progress: Progress = lambda _: None) -> It
     that cannot run is "not measured", with the reason. Raises ArtifactRefused for a bundle that cannot be read."""
     bundle = Bundle.open(plan.model.bundle, allow_unproved=True)  # `run_session` refuses those that are not allowed
     names = dict.fromkeys(name for case in plan.cases for name in case.variants)
-    subjects = [Subject(name, plan.model.bundle, plan.model.transformer, plan.model.vae, threads) for name in names]
+    model = plan.model
+    subjects = [Subject(name, model.bundle, model.transformer, model.vae, threads, model.weights) for name in names]
     turns = count()
     progress(f"{plan.model.name}: opening {', '.join(names)} for {plan.calls} calls")
     with started(subjects) as workers:

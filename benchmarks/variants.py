@@ -46,13 +46,14 @@ RunGraph = Callable[[str, Mapping[str, NDArray[Any]]], Arrays]
 
 @dataclass(frozen=True)
 class Subject:
-    """A variant with its files. transformer, vae: the checkpoint, which the torch peers need."""
+    """A variant with its files. transformer, vae, weights: the checkpoint as in `Model`, for the torch peers."""
 
     variant: str
     bundle: Path
     transformer: Path | None
     vae: Path | None
     threads: int
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _torch_peer(subject: Subject) -> Caller:
     from flexvar_export.proof import reference_options
 
     torch.set_num_threads(subject.threads)
-    model, tokenizer = flexvar_ref.load(subject.transformer, subject.vae)
+    model, tokenizer = flexvar_ref.load(subject.transformer, subject.vae, weights=subject.weights)
     if subject.variant == "torch-bf16":
         model, tokenizer = model.to(torch.bfloat16), tokenizer.to(torch.bfloat16)
     if subject.variant == "torch-compile":

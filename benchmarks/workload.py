@@ -23,12 +23,13 @@ COST_REPEATS = 10  # the 90 % quantile of costs needs as many
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A bundle and its checkpoint, which the torch peers need."""
+    """A bundle and its checkpoint, which the torch peers need. weights: "ema" or "model" if it holds both."""
 
     name: str
     bundle: Path
     transformer: Path | None = None
     vae: Path | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

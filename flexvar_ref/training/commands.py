@@ -31,7 +31,7 @@ ConfigOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 StepsOption = Annotated[int | None, typer.Option(help="Number of training steps. The default is in the configuration.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Number of CPU threads.")]
 CacheOption = Annotated[
     Path | None, typer.Option(help="Directory for prepared samples. The default is cache in --out.")
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -17,8 +20,11 @@ from ..errors import ArtifactRefused, EnvironmentFailed, FlexVARError, InvalidIn
 from .console import err, say, start_logging
 from .streams import OutputLost, ReaderGone, protected
 
+log = logging.getLogger(__name__)
+
 GROUP = "flexvar.commands"
-INTERRUPTED, READER_GONE = 130, 141
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # in the errors of torch
+FAULT, INTERRUPTED, READER_GONE = 1, 130, 141
 _SIDES = "--top, --right, --bottom or --left"
 _OPTIONS = {"guidance scale": "--cfg", "guidance rule": "--guidance", "sides": _SIDES}  # the others have the same name
 _ARGUMENT = re.compile(  # quoted texts, file names and numbers; or the name of a Python argument as group 1
@@ -84,18 +90,17 @@ def run(arguments: Sequence[str], interrupted: Callable[[], bool]) -> int:
 
 
 def _report(error: Exception, arguments: Sequence[str]) -> int:
-    """Print an error on standard error, with --json also as JSON on standard output, and return its exit code.
-
-    An error that is not expected is raised again.
-    """
+    """Print an error on standard error, with --json also as JSON on standard output, and return its exit code."""
     if isinstance(error, typer.Abort):  # typer turns EOFError into Abort
         if not isinstance(error.__cause__, EOFError):
             return INTERRUPTED
         error = error.__cause__
     if isinstance(error, UsageError):
         code, line, content = _usage_error(error)
+    elif typed := _typed(error):
+        code, line, content = _expected_error(typed, arguments)
     else:
-        code, line, content = _expected_error(_typed(error), arguments)
+        code, line, content = _fault(error)
     say(line, err)
     if "--json" in arguments:
         with suppress(ReaderGone, OutputLost):  # the exit code still says what happened first
@@ -104,11 +109,12 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
     return code
 
 
-def _typed(error: Exception) -> FlexVARError:
-    """An error of the system as one of this package. Raises `error` itself if it is not expected."""
+def _typed(error: Exception) -> FlexVARError | None:
+    """An error of the system as one of this package. None if it is not expected."""
     if isinstance(error, FlexVARError):
         return error
-    if isinstance(error, MemoryError):
+    torch_failed = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    if isinstance(error, MemoryError) or torch_failed:
         fix = "Use a smaller batch, or a machine with more memory."
         return OutOfMemory("There is no memory left.", expected="more memory", fix=fix)
     if isinstance(error, OSError):
@@ -117,7 +123,7 @@ def _typed(error: Exception) -> FlexVARError:
     if isinstance(error, EOFError):
         got, fix = f"A file ends too early ({first_line(error)}).", "Make or copy the file again."
         return ArtifactRefused(got, expected="a complete file", fix=fix)
-    raise error
+    return None
 
 
 def _usage_error(error: Any) -> tuple[int, str, dict[str, str]]:
@@ -141,6 +147,16 @@ def _expected_error(error: FlexVARError, arguments: Sequence[str]) -> tuple[int,
     got, fix = (_ARGUMENT.sub(option, text) for text in (error.got, error.fix))
     line = f"error: {' '.join(f'{got} {fix}'.splitlines())}"
     return error.exit_code, line, _json_values(type(error).__name__, got, error.expected, fix)
+
+
+def _fault(error: Exception) -> tuple[int, str, dict[str, str]]:
+    """The exit code, text and JSON of an error that nothing in this program expects."""
+    log.debug("This error was not expected.", exc_info=error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    got = f"flexvar itself failed: {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
+    got += f" ({first_line(error)})."
+    fix = "Run flexvar --verbose with the same command, and report what it prints."
+    return FAULT, f"error: {got} {fix}", _json_values(type(error).__name__, got, "a command without a failure", fix)
 
 
 def _json_values(kind: str, got: str, expected: str, fix: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,8 @@ def edit(
     Options that are left out take the value in the --from file, or else the default of the bundle.
     """
     if output.suffix.lower() != ".png":
-        raise invalid(f"--output is {output}", "a name that ends in .png", f"Write {output.with_suffix('.png')}.")
+        better = output / "edited.png" if os.path.isdir(output) else output.with_suffix(".png")
+        raise invalid(f"--output is {output}", "a name that ends in .png", f"Write {better}.")
     edit_options = {
         "task": task,
         "size": None if size is None else parse_size(size),

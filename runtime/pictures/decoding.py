@@ -24,7 +24,7 @@ from .png_chunks import SIGNATURE, only_pixels
 
 MOST_PIXELS = 2**27  # a square of 11,585
 MOST_SIDE = 2**16 - 1
-MOST_MEMORY = 1200 * 2**20
+MOST_MEMORY = 900 * 2**20
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are never started
 _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # importing them registers their formats; the others are always there
 _READABLE = f"a picture in one of the formats {', '.join(FORMATS)}"

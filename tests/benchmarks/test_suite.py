@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from flexvar_bench import session
+from flexvar_bench import session, suite_models
 from flexvar_bench.records import Ceiling, Measured, Quality, Scenario, read, write
 from flexvar_bench.suite import Entry, from_options, read_suite
 from flexvar_bench.suite_models import make, model_of
 from flexvar_bench.turns import Costs, measured
-from flexvar_bench.variants import Sample
+from flexvar_bench.variants import Sample, Subject, opened
 from flexvar_bench.workload import Extent, Model, Plan, plan
 from flexvar_runtime import ArtifactRefused, Bundle, InvalidInput
 from flexvar_runtime.cli.main import main
@@ -26,7 +26,7 @@ SECONDS_OF_D16 = {"ort-cpu": 8, "openvino": 8, "ort-plain": 10, "openvino-plain"
 
 
 def options(bundles: list[Path], **given: list[str]) -> tuple[Entry, ...]:
-    return from_options(bundles, **({"names": [], "checkpoints": [], "vaes": [], "quality": []} | given))
+    return from_options(bundles, **({"names": [], "checkpoints": [], "vaes": [], "weights": [], "quality": []} | given))
 
 
 def test_options_belong_to_bundles_by_position() -> None:
@@ -35,10 +35,11 @@ def test_options_belong_to_bundles_by_position() -> None:
         names=["a", "b"],
         checkpoints=["-", "b.pth"],
         vaes=["-", "vae.pth"],
+        weights=["-", "ema"],
         quality=["a.json", "-"],
     )
     assert one == Entry(name="a", bundle="a.bundle", quality="a.json")
-    assert two == Entry(name="b", bundle="b.bundle", checkpoint="b.pth", vae="vae.pth")
+    assert two == Entry(name="b", bundle="b.bundle", checkpoint="b.pth", vae="vae.pth", weights="ema")
 
 
 def test_a_bundle_without_a_name_is_called_by_its_size(tiny_bundle: Path) -> None:
@@ -54,6 +55,7 @@ def test_a_bundle_without_a_name_is_called_by_its_size(tiny_bundle: Path) -> Non
         ({"names": ["a", "a"]}, "'a', 'a'"),
         ({"names": ["a", "b"], "checkpoints": ["c.pth", "-"]}, "'a'.*bundle and checkpoint"),
         ({"names": ["a", "b"], "checkpoints": ["c.pth", "-"], "vaes": ["-", "v.pth"]}, "'a'.*bundle and checkpoint"),
+        ({"names": ["a", "b"], "weights": ["ema", "-"]}, "weights of the model 'a' needs its checkpoint"),
     ],
 )
 def test_options_refused(given: dict[str, list[str]], named: str) -> None:
@@ -93,6 +95,8 @@ def test_a_suite(tmp_path: Path) -> None:
         '[[model]]\nname = "a"\nrandom = "d16"\nbundle = "a.bundle"',
         '[[model]]\nname = "a"\ncheckpoint = "a.pth"',
         '[[model]]\nname = "a"\nrandom = "d16"\nprecision = "int4"',
+        '[[model]]\nname = "a"\nrandom = "d16"\nweights = "ema"',
+        '[[model]]\nname = "a"\ncheckpoint = "a.pth"\nvae = "v.pth"\nweights = "average"',
         '[[model]]\nname = "a"\nbundle = "a.bundle"\nprecision = "int8"',
         '[[model]]\nname = "a"\nrandom = "d16"\n[[model]]\nname = "a"\nrandom = "d20"',
     ],
@@ -150,6 +154,21 @@ def test_a_model_is_made_for_the_run_and_made_again(cached_exports: None, tmp_pa
     with pytest.raises(ArtifactRefused, match=r"none\.pth"):  # as the process that exports said it
         make(bare, model_of(bare, tmp_path / "made"), 1)
     assert Bundle.open(model.bundle).manifest == manifest
+
+
+def test_the_weights_of_a_checkpoint_are_chosen_for_the_export_and_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry(name="t", checkpoint="c.pth", vae="v.pth", weights="ema")
+    chosen: list[Any] = []
+    monkeypatch.setattr("flexvar_export.bundle.export_bundle", lambda *_, weights, **__: chosen.append(weights))
+    suite_models._make(entry, model_of(entry, Path("made")), 1)
+
+    def load(transformer: Path, vae: Path, *, weights: str | None) -> None:
+        raise LookupError(weights)
+
+    monkeypatch.setattr("flexvar_ref.load", load)
+    with pytest.raises(LookupError, match="ema"), opened(Subject("torch-eager", Path(), Path(), Path(), 1, "ema")):
+        pass
+    assert chosen == ["ema"]
 
 
 @pytest.fixture

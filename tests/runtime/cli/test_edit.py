@@ -112,7 +112,10 @@ def test_previews_and_progress(flexvar: Any, tiny_bundle: Path, photo: Path, tmp
     ("options", "fault"),
     [
         (("--task", "refine", "--size", "24"), "--size"),
-        (("--task", "refine", "-o", "out.jpg"), "out.jpg"),
+        (("--task", "refine", "-o", "out.jpg"), "Write out.png"),
+        (("--task", "refine", "-o", "."), "edited.png"),
+        (("--task", "refine", "-o", "/"), "/edited.png"),
+        (("--task", "refine", "-o", "none/.."), "--output"),
         ((), "--task"),
         (("--task", "refine", "--paste"), "paste"),
         (("--task", "refine", "--class", "3,4"), "--class"),
