@@ -49,7 +49,7 @@ class Weights:
 
     @property
     def choice(self) -> str:
-        """ "ema" for averaged weights, otherwise "model". The place tells."""
+        """ "ema" if `place` names averaged weights, otherwise "model"."""
         return EMA if _AVERAGE.search(self.place) else MODEL
 
 
@@ -61,7 +61,7 @@ def find_weights(content: Any, kind: str, name: str) -> list[Weights]:
     found = [weights for mapping in _mappings(content) for weights in _sets(*mapping)]
     if any(_is_of_var(weights) for weights in found):
         raise CheckpointError(
-            f"{name} is a checkpoint of VAR (FoundationVision/VAR), not of FlexVAR. Its model is another one.",
+            f"{name} is a checkpoint of VAR (FoundationVision/VAR), not of FlexVAR.",
             expected=f"a {kind} of FlexVAR",
             fix="Pass a checkpoint of FlexVAR, such as FlexVARd16-epo179.pth with FlexVAE.pth.",
         )
@@ -172,7 +172,7 @@ def _sets(path: tuple[str, ...], mapping: dict[str, Any]) -> Iterator[Weights]:
 
 
 def _is_counter(value: StoredTensor) -> bool:
-    """Whether a tensor is a number or not of floating point: a step or an epoch beside the weights."""
+    """Whether a tensor is a scalar or holds integers, such as a step or an epoch that is stored beside the weights."""
     return not value.shape or (value.dtype is not None and not value.dtype.is_floating_point)
 
 

@@ -1,4 +1,4 @@
-"""The boundary around parsers of foreign bytes, and strict JSON. Whatever a parser raises becomes a refusal."""
+"""Reads JSON and TOML strictly, and turns every exception of a parser into an error of this package."""
 
 from __future__ import annotations
 

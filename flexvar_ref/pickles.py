@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_OPCODES = 2_000_000  # far more than a checkpoint needs; bounds time and memory of a hostile pickle
+MAX_OPCODES = 2_000_000  # far more than a checkpoint needs; bounds the time and memory of reading
 
 MAX_NAME = 200  # characters of a name that are kept
 
@@ -39,12 +39,12 @@ class Opaque:
 
 
 def opaque(name: str, arguments: tuple[Any, ...]) -> Any:
-    """The `Call` that reads no value of any class."""
+    """The default `Call`. It keeps only the name of what the file asks to call."""
     return Opaque(name)
 
 
 def read_pickle(file: Any, call: Call = opaque, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The value of the pickle at the position of a binary file, which is then behind the pickle.
+    """Read one pickle from a binary file, from its position on. Afterwards the position is the end of the pickle.
 
     persistent: turns a persistent id into a value. Without it, ids are errors. Keys of dictionaries that are neither
     text nor whole numbers are left out, and sets become lists, because hashing foreign values can take forever.

@@ -40,7 +40,7 @@ _DTYPES = {
 }
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict")
-# Nothing in a file is called, whatever its name. A file that names one of these was made to do harm, so it is refused.
+# Nothing that a file names is called. No checkpoint needs one of these, so a file that asks for one is refused.
 _RUNS_CODE = re.compile(
     r"(os|posix|nt|subprocess|pty|shutil|socket|ctypes|runpy|importlib|webbrowser)\..*|"
     r"(builtins|__builtin__|io|_io)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint)"
@@ -59,7 +59,7 @@ class _Storage:
 def read_pth(path: Path, call: Callable[[str], None] | None = None) -> Any:
     """The content of a PyTorch checkpoint, with a `StoredTensor` in place of every dense tensor.
 
-    call: is told the name of every class and function that the file asks for and that is not read here, and may raise.
+    call: receives the name of every class or function that the file asks for and that becomes `Opaque`. It may raise.
     Raises CheckpointError.
     """
     with refuse_failures(

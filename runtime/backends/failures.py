@@ -1,7 +1,7 @@
 """What a failure of a library means: too little memory, a limit of the machine, or a graph that cannot run.
 
-The files of a bundle were checked before a library opened them. So a failure is blamed on the graph only if the
-library says so. A failure that nobody knows is one of the machine.
+The files of a bundle were checked before a library opened them. So an error names the graph as the cause only if the
+text of the library does. An unknown failure is reported as one of the machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def failure(library: str, name: str, error: BaseException, reason: str) -> FlexV
         return EnvironmentFailed(
             f"{library} cannot open the files of {name}: {reason}.",
             expected="files that can be opened",
-            fix="Check that the bundle is still in its place, and the limits of this process (ulimit -a).",
+            fix="Check that the bundle still exists, and that ulimit -a shows no limit that is too low.",
         )
     if _GRAPH.search(text):
         expected = f"a graph that this {library} can run"
@@ -55,5 +55,5 @@ def failure(library: str, name: str, error: BaseException, reason: str) -> FlexV
     return EnvironmentFailed(
         f"{library} failed while it worked on {name}, for an unknown reason: {reason}.",
         expected="a library that works on this machine",
-        fix="Run: flexvar doctor. Or use another backend.",
+        fix="Run flexvar doctor, or use another backend.",
     )

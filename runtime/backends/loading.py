@@ -1,7 +1,7 @@
 """Import of ONNX Runtime and OpenVINO without their telemetry.
 
-By default both libraries keep an identifier in the user's home directory and send events to their makers. Both decide
-when they are imported. So they are imported nowhere else.
+By default both libraries keep an identifier in the user's home directory and send events to their makers. Each reads
+its setting when it is imported, so no other module imports them.
 """
 
 from __future__ import annotations

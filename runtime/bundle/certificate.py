@@ -1,6 +1,6 @@
 """Whether a bundle is proved: whether its parity record says that these very files agree with the reference.
 
-The record does not protect against forgery, because whoever changes a bundle can change its record too.
+The record is no signature. Whoever changes a bundle can also change its record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the parity record of a manifest is worth.
+    """Whether a bundle is proved, and if not, why.
 
     problem: a sentence that says why the bundle is not proved, None if it is proved. refused: whether the runtime opens
     the bundle only if the caller allows unproved bundles. A bundle of an old schema version that passed is not refused.
@@ -78,7 +78,7 @@ def _failure(manifest: Manifest) -> str | None:
                 f"{row.value:.3g}, but its bound is {row.bound:g}."
             )
     if not record.passed:
-        return f"The bundle does not agree with the reference, says its {MANIFEST}."
+        return f"The {MANIFEST} says that the bundle does not agree with the reference."
     compared = {row.graph for row in record.rows}
     for graph in manifest.graphs:
         if graph not in compared and graph != PREFILL:  # not compared if the default schedule has few scales

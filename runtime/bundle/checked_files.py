@@ -32,15 +32,15 @@ class Identity:
 
     @property
     def content(self) -> tuple[int, int]:
-        """What changes with the content. Other changes, such as the removal of the file's name, leave it as it is."""
+        """Size and modification time. They change with the content, but not when the file is moved or removed."""
         return self.size, self.modified_ns
 
 
 class CheckedFiles:
-    """Files that stay open from their hash on. While a file is open, no other file gets its inode.
+    """Files that stay open after they were hashed. While a file is open, no other file can get its inode.
 
     Libraries open graphs and weights again by path, and map weights into memory. The checks here find files that were
-    replaced or edited meanwhile. They do not find an edit by a process that sets the times of the file back afterwards.
+    replaced or edited meanwhile. They do not find an edit that keeps the size and the times of a file.
     """
 
     def __init__(self, root: Path) -> None:
@@ -60,10 +60,9 @@ class CheckedFiles:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """In the body, the paths of the files name the files that were hashed, with the content that was hashed.
+        """Check before and after the body that every path still names the file that was hashed, unedited.
 
-        Raises ArtifactRefused if this is not so before or after the body, also if the body fails. Raises InvalidInput
-        if the files are closed.
+        Raises ArtifactRefused if one does not, also if the body fails. Raises InvalidInput if the files are closed.
         """
         self._require_same_paths()
         try:

@@ -58,12 +58,13 @@ def _check_operators(file: str, found: Scan) -> None:
         _refuse(file, f"has {len(found.nodes)} nodes", f"1 to {_MOST_NODES} nodes")
     others = found.domains - _DOMAINS
     if others:
-        _refuse(file, f"uses operators of {short(min(others))}", "ONNX's own operators only")
+        _refuse(file, f"uses operators of {short(min(others))}", "standard ONNX operators only")
     constants = {"", *found.constants}
     for node in found.nodes:
         if node.domain not in _DOMAINS or node.operator in _REFUSED or node.operator.startswith(tuple(_RANDOM)):
             name = f"{node.domain}.{node.operator}" if node.domain else node.operator
-            _refuse(file, f"uses the operator {short(name)}", "ONNX's own operators without loops, branches and chance")
+            expected = "standard ONNX operators only, without loops, branches or random numbers"
+            _refuse(file, f"uses the operator {short(name)}", expected)
         if node.operator == "Constant" or (constants.issuperset(node.inputs) and node.operator in _SAME_SIZE):
             constants |= set(node.outputs)
         elif constants.issuperset(node.inputs):
@@ -77,7 +78,7 @@ def _check_size(file: str, tensor: StoredTensor) -> None:
     huge = any(value > _LARGEST_SIZE for value in sizes) or math.prod(max(1, size) for size in sizes) > _MOST_ELEMENTS
     if huge or any(size < 0 for size in tensor.shape):
         problem = f"has the constant {short(tensor.name)} with {short(tensor.integers or tensor.shape)}"
-        _refuse(file, problem, "constants of sensible sizes")
+        _refuse(file, problem, f"shapes of at most {_LARGEST_SIZE:,} along an axis and {_MOST_ELEMENTS:,} elements")
 
 
 def _check_external(file: str, tensor: StoredTensor, sizes: Mapping[str, int]) -> None:

@@ -19,7 +19,7 @@ from ..files.parsing import refuse_failures
 
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _MODEL_PARTS = frozenset({*range(1, 9), 14})  # not 20, 25 and 26: training, functions, devices
-_MODEL_BEGIN = b"\x08"  # the version of the format, its first field. No other format of a library begins so
+_MODEL_BEGIN = b"\x08"  # the first field: version of the format. Other formats that libraries read begin differently
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_DOC, _GRAPH_METADATA = 1, 2, 5, 10, 16
 _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_INNER = _GRAPH_VALUES = (11, 12, 13)

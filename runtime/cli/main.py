@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_descriptors() -> None:
-    """Open what is closed of standard input, output and error. Otherwise the next file would get such a number."""
+    """Open standard input, output and error on /dev/null if they are closed. Else a file would get their number."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

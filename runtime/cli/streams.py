@@ -93,7 +93,7 @@ class _Stream:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        """Send everything that is still written nowhere. Python would fail again when it flushes the stream at exit."""
+        """Discard what is written from now on. Otherwise Python would fail again when it flushes the stream at exit."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

@@ -21,7 +21,7 @@ _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 def replace_directory(new: Path, final: Path) -> None:
     """Rename `new` to `final`. The directory that was there gets the name `new`. Both are in one folder.
 
-    Call it while the folder is locked. Raises OSError. Then both are as they were.
+    Call it while the folder is locked. If it raises OSError, both are as they were.
     """
     if exchange(new, final):
         return
@@ -51,9 +51,10 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def restore_directory(final: Path) -> Path:
-    """Give a directory its name back whose replacement was interrupted. Returns where it is: `final`, if it may write.
+    """Give a directory its name back after an interrupted replacement. Returns the path where the directory is.
 
-    It waits for a process that replaces the directory just now. If there is nothing to restore, it returns `final`.
+    This is `final`, or the temporary name if this user cannot write in the folder. If another process is replacing the
+    directory, the function waits for it.
     """
     if not find_old(final):
         return final

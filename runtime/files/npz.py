@@ -20,7 +20,7 @@ from .parsing import refuse_failures
 _MOST_ENTRIES = 10_000
 _LARGEST_HEADER = 1024  # bytes that describe an array. NumPy writes about 128
 _SUFFIX = ".npy"
-_KINDS = frozenset("biuf")  # of NumPy's types: truth values and numbers
+_KINDS = frozenset("biuf")  # NumPy's codes of bool, signed and unsigned integers, and floats
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 def open_npz(source: Path | BinaryIO, name: str, *, expected: str, fix: str) -> Iterator[NpzFile]:
     """Open an `.npz` file with stored arrays of plain numbers. Arrays are read on demand.
 
-    name: of the file, for errors. Whatever goes wrong until the end of the body is an ArtifactRefused with `expected`
-    and `fix`, or an OutOfMemory.
+    name: of the file, for errors. Every exception in the body becomes an ArtifactRefused with `expected` and `fix`.
+    MemoryError becomes OutOfMemory.
     """
     with refuse_failures(f"{name} cannot be read", expected=expected, fix=fix), ZipFile(source) as archive:
         yield NpzFile(archive)

@@ -1,4 +1,4 @@
-"""The boundary around parsers of foreign bytes: whatever they raise is a refusal."""
+"""Turns every exception of a parser into an error of this package."""
 
 from __future__ import annotations
 

@@ -22,9 +22,10 @@ def place_of(path: Path) -> Path:
 
 
 def check_files(paths: Sequence[Path], force: bool) -> None:
-    """Refuse names that files cannot get: of folders, too long, twice among `paths`, or without `force` in use.
+    """Raise InvalidInput if a result cannot be written to one of the paths.
 
-    Raises InvalidInput.
+    Refused are paths of directories, names that are too long, and paths that are given twice. Without `force`, paths of
+    existing files are refused too.
     """
     places = [place_of(path) for path in paths]
     folders = {folder for place in places for folder in place.parents}

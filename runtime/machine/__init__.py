@@ -1,1 +1,1 @@
-"""What this process may use of the machine: processors, threads, control groups; and what it loses by a fork."""
+"""The processors, threads and control groups of this process, and what a fork does to it."""

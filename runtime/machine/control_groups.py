@@ -30,7 +30,7 @@ class ControlGroup:
 def control_groups(controller: str, proc: Path = PROC) -> tuple[ControlGroup, ...]:
     """The groups of this process that can limit a controller ("cpu", "memory"), each followed by the groups around it.
 
-    None on a system without control groups. What is mounted is read once for each group that the process gets into.
+    The tuple is empty on a system without control groups. The mounts are read again only if the process changes group.
     """
     try:
         return _mounted(controller, proc, _text(proc / "self/cgroup"))

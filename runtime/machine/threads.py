@@ -30,8 +30,8 @@ _Started: TypeAlias = queue.SimpleQueue[bytearray]
 def require_threads(count: int) -> None:
     """Raise EnvironmentFailed unless `count` threads can be started now beside those that run.
 
-    Libraries hang or end the process if they cannot start a thread. So as many threads as they will start are started
-    here first, with stacks of the same size. Each takes some 0.1 ms. All have ended when this returns.
+    Libraries hang or end the process if they cannot start a thread. So this function first starts the same number of
+    threads, with stacks of the same size. Each takes about 0.1 ms. All have ended when it returns.
     """
     if count <= 0:
         return

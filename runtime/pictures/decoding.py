@@ -156,7 +156,7 @@ def _check_header(image: Image.Image, name: str) -> None:
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
     dark = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     if image.mode in ("I", "F") or (image.mode in SIXTEEN_BITS and (bits != (16,) or dark)):
-        got = f"{name} has pixels that are not 8 or 16 bits a channel, from black to white."
+        got = f"{name} must have 8 or 16 bits a channel. If it has 16 bits, 0 must be black."
         raise ArtifactRefused(got, expected="8 or 16 bits a channel", fix="Convert it to 8 bits a channel.")
     needed, available = _bytes_to_read(image), available_bytes()
     if needed > MOST_MEMORY:

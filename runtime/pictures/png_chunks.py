@@ -14,7 +14,7 @@ MOST_PROFILE_BYTES = 2**24  # as many as a JPEG file can hold
 
 
 def read_chunks(file: BinaryIO, kinds: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and data of every chunk of these kinds, in order, up to the end of the image. The others are passed over.
+    """Kind and data of every chunk of these kinds, in order, up to the end of the image. Other chunks are skipped.
 
     Raises ValueError if the file is not PNG, ends early, or has a wrong checksum in one of these chunks.
     """
@@ -66,7 +66,7 @@ def inflate(data: bytes, most: int) -> bytes:
     except zlib.error as error:
         raise ValueError(str(error)) from error
     if len(unpacked) > most or not unpacker.eof:
-        raise ValueError(f"its packed data are cut or hold more than {most:,} bytes")
+        raise ValueError(f"its compressed data are cut short, or hold more than {most:,} bytes")
     return unpacked
 
 

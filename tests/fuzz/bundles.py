@@ -37,9 +37,10 @@ ARRAYS: tuple[Callable[[Any], Any], ...] = (
 
 
 def mutate(bundle: Path, rng: Random) -> tuple[bool, str]:
-    """Change a bundle in one way. Returns whether it must be refused or give its own images, and what was done.
+    """Change a bundle in one way. Returns whether its images must stay the same, and what was changed.
 
-    If False, its content is another one under hashes that agree, so any images are right.
+    True: the bundle must be refused, or give the images of the original. False: content and hashes were changed
+    together, so other images are correct too.
     """
     files = sorted(path.name for path in bundle.iterdir() if path.name != MANIFEST)
     kind = rng.choice(("bytes", "message", "message", "message", "tables", "json", "json", "text", "files"))

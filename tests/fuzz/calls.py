@@ -19,10 +19,10 @@ from flexvar_runtime import FlexVARPipeline, Guidance, Sampling, ScaleSchedule  
 from flexvar_runtime.editing.options import Edit, EditOptions
 
 REFERENCE: dict[str, Any] = {"labels": [1, 2], "schedule": "1_2_3", "seed": 7}
-CHECKED = 20  # one call in so many is followed by a request whose images are known
+CHECKED = 20  # after one call in 20, a request with known images is made
 WEIGHTS = {"pipeline": 8, "pipeline.edit": 8, "pipeline.decode": 4, "pipeline.encode": 4}
 LEFT_OUT = {"pipeline.close", "pipeline.from_bundle", "Choice", "GenerationOutput", "ScaleStep"}
-"""What ends the pipeline, what is here under another name, and what the package only returns."""
+"""Not called: one closes the pipeline, one is listed under another name, and the package only returns the others."""
 
 
 class Whole:
@@ -32,7 +32,7 @@ class Whole:
         return 2
 
 
-CALLABLE = ("int", "Guidance", "lambda: 1")  # not passed where a function of the caller is expected
+CALLABLE = ("int", "Guidance", "lambda: 1")  # not passed to parameters that take a callback
 WILD: tuple[str, ...] = (
     *("None", "True", "False", "-1", "0", "1", "2"),
     *("2**31", "2**63", "2**64", "-(2**64)", "10**400", "0.5", "1e308", "-0.0"),

@@ -15,7 +15,7 @@ from one_process import show as show
 from outcome import MEMORY, Wrong, require_exit
 
 COMMAND = Path(sys.executable).parent / "flexvar"
-PATIENCE = 20  # seconds; shorter, an interrupt may come after the work, while Python ends
+PATIENCE = 20  # seconds until a command that may be endless is interrupted. Others have ended long before
 
 
 def prepare(desk: Path) -> None:

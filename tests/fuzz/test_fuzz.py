@@ -57,7 +57,7 @@ def test_every_command_and_option_is_used() -> None:
 
 
 def test_wrong_ends_are_reported(tmp_path: Path) -> None:
-    """A case that raises another exception, one that kills its process, and one that goes on."""
+    """A case that raises another exception, one that kills its process, and one that takes too much memory."""
     (tmp_path / "broken.py").write_text(
         "import os\n"
         "def prepare(desk): pass\n"
