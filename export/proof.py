@@ -20,6 +20,7 @@ from flexvar_ref.generation import Uniforms
 from flexvar_runtime import Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.errors import ArtifactRefused
 from flexvar_runtime.files.npz import open_npz
+from flexvar_runtime.files.parsing import refuse_failures
 from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.noise import uniforms
 
@@ -97,6 +98,13 @@ class Proof:
 
     def require_fit(self, model: ModelFacts) -> None:
         """Raise ArtifactRefused unless there is a case, and every array has the type and shape for this model."""
+        with refuse_failures(
+            "The proof does not belong to this bundle", expected="a recorded proof", fix=_EXPORT_AGAIN
+        ):
+            self._require_fit(model)
+
+    def _require_fit(self, model: ModelFacts) -> None:
+        """Raises ArtifactRefused, and exceptions of any type for arrays that no model has."""
         labels, (h, w) = len(self.labels), self.latent.shape[-2:]
         pairs: list[tuple[NDArray[Any], tuple[int, ...]]] = [
             (self.modulation, (labels, model.depth, 6, model.width)),
@@ -122,8 +130,8 @@ class Proof:
         wrong = [(array.shape, shape) for array, shape in pairs if array.shape != shape]
         if wrong:
             _refuse(f"an array of shape {wrong[0][0]}", f"shape {wrong[0][1]} for this model")
-        if not self.cases:
-            _refuse("no case", "at least one case")
+        if not self.cases or not all(array.size for array, _ in pairs):
+            _refuse("no case, or an empty array", "at least one case, and arrays with content")
 
 
 def _refuse(content: str, expected: str) -> NoReturn:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 @contextmanager
@@ -31,8 +31,8 @@ def write_whole(path: Path) -> Iterator[Path]:
 def _sync(path: Path) -> None:
     """Make a file or the entries of a folder survive a power cut. Some file systems cannot sync folders."""
     folder = path.is_dir()
-    if folder and os.name == "nt":
-        return  # there a folder cannot be opened
+    if folder and (os.name == "nt" or not os.access(path, os.R_OK)):
+        return  # it cannot be opened
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

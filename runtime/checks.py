@@ -99,10 +99,10 @@ def check_text(name: str, value: Any) -> str:
     raise invalid(f"{name} is {shown(value)}", "a text", "Pass a text.")
 
 
-def check_callback(name: str, value: Any) -> None:
-    """Raise InvalidInput unless the value is None or can be called."""
-    if value is not None and not callable(value):
-        raise invalid(f"{name} is {shown(value)}", "a function or None", "Pass a function.")
+def check_callback(name: str, value: Any, *, optional: bool = True) -> None:
+    """Raise InvalidInput unless the value can be called, or is None and `optional`."""
+    if not callable(value) and not (optional and value is None):
+        raise invalid(f"{name} is {shown(value)}", "a function", "Pass a function.")
 
 
 def check_path(name: str, value: Any) -> str:

@@ -13,15 +13,14 @@ from typing import NoReturn
 
 from ..checks import short
 from ..errors import ArtifactRefused
-from ..model.tensors import GraphSpec
-from .onnx_scan import Scan, StoredTensor, scan
+from ..model.tensors import GraphSpec, TensorSpec
+from .onnx_scan import INTEGERS, Scan, StoredTensor, scan
 
 _DOMAINS = frozenset({"", "ai.onnx"})
 _REFUSED = frozenset({"Loop", "Scan", "If", "SequenceMap"})
 _RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormal", "RandomUniform"})
 _LARGEST_SIZE, _MOST_ELEMENTS = 2**20, 2**26  # in a constant that can be a shape. Exported graphs have at most 2**12
-_SAME_SIZE = frozenset({"Cast", "Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze"})
-_MOST_NODES = 100_000
+_SAME_SIZE = frozenset({"Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze"})
 _FIX = "Export the bundle again."
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of an element by its type, a number of the ONNX format."""
@@ -39,6 +38,8 @@ def check_graph(path: Path, spec: GraphSpec, sizes: Mapping[str, int]) -> Scan:
         if tensor.external:
             _check_external(spec.file, tensor, {_relative(name, folder): size for name, size in sizes.items()})
     _check_operators(spec.file, found)
+    for declared_input in spec.inputs:
+        _check_axes(spec.file, declared_input, found.sizes.get(declared_input.name))
     for what, names, tensors in (("inputs", found.inputs, spec.inputs), ("outputs", found.outputs, spec.outputs)):
         declared = {tensor.name for tensor in tensors}
         if not declared <= set(names) <= declared | found.constants or len(set(names)) != len(names):
@@ -52,24 +53,35 @@ def _relative(name: str, folder: PurePosixPath) -> str:
 
 
 def _check_operators(file: str, found: Scan) -> None:
-    """Every node is of ONNX's own operators. Nothing grows from constants alone, because a library computes that while
-    it loads the graph."""
-    if not 0 < len(found.nodes) <= _MOST_NODES:
-        _refuse(file, f"has {len(found.nodes)} nodes", f"1 to {_MOST_NODES} nodes")
+    """Every node is of ONNX's own operators. Nothing is computed from constants alone, because libraries do that while
+    they load the graph. Sizes of tensors that are no inputs count as constants, because libraries may know them."""
+    if not found.nodes:
+        _refuse(file, "has no nodes", "nodes")
     others = found.domains - _DOMAINS
     if others:
         _refuse(file, f"uses operators of {short(min(others))}", "standard ONNX operators only")
-    constants = {"", *found.constants}
+    constants, whole = {"", *found.constants}, {tensor.name for tensor in found.tensors if tensor.kind in INTEGERS}
     for node in found.nodes:
         if node.domain not in _DOMAINS or node.operator in _REFUSED or node.operator.startswith(tuple(_RANDOM)):
             name = f"{node.domain}.{node.operator}" if node.domain else node.operator
             expected = "standard ONNX operators only, without loops, branches or random numbers"
             _refuse(file, f"uses the operator {short(name)}", expected)
-        if node.operator == "Constant" or (constants.issuperset(node.inputs) and node.operator in _SAME_SIZE):
+        if node.operator == "Constant" and node.tensors != 1:
+            _refuse(file, f"has the constant {short(node.outputs)} without a tensor", "constants that are tensors")
+        fixed = constants.issuperset(node.inputs)
+        allowed = node.operator in _SAME_SIZE or (node.operator == "Cast" and whole.issuperset(node.inputs))
+        inner_size = node.operator in ("Shape", "Size") and not set(node.inputs) <= set(found.inputs)
+        if node.operator == "Constant" or inner_size or (fixed and allowed):
             constants |= set(node.outputs)
-        elif constants.issuperset(node.inputs):
+        elif fixed:
             expected = "nodes that depend on an input of the graph"
             _refuse(file, f"has the node {short(node.name or node.operator)}, which computes on constants", expected)
+
+
+def _check_axes(file: str, tensor: TensorSpec, sizes: tuple[int | None, ...] | None) -> None:
+    """If the graph says the shape of an input, only axes have a size that have it in the manifest."""
+    if sizes is not None and sizes != tuple(axis if isinstance(axis, int) else None for axis in tensor.axes):
+        _refuse(file, f"has the input {short(tensor.name)} of shape {short(sizes)}", f"the shape {short(tensor.axes)}")
 
 
 def _check_size(file: str, tensor: StoredTensor) -> None:

@@ -29,6 +29,8 @@ ENGINES = "engines"  # a folder in a bundle whose files are not in the manifest
 UNLISTED = ("model.sig", ".gitattributes")  # files that may lie in a bundle and are never in the manifest
 MAX_MANIFEST_BYTES = 16 * 2**20
 PSNR = "psnr_db"  # the metric of a parity row that must be at least its bound
+METRICS = (PSNR, "relative_error")
+_MOST_GRAPHS = 16
 PLAIN, PHASES, TRANSPOSED = DECODERS = ("plain", "phases", "transposed")
 
 _EXPORT_AGAIN = "Export the bundle again, or copy the whole bundle again."
@@ -120,6 +122,7 @@ class ParityRow:
     bound: float
 
     def __post_init__(self) -> None:
+        require(self.metric in METRICS, "metric", self.metric, " or ".join(METRICS))
         for field in ("value", "bound"):
             number = getattr(self, field)
             require(math.isfinite(number) and number >= 0, field, number, "a finite number, not negative")
@@ -204,6 +207,7 @@ class Manifest:
         require(known, "parity.files", self.parity.files, "absent in this schema version")
         require(self.precision in set(Precision), "precision", self.precision, f"one of {', '.join(Precision)}")
         object.__setattr__(self, "precision", Precision(self.precision))  # callers may pass a plain string
+        require(len(self.graphs) <= _MOST_GRAPHS, "graphs", len(self.graphs), f"at most {_MOST_GRAPHS}")
         for name in self.graphs:
             require_match(NAME, "a name in graphs", name, NAME_FORM)
         for name in self.float32_parts:

@@ -8,7 +8,7 @@ nodes without a CUDA kernel. Field numbers are those of onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,39 +16,53 @@ import numpy as np
 
 from ..checks import short
 from ..files.parsing import refuse_failures
+from ..files.reading import read_small
 
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _MODEL_PARTS = frozenset({*range(1, 9), 14})  # not 20, 25 and 26: training, functions, devices
 _MODEL_BEGIN = b"\x08"  # the first field: version of the format. Other formats that libraries read begin differently
-_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
+_MOST_BYTES = 2**24  # graphs without their weights are far smaller
+_MOST_PARTS = 10_000  # nodes, tensors and values of a graph. Exported graphs of 30 blocks have 3,400 nodes
+_MOST_DIMS = 8
+_MOST_NUMBERS, _LARGEST_NUMBER = 64, 2**20  # of attributes, such as axes and kernel sizes
+_MOST_OPSET = 100  # libraries may try every version up to that of a file
+_MOST_FIELD = 2**29  # of protobuf. Some readers drop the bits above it
+_OPSET_DOMAIN, _OPSET_VERSION = _OPSET_PARTS = (1, 2)
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_DOC, _GRAPH_METADATA = 1, 2, 5, 10, 16
 _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_INNER = _GRAPH_VALUES = (11, 12, 13)
 _GRAPH_IGNORED = frozenset({_GRAPH_NAME, _GRAPH_DOC, _GRAPH_METADATA})
-_VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_KIND = 1, 2, 1, 1
+_VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR = 1, 2, 1
+_TENSOR_KIND, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_SIZE = 1, 2, 1, 1
 _NODE_TEXTS = (1, 2, 3, 4, 7)  # inputs, outputs, name, operator, domain
 _NODE_ATTRIBUTE, _NODE_DOC, _NODE_METADATA = 5, 6, 9
-_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS = 5, 10
-_ATTRIBUTE_REFUSED = frozenset({6, 11, 22, 23})  # graphs and sparse tensors
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS, _ATTRIBUTE_NUMBERS = 5, 10, (3, 8)
+_ATTRIBUTE_PARTS = frozenset({1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 20})  # not graphs, sparse tensors, types and references
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT32, _TENSOR_INT64, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 5, 7, 8, 9
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
-_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_TENSOR_PARTS = frozenset({1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16})  # not 3: segments
+_ENTRY_KEY, _ENTRY_VALUE = _ENTRY_PARTS = (1, 2)
+_MOST_CODE = 2**31  # of an element type or location. Some readers drop the bits above it
 _BYTES = 2  # wire type of texts, bytes and messages
 _SHAPES = frozenset({"Shape", "Size"})
 _FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: float32, float16, float64, bfloat16
-_INTEGERS = {6: "<i4", 7: "<i8"}  # element types of the ONNX format that hold sizes, and their NumPy types
+INTEGERS = {6: "<i4", 7: "<i8"}  # element types of the ONNX format that hold sizes, and their NumPy types
 _NOTHING = memoryview(b"")
 _FEW = 64  # a tensor of integers with at most so many elements can be a shape
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node. inputs: names, "" for an input that is left out. domain: "" for ONNX's own operators."""
+    """One node. inputs: names, "" for an input that is left out. domain: "" for ONNX's own operators.
+
+    tensors: how many of its attributes are tensors.
+    """
 
     name: str
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...] = ()
     domain: str = ""
+    tensors: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,9 +85,9 @@ class Scan:
     """Content of an ONNX file.
 
     nodes: in the order of the file. tensors: the constants, also those in attributes. constants: names of the tensors
-    that are no attributes. inputs, outputs: names. kinds: element types (numbers of the ONNX format) by tensor, if the
-    file has them. opset: version of ONNX's own operators, 0 if the file has none. domains: names of other sets of
-    operators.
+    that are no attributes. inputs, outputs: names. kinds: element types (numbers of the ONNX format) by tensor, and
+    sizes: shapes by tensor, in which None is a size that may change; both only if the file has them. opset: version of
+    ONNX's own operators, 0 if the file has none. domains: names of other sets of operators.
     """
 
     nodes: tuple[Node, ...]
@@ -82,6 +96,7 @@ class Scan:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     kinds: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     opset: int = 0
     domains: frozenset[str] = frozenset()
 
@@ -111,7 +126,13 @@ class _Found:
         self.constants, self.domains = set[str](), set[str]()
         self.values: dict[int, list[str]] = {number: [] for number in _GRAPH_VALUES}
         self.kinds: dict[str, int] = {}
+        self.sizes: dict[str, tuple[int | None, ...]] = {}
         self.opset = 0
+
+    def require_few(self) -> None:
+        """Raise ValueError if there are more parts than a graph may have."""
+        if max(len(self.nodes), len(self.tensors), *map(len, self.values.values())) > _MOST_PARTS:
+            raise ValueError(f"it has more than {_MOST_PARTS:,} nodes, tensors or values")
 
     def scan(self) -> Scan:
         return Scan(
@@ -121,6 +142,7 @@ class _Found:
             inputs=tuple(self.values[_GRAPH_INPUT]),
             outputs=tuple(self.values[_GRAPH_OUTPUT]),
             kinds=self.kinds,
+            sizes=self.sizes,
             opset=self.opset,
             domains=frozenset(self.domains),
         )
@@ -130,7 +152,7 @@ def scan(path: Path) -> Scan:
     """Read an ONNX file without its weights. Raises ArtifactRefused if it is not an ONNX file, or not a plain one."""
     problem, fix = f"{path.name} cannot be read as ONNX", "Export the bundle again."
     with refuse_failures(problem, expected="a graph in ONNX format", fix=fix):
-        data = path.read_bytes()
+        data = read_small(path, fix=fix, most=_MOST_BYTES)
         if not data.startswith(_MODEL_BEGIN):
             raise ValueError("it does not begin with the version of the format")
         found = _Found()
@@ -145,15 +167,20 @@ def scan(path: Path) -> Scan:
 
 
 def _opset(data: memoryview, found: _Found) -> None:
+    _require_known(data, _OPSET_PARTS, "a set of operators")
     domain = "".join(_text(text) for number, text in _fields(data) if number == _OPSET_DOMAIN)
+    version = _numbers(data).get(_OPSET_VERSION, 0)
+    if version > _MOST_OPSET:
+        raise ValueError(f"it has the version {version} of operators")
     if domain:
         found.domains.add(domain)
     else:
-        found.opset = _numbers(data).get(_OPSET_VERSION, 0)
+        found.opset = version
 
 
 def _graph(data: memoryview, found: _Found) -> None:
     for number, part in _all_fields(data):
+        found.require_few()
         value = _message(part)
         if number == _GRAPH_NODE:
             found.nodes.append(_node(value, found))
@@ -168,36 +195,55 @@ def _graph(data: memoryview, found: _Found) -> None:
 
 
 def _value(data: memoryview, found: _Found) -> str:
-    """Name of a tensor. Its element type is recorded, if the file has it."""
-    parts = dict(_fields(data))
-    name = _text(parts.get(_VALUE_NAME, _NOTHING))
-    tensor = dict(_fields(parts.get(_VALUE_TYPE, _NOTHING))).get(_TYPE_TENSOR)
-    if tensor is not None and name:
+    """Name of a tensor. Its element type and its shape are recorded, if the file has them.
+
+    Parts that come several times are joined, as by every reader of the format.
+    """
+    name = _text(dict(_fields(data)).get(_VALUE_NAME, _NOTHING))
+    tensor = _joined(_joined(data, _VALUE_TYPE), _TYPE_TENSOR)
+    if tensor and name:
         found.kinds[name] = _numbers(tensor).get(_TENSOR_KIND, 0)
+        dims = [_numbers(dim) for number, dim in _fields(_joined(tensor, _TENSOR_SHAPE)) if number == _SHAPE_DIM]
+        if len(dims) > _MOST_DIMS:
+            raise ValueError(f"a tensor has more than {_MOST_DIMS} axes")
+        if any(number == _TENSOR_SHAPE for number, _ in _fields(tensor)):
+            found.sizes[name] = tuple(dim.get(_DIM_SIZE) for dim in dims)
     return name
+
+
+def _joined(data: memoryview, wanted: int) -> memoryview:
+    """The messages of one field number in a message, joined."""
+    parts = [value for number, value in _fields(data) if number == wanted]
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
 
 def _node(data: memoryview, found: _Found) -> Node:
     texts: dict[int, list[str]] = {number: [] for number in _NODE_TEXTS}
+    before = len(found.tensors)
     for number, part in _all_fields(data):
         value = _message(part)
         if number in texts:
             texts[number].append(_text(value))
         elif number == _NODE_ATTRIBUTE:
             _attribute(value, found)
+            found.require_few()
         elif number not in (_NODE_DOC, _NODE_METADATA):
             raise ValueError(f"a node has the field {number}")
     inputs, outputs, *single = (texts[number] for number in _NODE_TEXTS)
     name, operator, domain = (values[-1] if values else "" for values in single)
-    return Node(name, operator, tuple(inputs), tuple(outputs), domain)
+    return Node(name, operator, tuple(inputs), tuple(outputs), domain, len(found.tensors) - before)
 
 
 def _attribute(data: memoryview, found: _Found) -> None:
-    for number, value in _fields(data):
-        if number in _ATTRIBUTE_REFUSED:
-            raise ValueError("a node has a graph or a sparse tensor")
+    _require_known(data, _ATTRIBUTE_PARTS, "an attribute")
+    numbers = list[int]()
+    for number, value in _all_fields(data):
         if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-            found.tensors.append(_tensor(value))
+            found.tensors.append(_tensor(_message(value)))
+        elif number in _ATTRIBUTE_NUMBERS:
+            numbers += _signed(value, _MOST_NUMBERS)
+            if len(numbers) > _MOST_NUMBERS or any(abs(each) > _LARGEST_NUMBER for each in numbers):
+                raise ValueError("an attribute has too many or too large numbers")
 
 
 def _tensor(data: memoryview) -> StoredTensor:
@@ -205,12 +251,17 @@ def _tensor(data: memoryview) -> StoredTensor:
     name, kind, external, location = "", 0, [], 0
     dims, stored = list[int](), list[int]()
     raw = _NOTHING
+    _require_known(data, _TENSOR_PARTS, "a tensor")
     for number, value in _all_fields(data):
         if number == _TENSOR_DIMS:
-            dims += _signed(value)
+            dims += _signed(value, _MOST_DIMS)
+            if len(dims) > _MOST_DIMS:
+                raise ValueError(f"a tensor has more than {_MOST_DIMS} axes")
         elif number in (_TENSOR_INT32, _TENSOR_INT64):
-            stored += _signed(value) if len(stored) <= _FEW else ()
+            stored += _signed(value, _FEW) if len(stored) <= _FEW else ()
         elif isinstance(value, int):
+            if value >= _MOST_CODE:
+                raise ValueError(f"a tensor has the number {value}")
             kind = value if number == _TENSOR_TYPE else kind
             location = value if number == _TENSOR_LOCATION else location
         elif number == _TENSOR_NAME:
@@ -218,25 +269,33 @@ def _tensor(data: memoryview) -> StoredTensor:
         elif number == _TENSOR_RAW:
             raw = value
         elif number == _TENSOR_EXTERNAL:
+            _require_known(value, _ENTRY_PARTS, "the place of a weight")
             entry = dict(_fields(value))
             external.append((_text(entry.get(_ENTRY_KEY, _NOTHING)), _text(entry.get(_ENTRY_VALUE, _NOTHING))))
     if bool(external) != (location == 1) or location > 1:
         raise ValueError(f"the tensor {short(name)} does not say clearly where its bytes are")
     integers = stored
-    if kind in _INTEGERS and 0 < len(raw) <= 8 * _FEW:
-        integers = np.frombuffer(raw, _INTEGERS[kind]).tolist()
-    few = kind in _INTEGERS and len(integers) <= _FEW
+    if kind in INTEGERS and 0 < len(raw) <= 8 * _FEW:
+        integers = np.frombuffer(raw, INTEGERS[kind]).tolist()
+    few = kind in INTEGERS and len(integers) <= _FEW
     return StoredTensor(name, kind, tuple(dims), tuple(external), tuple(integers) if few else ())
 
 
-def _signed(value: memoryview | int) -> list[int]:
-    """One number, or those packed in a text, as int64."""
+def _signed(value: memoryview | int, most: int) -> list[int]:
+    """One number, or those packed in a text, as int64. Of more than `most`, only some."""
     numbers = [value] if isinstance(value, int) else []
     at = 0
-    while isinstance(value, memoryview) and at < len(value):
+    while isinstance(value, memoryview) and at < len(value) and len(numbers) <= most:
         number, at = _varint(value, at)
         numbers.append(number)
     return [number - 2**64 if number >= 2**63 else number for number in numbers]
+
+
+def _require_known(data: memoryview, known: Collection[int], what: str) -> None:
+    """Raise ValueError if a message has other fields."""
+    unknown = {number for number, _ in _all_fields(data)}.difference(known)
+    if unknown:
+        raise ValueError(f"{what} has the field {min(unknown)}")
 
 
 def _message(value: memoryview | int) -> memoryview:
@@ -264,6 +323,8 @@ def _all_fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
     while at < len(data):
         tag, at = _varint(data, at)
         number, wire = tag >> 3, tag & 7
+        if not 0 < number < _MOST_FIELD:
+            raise ValueError(f"it has the field {number}")
         if wire == _BYTES:
             size, at = _varint(data, at)
             if size > len(data) - at:

@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if heeded:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_descriptors()
+    from ..machine.threads import limit_openblas
+
+    limit_openblas()
     from .application import INTERRUPTED, run
 
     hook, sys.unraisablehook = sys.unraisablehook, _end_if_interrupted

@@ -109,6 +109,7 @@ class WithDeadlines(ABC):
         ArtifactRefused if the saved costs cannot be used."""
         repeats = check_whole("repeats", repeats, 1, MAX_REPEATS)
         check_callback("on_row", on_row)
+        check_callback("clock", clock, optional=False)
         batches = check_entries("batch_sizes", batch_sizes, MAX_BATCH)
         sizes = [check_whole("batch size", batch, 1, MAX_BATCH) for batch in batches]
         order = quality_order(self.bundle.manifest)

@@ -14,7 +14,7 @@ from ..errors import InvalidInput
 from .temporary import remove_leftovers, temporary
 
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
-_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 def already_exists(final: Path) -> InvalidInput:
@@ -32,11 +32,12 @@ def require_parent(final: Path) -> None:
 def fsync(path: Path) -> None:
     """Make a file's bytes, or a directory's entries, survive a power cut.
 
-    Some file systems, such as network and shared folders, cannot sync directories. There this does nothing for them.
+    Some file systems, such as network and shared folders, cannot sync directories. There this does nothing for them,
+    and neither does it for a directory that this user may write but not read.
     """
     directory = path.is_dir()
-    if os.name == "nt" and directory:
-        return  # Windows cannot open directories
+    if directory and (os.name == "nt" or not os.access(path, os.R_OK)):
+        return  # it cannot be opened
     fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -37,10 +37,13 @@ def sibling(final: Path, kind: str, suffix: str = "") -> Path:
 
 
 def name_start(final: Path, kind: str) -> str:
-    """How the names of siblings begin: `.<name>.<kind>-`. A long name is cut, so that file systems take the whole."""
+    """How the names of siblings begin: `.<name>.<kind>-`. A long name is cut and gets a hash, so that it fits."""
     name, most = final.name, _LONGEST_NAME - len(f"..{kind}-{2**32}-{0:012}") - _LONGEST_SUFFIX
-    while len(os.fsencode(name)) > most:
-        name = name[: min(most, len(name) - 1)]
+    if len(whole := os.fsencode(name)) > most:
+        mark = f"-{hashlib.sha256(whole).hexdigest()[:8]}"
+        while len(os.fsencode(name)) > most - len(mark):
+            name = name[: min(most, len(name) - 1)]
+        name += mark
     return f".{name}.{kind}-"
 
 

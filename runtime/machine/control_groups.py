@@ -61,7 +61,8 @@ def _own_groups(text: str, controller: str) -> dict[int, str]:
     """The path of the group of this process, by version. text: of /proc/self/cgroup."""
     found = {}
     for line in text.splitlines():
-        number, controllers, path = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if controller in controllers.split(","):
             found[1] = path
         elif number == "0" and not controllers:
@@ -73,12 +74,10 @@ def _mounts(text: str, controller: str) -> Iterator[tuple[Path, Path, int]]:
     """The root, the mount point and the version of each mounted tree of groups. text: of /proc/self/mountinfo."""
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
-        root, point = map(_unescaped, mount.split()[3:5])
-        kind, *_, options = filesystem.split(" ")
-        if kind == "cgroup2":
-            yield root, point, 2
-        elif kind == "cgroup" and controller in options.split(","):
-            yield root, point, 1
+        places, (kind, *_, options) = mount.split()[3:5], filesystem.split(" ") if " " in filesystem else ("", "")
+        version = 2 if kind == "cgroup2" else 1 if kind == "cgroup" and controller in options.split(",") else None
+        if version is not None and len(places) == 2:
+            yield _unescaped(places[0]), _unescaped(places[1]), version
 
 
 def _unescaped(path: str) -> Path:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from ..errors import EnvironmentFailed
+from .processors import default_threads
 
 SPARE = 1
 """Threads to try beyond those that are needed, because other processes may count towards the same limit."""
@@ -48,6 +49,19 @@ def require_threads(count: int) -> None:
         threading.stack_size(stack_size)
         end.release()
         _wait_until(before)
+
+
+def limit_openblas() -> None:
+    """Let NumPy's OpenBLAS start no more threads than it can. Call this before NumPy is imported.
+
+    Otherwise it starts one for each processor, and raises SIGINT if it cannot. A number that the user has set stays.
+    """
+    threads = default_threads()
+    try:
+        require_threads(threads - 1)
+    except EnvironmentFailed:
+        threads = 1
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
 
 
 def cannot_start(count: int) -> EnvironmentFailed:

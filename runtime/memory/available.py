@@ -59,5 +59,7 @@ def _left_in_groups(proc: Path) -> Iterator[int]:
         with suppress(OSError, ValueError):  # no such file, or "max": no limit
             limit = int(group.read(files.limit))
             if limit < NO_LIMIT:
-                rows = group.numbers("memory.stat")
+                rows: dict[str, int] = {}
+                with suppress(OSError, ValueError):  # then no cache is known
+                    rows = group.numbers("memory.stat")
                 yield limit - int(group.read(files.used)) + sum(rows.get(name, 0) for name in files.cache)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from flexvar_export.emulate import emulate_bf16
 from flexvar_export.parity import GATES, compare, prove, psnr, relative_error, require_parity
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer
-from flexvar_runtime import Bundle, Guidance, ParityFailed, ScaleSchedule
+from flexvar_runtime import ArtifactRefused, Bundle, Guidance, ParityFailed, ScaleSchedule
 from flexvar_runtime.backends import create
 from flexvar_runtime.bundle.manifest import ParityRecord, ParityRow
 from flexvar_runtime.generation.opening import open_generator
@@ -435,9 +436,26 @@ def test_flexvar_verify_has_exit_code_3_and_names_the_output(spoil: Spoil, run_c
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_a_proof_of_another_model_is_refused(tiny_bundle: Path, tiny_proof: Proof) -> None:
-    from flexvar_runtime import ArtifactRefused
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"latent": np.zeros(8, np.float32)},
+        {"latent": np.zeros((1, 8, 0, 4), np.float32), "image": np.zeros((1, 3, 0, 64), np.float32)},
+        {"labels": (), "modulation": np.zeros((0, 2, 6, 128), np.float32)},
+        {"cases": ()},
+    ],
+)
+def test_a_proof_that_compares_nothing_is_refused(tiny_bundle: Path, tiny_proof: Proof, change: dict[str, Any]) -> None:
+    model, case = Bundle.open(tiny_bundle).manifest.model, tiny_proof.cases[0]
+    tiny_proof.require_fit(model)
+    with pytest.raises(ArtifactRefused):
+        replace(tiny_proof, **change).require_fit(model)
+    for empty in ({"labels": ()}, {"tokens": tuple(tokens[:0] for tokens in case.tokens)}):
+        with pytest.raises(ArtifactRefused):
+            replace(tiny_proof, cases=(replace(case, **empty),)).require_fit(model)
 
+
+def test_a_proof_of_another_model_is_refused(tiny_bundle: Path, tiny_proof: Proof) -> None:
     other = replace(tiny_proof, modulation=tiny_proof.modulation[:, :1])
     with pytest.raises(ArtifactRefused, match=r"\(3, 1, 6, 128\).*\(3, 2, 6, 128\)"):
         prove(Bundle.open(tiny_bundle), other)

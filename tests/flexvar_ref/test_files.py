@@ -24,7 +24,7 @@ def _failing_sync(monkeypatch: pytest.MonkeyPatch, code: int, *, folders: bool) 
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF])
 def test_file_systems_that_cannot_sync_folders_are_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

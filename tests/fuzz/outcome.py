@@ -46,7 +46,11 @@ def require_exit(code: object, arguments: list[str], out: str, err: str) -> None
         raise Wrong(f"exit {code}: {err.strip()[-300:]}")
     if code and not err.strip():
         raise Wrong(f"exit {code} without a word on standard error")
-    if "--json" in arguments and code not in (0, 130) and not out.strip():
+    flag = any(
+        word == "--json" and not before.startswith("-")
+        for before, word in zip(["", *arguments], arguments, strict=False)
+    )
+    if flag and code not in (0, 130) and not out.strip():
         raise Wrong(f"exit {code} with --json, and nothing on standard output")
 
 

@@ -182,7 +182,10 @@ def _read(data: bytes) -> tuple[Any, Any] | None:
         Image.open(io.BytesIO(data)) as image,
     ):
         image.load()
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        try:
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        except Exception:  # damaged EXIF data say nothing
+            turn = None
         turned = image if turn is None else image.transpose(turn)
         if "icc_profile" in image.info or turned.mode in ("I", "F"):
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flexvar_runtime.model.tensors import GraphSpec
 
@@ -20,11 +20,21 @@ def node(operator: str, inputs: Iterable[str], outputs: Iterable[str], *more: by
     return field(1, b"".join([*texts, field(4, operator.encode()), *more]))
 
 
-def plain_graph(spec: GraphSpec, *more: bytes) -> bytes:
-    """A graph with the inputs and outputs of `spec`, whose outputs are its first input. more: fields of the graph."""
+def plain_graph(spec: GraphSpec, *more: bytes, types: Mapping[str, bytes] | None = None) -> bytes:
+    """A graph with the inputs and outputs of `spec`, whose outputs are its first input.
+
+    more: fields of the graph. types: further fields of inputs and outputs, by name.
+    """
     nodes = [node("Identity", [spec.inputs[0].name], [tensor.name]) for tensor in spec.outputs]
     values = [(11, tensor) for tensor in spec.inputs] + [(12, tensor) for tensor in spec.outputs]
-    parts = [*nodes, *(field(number, field(1, tensor.name.encode())) for number, tensor in values), *more]
+    parts = [
+        *nodes,
+        *(
+            field(number, field(1, tensor.name.encode()) + (types or {}).get(tensor.name, b""))
+            for number, tensor in values
+        ),
+        *more,
+    ]
     return model(b"".join(parts))
 
 

@@ -103,7 +103,10 @@ def functions(pipe: FlexVARPipeline) -> dict[str, tuple[Callable[..., Any], dict
         "decode": (pipe.decode, {"tokens": np.zeros((1, 1, 1), np.int32)}),
         "encode": (pipe.encode, {"image": IMAGE[None], "size": (1, 1)}),
         "choose": (pipe.choose_schedule, {"images": 1, "deadline_ms": 1, "guidance": 0, "sampling": None}),
-        "measure": (pipe.measure_costs, {"batch_sizes": (), "schedules": (), "repeats": 1, "on_row": None}),
+        "measure": (
+            pipe.measure_costs,
+            {"batch_sizes": (), "schedules": (), "repeats": 1, "on_row": None, "clock": None},
+        ),
         "parse": (ScaleSchedule.parse, {"value": "1"}),
         "for_size": (ScaleSchedule.for_size, {"size": (4, 4), "steps": 3, "trained_side": 16}),
         "Guidance": (Guidance, {"scale": 1.0, "rule": "ramp", "max_side": 16}),

@@ -114,9 +114,103 @@ def test_training_functions_and_devices(tmp_path: Path, number: int) -> None:
 def test_what_is_computed_while_loading(tmp_path: Path, operator: str) -> None:
     more = constant(integers("n", [8])), node(operator, ["n", "n"], ["big"])
     assert "computes on constants" in refusal(tmp_path, plain_graph(SPEC, *more))
-    through = node("Constant", [], ["k"]), node(operator, ["k"], ["big"])
-    assert "computes on constants" in refusal(tmp_path, plain_graph(SPEC, *through))
+    value = field(5, field(1, b"value") + field(5, integers("", [8])))
+    for through in (node("Constant", [], ["k"], value), node("Shape", ["image"], ["k"]), node("Size", ["x"], ["k"])):
+        assert "computes on constants" in refusal(tmp_path, plain_graph(SPEC, through, node(operator, ["k"], ["big"])))
     check(tmp_path, plain_graph(SPEC, *more[:1], node(operator, ["tokens", "n"], ["big"])))
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 7, 8])
+def test_constants_that_are_no_tensors(tmp_path: Path, number: int) -> None:
+    """Their numbers are not checked."""
+    part = field(5, field(1, b"value_ints") + field(number, 8))
+    assert "without a tensor" in refusal(tmp_path, plain_graph(SPEC, node("Constant", [], ["k"], part)))
+
+
+@pytest.mark.parametrize("kind", [1, 10, 11, 16, 2**32 + 7])
+def test_sizes_that_are_cast(tmp_path: Path, kind: int) -> None:
+    more = constant(tensor("n", [1], kind) + field(9, bytes(4))), node("Cast", ["n"], ["k"])
+    refusal(tmp_path, plain_graph(SPEC, *more))
+    check(tmp_path, plain_graph(SPEC, constant(integers("n", [8])), node("Cast", ["n"], ["k"])))
+
+
+@pytest.mark.parametrize("axes", [[2**14, 2**14, 2**14], [0, 0, 16], [0, 0], []])
+def test_sizes_of_inputs(tmp_path: Path, axes: list[int]) -> None:
+    """0: a size that may change. The manifest says which. Memory for the others is taken while the graph is loaded."""
+
+    def graph(sizes: list[int], parts: int) -> bytes:
+        dims = [field(1, field(1, size) if size else field(2, b"n")) for size in sizes]
+        kinds = [field(1, 6), *(field(2, b"".join(dims[first::parts])) for first in range(parts))]
+        return plain_graph(SPEC, types={"tokens": b"".join(field(2, field(1, part)) for part in kinds)})
+
+    for parts in (1, 2):  # the format allows that a message comes in parts
+        check(tmp_path, graph([0, 0, 0], parts))
+        assert "the input 'tokens' of shape" in refusal(tmp_path, graph(axes, parts))
+
+
+@pytest.mark.parametrize("high", [2**29, 2**32, 2**60])
+@pytest.mark.parametrize("number", [13, 14])
+def test_field_numbers_that_some_readers_cut(tmp_path: Path, number: int, high: int) -> None:
+    place = field(1, b"location") + field(2, b"*/_ORT_MEM_ADDR_/*")
+    part = field(number + high, place if number == 13 else 1)
+    assert "field" in refusal(tmp_path, plain_graph(SPEC, constant(tensor("w", [3]) + part)))
+
+
+@pytest.mark.parametrize("number", [2, 14])
+@pytest.mark.parametrize("value", [2**32 + 1, 2**31, 2**64 - 1])
+def test_numbers_that_some_readers_cut(tmp_path: Path, number: int, value: int) -> None:
+    refusal(tmp_path, plain_graph(SPEC, constant(tensor("w", [3, 4], **GOOD) + field(number, value))))
+
+
+@pytest.mark.parametrize("number", [3, 15, 17, 99])
+def test_unknown_parts_of_tensors_and_attributes(tmp_path: Path, number: int) -> None:
+    assert f"a tensor has the field {number}" in refusal(
+        tmp_path, plain_graph(SPEC, constant(tensor("w", [3]) + field(number, b"")))
+    )
+    attribute = field(5, field(1, b"a") + field(number + 11, b""))
+    refusal(tmp_path, plain_graph(SPEC, node("Add", ["tokens"], ["x"], attribute)))
+    place = field(13, field(1, b"location") + field(number, b""))
+    refusal(tmp_path, plain_graph(SPEC, constant(tensor("w", [3]) + place + field(14, 1))))
+
+
+@pytest.mark.parametrize("version", [101, 2**31 - 1, 2**64 - 1])
+@pytest.mark.parametrize("domain", [b"", b"ai.onnx"])
+def test_versions_of_the_far_future(tmp_path: Path, domain: bytes, version: int) -> None:
+    assert "version" in refusal(tmp_path, plain_graph(SPEC) + field(8, field(1, domain) + field(2, version)))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        field(3, 2**40),
+        field(3, 2**64 - 2**40),
+        field(8, 2**21),
+        field(8, packed([1, 2**62])),
+        field(8, packed([1] * 65)),
+        field(8, 1) * 65,
+    ],
+)
+def test_attributes_with_huge_numbers(tmp_path: Path, part: bytes) -> None:
+    def graph(numbers: bytes) -> bytes:
+        return plain_graph(SPEC, node("Split", ["tokens"], ["x"], field(5, field(1, b"num_outputs") + numbers)))
+
+    assert "an attribute has too many" in refusal(tmp_path, graph(part))
+    check(tmp_path, graph(field(3, 2) + field(8, packed([-1, 2, 3]))))
+
+
+@pytest.mark.parametrize("part", [field(1, b""), field(5, b""), field(13, b"")])
+def test_graphs_of_very_many_parts(tmp_path: Path, part: bytes) -> None:
+    assert "more than 10,000" in refusal(tmp_path, plain_graph(SPEC, part * 2_000_000))
+
+
+def test_numbers_without_end(tmp_path: Path) -> None:
+    """Reading stops early, because they take time and memory."""
+    assert "axes" in refusal(tmp_path, plain_graph(SPEC, constant(field(1, b"\1" * 8 * 10**6))))
+    check(tmp_path, plain_graph(SPEC, constant(tensor("n", [8 * 10**6], 7) + field(7, b"\1" * 8 * 10**6))))
+    with (tmp_path / "decode.onnx").open("wb") as file:
+        file.truncate(3 * 2**30)
+    with pytest.raises(ArtifactRefused, match="too large"):
+        check_graph(tmp_path / "decode.onnx", SPEC, SIZES)
 
 
 @pytest.mark.parametrize("values", [[2**30], [-(2**22)], [2**10, 2**10, 2**10], [2**40 - 2**63]])

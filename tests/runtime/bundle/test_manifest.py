@@ -95,6 +95,8 @@ def test_only_an_integer_is_a_schema_version() -> None:
         (("defaults", "quality_order"), ["2_3x5"], "defaults.quality_order: schedule "),
         (("defaults", "quality_order"), ["1_2_4"], "defaults.quality_order is '1_2_4'"),
         (("defaults", "quality_order"), ["1_2_3x5", "1_2x2_3x5"], "defaults.quality_order is ('1_2_3x5'"),
+        (("parity", "rows", 0, "metric"), "PSNR_DB", "parity.rows[0].metric is 'PSNR_DB'"),
+        (("graphs",), {f"g{i}": {"file": "step.onnx", "inputs": [], "outputs": []} for i in range(17)}, "graphs is 17"),
         (("files", "step.onnx", "size"), -1, "files['step.onnx'].size is -1"),
         (("files", "step.onnx", "sha256"), "beef", "files['step.onnx'].sha256 is 'beef'"),
         (("files", "STEP.onnx"), {"size": 1, "sha256": "a" * 64}, "files is ["),
@@ -158,7 +160,7 @@ def test_file_names_are_plain_and_relative(manifest: Manifest, sealed: Manifest)
 
 def test_metrics_are_finite() -> None:
     with pytest.raises(ArtifactRefused, match="value is inf"):
-        ParityRow(graph="decoder", scale=None, output="image", metric="psnr", value=math.inf, bound=80.0)
+        ParityRow(graph="decoder", scale=None, output="image", metric="psnr_db", value=math.inf, bound=80.0)
     with pytest.raises(ArtifactRefused, match="value is nan"):
         Range(value=math.nan, where="blocks.0")
 

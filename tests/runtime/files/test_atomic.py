@@ -169,7 +169,7 @@ def _failing_sync(monkeypatch: pytest.MonkeyPatch, code: int, *, directories: bo
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF])
 def test_file_systems_that_cannot_sync_directories_are_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

@@ -46,6 +46,17 @@ def test_a_quota(linux: Any, version: int, quota: str, period: str, threads: int
     assert default_threads({}, linux.proc) == threads
 
 
+@pytest.mark.parametrize(
+    "line", ["", "odd", "36 35 0:30 / /x rw - cgroup", "36 35 / - tmpfs tmpfs rw", "1 - 2 - 3 - 4"]
+)
+def test_lines_of_proc_that_nobody_knows(linux: Any, line: str) -> None:
+    write_quota(linux.mount(1, "cpu", "/docker/ab") / "docker" / "ab", 1, "200000")
+    for name in ("mountinfo", "cgroup"):
+        path = linux.proc / "self" / name
+        path.write_text(f"{line}\n{path.read_text()}{line}\n")
+    assert default_threads({}, linux.proc) == 2
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_tightest_group_decides(linux: Any, version: int) -> None:
     groups = linux.mount(version, "cpu", "/pod/job/step")

@@ -124,7 +124,7 @@ def test_a_limit_of_processes(few_processes: Path, tiny_bundle: Path, tmp_path: 
         (few_processes / "cgroup.procs").write_text(str(os.getpid()))
 
     command = [FLEXVAR, "generate", tiny_bundle, "--backend", "ort-cpu", "--classes", "0", "--schedule", "1_2"]
-    for allowed, codes in (("6", (4,)), ("40", (0,))):
+    for allowed, codes in (("1", (4,)), ("6", (4,)), ("40", (0,))):
         (few_processes / "pids.max").write_text(allowed)
         done = subprocess.run(
             [*command, "--threads", "8", "-o", tmp_path / allowed],
