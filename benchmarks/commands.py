@@ -89,10 +89,10 @@ def run(
     """
     from flexvar_runtime.backends.host_arrays import MAX_THREADS
     from flexvar_runtime.files.targets import check_files, require_writable
+    from flexvar_runtime.machine.processors import default_threads
 
     from .session import run_session
     from .suite import from_options, read_suite
-    from .variants import usable_threads
     from .workload import Extent
 
     if append and force:
@@ -132,7 +132,7 @@ def run(
         entries,
         options,
         output,
-        threads=threads or usable_threads(),
+        threads=threads or default_threads(),
         costs=costs,
         append=append,
         allow_unproved=allow_unproved,

@@ -54,6 +54,10 @@ def run_session(
     extents = extents if costs else [replace(extent, costs=()) for extent in extents]
     plans = [plan(model, extent) for model, extent in zip(models, extents, strict=True)]
     for entry in entries:
+        for key, path in (("checkpoint", entry.checkpoint), ("vae", entry.vae)):
+            if path is not None and not os.path.exists(path):
+                got = f"{key} of the model {entry.name!r:.100}: there is no file {path}."
+                raise InvalidInput(got, expected="a checkpoint", fix="Check the path.")
         if entry.bundle is not None:
             Bundle.open(entry.bundle, allow_unproved=allow_unproved)  # refused before anything is measured
     records: list[Record] = []

@@ -7,6 +7,7 @@ The place of a set of weights consists of both: `trainer.var_wo_ddp`. Everything
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ _ALL_ROOTS = _ROOTS[_TRANSFORMER] | _ROOTS[_TOKENIZER]
 _IGNORED = ("attn_bias_for_masking", "quantize.codebook_used")  # a training mask and a usage counter
 _TRAINING_PARTS = ("module", "_orig_mod")  # data-parallel and compiled training add these parts to names, also inside
 _AVERAGE = re.compile(r"(?<![a-z])ema|ema(?![a-z])|averag", re.IGNORECASE)
+_OF_OPTIMIZER = re.compile(r"(^|\.)(optim|exp_avg)")  # places of tensors that have the names of weights
 _OF_VAR = re.compile(r"lvl_embed\.weight|quantize\.quant_resi\..*|encoder\.down\..*|decoder\.up\..*")
 _MAX_DEPTH, _MAX_NAME = 8, 500  # nesting of wrappers, and characters of a name; both far above what checkpoints have
 
@@ -59,6 +61,7 @@ def find_weights(content: Any, kind: str, name: str) -> list[Weights]:
     Raises CheckpointError if there is none, and for the checkpoints of VAR.
     """
     found = [weights for mapping in _mappings(content) for weights in _sets(*mapping)]
+    found = [weights for weights in found if not _OF_OPTIMIZER.search(weights.place)]
     if any(_is_of_var(weights) for weights in found):
         raise CheckpointError(
             f"{name} is a checkpoint of VAR (FoundationVision/VAR), not of FlexVAR.",
@@ -157,7 +160,7 @@ def _sets(path: tuple[str, ...], mapping: dict[str, Any]) -> Iterator[Weights]:
         root = next((i for i, part in enumerate(parts) if part in _ALL_ROOTS), None)
         if isinstance(value, StoredTensor | Opaque) and root is not None:
             by_prefix.setdefault(parts[:root], {})[".".join(parts[root:])] = value
-        elif isinstance(value, StoredTensor) and not _is_counter(value):
+        elif isinstance(value, StoredTensor) and not _is_counter(parts, value):
             others.append((parts, value))
     for parts, value in others:  # an unknown name belongs to the weights with the longest prefix
         fitting = [prefix for prefix in by_prefix if parts[: len(prefix)] == prefix]
@@ -171,9 +174,10 @@ def _sets(path: tuple[str, ...], mapping: dict[str, Any]) -> Iterator[Weights]:
             yield Weights(kind, ".".join((*path, *prefix)), kept)
 
 
-def _is_counter(value: StoredTensor) -> bool:
-    """Whether a tensor is a scalar or holds integers, such as a step or an epoch that is stored beside the weights."""
-    return not value.shape or (value.dtype is not None and not value.dtype.is_floating_point)
+def _is_counter(parts: tuple[str, ...], value: StoredTensor) -> bool:
+    """Whether a tensor is a number or holds integers, such as a loss or a step that is stored beside the weights."""
+    single = math.prod(value.shape) == 1 and len(parts) == 1
+    return single or not value.shape or (value.dtype is not None and not value.dtype.is_floating_point)
 
 
 def _is_of_var(weights: Weights) -> bool:

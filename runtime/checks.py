@@ -107,9 +107,13 @@ def check_callback(name: str, value: Any, *, optional: bool = True) -> None:
 
 def check_path(name: str, value: Any) -> str:
     """A path, given as text or as a Path, as text. Raises InvalidInput."""
-    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if isinstance(text, str) and "\0" not in text:
-        return text
+    try:
+        text = os.fspath(value)
+        if isinstance(text, str) and b"\0" not in os.fsencode(text):
+            return text
+    except Exception as error:  # an object of the caller may raise anything
+        got = f"{name} is {shown(value)}, which is no path."
+        raise InvalidInput(got, expected="a path", fix="Pass a text or a pathlib.Path.") from error
     raise invalid(f"{name} is {shown(value)}", "a path", "Pass a text without NUL, or a pathlib.Path.")
 
 

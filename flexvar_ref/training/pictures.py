@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -19,10 +20,12 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-MOST_PIXELS, MOST_SIDE = 2**27, 2**16 - 1
+MOST_PIXELS, MOST_SIDE, MOST_MEMORY = 2**27, 2**16 - 1, 900 * 2**20
 _PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"})
 _MOST_PROFILE_BYTES = 2**24
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_CORE_BYTES = {"1": 1, "L": 1, "P": 1, **dict.fromkeys(_SIXTEEN_BITS, 2)}  # of a pixel in Pillow; other modes: 4
+_STRIP_PIXELS = 2**19  # pixels that are converted at once
 _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orientation to Image.Transpose
 
 
@@ -33,22 +36,16 @@ def read_picture(path: Path) -> Image.Image:
     """
     with _opened(path) as image:
         image.load()
-        opacity: NDArray[np.uint8] | None = None
-        part: Image.Image = image
-        if image.mode in _SIXTEEN_BITS:
-            values, key = np.asarray(image).astype(np.uint32), image.info.get("transparency")
-            opacity = None if key is None else np.where(values == key, 0, 255).astype(np.uint8)
-            part = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-        elif image.has_transparency_data:
-            rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-            opacity, part = np.asarray(rgba.getchannel("A")), rgba.convert("RGB")
         profile = image.info.get("icc_profile")
-        if profile is not None and (to_srgb := _to_srgb(profile, image.mode)) is not None:
-            part = to_srgb.apply(part.convert(to_srgb.input_mode))
-        rgb = part.convert("RGB")
-        rgb = rgb if opacity is None else _over_white(np.asarray(rgb), opacity)
+        to_srgb = None if profile is None else _to_srgb(profile, image.mode)
+        rgb = np.empty((image.height, image.width, 3), np.uint8)
+        step = max(1, _STRIP_PIXELS // image.width)
+        for top in range(0, image.height, step):  # a whole copy in every step would take much memory
+            rows = slice(top, min(top + step, image.height))
+            rgb[rows] = _to_rgb(image.crop((0, rows.start, image.width, rows.stop)), to_srgb)
         turn = _TURNS.get(_orientation(image))
-        return rgb if turn is None else rgb.transpose(Image.Transpose(turn))
+    picture = Image.fromarray(rgb)
+    return picture if turn is None else picture.transpose(Image.Transpose(turn))
 
 
 def unreadable(path: Path) -> str | None:
@@ -82,6 +79,9 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
                 exif = image.getexif()  # Pillow stumbles over damaged tags while it turns a TIFF file
                 for tag in set(exif) - {ExifTags.Base.Orientation}:
                     del exif[tag]
+                image.info.pop("xmp", None)
+            if (needed := _bytes_to_read(image)) > MOST_MEMORY:
+                raise ValueError(f"it takes {needed / 1e6:,.0f} MB of memory to read, which is too much")
             if profile is not None:
                 image.info["icc_profile"] = profile
             _scale_key(image)
@@ -99,14 +99,35 @@ def _only_pixels(png: bytes) -> tuple[io.BytesIO, bytes | None]:
         if kind in _PIXEL_CHUNKS:
             kept.append(png[at:end])
         elif kind == b"iCCP" and int.from_bytes(png[end - 4 : end]) == zlib.crc32(kind + data):
-            try:
-                profile = zlib.decompressobj().decompress(data.partition(b"\0")[2][1:], _MOST_PROFILE_BYTES)
-            except zlib.error:
-                profile = b""
+            profile = _profile(data.partition(b"\0")[2])
         if kind == b"IEND":
             return io.BytesIO(b"".join(kept)), profile
         at = end
     raise ValueError("it ends too early")
+
+
+def _profile(packed: bytes) -> bytes:
+    """The colour profile in the method and data of a chunk iCCP; b"" if it cannot be unpacked."""
+    unpacker = zlib.decompressobj()
+    try:
+        profile = unpacker.decompress(packed[1:], _MOST_PROFILE_BYTES) if packed[:1] == b"\0" else b""
+    except zlib.error:
+        return b""
+    return profile if unpacker.eof else b""
+
+
+def _bytes_to_read(image: ImageFile.ImageFile) -> int:
+    """An upper bound of the memory for decoding a picture, and for its pixels afterwards."""
+    pixels, extra = image.width * image.height, 0
+    if image.format == "JPEG" or image.format == "MPO":
+        extra = 2 * pixels * len(image.getbands())  # coefficients, if they come in several passes
+    elif image.format == "WEBP":
+        extra = 12 * pixels  # two canvases of the decoder, and a copy
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        sides = zip(image.size, (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH), strict=True)
+        tile = math.prod(max(side, int(image.tag_v2.get(tag, side))) for side, tag in sides)
+        extra = tile * sum(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) // 8
+    return pixels * _CORE_BYTES.get(image.mode, 4) + max(extra, 6 * pixels)  # 6: as RGB, and turned
 
 
 def _scale_key(image: ImageFile.ImageFile) -> None:
@@ -138,14 +159,31 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if moves else None
 
 
-def _over_white(rgb_HW3: NDArray[np.uint8], opacity_HW: NDArray[np.uint8]) -> Image.Image:
+def _to_rgb(part: Image.Image, to_srgb: ImageCms.ImageCmsTransform | None) -> NDArray[np.uint8]:
+    """A part of a picture as sRGB (H, W, 3) uint8 over white."""
+    opacity: NDArray[np.uint8] | None = None
+    if part.mode in _SIXTEEN_BITS:
+        values, key = np.asarray(part).astype(np.uint32), part.info.get("transparency")
+        opacity = None if key is None else np.where(values == key, 0, 255).astype(np.uint8)
+        part = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif part.has_transparency_data:
+        rgba = (part.convert("LA") if part.mode == "La" else part).convert("RGBA")
+        opacity, part = np.asarray(rgba.getchannel("A")), rgba.convert("RGB")
+    if to_srgb is not None:
+        part = to_srgb.apply(part.convert(to_srgb.input_mode))
+    rgb = np.asarray(part.convert("RGB"))
+    return rgb if opacity is None else _over_white(rgb, opacity)
+
+
+def _over_white(rgb_HW3: NDArray[np.uint8], opacity_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
     share = opacity_HW[..., None].astype(np.float32) / 255
-    return Image.fromarray((rgb_HW3 * share + 255 * (1 - share) + np.float32(0.5)).astype(np.uint8))
+    return (rgb_HW3 * share + 255 * (1 - share) + np.float32(0.5)).astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1, upright, if the EXIF data are damaged."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(value) if isinstance(value, int | float) and value in range(1, 9) else 1
     except Exception:  # whatever the parser raises
         return 1

@@ -21,15 +21,18 @@ _REFUSED = frozenset({"Loop", "Scan", "If", "SequenceMap"})
 _RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormal", "RandomUniform"})
 _LARGEST_SIZE, _MOST_ELEMENTS = 2**20, 2**26  # in a constant that can be a shape. Exported graphs have at most 2**12
 _SAME_SIZE = frozenset({"Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze"})
+NODES, NODES_A_BLOCK = 1500, 110
+"""How many nodes a graph may have. Exported graphs have at most 1,220 and 105. Loading takes time with their square."""
 _FIX = "Export the bundle again."
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of an element by its type, a number of the ONNX format."""
 
 
-def check_graph(path: Path, spec: GraphSpec, sizes: Mapping[str, int]) -> Scan:
+def check_graph(path: Path, spec: GraphSpec, sizes: Mapping[str, int], depth: int) -> Scan:
     """Read a graph and check it. Raises ArtifactRefused.
 
-    spec: what the manifest says of it. sizes: the files that may hold its weights, and their sizes in bytes.
+    spec: what the manifest says of it. sizes: the files that may hold its weights, and their sizes in bytes. depth:
+    blocks of the model.
     """
     found = scan(path)
     folder = PurePosixPath(spec.file).parent
@@ -37,7 +40,7 @@ def check_graph(path: Path, spec: GraphSpec, sizes: Mapping[str, int]) -> Scan:
         _check_size(spec.file, tensor)
         if tensor.external:
             _check_external(spec.file, tensor, {_relative(name, folder): size for name, size in sizes.items()})
-    _check_operators(spec.file, found)
+    _check_operators(spec.file, found, NODES + NODES_A_BLOCK * depth)
     for declared_input in spec.inputs:
         _check_axes(spec.file, declared_input, found.sizes.get(declared_input.name))
     for what, names, tensors in (("inputs", found.inputs, spec.inputs), ("outputs", found.outputs, spec.outputs)):
@@ -52,11 +55,11 @@ def _relative(name: str, folder: PurePosixPath) -> str:
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else ""
 
 
-def _check_operators(file: str, found: Scan) -> None:
+def _check_operators(file: str, found: Scan, most: int) -> None:
     """Every node is of ONNX's own operators. Nothing is computed from constants alone, because libraries do that while
     they load the graph. Sizes of tensors that are no inputs count as constants, because libraries may know them."""
-    if not found.nodes:
-        _refuse(file, "has no nodes", "nodes")
+    if not 0 < len(found.nodes) <= most:
+        _refuse(file, f"has {len(found.nodes):,} nodes", f"1 to {most:,} nodes for this model")
     others = found.domains - _DOMAINS
     if others:
         _refuse(file, f"uses operators of {short(min(others))}", "standard ONNX operators only")

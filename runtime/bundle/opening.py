@@ -113,7 +113,7 @@ class Bundle:
         """Read a graph without a library, and check that a library can read it safely. Raises ArtifactRefused."""
         weights = {each: self.manifest.files[each].size for each in self.graph_files(name)}
         with self.unchanged():
-            return check_graph(self.graph_file(name), self.graph(name), weights)
+            return check_graph(self.graph_file(name), self.graph(name), weights, self.manifest.model.depth)
 
 
 def bundle_root(path: str | os.PathLike[str]) -> Path:

@@ -101,17 +101,32 @@ class _Stream:
 
 
 class _Output(_Stream):
-    """Standard output."""
+    """Standard output. After its first failure, it fails each time: a library may have caught the first error."""
+
+    _lost: Exception | None = None
+
+    def write(self, text: str) -> int:
+        self._raise_lost()
+        return super().write(text)
+
+    def flush(self) -> None:
+        self._raise_lost()
+        super().flush()
+
+    def _raise_lost(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     def _failed(self, error: OSError) -> None:
         super()._failed(error)
-        if isinstance(error, BrokenPipeError):
-            raise ReaderGone from error
-        raise OutputLost(
+        self._lost = OutputLost(
             f"The result cannot be written to standard output ({first_line(error)}).",
             expected="a standard output that takes the result",
             fix="Free space where standard output goes, or send it elsewhere.",
-        ) from error
+        )
+        if isinstance(error, BrokenPipeError):
+            self._lost = ReaderGone()
+        raise self._lost from error
 
 
 class _Messages(_Stream):

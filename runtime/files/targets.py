@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..checks import invalid
@@ -14,6 +14,7 @@ from .atomic import already_exists
 from .temporary import sibling
 
 _BLOCK = bytes(4096)
+_DESCRIPTORS = "/proc/self/fd"
 
 
 def place_of(path: Path) -> Path:
@@ -57,6 +58,28 @@ def require_utf8(path: Path, library: str) -> None:
             "Rename its directories, or move it.",
         )
         raise EnvironmentFailed(got, expected="a path in UTF-8", fix=fix) from error
+
+
+@contextmanager
+def utf8_name(path: Path, library: str) -> Iterator[str]:
+    """A name in UTF-8 by which `library` can open a file in the body. Raises EnvironmentFailed where there is none.
+
+    A folder whose name is not UTF-8 has another name as long as it is open: that of its descriptor, on Linux.
+    """
+    try:
+        require_utf8(path, library)
+    except EnvironmentFailed:
+        if not os.path.isdir(_DESCRIPTORS):
+            raise
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            inner = Path(_DESCRIPTORS, str(folder), path.name)
+            require_utf8(inner, library)
+            yield str(inner)
+        finally:
+            os.close(folder)
+    else:
+        yield str(path)
 
 
 def make_writable(folder: Path) -> None:

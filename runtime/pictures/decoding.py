@@ -20,6 +20,7 @@ from ..errors import ArtifactRefused, EnvironmentFailed, InvalidInput, OutOfMemo
 from ..files.parsing import refuse_failures
 from ..memory.available import available_bytes
 from .colours import SIXTEEN_BITS
+from .jpeg_scans import is_one_scan
 from .png_chunks import SIGNATURE, only_pixels
 
 MOST_PIXELS = 2**27  # a square of 11,585
@@ -61,8 +62,6 @@ def decoded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Decoded]:
         file.seek(0)
         source, profile = only_pixels(file) if kind == "PNG" else (file, None)
         with Image.open(source, formats=[kind]) as image:
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
-                _drop_other_tags(image)
             yield _loaded(image, profile if kind == "PNG" else image.info.get("icc_profile"), name)
 
 
@@ -121,6 +120,8 @@ def _loaded(image: Image.Image, profile: bytes | None, name: str) -> Decoded:
     """The image with its pixels decoded. Raises ArtifactRefused, OutOfMemory."""
     if isinstance(image, ImageFile.ImageFile) and image.format not in (*FORMATS, "MPO"):  # MPO: JPEG with more pictures
         raise _unknown_format(name)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _drop_other_tags(image)
     _check_header(image, name)
     if image.format == "PNG":
         _scale_key(image)
@@ -173,16 +174,17 @@ def _megabytes(size: int) -> str:
 
 def _bytes_to_read(image: Image.Image) -> int:
     """An upper bound of the memory for decoding a picture, and for its pixels and opacity afterwards."""
-    pixels, extra = math.prod(image.size), 0
+    pixels, extra, file = math.prod(image.size), 0, getattr(image, "fp", None)
     if image.format in ("JPEG", "MPO"):
-        extra = pixels * 2 * len(image.getbands())  # coefficients, if they come in several passes
+        one_scan = file is not None and not file.closed and is_one_scan(file)
+        extra = 0 if one_scan else pixels * 2 * len(image.getbands())  # else the decoder keeps coefficients
     elif image.format == "WEBP":
         extra = pixels * _WEBP_BYTES
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
         sides = zip(image.size, (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH), strict=True)
         tile = math.prod(max(side, int(image.tag_v2.get(tag, side))) for side, tag in sides)
         extra = max(tile * sum(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) // 8, 4 * pixels)
-    elif isinstance(file := getattr(image, "fp", None), io.BytesIO):
+    elif isinstance(file, io.BytesIO):
         extra = file.getbuffer().nbytes
     return pixels * _CORE_BYTES.get(image.mode, 4) + max(extra, 4 * pixels)
 
@@ -209,6 +211,6 @@ def _orientation(image: Image.Image) -> int:
     """The orientation in the EXIF data. It is 1, upright, if they are damaged, as in viewers."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(value) if isinstance(value, int | float) and value in range(1, 9) else 1
     except Exception:  # whatever the parser raises
         return 1
-    return value if type(value) is int and 1 <= value <= 8 else 1

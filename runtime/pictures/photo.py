@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..checks import check_array, invalid
+from ..checks import check_array, check_path, invalid
 from .colours import over_white, profile_transform, to_rgb
 from .decoding import Decoded, decoded
 
@@ -64,7 +64,7 @@ def read_photo(picture: PictureLike) -> Photo:
     """
     if not isinstance(picture, str | os.PathLike | Image.Image):
         return _of_array(check_array("The picture", picture))
-    with decoded(picture) as source:
+    with decoded(_checked("The picture", picture)) as source:
         pixels, upright = _upright(source, channels=(3,))
         clear = source.image.has_transparency_data
         opacity, upright_opacity = _upright(source) if clear else (None, None)
@@ -86,11 +86,15 @@ def read_mask(mask: PictureLike) -> Pixels:
     if not isinstance(mask, str | os.PathLike | Image.Image):
         photo = _of_array(check_array("The mask", mask))
         return _opaque_grey(photo.pixels, photo.opacity)
-    with decoded(mask) as source:
+    with decoded(_checked("The mask", mask)) as source:
         grey, upright = _upright(source)
         for rows, rgb, opacity in _strips(source, use_profile=False):
             upright[rows] = _opaque_grey(rgb, opacity)
     return grey
+
+
+def _checked(name: str, picture: str | os.PathLike[str] | Image.Image) -> str | Image.Image:
+    return picture if isinstance(picture, Image.Image) else check_path(name, picture)
 
 
 def _upright(source: Decoded, channels: tuple[int, ...] = ()) -> tuple[Pixels, Pixels]:

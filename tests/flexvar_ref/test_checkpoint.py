@@ -431,7 +431,7 @@ def test_every_missing_level_is_named(vae: State, load_state: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"extra": torch.zeros(1)}, "Unexpected: extra."),
+        ({"extra": torch.zeros(2)}, "Unexpected: extra."),
         ({"head.bias": torch.zeros(511)}, "head.bias has (511,), not (512,)"),
         ({"word_embed.weight": torch.zeros(128)}, "sizes"),
         ({"class_emb.weight": torch.zeros(1, 128)}, "classes is 0"),

@@ -84,6 +84,8 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
     "a number and a text beside": lambda s: {**s, "epoch": 3, "name": "d1", "best": 0.5, "seen": torch.tensor(7)},
     "the optimiser beside": lambda s: {**s, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "groups": [1]}},
     "the optimiser by name": lambda s: {"model": s, "optim": {n: {"exp_avg": torch.ones(2)} for n in s}},
+    "averages of the optimiser": lambda s: {"model": s, "optimizer": {"exp_avg": renamed(s), "exp_avg_sq": renamed(s)}},
+    "a loss beside": lambda s: {**s, "loss": torch.tensor([0.5])},
     "under an unknown name": lambda s: {"generator": s},
 }
 

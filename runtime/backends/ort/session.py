@@ -15,7 +15,7 @@ import numpy as np
 from ...bundle.opening import Bundle
 from ...checks import version_numbers
 from ...errors import BackendUnavailable, FlexVARError, first_line
-from ...files.targets import require_utf8
+from ...files.targets import utf8_name
 from ...model.tensors import GraphSpec
 from ..base import Array, Arrays, Availability, BindingCheck, Bound, Graph, closed_graph
 from ..failures import failure
@@ -70,10 +70,9 @@ def _wheels() -> list[str]:
 def open_session(bundle: Bundle, graph: str, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
     """A session of ONNX Runtime. Raises ArtifactRefused, EnvironmentFailed, OutOfMemory."""
     ort, path = load_onnxruntime(), bundle.graph_file(graph)
-    require_utf8(path, "ONNX Runtime")
-    with bundle.unchanged(), ort_errors(path.name):
+    with bundle.unchanged(), utf8_name(path, "ONNX Runtime") as name, ort_errors(path.name):
         # without enable_fallback=0 it tries the CPU and prints that to standard output
-        return ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
+        return ort.InferenceSession(name, options, providers=[provider], enable_fallback=0)
 
 
 @dataclass

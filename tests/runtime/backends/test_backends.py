@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from flexvar_runtime import ArtifactRefused, BackendUnavailable, InvalidInput, OutOfMemory, backends
+from flexvar_runtime import ArtifactRefused, BackendUnavailable, FlexVARPipeline, InvalidInput, OutOfMemory, backends
 from flexvar_runtime.backends import BACKENDS, create, probe
 from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.openvino.backend import OpenVino
@@ -111,6 +112,22 @@ def test_by_name_nothing_is_passed_over(modules: dict[str, Any]) -> None:
     modules |= {"ort-cuda": module(False), "ort-cpu": module(True)}
     with pytest.raises(BackendUnavailable, match=r"Backend ort-cuda .*: ort-cuda detail.*ort-cuda fix"):
         create("ort-cuda", BUNDLE)
+
+
+@pytest.mark.parametrize("folder", [b"caf\xe9", b"\xff/b", "фото".encode()])
+@pytest.mark.parametrize("name", ["ort-cpu", "openvino"])
+def test_folders_in_other_encodings(tiny_bundle: Path, tmp_path: Path, name: str, folder: bytes) -> None:
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    place = tmp_path / os.fsdecode(folder)
+    place.mkdir(parents=True)
+    shutil.copytree(tiny_bundle, place / "tiny.bundle")
+    images = []
+    for path in (tiny_bundle, place / "tiny.bundle"):
+        with FlexVARPipeline.from_bundle(path, name, threads=1) as pipe:
+            images.append(pipe([1], "1_2", seed=0).images)
+            pipe([2], "1_2", seed=0)  # `ort-cpu` opens the condition again
+    assert np.array_equal(*images)
 
 
 def test_unknown_names() -> None:

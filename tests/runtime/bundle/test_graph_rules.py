@@ -8,7 +8,7 @@ import pytest
 from onnx_bytes import field, model, node, plain_graph
 
 from flexvar_runtime import ArtifactRefused
-from flexvar_runtime.bundle.graph_rules import check_graph
+from flexvar_runtime.bundle.graph_rules import NODES, NODES_A_BLOCK, check_graph
 from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
 SPEC = GraphSpec(
@@ -16,6 +16,7 @@ SPEC = GraphSpec(
     inputs=(TensorSpec(name="tokens", dtype="int32", axes=("images", "height", "width")),),
     outputs=(TensorSpec(name="image", dtype="float32", axes=("images", 3, "h", "w")),),
 )
+DEPTH = 2
 SIZES = {"decode.onnx": 1000, "decode.onnx.data": 64}
 
 
@@ -40,7 +41,7 @@ def constant(part: bytes) -> bytes:
 
 def check(folder: Path, content: bytes) -> None:
     (folder / "decode.onnx").write_bytes(content)
-    check_graph(folder / "decode.onnx", SPEC, SIZES)
+    check_graph(folder / "decode.onnx", SPEC, SIZES, DEPTH)
 
 
 def refusal(folder: Path, content: bytes) -> str:
@@ -203,6 +204,13 @@ def test_graphs_of_very_many_parts(tmp_path: Path, part: bytes) -> None:
     assert "more than 10,000" in refusal(tmp_path, plain_graph(SPEC, part * 2_000_000))
 
 
+def test_more_nodes_than_a_model_needs(tmp_path: Path) -> None:
+    most = NODES + NODES_A_BLOCK * DEPTH
+    part = node("Identity", ["tokens"], ["x"])
+    check(tmp_path, plain_graph(SPEC, part * (most - 1)))
+    assert f"has {most + 1:,} nodes" in refusal(tmp_path, plain_graph(SPEC, part * most))
+
+
 def test_numbers_without_end(tmp_path: Path) -> None:
     """Reading stops early, because they take time and memory."""
     assert "axes" in refusal(tmp_path, plain_graph(SPEC, constant(field(1, b"\1" * 8 * 10**6))))
@@ -210,7 +218,7 @@ def test_numbers_without_end(tmp_path: Path) -> None:
     with (tmp_path / "decode.onnx").open("wb") as file:
         file.truncate(3 * 2**30)
     with pytest.raises(ArtifactRefused, match="too large"):
-        check_graph(tmp_path / "decode.onnx", SPEC, SIZES)
+        check_graph(tmp_path / "decode.onnx", SPEC, SIZES, DEPTH)
 
 
 @pytest.mark.parametrize("values", [[2**30], [-(2**22)], [2**10, 2**10, 2**10], [2**40 - 2**63]])

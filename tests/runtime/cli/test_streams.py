@@ -56,6 +56,18 @@ def test_a_full_disk_is_an_error_of_the_environment(
         assert flexvar("work", *json).refused(4, "standard output", "No space left")
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["work"], ["work", "--help"]])
+def test_a_full_disk_without_a_buffer(
+    flexvar: Any, command: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """Then the first failure is that of an empty text, with which click tries whether a stream takes text."""
+    command(RESULTS["a line"])
+    with FULL.open("wb", buffering=0) as raw:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, write_through=True))
+        assert flexvar(*arguments).refused(4, "standard output", "No space left")
+
+
 @pytest.mark.parametrize("kind", [*RESULTS, "--json", "--help"])
 def test_a_reader_that_is_gone_ends_the_command_quietly(
     flexvar: Any, command: Any, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -117,18 +129,20 @@ def test_names_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str, e
     assert content.getvalue() == printed and stream.errors == errors
 
 
-def test_output_that_was_lost_raises_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows goes nowhere, so that the end of Python does not fail again."""
+def test_output_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later write fails too, in case a library has caught the error. The end of Python does not fail again."""
     if not FULL.exists():
         pytest.skip("there is no /dev/full here")
     with FULL.open("w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         with protected():
             sys.stdout.write("a result\n")
-            with pytest.raises(OutputLost):
-                sys.stdout.flush()
-            sys.stdout.write("more\n")
-            sys.stdout.flush()
+            for text in ("", "more\n"):
+                with pytest.raises(OutputLost):
+                    sys.stdout.flush()
+                with pytest.raises(OutputLost):
+                    sys.stdout.write(text)
+        stream.flush()
 
 
 NAMES = ["[/a]", "[bold]x", "[v2]", ":cat:", r"\[a]", "a [link=x]b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ from PIL import Image, features
 from flexvar_runtime import ArtifactRefused, FlexVARPipeline, InvalidInput
 from flexvar_runtime.errors import FlexVARError, OutOfMemory
 from flexvar_runtime.pictures import decoding
+from flexvar_runtime.pictures.jpeg_scans import is_one_scan
 from flexvar_runtime.pictures.photo import read_mask, read_photo
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
@@ -161,6 +163,24 @@ def test_a_picture_that_does_not_fit_in_memory_is_refused(
     monkeypatch.setattr(decoding, "MOST_MEMORY", 5_000)
     with pytest.raises(ArtifactRefused, match="memory"):
         read_photo(tmp_path / "a")
+
+
+def test_jpeg_files_of_one_scan(tmp_path: Path) -> None:
+    """Only for these a decoder needs no memory for coefficients."""
+    for mode, options, one in (
+        *[("RGB", {}, True), ("L", {}, True), ("CMYK", {}, True), ("RGB", {"restart_marker_rows": 1}, True)],
+        *[("RGB", {"progressive": True}, False), ("L", {"progressive": True}, False)],
+    ):
+        picture(mode).save(tmp_path / "a.jpg", **options)
+        whole = (tmp_path / "a.jpg").read_bytes()
+        assert is_one_scan(io.BytesIO(whole)) == one
+        start = whole.index(b"\xff\xda")
+        single = whole[: start + 4] + b"\1" + whole[start + 5 :]  # as if the scan held only one component
+        assert is_one_scan(io.BytesIO(single)) == (one and mode == "L")
+        for end in range(start + 4):
+            assert not is_one_scan(io.BytesIO(whole[:end]))
+    photo = Image.new("RGB", (12_000, 9_000))
+    assert decoding._bytes_to_read(photo) < decoding.MOST_MEMORY
 
 
 PEAK = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from flexvar_ref.training.pictures import read_picture
+from flexvar_ref.training import pictures as training
+from flexvar_ref.training.pictures import read_picture, unreadable
 from flexvar_runtime.pictures.photo import read_photo
 
 Pixels = NDArray[np.uint8]
@@ -197,6 +200,7 @@ WRONG_TAGS = {  # number, type and value of tags that cameras write with a wrong
     "model as a fraction": (0x110, 5, 7.25),
     "date as a whole number": (0x132, 3, 7),
     "resolution as text": (0x11A, 2, "many"),
+    "XMP as a number": (0x2BC, 3, 7),
 }
 
 
@@ -214,7 +218,21 @@ def test_damaged_tags_do_not_hinder_turning(tmp_path: Path, read: Reader, wrong:
         colours().save(path, exif=b"Exif\0\0" + tags_as_bytes(tags), **({"lossless": True} if suffix == "webp" else {}))
     turned = np.asarray(colours().transpose(Image.Transpose.ROTATE_270)).astype(int)
     assert read(path).shape == (48, 32, 3)
-    assert np.abs(read(path) - turned).mean() < (4 if suffix == "jpg" else 0.01)
+    with Image.open(path) as opened:
+        for pixels in (read(path), read_photo(opened).pixels):
+            assert np.abs(pixels - turned).mean() < (4 if suffix == "jpg" else 0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "turns"), [(11, 6.0, True), (12, 6.0, True), (11, 6.5, False), (2, "6", False)]
+)
+def test_orientations_of_other_types(tmp_path: Path, read: Reader, kind: int, value: object, turns: bool) -> None:
+    """A whole number counts whatever its type, text does not."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[0x112] = kind
+    tags[0x112] = value
+    colours().save(tmp_path / "a.png", exif=b"Exif\0\0" + tags_as_bytes(tags))
+    assert read(tmp_path / "a.png").shape == ((48, 32, 3) if turns else (32, 48, 3))
 
 
 def tags_as_bytes(tags: TiffImagePlugin.ImageFileDirectory_v2) -> bytes:
@@ -286,3 +304,37 @@ def test_grey_that_begins_at_white_is_refused_with_sixteen_bits(tmp_path: Path, 
     path.write_bytes(tags[:at] + b"\0" + tags[at + 1 :])
     with pytest.raises(Exception, match="8 or 16 bits"):
         read(path)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from flexvar_ref.training import pictures as training
+from flexvar_ref.training.pictures import read_picture, unreadable
+from flexvar_runtime.pictures.photo import read_photo
+reader = {"runtime": read_photo, "training": read_picture}[sys.argv[1]]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reader(Path(sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("reader", ["runtime", "training"])
+@pytest.mark.parametrize("mode", ["P", "I;16", "RGBA"])
+def test_small_files_of_many_pixels(tmp_path: Path, reader: str, mode: str) -> None:
+    """16 million pixels in a few kB. Conversions of the whole picture at once would take 600 MiB."""
+    image = Image.new(mode, (4096, 4096))
+    image.save(tmp_path / "a.png", **({} if mode == "RGBA" else {"transparency": 0}))
+    command = [sys.executable, "-c", PEAK, reader, str(tmp_path / "a.png")]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 250
+
+
+def test_pictures_beyond_the_memory_of_training_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):
+        colours().save(tmp_path / kind, format=kind)
+        assert unreadable(tmp_path / kind) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "MOST_MEMORY", 5_000)
+            assert "memory" in str(unreadable(tmp_path / kind))
