@@ -14,7 +14,7 @@ from typing import NoReturn
 from ..checks import short
 from ..errors import ArtifactRefused
 from ..model.tensors import GraphSpec, TensorSpec
-from .onnx_scan import INTEGERS, Scan, StoredTensor, scan
+from .onnx_scan import FEW, INTEGERS, Scan, StoredTensor, scan
 
 _DOMAINS = frozenset({"", "ai.onnx"})
 _REFUSED = frozenset({"Loop", "Scan", "If", "SequenceMap"})
@@ -63,7 +63,10 @@ def _check_operators(file: str, found: Scan, most: int) -> None:
     others = found.domains - _DOMAINS
     if others:
         _refuse(file, f"uses operators of {short(min(others))}", "standard ONNX operators only")
-    constants, whole = {"", *found.constants}, {tensor.name for tensor in found.tensors if tensor.kind in INTEGERS}
+    constants, castable = {"", *found.constants}, set[str]()
+    for tensor in found.tensors:
+        if tensor.kind in INTEGERS or math.prod(tensor.shape) > FEW:
+            castable.add(tensor.name)  # its numbers were checked, or are too many for a shape
     for node in found.nodes:
         if node.domain not in _DOMAINS or node.operator in _REFUSED or node.operator.startswith(tuple(_RANDOM)):
             name = f"{node.domain}.{node.operator}" if node.domain else node.operator
@@ -72,7 +75,7 @@ def _check_operators(file: str, found: Scan, most: int) -> None:
         if node.operator == "Constant" and node.tensors != 1:
             _refuse(file, f"has the constant {short(node.outputs)} without a tensor", "constants that are tensors")
         fixed = constants.issuperset(node.inputs)
-        allowed = node.operator in _SAME_SIZE or (node.operator == "Cast" and whole.issuperset(node.inputs))
+        allowed = node.operator in _SAME_SIZE or (node.operator == "Cast" and castable.issuperset(node.inputs))
         inner_size = node.operator in ("Shape", "Size") and not set(node.inputs) <= set(found.inputs)
         if node.operator == "Constant" or inner_size or (fixed and allowed):
             constants |= set(node.outputs)

@@ -47,7 +47,7 @@ _SHAPES = frozenset({"Shape", "Size"})
 _FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: float32, float16, float64, bfloat16
 INTEGERS = {6: "<i4", 7: "<i8"}  # element types of the ONNX format that hold sizes, and their NumPy types
 _NOTHING = memoryview(b"")
-_FEW = 64  # a tensor of integers with at most so many elements can be a shape
+FEW = 64  # a tensor of integers with at most so many elements can be a shape
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _tensor(data: memoryview) -> StoredTensor:
             if len(dims) > _MOST_DIMS:
                 raise ValueError(f"a tensor has more than {_MOST_DIMS} axes")
         elif number in (_TENSOR_INT32, _TENSOR_INT64):
-            stored += _signed(value, _FEW) if len(stored) <= _FEW else ()
+            stored += _signed(value, FEW) if len(stored) <= FEW else ()
         elif isinstance(value, int):
             if value >= _MOST_CODE:
                 raise ValueError(f"a tensor has the number {value}")
@@ -275,9 +275,9 @@ def _tensor(data: memoryview) -> StoredTensor:
     if bool(external) != (location == 1) or location > 1:
         raise ValueError(f"the tensor {short(name)} does not say clearly where its bytes are")
     integers = stored
-    if kind in INTEGERS and 0 < len(raw) <= 8 * _FEW:
+    if kind in INTEGERS and 0 < len(raw) <= 8 * FEW:
         integers = np.frombuffer(raw, INTEGERS[kind]).tolist()
-    few = kind in INTEGERS and len(integers) <= _FEW
+    few = kind in INTEGERS and len(integers) <= FEW
     return StoredTensor(name, kind, tuple(dims), tuple(external), tuple(integers) if few else ())
 
 

@@ -132,7 +132,8 @@ def test_constants_that_are_no_tensors(tmp_path: Path, number: int) -> None:
 def test_sizes_that_are_cast(tmp_path: Path, kind: int) -> None:
     more = constant(tensor("n", [1], kind) + field(9, bytes(4))), node("Cast", ["n"], ["k"])
     refusal(tmp_path, plain_graph(SPEC, *more))
-    check(tmp_path, plain_graph(SPEC, constant(integers("n", [8])), node("Cast", ["n"], ["k"])))
+    for other in (integers("n", [8]), tensor("n", [65])):
+        check(tmp_path, plain_graph(SPEC, constant(other), node("Cast", ["n"], ["k"])))
 
 
 @pytest.mark.parametrize("axes", [[2**14, 2**14, 2**14], [0, 0, 16], [0, 0], []])
