@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,16 @@ _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSY
 def already_exists(final: Path) -> InvalidInput:
     """The error for a name that is taken."""
     return InvalidInput(f"{final} exists already.", expected="a new name", fix="Choose another name, or pass --force.")
+
+
+def require_regular(path: Path) -> None:
+    """Raise InvalidInput if a name is that of a device, a pipe or a socket. Links are right: they are replaced."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # there is nothing, or writing will say why it fails
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise InvalidInput(f"{path} is no regular file.", expected="a regular file", fix="Choose another name.")
 
 
 def require_parent(final: Path) -> None:
@@ -60,6 +71,7 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterat
     require_parent(final)
     if os.path.isdir(final) and not os.path.islink(final):
         raise InvalidInput(f"{final} is a directory.", expected="the name of a file", fix="Name a file in it.")
+    require_regular(final)
     if not force and os.path.lexists(final):
         raise already_exists(final)
     _remove_leftovers_once(final.parent)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checks import invalid
 from ..errors import EnvironmentFailed, InvalidInput
-from .atomic import already_exists
+from .atomic import already_exists, require_regular
 from .temporary import sibling
 
 _BLOCK = bytes(4096)
@@ -37,6 +37,7 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
         seen.add(place)
         if place in folders or os.path.isdir(path):
             raise invalid(f"{path} is a directory", "a file", "Choose another name.")
+        require_regular(path)
         try:
             os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):

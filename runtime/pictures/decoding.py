@@ -79,7 +79,8 @@ def _refuse_damage(name: str) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         if not path.is_file():
-            raise InvalidInput(f"There is no file {path}.", expected="a picture", fix="Check the path.")
+            problem = f"{path} is no file." if path.exists() else f"There is no file {path}."
+            raise InvalidInput(problem, expected="a picture", fix="Check the path.")
         file = path.open("rb")
     except PermissionError as error:
         got, fix = f"{path} cannot be opened: {error.strerror}.", "Check the permissions."

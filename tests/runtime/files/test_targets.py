@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import stat
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,31 @@ def test_force_replaces_files_and_no_directories(tmp_path: Path) -> None:
     for name, force in (("a", False), ("d", True)):
         with pytest.raises(InvalidInput, match=name):
             check_files([tmp_path / name], force)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(path))
+        server.close()
+    elif os.geteuid():
+        pytest.skip("devices cannot be made here (this needs root)")
+    else:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    before = os.lstat(path)
+    with pytest.raises(InvalidInput, match="no regular file"):
+        check_files([path], force=True)
+    with pytest.raises(InvalidInput, match="no regular file"), atomic_write(path, force=True):
+        pass
+    assert os.lstat(path) == before
+    (tmp_path / "link").symlink_to("a")  # a link is replaced, not followed
+    with atomic_write(tmp_path / "link", force=True):
+        pass
+    assert os.lstat(path) == before
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "file/below/deeper"])
