@@ -8,7 +8,7 @@ nodes without a CUDA kernel. Field numbers are those of onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _MOST_DIMS = 8
 _MOST_NUMBERS, _LARGEST_NUMBER = 64, 2**20  # of attributes, such as axes and kernel sizes
 _MOST_OPSET = 100  # libraries may try every version up to that of a file
 _MOST_FIELD = 2**29  # of protobuf. Some readers drop the bits above it
-_OPSET_DOMAIN, _OPSET_VERSION = _OPSET_PARTS = (1, 2)
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_DOC, _GRAPH_METADATA = 1, 2, 5, 10, 16
 _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_INNER = _GRAPH_VALUES = (11, 12, 13)
 _GRAPH_IGNORED = frozenset({_GRAPH_NAME, _GRAPH_DOC, _GRAPH_METADATA})
@@ -40,13 +40,12 @@ _ATTRIBUTE_PARTS = frozenset({1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 20})  # not graphs
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT32, _TENSOR_INT64, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 5, 7, 8, 9
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _TENSOR_PARTS = frozenset({1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16})  # not 3: segments
-_ENTRY_KEY, _ENTRY_VALUE = _ENTRY_PARTS = (1, 2)
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _MOST_CODE = 2**31  # of an element type or location. Some readers drop the bits above it
 _BYTES = 2  # wire type of texts, bytes and messages
 _SHAPES = frozenset({"Shape", "Size"})
 _FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: float32, float16, float64, bfloat16
 INTEGERS = {6: "<i4", 7: "<i8"}  # element types of the ONNX format that hold sizes, and their NumPy types
-_NOTHING = memoryview(b"")
 FEW = 64  # a tensor of integers with at most so many elements can be a shape
 
 
@@ -156,7 +155,7 @@ def scan(path: Path) -> Scan:
         if not data.startswith(_MODEL_BEGIN):
             raise ValueError("it does not begin with the version of the format")
         found = _Found()
-        for number, value in _all_fields(memoryview(data)):
+        for number, value in _fields(data):
             if number not in _MODEL_PARTS:
                 raise ValueError(f"the model has the field {number}")
             if number == _MODEL_GRAPH:
@@ -166,10 +165,15 @@ def scan(path: Path) -> Scan:
         return found.scan()
 
 
-def _opset(data: memoryview, found: _Found) -> None:
-    _require_known(data, _OPSET_PARTS, "a set of operators")
-    domain = "".join(_text(text) for number, text in _fields(data) if number == _OPSET_DOMAIN)
-    version = _numbers(data).get(_OPSET_VERSION, 0)
+def _opset(data: bytes, found: _Found) -> None:
+    domain, version = "", 0
+    for number, value in _fields(data):
+        if number == _OPSET_DOMAIN:
+            domain += _text(_message(value))
+        elif number == _OPSET_VERSION and isinstance(value, int):
+            version = value
+        else:
+            raise ValueError(f"a set of operators has the field {number}")
     if version > _MOST_OPSET:
         raise ValueError(f"it has the version {version} of operators")
     if domain:
@@ -178,8 +182,8 @@ def _opset(data: memoryview, found: _Found) -> None:
         found.opset = version
 
 
-def _graph(data: memoryview, found: _Found) -> None:
-    for number, part in _all_fields(data):
+def _graph(data: bytes, found: _Found) -> None:
+    for number, part in _fields(data):
         found.require_few()
         value = _message(part)
         if number == _GRAPH_NODE:
@@ -189,38 +193,38 @@ def _graph(data: memoryview, found: _Found) -> None:
             found.tensors.append(tensor)
             found.constants.add(tensor.name)
         elif number in _GRAPH_VALUES:
-            found.values[number].append(_value(value, found))
+            found.values[number].append(_value(value, found, number == _GRAPH_INPUT))
         elif number not in _GRAPH_IGNORED:
             raise ValueError(f"the graph has the field {number}")
 
 
-def _value(data: memoryview, found: _Found) -> str:
-    """Name of a tensor. Its element type and its shape are recorded, if the file has them.
+def _value(data: bytes, found: _Found, sized: bool) -> str:
+    """Name of a tensor. Its element type is recorded, and with `sized` its shape, if the file has them.
 
     Parts that come several times are joined, as by every reader of the format.
     """
-    name = _text(dict(_fields(data)).get(_VALUE_NAME, _NOTHING))
-    tensor = _joined(_joined(data, _VALUE_TYPE), _TYPE_TENSOR)
-    if tensor and name:
-        found.kinds[name] = _numbers(tensor).get(_TENSOR_KIND, 0)
-        dims = [_numbers(dim) for number, dim in _fields(_joined(tensor, _TENSOR_SHAPE)) if number == _SHAPE_DIM]
-        if len(dims) > _MOST_DIMS:
-            raise ValueError(f"a tensor has more than {_MOST_DIMS} axes")
-        if any(number == _TENSOR_SHAPE for number, _ in _fields(tensor)):
-            found.sizes[name] = tuple(dim.get(_DIM_SIZE) for dim in dims)
+    name, kinds, shape = "", b"", None
+    for number, value in _fields(data):
+        if number == _VALUE_NAME:
+            name = _text(_message(value))
+        elif number == _VALUE_TYPE:
+            kinds += _message(value)
+    tensor = b"".join(_message(value) for number, value in _fields(kinds) if number == _TYPE_TENSOR)
+    for number, value in _fields(tensor):
+        if number == _TENSOR_KIND and isinstance(value, int):
+            found.kinds[name] = value
+        elif number == _TENSOR_SHAPE:
+            shape = (shape or b"") + _message(value)
+    if sized and shape is not None:
+        dims = [_numbers(_message(dim)) for number, dim in _fields(shape) if number == _SHAPE_DIM]
+        found.sizes[name] = tuple(dim.get(_DIM_SIZE) for dim in dims)
     return name
 
 
-def _joined(data: memoryview, wanted: int) -> memoryview:
-    """The messages of one field number in a message, joined."""
-    parts = [value for number, value in _fields(data) if number == wanted]
-    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-
-
-def _node(data: memoryview, found: _Found) -> Node:
+def _node(data: bytes, found: _Found) -> Node:
     texts: dict[int, list[str]] = {number: [] for number in _NODE_TEXTS}
     before = len(found.tensors)
-    for number, part in _all_fields(data):
+    for number, part in _fields(data):
         value = _message(part)
         if number in texts:
             texts[number].append(_text(value))
@@ -234,10 +238,11 @@ def _node(data: memoryview, found: _Found) -> Node:
     return Node(name, operator, tuple(inputs), tuple(outputs), domain, len(found.tensors) - before)
 
 
-def _attribute(data: memoryview, found: _Found) -> None:
-    _require_known(data, _ATTRIBUTE_PARTS, "an attribute")
+def _attribute(data: bytes, found: _Found) -> None:
     numbers = list[int]()
-    for number, value in _all_fields(data):
+    for number, value in _fields(data):
+        if number not in _ATTRIBUTE_PARTS:
+            raise ValueError(f"an attribute has the field {number}")
         if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
             found.tensors.append(_tensor(_message(value)))
         elif number in _ATTRIBUTE_NUMBERS:
@@ -246,13 +251,14 @@ def _attribute(data: memoryview, found: _Found) -> None:
                 raise ValueError("an attribute has too many or too large numbers")
 
 
-def _tensor(data: memoryview) -> StoredTensor:
+def _tensor(data: bytes) -> StoredTensor:
     """A tensor. Numbers may come one by one or packed in a text, as the format allows."""
     name, kind, external, location = "", 0, [], 0
     dims, stored = list[int](), list[int]()
-    raw = _NOTHING
-    _require_known(data, _TENSOR_PARTS, "a tensor")
-    for number, value in _all_fields(data):
+    raw = b""
+    for number, value in _fields(data):
+        if number not in _TENSOR_PARTS:
+            raise ValueError(f"a tensor has the field {number}")
         if number == _TENSOR_DIMS:
             dims += _signed(value, _MOST_DIMS)
             if len(dims) > _MOST_DIMS:
@@ -269,9 +275,12 @@ def _tensor(data: memoryview) -> StoredTensor:
         elif number == _TENSOR_RAW:
             raw = value
         elif number == _TENSOR_EXTERNAL:
-            _require_known(value, _ENTRY_PARTS, "the place of a weight")
             entry = dict(_fields(value))
-            external.append((_text(entry.get(_ENTRY_KEY, _NOTHING)), _text(entry.get(_ENTRY_VALUE, _NOTHING))))
+            if not entry.keys() <= {_ENTRY_KEY, _ENTRY_VALUE}:
+                raise ValueError("the place of a weight has unknown fields")
+            external.append(
+                (_text(_message(entry.get(_ENTRY_KEY, b""))), _text(_message(entry.get(_ENTRY_VALUE, b""))))
+            )
     if bool(external) != (location == 1) or location > 1:
         raise ValueError(f"the tensor {short(name)} does not say clearly where its bytes are")
     integers = stored
@@ -281,53 +290,41 @@ def _tensor(data: memoryview) -> StoredTensor:
     return StoredTensor(name, kind, tuple(dims), tuple(external), tuple(integers) if few else ())
 
 
-def _signed(value: memoryview | int, most: int) -> list[int]:
+def _signed(value: bytes | int, most: int) -> list[int]:
     """One number, or those packed in a text, as int64. Of more than `most`, only some."""
     numbers = [value] if isinstance(value, int) else []
     at = 0
-    while isinstance(value, memoryview) and at < len(value) and len(numbers) <= most:
+    while isinstance(value, bytes) and at < len(value) and len(numbers) <= most:
         number, at = _varint(value, at)
         numbers.append(number)
     return [number - 2**64 if number >= 2**63 else number for number in numbers]
 
 
-def _require_known(data: memoryview, known: Collection[int], what: str) -> None:
-    """Raise ValueError if a message has other fields."""
-    unknown = {number for number, _ in _all_fields(data)}.difference(known)
-    if unknown:
-        raise ValueError(f"{what} has the field {min(unknown)}")
-
-
-def _message(value: memoryview | int) -> memoryview:
+def _message(value: bytes | int) -> bytes:
     """A text or message. A number in its place is ignored, as by every reader of the format."""
-    return value if isinstance(value, memoryview) else _NOTHING
+    return value if isinstance(value, bytes) else b""
 
 
-def _text(value: memoryview) -> str:
+def _text(value: bytes) -> str:
     return str(value, "utf-8")
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Field number and content of the texts, bytes and messages in a message."""
-    return ((number, value) for number, value in _all_fields(data) if isinstance(value, memoryview))
-
-
-def _numbers(data: memoryview) -> dict[int, int]:
+def _numbers(data: bytes) -> dict[int, int]:
     """The whole numbers in a message by field number. Of a repeated field, the last."""
-    return {number: value for number, value in _all_fields(data) if isinstance(value, int)}
+    return {number: value for number, value in _fields(data) if isinstance(value, int)}
 
 
-def _all_fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
     """Field number and content of every field of a message, except numbers of a fixed size."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)  # most are short, and this is fast
         number, wire = tag >> 3, tag & 7
         if not 0 < number < _MOST_FIELD:
             raise ValueError(f"it has the field {number}")
         if wire == _BYTES:
             size, at = _varint(data, at)
-            if size > len(data) - at:
+            if size > end - at:
                 raise ValueError("it ends too early")
             yield number, data[at : at + size]
             at += size
@@ -338,11 +335,15 @@ def _all_fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
             at += 8 if wire == 1 else 4
         else:
             raise ValueError(f"it has a field of type {wire}")
-    if at != len(data):
+    if at != end:
         raise ValueError("it ends too early")
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number that begins at a place, and the place behind it."""
+    byte = data[at]
+    if byte < 0x80:
+        return byte, at + 1
     result = 0
     for shift in range(0, 70, 7):
         byte = data[at]
