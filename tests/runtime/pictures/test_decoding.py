@@ -181,8 +181,18 @@ def test_jpeg_files_of_one_scan(tmp_path: Path) -> None:
         assert is_one_scan(io.BytesIO(single)) == (one and mode == "L")
         for end in range(start + 4):
             assert not is_one_scan(io.BytesIO(whole[:end]))
-    photo = Image.new("RGB", (12_000, 9_000))
-    assert decoding._bytes_to_read(photo) < decoding.MOST_MEMORY
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("progressive", "fits"), [(False, True), (True, False)])
+def test_a_photo_of_108_million_pixels(tmp_path: Path, progressive: bool, fits: bool) -> None:
+    """Its header is enough to know the memory that it takes."""
+    picture().save(tmp_path / "a.jpg", progressive=progressive)
+    whole, size = (tmp_path / "a.jpg").read_bytes(), struct.pack(">HH", 32, 48)
+    assert whole.count(size) == 1
+    with Image.open(io.BytesIO(whole.replace(size, struct.pack(">HH", 9_000, 12_000)))) as photo:
+        assert photo.size == (12_000, 9_000)
+        assert (decoding._bytes_to_read(photo) < decoding.MOST_MEMORY) == fits
 
 
 PEAK = """
