@@ -22,8 +22,9 @@ _RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormal", "RandomUniform"
 _LARGEST_SIZE, _MOST_ELEMENTS = 2**20, 2**26  # in a constant that can be a shape. Exported graphs have at most 2**12
 _SAME_SIZE = frozenset({"Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze"})
 NODES, NODES_A_BLOCK = 1500, 110
-"""How many nodes a graph may have. Exported decoders have up to 1,218, and step graphs 22 and 107 a block. The time that
-a library takes to load a graph may grow with the square of its nodes."""
+"""How many nodes a graph may have. Exported decoders have up to 1,218, and step graphs 22 and 107 a block.
+
+The time that a library takes to load a graph may grow with the square of its nodes."""
 _FIX = "Export the bundle again."
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes of an element by its type, a number of the ONNX format."""
