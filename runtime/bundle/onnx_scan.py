@@ -301,8 +301,10 @@ def _signed(value: bytes | int, most: int) -> list[int]:
 
 
 def _message(value: bytes | int) -> bytes:
-    """A text or message. A number in its place is ignored, as by every reader of the format."""
-    return value if isinstance(value, bytes) else b""
+    """A text or message. Raises ValueError for a number in its place, which other readers ignore."""
+    if isinstance(value, int):
+        raise ValueError("it has a number where a text or message belongs")
+    return value
 
 
 def _text(value: bytes) -> str:

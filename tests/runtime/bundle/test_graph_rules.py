@@ -105,6 +105,13 @@ def test_graphs_and_sparse_tensors_in_attributes(tmp_path: Path, number: int) ->
     refusal(tmp_path, plain_graph(SPEC, node("Add", ["tokens"], ["x"], hidden)))
 
 
+@pytest.mark.parametrize("number", [1, 2, 4, 7])
+def test_numbers_in_the_place_of_texts(tmp_path: Path, number: int) -> None:
+    """Other readers ignore them, and use the text before."""
+    part = node("RandomNormal", ["tokens"], ["x"], field(7, b"f"), field(number, 0))
+    assert "a number where" in refusal(tmp_path, plain_graph(SPEC, part))
+
+
 @pytest.mark.parametrize("number", [20, 25, 26])
 def test_training_functions_and_devices(tmp_path: Path, number: int) -> None:
     refusal(tmp_path, plain_graph(SPEC) + field(number, field(1, b"F")))
