@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from flexvar_runtime.backends.device_arrays import DeviceArrays
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.kernels import KernelConfig, Launch
+from flexvar_runtime.cuda.kernels import KernelConfig
+from flexvar_runtime.cuda.launches import Launch
 from flexvar_runtime.model.noise import draws_of_images
 from flexvar_runtime.model.resize import bicubic_matrix
 from flexvar_runtime.model.sampling import sample

@@ -22,6 +22,7 @@ BACKENDS = {  # name to module, in the order in which "auto" prefers them
     # (measured: openvino is no faster than ort-cpu in float32, and slower to open)
     "tensorrt": "tensorrt.backend",
     "tensorrt-rtx": "tensorrt.backend",
+    "cuda": "cuda.backend",
     "ort-cuda": "ort.cuda",
     "ort-cpu": "ort.cpu",
     "openvino": "openvino.backend",

@@ -69,7 +69,7 @@ class StoredTensor:
     """A constant tensor. kind: element type, a number of the ONNX format.
 
     external: key and value of the entries that say where its bytes are, if they are in another file. integers: its
-    values, if it is a short tensor of integers in the graph's file.
+    values, if it is a short tensor of integers in the graph's file. raw: its bytes, if the file has them in one piece.
     """
 
     name: str
@@ -77,6 +77,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     external: tuple[tuple[str, str], ...] = ()
     integers: tuple[int, ...] = ()
+    raw: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _tensor(data: bytes) -> StoredTensor:
     if kind in INTEGERS and 0 < len(raw) <= 8 * FEW:
         integers = np.frombuffer(raw, INTEGERS[kind]).tolist()
     few = kind in INTEGERS and len(integers) <= FEW
-    return StoredTensor(name, kind, tuple(dims), tuple(external), tuple(integers) if few else ())
+    return StoredTensor(name, kind, tuple(dims), tuple(external), tuple(integers) if few else (), raw)
 
 
 def _signed(value: bytes | int, most: int) -> list[int]:

@@ -27,14 +27,13 @@ class Arena:
         memory = device.allocate(self.nbytes)
         self.whole = DeviceArray(memory.address, (self.nbytes,), "uint8", memory)
         self.host_whole = device.pinned(self.nbytes) if pinned else np.empty(0, np.uint8)
-        self.arrays: dict[str, DeviceArray] = {}
+        self.arrays = carve(self.whole, fields)
         self.host: dict[str, NDArray[Any]] = {}
-        start = 0
-        for name, (shape, dtype) in fields.items():
-            array = self.arrays[name] = DeviceArray(memory.address + start, shape, dtype, memory)
-            if pinned:
-                self.host[name] = self.host_whole[start : start + array.nbytes].view(dtype).reshape(shape)
-            start += aligned(array.nbytes)
+        if pinned:
+            for name, array in self.arrays.items():
+                start = array.address - memory.address
+                part = self.host_whole[start : start + array.nbytes]
+                self.host[name] = part.view(array.dtype).reshape(array.shape)
 
     def __getitem__(self, name: str) -> DeviceArray:
         return self.arrays[name]
@@ -43,3 +42,15 @@ class Arena:
 def nbytes(fields: Fields) -> int:
     """The size of an arena of these fields in bytes."""
     return sum(aligned(DeviceArray(0, shape, dtype, None).nbytes) for shape, dtype in fields.values())
+
+
+def carve(block: DeviceArray, fields: Fields) -> dict[str, DeviceArray]:
+    """Arrays of these fields in the memory of a block, each aligned. Raises ValueError if it is too small."""
+    if nbytes(fields) > block.nbytes:
+        raise ValueError(f"a block of {block.nbytes} bytes is too small for {nbytes(fields)}")
+    arrays: dict[str, DeviceArray] = {}
+    start = block.address
+    for name, (shape, dtype) in fields.items():
+        arrays[name] = DeviceArray(start, shape, dtype, block.memory)
+        start += aligned(arrays[name].nbytes)
+    return arrays

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..errors import OutOfMemory
 from .array import DeviceArray
-from .kernels import KernelConfig, Launch
+from .compilation import KernelSet
+from .launches import Launch
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ class Device(Protocol):
     def zero(self, array: DeviceArray) -> None:
         """Enqueue filling the array with zero bytes."""
 
-    def load(self, config: KernelConfig) -> None:
-        """Compile and load the kernels for a model. `launch` needs them. Raises BackendUnavailable, DeviceFailed."""
+    def load(self, kernels: KernelSet) -> None:
+        """Compile and load kernels, beside those loaded before. Raises BackendUnavailable, DeviceFailed."""
 
     def launch(self, launch: Launch) -> None:
         """Enqueue a kernel."""

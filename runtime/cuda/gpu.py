@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ..checks import invalid, version_numbers
 from ..errors import BackendUnavailable, DeviceFailed, FlexVARError, OutOfMemory, first_line
 from .array import DeviceArray
-from .kernels import KERNEL_NAMES, KernelConfig, Launch, compile_kernels
+from .compilation import KernelSet, compile_kernels
+from .launches import Launch
 
 MINIMUM = (1, 0)  # the first version of cuda.core with a stable interface
 
@@ -191,10 +192,10 @@ class CudaDevice:
         with self.translating(f"calling {name}"):
             _check(self._driver, getattr(self._driver, name)(*arguments))
 
-    def load(self, config: KernelConfig) -> None:
-        code = self._core.ObjectCode.from_cubin(compile_kernels(f"sm_{self.capability.replace('.', '')}", config))
+    def load(self, kernels: KernelSet) -> None:
+        code = self._core.ObjectCode.from_cubin(compile_kernels(f"sm_{self.capability.replace('.', '')}", kernels))
         with self.translating("loading the kernels"):
-            self._kernels = {name: code.get_kernel(name) for name in KERNEL_NAMES}
+            self._kernels |= {name: code.get_kernel(name) for name in kernels.names}
 
     def launch(self, launch: Launch) -> None:
         config = self._core.LaunchConfig(grid=launch.grid, block=launch.block, shmem_size=launch.shared_bytes)

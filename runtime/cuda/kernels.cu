@@ -2,24 +2,11 @@
 // same tokens, same pixels.
 //
 // Macros configure them: VOCABULARY (V), CODE_DIM (D), WIDTH (C), and BLOCK, the number of threads in a block of
-// sample_rows (a multiple of 32, at most 1024). The file is C plus CUDA's additions. A C compiler can run it without a
-// GPU if stand-ins replace these additions. Floating-point operations that decide a result are intrinsics, which no
+// sample_rows (a multiple of 32, at most 1024). Floating-point operations that decide a result are intrinsics, which no
 // compiler fuses.
-
-#ifndef KERNEL
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
-#define DEVICE static __device__ __forceinline__
-#define SHARED __shared__
-#define UNROLL _Pragma("unroll")
-#endif
-
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 #define WARPS (BLOCK / 32)
 #define ITEMS ((VOCABULARY + BLOCK - 1) / BLOCK)  // values per thread
-#define ALL_LANES 0xffffffffu
 #define INDEX_BITS 22
 #define WEIGHT_BITS 40
 #define BINS 1024       // 32 chunks of 32 bins

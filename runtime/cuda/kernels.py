@@ -1,17 +1,9 @@
-"""The kernels of `kernels.cu`: their configuration, their compilation, and a function per kernel that returns a launch.
-
-Only `compile_source` imports CUDA.
-"""
+"""The kernels of `kernels.cu`: their configuration, and a function per kernel that returns a launch."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +11,8 @@ from numpy.typing import NDArray
 from ..checks import check_index, check_seed
 from ..errors import BackendUnavailable
 from .array import DeviceArray
+from .compilation import read_sources
+from .launches import Launch, make_launch, require_fit
 
 KERNEL_NAMES = ("sample_rows", "next_inputs", "gather_rows", "scatter_rows", "to_uint8", "draws")
 TAPS = 4  # most inputs of one output of a bicubic resize
@@ -46,6 +40,13 @@ class KernelConfig:
                 fix="Use a CPU backend for this model (see flexvar doctor).",
             )
 
+    names = KERNEL_NAMES
+    fuses = False  # because the host's results must be met exactly
+
+    @property
+    def source(self) -> str:
+        return kernel_source()
+
     @property
     def block(self) -> int:
         """Threads in a block of `sample_rows`: one per code, rounded up to whole warps, at most 1024."""
@@ -59,20 +60,6 @@ class KernelConfig:
             "WIDTH": self.width,
             "BLOCK": self.block if block is None else block,
         }
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel. grid, block: number of blocks and threads along x, y, z.
-
-    args: the arguments in order; pointers are int, all others ctypes values of the kernel's types.
-    """
-
-    name: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
-    args: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -158,9 +145,9 @@ def sample_rows(
     """
     B, L, V = logits_BLV.shape
     fits = streams.shape == (stream_words(B),) and tokens.size == B * L and top_k.size == drop.size == 1
-    _require(fits, "streams, tokens or options", streams, tokens, top_k, drop)
+    require_fit(fits, "streams, tokens or options", streams, tokens, top_k, drop)
     arrays = (logits_BLV, streams, tokens, status, top_k, drop)
-    return _launch("sample_rows", (B * L, 1, 1), _threads(V), arrays, L, scale)
+    return make_launch("sample_rows", (B * L, 1, 1), _threads(V), arrays, L, scale)
 
 
 def next_inputs(
@@ -180,9 +167,9 @@ def next_inputs(
     (B, h, w), (N, L, D), C = tokens_Bhw.shape, codes_NLD.shape, positions_LC.shape[1]
     new_h, new_w = len(y_taps[0]), len(x_taps[0])
     fits = new_h * new_w == L == len(positions_LC) and N in (B, 2 * B) and codebook_VD.shape[1] == D
-    _require(fits and offset_NLC.shape == (N, L, C), "codes, offset or taps", tokens_Bhw, codes_NLD, offset_NLC)
+    require_fit(fits and offset_NLC.shape == (N, L, C), "codes, offset or taps", tokens_Bhw, codes_NLD, offset_NLC)
     arrays = (tokens_Bhw, codebook_VD, *y_taps, *x_taps, positions_LC, codes_NLD, offset_NLC)
-    return _launch("next_inputs", (L, B, 1), 128, arrays, h, w, new_w, N // B)
+    return make_launch("next_inputs", (L, B, 1), 128, arrays, h, w, new_w, N // B)
 
 
 def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
@@ -191,10 +178,10 @@ def gather_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> 
     source: (K, M, …) float32. target: (K, R, …) float32, with rows of the same shape. rows: (R,) int32.
     """
     fits = _same_tables(source, target) and rows.shape == target.shape[1:2]
-    _require(fits, "rows", source, rows, target)
+    require_fit(fits, "rows", source, rows, target)
     columns = target[0][0].size
     grid = (-(-columns // 4096), target.shape[1], len(target))
-    return _launch("gather_rows", grid, 256, (source, rows, target), columns, source.shape[1])
+    return make_launch("gather_rows", grid, 256, (source, rows, target), columns, source.shape[1])
 
 
 def scatter_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) -> Launch:
@@ -204,10 +191,10 @@ def scatter_rows(source: DeviceArray, rows: DeviceArray, target: DeviceArray) ->
     different.
     """
     fits = _same_tables(source, target) and len(rows.shape) == 1 and 0 < rows.shape[0] <= source.shape[1]
-    _require(fits, "rows", source, rows, target)
+    require_fit(fits, "rows", source, rows, target)
     columns = target[0][0].size
     grid = (-(-columns // 4096), len(rows), len(target))
-    return _launch("scatter_rows", grid, 256, (source, rows, target), columns, source.shape[1], target.shape[1])
+    return make_launch("scatter_rows", grid, 256, (source, rows, target), columns, source.shape[1], target.shape[1])
 
 
 def to_uint8(
@@ -221,12 +208,12 @@ def to_uint8(
     NaN and infinities become 0 and set the status.
     """
     B, channels, H, W = image_BCHW.shape
-    _require(channels == 3 and pixels_BHWC.shape == (B, H, W, 3), "pixels", image_BCHW, pixels_BHWC)
+    require_fit(channels == 3 and pixels_BHWC.shape == (B, H, W, 3), "pixels", image_BCHW, pixels_BHWC)
     low, high = value_range
     gain = np.float32(255 / (high - low))
     shift = np.float32(low) * gain
     arrays = (image_BCHW, pixels_BHWC, status)
-    return _launch("to_uint8", (-(-H * W // 1024), B, 1), 256, arrays, H * W, float(gain), float(shift))
+    return make_launch("to_uint8", (-(-H * W // 1024), B, 1), 256, arrays, H * W, float(gain), float(shift))
 
 
 def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
@@ -235,16 +222,8 @@ def draws(streams: DeviceArray, out_BL: DeviceArray, *, scale: int) -> Launch:
     Only checks run it.
     """
     B, L = out_BL.shape
-    _require(streams.shape == (stream_words(B),), "streams", streams, out_BL)
-    return _launch("draws", (-(-B * L // 256), 1, 1), 256, (streams, out_BL), B * L, L, scale)
-
-
-def _launch(
-    name: str, grid: tuple[int, int, int], threads: int, arrays: Sequence[DeviceArray], *numbers: int | float
-) -> Launch:
-    """A launch in blocks of `threads`. The kernel takes pointers to the arrays, then uint32 and float numbers."""
-    values = (ctypes.c_float(n) if isinstance(n, float) else ctypes.c_uint32(n) for n in numbers)
-    return Launch(name, grid, (threads, 1, 1), 0, (*(array.address for array in arrays), *values))
+    require_fit(streams.shape == (stream_words(B),), "streams", streams, out_BL)
+    return make_launch("draws", (-(-B * L // 256), 1, 1), 256, (streams, out_BL), B * L, L, scale)
 
 
 def _same_tables(source: DeviceArray, target: DeviceArray) -> bool:
@@ -256,43 +235,6 @@ def _threads(vocabulary: int) -> int:
     return min(-(-vocabulary // 32) * 32, MOST_THREADS)
 
 
-def _require(fits: bool, what: str, *arrays: DeviceArray) -> None:
-    if not fits:  # the kernel would access memory outside an array
-        raise ValueError(f"{what} do not fit together: shapes {', '.join(str(array.shape) for array in arrays)}")
-
-
 def kernel_source() -> str:
-    """The text of `kernels.cu`."""
-    return files(__package__).joinpath("kernels.cu").read_text(encoding="utf-8")
-
-
-def compile_kernels(target: str, config: KernelConfig) -> bytes:
-    """A cubin with all kernels for a GPU of architecture `target` ("sm_90"). Needs no GPU.
-
-    Raises BackendUnavailable with the compiler's message if cuda.core or NVRTC is missing or the compilation fails.
-    """
-    return compile_source(kernel_source(), target, config)[0]
-
-
-def compile_source(source: str, target: str, config: KernelConfig) -> tuple[bytes, str]:
-    """The cubin of a source, and the compiler's log with the registers and spills of every kernel."""
-    log = io.StringIO()
-    try:
-        core = importlib.import_module("cuda.core")
-        options = core.ProgramOptions(
-            name="kernels.cu",
-            arch=target,
-            std="c++17",
-            fma=False,
-            define_macro=[(name, str(value)) for name, value in config.defines().items()],
-            ptxas_options=["-v"],
-        )
-        code = core.Program(source, "c++", options).compile("cubin", logs=log).code
-    except Exception as error:  # errors of Python, the loader and NVRTC have no common base class
-        message = str(error).replace("\0", "").strip()
-        raise BackendUnavailable(
-            f"The GPU kernels cannot be compiled for {target} ({type(error).__name__}: {message}).",
-            expected="cuda.core and an NVRTC that knows this GPU",
-            fix="Run: pip install --upgrade 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
-        ) from error
-    return bytes(code), log.getvalue().strip("\0\n")
+    """The text of `kernels.cu` and of what it needs."""
+    return read_sources("common.cu", "kernels.cu")

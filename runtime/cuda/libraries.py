@@ -29,17 +29,20 @@ class CudaLibrary:
     problem: str | None = None
 
 
-def load_cuda_libraries(importer: Callable[[str], Any] = importlib.import_module) -> tuple[CudaLibrary, ...]:
-    """Load the libraries of `NAMES` into this process, in that order. A library that is loaded already is kept.
+def load_cuda_libraries(
+    importer: Callable[[str], Any] = importlib.import_module, names: tuple[str, ...] = NAMES
+) -> tuple[CudaLibrary, ...]:
+    """Load libraries into this process, in that order. A library that is loaded already is kept.
 
-    A missing library is no error, because the system may find it. The result and the debug log report it.
+    names: as cuda.pathfinder names them. A missing library is no error, because the system may find it. The result and
+    the debug log report it.
     """
     try:
         load = importer("cuda.pathfinder").load_nvidia_dynamic_lib
-        libraries = tuple(_load(name, load) for name in NAMES)
+        libraries = tuple(_load(name, load) for name in names)
     except Exception as error:  # a damaged wheel can raise any error
         problem = f"cuda.pathfinder cannot be imported ({first_line(error)})"
-        libraries = tuple(CudaLibrary(name, None, problem) for name in NAMES)
+        libraries = tuple(CudaLibrary(name, None, problem) for name in names)
     for library in libraries:
         log.debug("%s: %s", library.name, library.path or f"not loaded, {library.problem}")
     return libraries

@@ -23,6 +23,7 @@ from ..cuda import kernels
 from ..cuda.arena import Arena
 from ..cuda.array import DeviceArray
 from ..cuda.device import Replay
+from ..cuda.launches import Launch
 from ..errors import FlexVARError, OutOfMemory
 from ..memory.plan import IMAGES_PER_RUN
 from ..model.facts import ModelFacts
@@ -250,7 +251,7 @@ class CapturedGeneration:
             self._device.write(work[name], value)
         self._device.synchronize()  # `constants` are freed next
 
-    def _next_inputs(self, i: int) -> kernels.Launch:
+    def _next_inputs(self, i: int) -> Launch:
         work = self._work
         return kernels.next_inputs(
             self._result[f"tokens_{i - 1}"],

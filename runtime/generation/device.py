@@ -112,6 +112,10 @@ class DeviceGenerator(Generator):
         """Exact bytes of the buffers of a shape."""
         return generation_bytes(self.model, shape, self._kv_dtype, self._conditions.groups)
 
+    def _bytes_with_work(self, shape: Shape) -> int:
+        """The buffers of a shape, and the working memory that its graphs do not have yet."""
+        return self.bytes_of(shape) + self.backend.working_bytes(self._graphs, self.model, shape)
+
     @contextmanager
     def _generation(self, shape: Shape) -> Iterator[CapturedGeneration]:
         """The buffers of a shape, for one user at a time."""
@@ -150,12 +154,12 @@ class DeviceGenerator(Generator):
     def _allocate(self, shape: Shape) -> CapturedGeneration:
         for graph in (CONDITION, STEP, DECODE):  # their weights must be counted in the free memory
             self.graph(graph)
-        needed = self.bytes_of(shape)
+        needed = self._bytes_with_work(shape)
         while self._droppable() and needed > self.device.free_bytes():
             self._drop(len(self._droppable()) - 1)
         available = self.device.free_bytes()
         if needed > available:
-            fits = largest_batch(lambda images: self.bytes_of(replace(shape, images=images)), available)
+            fits = largest_batch(lambda images: self._bytes_with_work(replace(shape, images=images)), available)
             beside = f" beside {len(self._spare)} warm shape{'s' * (len(self._spare) > 1)}" if self._spare else ""
             raise refuse_shape(shape, needed, available, self.device.name, fits, beside)
         return self.attempt(partial(CapturedGeneration, self._shared, shape))

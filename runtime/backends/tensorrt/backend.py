@@ -22,7 +22,8 @@ from ...errors import ArtifactRefused, BackendUnavailable, DeviceFailed, FlexVAR
 from ...model.signatures import REQUIRED
 from ...model.tensors import GraphSpec
 from ..base import Availability, Graph, check_bindings, refuse_option, runs_precision
-from ..device_arrays import DeviceArrays, DeviceBackend
+from ..device_arrays import DeviceBackend
+from ..scratch import Scratch
 from .engine_files import WIDE, EngineId, Found, build_line, find_engine, read_engine
 from .library import TENSORRT_RTX, TrtLibrary, load, probe_library, require_runs_on, runs_on
 
@@ -128,27 +129,6 @@ class TensorRT(DeviceBackend):
     def close(self) -> None:
         self.scratch.close()
         self.device.close()
-
-
-class Scratch:
-    """Working memory that contexts share. A context keeps its block, because captured work writes there."""
-
-    def __init__(self, device: Device) -> None:
-        self._arrays = DeviceArrays(device)
-        self._needed, self._block = 0, DeviceArray(0, (0,), "uint8", None)
-
-    def reserve(self, nbytes: int) -> None:
-        """Make the next block at least this large."""
-        self._needed = max(self._needed, nbytes)
-
-    def take(self) -> DeviceArray:
-        """A block of the reserved size, allocated if the last one is too small."""
-        if self._block.nbytes < self._needed:
-            self._block = self._arrays.empty((self._needed,), "uint8")
-        return self._block
-
-    def close(self) -> None:
-        self._block = DeviceArray(0, (0,), "uint8", None)
 
 
 class TrtGraph(Graph):

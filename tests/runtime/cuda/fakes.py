@@ -21,7 +21,8 @@ from host_kernels import HostKernels
 from numpy.typing import NDArray
 
 from flexvar_runtime.cuda.array import ALIGNMENT, DeviceArray
-from flexvar_runtime.cuda.kernels import KernelConfig, Launch
+from flexvar_runtime.cuda.compilation import KernelSet
+from flexvar_runtime.cuda.launches import Launch
 from flexvar_runtime.errors import DeviceFailed, OutOfMemory
 
 GUARD = 256  # bytes on either side of an allocation that must not change
@@ -84,7 +85,7 @@ class FakeDevice:
     a buffer of exactly its size.
     """
 
-    kernels: Callable[[KernelConfig], HostKernels]
+    kernels: Callable[[Any], HostKernels]
     name: str = "emulated GPU"
     capability: str = "8.6"
     ordinal: int = 0
@@ -97,7 +98,7 @@ class FakeDevice:
     active: bool = False
     closed: bool = False
     _captured: list[tuple[str, Callable[[], None]]] | None = None
-    _compiled: HostKernels | None = None
+    _compiled: dict[str, HostKernels] = field(default_factory=dict)
 
     def note(self, event: str) -> None:
         assert self.active and not self.closed
@@ -168,13 +169,12 @@ class FakeDevice:
     def zero(self, array: DeviceArray) -> None:
         self.enqueue("zero", lambda: _fill(array.address, array.nbytes))
 
-    def load(self, config: KernelConfig) -> None:
+    def load(self, kernels: KernelSet) -> None:
         self._blocking("load")
-        self._compiled = self.kernels(config)
+        self._compiled |= dict.fromkeys(kernels.names, self.kernels(kernels))
 
     def launch(self, launch: Launch) -> None:
-        compiled = self._compiled
-        assert compiled is not None
+        compiled = self._compiled[launch.name]
         self.enqueue(launch.name, lambda: compiled.run(launch))
 
     def capture(self, enqueue: Callable[[], None]) -> FakeReplay:

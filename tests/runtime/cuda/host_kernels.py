@@ -17,7 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from flexvar_runtime.cuda.array import DeviceArray
-from flexvar_runtime.cuda.kernels import KernelConfig, Launch, kernel_source
+from flexvar_runtime.cuda.compilation import KernelSet
+from flexvar_runtime.cuda.launches import Launch
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("gcc") or shutil.which("cc")
@@ -53,7 +54,7 @@ class HostKernels:
 
     def __init__(
         self,
-        config: KernelConfig,
+        config: KernelSet,
         directory: Path,
         *,
         block: int | None = None,
@@ -62,14 +63,19 @@ class HostKernels:
     ) -> None:
         if COMPILER is None:
             pytest.skip("no C compiler here")
-        self.config, self.block = config, config.block if block is None else block
-        source = kernel_source() if source is None else source
+        self.config = config
+        self.block: int | None = None  # of `sample_rows`
+        defines = dict(config.defines())
+        if "BLOCK" in defines:
+            self.block = defines["BLOCK"] if block is None else block
+            defines["BLOCK"] = self.block
+        source = config.source if source is None else source
         self._parameters = parameters(source)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "kernels.c").write_text(f'#include "host_shim.h"\n#line 1 "kernels.cu"\n{source}\n{self._table()}')
         library = directory / "kernels.so"
-        defines = [f"-D{name}={value}" for name, value in config.defines(self.block).items()]
-        command = [COMPILER, level, *FLAGS.split(), f"-I{HERE}", *defines]
+        command = [COMPILER, level, *FLAGS.split(), f"-I{HERE}"]
+        command += [f"-D{name}={value}" for name, value in defines.items()]
         built = subprocess.run(
             [*command, "-o", str(library), str(directory / "kernels.c"), "-lm"],
             capture_output=True,
@@ -99,7 +105,7 @@ class HostKernels:
         """
         values = [self._value(kind, argument) for kind, argument in self._arguments(launch)]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        block = (self.block, 1, 1) if launch.name == "sample_rows" else launch.block
+        block = (self.block or 0, 1, 1) if launch.name == "sample_rows" else launch.block
         triple = ctypes.c_uint * 3
         error = self._run(launch.name.encode(), triple(*launch.grid), triple(*block), addresses, order)
         if error is not None:

@@ -152,6 +152,7 @@ static int shim_waiting(void) {
 static void shim_run_block(void) {
   memset(__start_shared_memory, 0xA5, (size_t)(__stop_shared_memory - __start_shared_memory));
   memset(shim_exchanges, 0, sizeof shim_exchanges);
+  for (unsigned i = 0; i < shim_threads; i++) shim_fibers[i].copies = shim_fibers[i].copies_ended = 0;
   do {
     shim_release();
     if (_setjmp(shim_main) == 0) shim_go(shim_pick());

@@ -22,6 +22,9 @@ typedef struct {
 typedef struct __attribute__((aligned(16))) {
   float x, y, z, w;
 } float4;
+typedef struct __attribute__((aligned(16))) {
+  unsigned x, y, z, w;
+} uint4;
 
 /* One warp operation: the values of all lanes, and their sum, maximum and votes. */
 typedef struct {
@@ -33,6 +36,7 @@ typedef struct {
   jmp_buf env;
   ShimIndex index;
   unsigned warp, lane, turn, barrier;
+  unsigned copies, copies_ended; /* asynchronous copies that wait, and how many of them are in groups */
   int state;
 } ShimFiber;
 
@@ -58,12 +62,14 @@ SHIM_WARP(shim_add, 2, unsigned, unused, exchange->sum)
 SHIM_WARP(shim_shfl, 3, unsigned long long, from, exchange->values[from & 31])
 SHIM_WARP(shim_shfl_up, 4, unsigned long long, step,
           exchange->values[shim_now->lane - (shim_now->lane >= step ? step : 0)])
+SHIM_WARP(shim_shfl_xor, 5, unsigned long long, bits, exchange->values[shim_now->lane ^ (bits & 31)])
 
 #define __syncthreads() shim_barrier(__LINE__)
 #define __ballot_sync(mask, vote) shim_ballot(__LINE__, mask, (vote) != 0, 0)
 #define __reduce_max_sync(mask, value) shim_max(__LINE__, mask, value, 0)
 #define __reduce_add_sync(mask, value) shim_add(__LINE__, mask, value, 0)
 #define __shfl_sync(mask, value, from) shim_shfl(__LINE__, mask, value, from)
+#define __shfl_xor_sync(mask, value, bits) shim_shfl_xor(__LINE__, mask, value, (unsigned)(bits))
 #define __shfl_up_sync(mask, value, step) shim_shfl_up(__LINE__, mask, value, step)
 
 #define atomicAdd(address, value)             \
@@ -111,3 +117,5 @@ SHIM_BITS(__float_as_int, float, int)
 SHIM_BITS(__int_as_float, int, float)
 SHIM_BITS(__double_as_longlong, double, long long)
 SHIM_BITS(__longlong_as_double, long long, double)
+
+#include "host_half.h"

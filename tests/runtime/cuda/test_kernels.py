@@ -13,8 +13,9 @@ import pytest
 from host_kernels import HostKernels, device_array, parameters
 from numpy.typing import NDArray
 
-from flexvar_runtime.cuda import kernels
+from flexvar_runtime.cuda import compilation, kernels
 from flexvar_runtime.cuda.kernels import STATUS_WORDS, KernelConfig, Refusal, kernel_source, read_status, stream_block
+from flexvar_runtime.cuda.launches import Launch
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
 from flexvar_runtime.model import noise
 from flexvar_runtime.model.resize import bicubic_matrix
@@ -38,7 +39,7 @@ def test_arguments_of_another_type_are_refused(host_kernels: Build) -> None:
     launch = kernels.draws(device_array(stream_block([0], [0])), array, scale=0)
     for args in [launch.args[:-1], (*launch.args[:-1], ctypes.c_uint64(0)), (ctypes.c_uint32(0), *launch.args[1:])]:
         with pytest.raises(TypeError):
-            host_kernels(TINY).run(kernels.Launch("draws", launch.grid, launch.block, 0, args))
+            host_kernels(TINY).run(Launch("draws", launch.grid, launch.block, 0, args))
 
 
 def test_vocabularies_too_large_are_refused() -> None:
@@ -262,7 +263,7 @@ TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]
 def test_every_kernel_compiles(target: str, vocabulary: int) -> None:
     pytest.importorskip("cuda.core", reason="needs cuda.core and NVRTC, no GPU: pip install 'flexvar-deploy[gpu]'")
     config = KernelConfig(vocabulary=vocabulary, code_dim=32, width=1536)
-    cubin, log = kernels.compile_source(kernel_source(), target, config)
+    cubin, log = compilation.compile_source(kernel_source(), target, config)
     assert cubin.startswith(b"\x7fELF") and b"warning" not in log.lower().encode()
     found = {name: (int(stores), int(loads), int(used)) for name, stores, loads, used in FUNCTION.findall(log)}
     assert set(found) == set(kernels.KERNEL_NAMES)
@@ -274,10 +275,10 @@ def test_every_kernel_compiles(target: str, vocabulary: int) -> None:
 def test_a_source_that_does_not_compile_is_an_error_with_the_log() -> None:
     pytest.importorskip("cuda.core", reason="needs cuda.core and NVRTC, no GPU: pip install 'flexvar-deploy[gpu]'")
     with pytest.raises(BackendUnavailable, match=r"kernels.cu\(1\): error") as refusal:
-        kernels.compile_source("nonsense", "sm_90", TINY)
+        compilation.compile_source("nonsense", "sm_90", TINY)
     assert "pip install --upgrade 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'" in str(refusal.value)
     with pytest.raises(BackendUnavailable, match=r"(?s)sm_10 .*--gpu-architecture"):
-        kernels.compile_kernels("sm_10", TINY)
+        compilation.compile_kernels("sm_10", TINY)
 
 
 def test_without_cuda_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,4 +290,4 @@ def test_without_cuda_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     real = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(BackendUnavailable, match=r"No module named 'cuda\.core'.*pip install"):
-        kernels.compile_kernels("sm_90", TINY)
+        compilation.compile_kernels("sm_90", TINY)

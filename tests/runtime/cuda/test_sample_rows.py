@@ -31,6 +31,7 @@ from sampling_proof import (
 
 from flexvar_runtime.cuda import kernels
 from flexvar_runtime.cuda.kernels import STATUS_WORDS, Refusal, kernel_source, read_status, stream_block
+from flexvar_runtime.cuda.launches import Launch
 from flexvar_runtime.model import noise, sampling
 
 Build = Callable[..., HostKernels]
@@ -132,7 +133,7 @@ KERNEL(256) weights(const float *__restrict__ differences, u64 *__restrict__ out
 def weights_of(host: HostKernels, differences: Float32) -> NDArray[np.int64]:
     out = np.zeros(len(differences), np.int64)
     args = differences.ctypes.data, out.ctypes.data, ctypes.c_uint32(len(out))
-    host.run(kernels.Launch("weights", (-(-len(out) // 256), 1, 1), (256, 1, 1), 0, args))
+    host.run(Launch("weights", (-(-len(out) // 256), 1, 1), (256, 1, 1), 0, args))
     return out
 
 

@@ -1,0 +1,1 @@
+"""The GPU without engines: products by cuBLASLt, convolutions by cuDNN, and kernels of our own."""

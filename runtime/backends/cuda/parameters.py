@@ -1,0 +1,110 @@
+"""The parameters of a graph, read from a bundle without a library.
+
+A backend that has its own kernels runs the layers that it knows. It must not run them where a graph computes something
+else. So the nodes of the graph must use the parameters of these layers, and no others, in the order of the layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...bundle.onnx_scan import StoredTensor
+from ...bundle.opening import Bundle
+from ...errors import ArtifactRefused
+from ..base import EXPORT_AGAIN
+
+_KINDS = {1: "float32", 10: "float16", 16: "bfloat16"}  # element types of the ONNX format
+_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_CONSTANTS = re.compile(r"val_\d+|scalar_tensor_default(_\d+)?")  # that the exporter adds, such as ones and epsilons
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter on the host. value: an array of its type, bfloat16 as its bits in uint16."""
+
+    value: NDArray[np.generic]
+    dtype: str
+
+    def float32(self) -> NDArray[np.float32]:
+        """The numbers as float32, exactly."""
+        if self.dtype == "bfloat16":
+            return (self.value.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return self.value.astype(np.float32)
+
+    def rounded(self, value: NDArray[np.floating]) -> Parameter:
+        """A parameter of this type with other numbers, rounded to the nearest."""
+        return Parameter(round_to(value, self.dtype), self.dtype)
+
+
+def round_to(value: NDArray[np.floating], dtype: str) -> NDArray[np.generic]:
+    """Numbers in another type, rounded to the nearest. bfloat16 as its bits in uint16."""
+    if dtype != "bfloat16":
+        return value.astype(dtype)
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def used_parameters(bundle: Bundle, graph: str) -> tuple[StoredTensor, ...]:
+    """The parameters that the nodes of a graph use, in the order of the nodes. One that is used twice comes twice."""
+    scan = bundle.scan(graph)
+    stored = {tensor.name: tensor for tensor in scan.tensors if tensor.name in scan.constants}
+    return tuple(
+        stored[name]
+        for node in scan.nodes
+        for name in node.inputs
+        if name in stored and stored[name].kind in _KINDS and not _CONSTANTS.fullmatch(name)
+    )
+
+
+def match(bundle: Bundle, graph: str, layers: Sequence[str]) -> dict[str, StoredTensor]:
+    """The stored tensor of every parameter of the layers. layers: names in the order of use.
+
+    The exporter stores equal parameters once, under the name of the first. Raises ArtifactRefused for a graph that has
+    other layers.
+    """
+    used = used_parameters(bundle, graph)
+    own = {tensor.name for tensor in used}
+    for i, name in enumerate(layers):
+        if i >= len(used) or (used[i].name != name and name in own):
+            found = used[i].name if i < len(used) else "nothing"
+            _refuse(bundle.graph(graph).file, f"uses {found} where {name} belongs")
+    if len(used) != len(layers):
+        _refuse(bundle.graph(graph).file, f"uses {used[len(layers)].name} behind its last layer")
+    return dict(zip(layers, used, strict=True))
+
+
+def read(bundle: Bundle, graph: str, stored: dict[str, StoredTensor]) -> dict[str, Parameter]:
+    """The values of stored tensors. Large ones are mapped from their file, and must be copied while it is unchanged."""
+    folder = bundle.graph_file(graph).parent
+    maps: dict[str, NDArray[np.uint8]] = {}
+    values = {}
+    with bundle.unchanged():
+        for name, tensor in stored.items():
+            place = dict(tensor.external)
+            if place:  # checked when the bundle was scanned
+                file = place["location"]
+                if file not in maps:
+                    maps[file] = np.memmap(folder / file, np.uint8, "r")
+                start = int(place.get("offset", "0"))
+                data: NDArray[np.uint8] = maps[file][start : start + int(place["length"])]
+            else:
+                data = np.frombuffer(tensor.raw, np.uint8)
+            dtype = _KINDS[tensor.kind]
+            size = int(np.prod(tensor.shape)) * np.dtype(_STORED[dtype]).itemsize
+            if data.nbytes != size:
+                _refuse(bundle.graph(graph).file, f"has {data.nbytes} bytes of {tensor.name}, not {size}")
+            values[name] = Parameter(np.frombuffer(data, _STORED[dtype]).reshape(tensor.shape), dtype)
+    return values
+
+
+def _refuse(file: str, problem: str) -> None:
+    raise ArtifactRefused(
+        f"{file} {problem}, so the backend cuda does not know what it computes.",
+        expected="a graph as flexvar export writes it",
+        fix=f"{EXPORT_AGAIN} Or use --backend ort-cuda.",
+    )
