@@ -1,4 +1,4 @@
-"""`flexvar bench`: run, report and compare. Heavy imports wait until a command runs."""
+"""`flexvar bench`: run, report, compare and model. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from flexvar_runtime.checks import check_whole
 from flexvar_runtime.cli.console import JsonOption, emit, out, say
 from flexvar_runtime.cli.options import AllowUnproved
 from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.model.schedule import PUBLISHED
 
 if TYPE_CHECKING:
     from .comparison import Change
@@ -28,7 +29,7 @@ EACH = "Give it once for each bundle, in their order. A dash (-) means none."
 
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure latency and throughput, and compare runs.", no_args_is_help=True)
-    for command in (run, report, compare):
+    for command in (run, report, compare, model):
         bench.command()(command)
     app.add_typer(bench, name="bench")
 
@@ -202,6 +203,47 @@ def compare(
         "warnings": list(doubts),
         "unmatched": list(only),
     }
+    emit(data, as_json, show)
+
+
+def model(
+    *,
+    depth: Annotated[int, typer.Option(min=1, max=256, help="Blocks of the model: 16, 20 or 24 as published.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Images of a generation.")] = 1,
+    schedule: Annotated[str, typer.Option(help="Scales of a generation, such as 1_2_4_8_16.")] = PUBLISHED["10"],
+    gpu: Annotated[str, typer.Option(help="One of h200, h100, a100 and rtx4090.")] = "h200",
+    as_json: JsonOption = False,
+) -> None:
+    """Predict the time of a guided generation on the backend cuda. Nothing is measured.
+
+    The table shows each kind of launch with its least time, the bound, and its expected time.
+    """
+    from rich.table import Table
+
+    from flexvar_runtime import ScaleSchedule
+    from flexvar_runtime.model.facts import ModelFacts
+
+    from .time_model import DECODER, GPUS, SAMPLING, TRANSFORMER, Decoder, by_kind, generation, total
+
+    if gpu not in GPUS:
+        names = ", ".join(GPUS)
+        raise InvalidInput(
+            f"--gpu {gpu!r:.100} is not known.", expected=names, fix="Use --gpu h200, or another of these."
+        )
+    works = generation(ModelFacts.published(depth), Decoder(), ScaleSchedule.parse(schedule), batch, GPUS[gpu])
+    kinds = by_kind(works)
+    sums = [total("all", part, [w for w in works if w.part == part]) for part in (TRANSFORMER, SAMPLING, DECODER)]
+    sums.append(total("all", "generation", works))
+
+    def show() -> None:
+        table = Table("part", "launches", "count", "MB", "GFLOP", "bound ms", "ms", box=None, padding=(0, 1, 0, 0))
+        for work in (*kinds, *sums):
+            moved, times = (work.read + work.written) / 1e6, (work.bound_us / 1e3, work.us / 1e3)
+            cells = f"{moved:.1f}", f"{work.flops / 1e9:.1f}", *(f"{time:.3f}" for time in times)
+            table.add_row(work.part, work.kind, str(work.count), *cells)
+        out.print(table)
+
+    data = {"gpu": GPUS[gpu].name, "batch": batch, "kinds": [*map(asdict, kinds)], "sums": [*map(asdict, sums)]}
     emit(data, as_json, show)
 
 

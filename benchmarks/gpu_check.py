@@ -5,7 +5,8 @@
 It needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich. Everything but the peers in torch also
 needs cuda-core 1.0 or later with NVRTC. It needs no network, and none of our packages has to be installed.
 
-- It tries TensorRT, TensorRT-RTX and ONNX Runtime CUDA. The result gives the reason for those that do not run.
+- It tries our own kernels (the backend cuda), ONNX Runtime CUDA, TensorRT and TensorRT-RTX. The result gives the reason
+  for those that do not run.
 - It compares every graph and its tokens with the reference.
 - It times d16, d20 and d24 (random weights, 256 px, 10 guided steps, decoder included) against the eager reference and
   torch.compile.
@@ -34,8 +35,8 @@ A phase that does not fit is recorded as not measured, because no time was left.
 time for the others. Limits grow with --minutes, and where a run has fewer phases. A bundle that the same sources made
 in --work is used again. Phases of an earlier result in --out stay, unless the run does better.
 
-On a GPU machine that is lent for a quarter of an hour, run two stages instead. They measure d16 on ONNX Runtime CUDA.
-First, on your own machine:
+On a GPU machine that is lent for a quarter of an hour, run two stages instead. They measure d16 on the backend cuda
+first, and its peers after it. First, on your own machine:
 
     python3 benchmarks/gpu_check.py --pack PACK          makes the folder that travels beside the tracked files
     python3 benchmarks/gpu_check.py --rehearse --out DIR     runs both stages without a GPU, from a copy of the checkout
@@ -45,7 +46,7 @@ Then on the GPU machine, from the root of the checkout, with the packed folder b
     python3 benchmarks/gpu_check.py --stage first --carried PACK --work /tmp/work --out DIR     does it work? 200 s
     python3 benchmarks/gpu_check.py --stage measure --carried PACK --work /tmp/work --out DIR   how fast is it? 330 s
 
-Finally, on your own machine again, with the results of the GPU machine in DIR:
+Finally, on your own machine again, with the results of the GPU machine in DIR. It prints a table for docs/gpu.md, too:
 
     python3 benchmarks/gpu_check.py --merge benchmarks/results --out DIR
 """
@@ -115,11 +116,13 @@ def main(argv: Sequence[str] | None = None, *, package_path: Path | None = None)
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from .gpu.result_file import merge
+    from .gpu.markdown_table import markdown_table
+    from .gpu.result_file import merge, read
 
     found = sorted(arguments.out.glob(f"{Path(RESULT).stem}*.json"), key=lambda path: path.stat().st_mtime)
-    for path in found or [arguments.out / RESULT]:
-        print(merge(path, arguments.merge))
+    merged = [merge(path, arguments.merge) for path in found or [arguments.out / RESULT]]
+    for path in dict.fromkeys(merged):
+        print(f"{path}\n\n{markdown_table(read(path)['rows'])}\n")
     return 0
 
 
@@ -151,7 +154,7 @@ def _stage(arguments: argparse.Namespace, started: float, package_path: Path | N
     with work_folder(arguments.work, stage.precision) as work:
         folders = [folder for folder in (package_path, work / SITE) if folder is not None]
         options = recorded_options("stage", arguments)
-        options |= {"model": stage.model, "backend": stage.backend, "precision": stage.precision}
+        options |= {"model": stage.model, "backend": stage.backend, "peer": stage.peer, "precision": stage.precision}
         setup = _run_setup(arguments.out / stage_result(arguments.stage), work, folders, stage.model, options)
         command = emulated.COMMAND if stage.rehearsed else processes.CHILD
         return _run(plan, replace(setup, command=command), clock)

@@ -96,10 +96,10 @@ def _regenerate(work: Path, save: Save, *, model: str, carried: str) -> None:
     regenerate_model(model, work, skeleton_of(Path(carried), model), save)
 
 
-def _sanitize(work: Path, save: Save) -> None:
+def _sanitize(work: Path, save: Save, *, small: bool) -> None:
     from .sanitizer import sanitize
 
-    sanitize(save)
+    sanitize(save, small=small)
 
 
 def _in_phases(work: Path, save: Save, *, model: str) -> None:
@@ -108,13 +108,13 @@ def _in_phases(work: Path, save: Save, *, model: str) -> None:
     phases_model(model, work, save)
 
 
-def _tiny(work: Path, save: Save, *, backend: str) -> None:
+def _tiny(work: Path, save: Save, *, backend: str, folder: str = "") -> None:
     from .runtime_jobs import tiny
 
-    tiny(work, backend, save)
+    tiny(work / folder, backend, save)
 
 
-def _kernels(work: Path, save: Save, *, model: str, batches: list[int]) -> None:
+def _kernels(work: Path, save: Save, *, model: str, batches: list[int], quick: bool = False) -> None:
     from flexvar_ref import TransformerConfig
     from flexvar_ref.synthetic import tiny_transformer
 
@@ -123,7 +123,7 @@ def _kernels(work: Path, save: Save, *, model: str, batches: list[int]) -> None:
     from .sampler_checks import device_kernels
 
     config = tiny_transformer() if model == TINY else TransformerConfig.published(int(model.removeprefix("d")))
-    device_kernels(config.vocabulary, schedule_of(model), batches, save)
+    device_kernels(config.vocabulary, schedule_of(model), batches, save, quick=quick)
 
 
 def _build(work: Path, save: Save, *, model: str, backend: str, max_batch: int) -> None:

@@ -109,7 +109,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     growth = f"Number of generations in the memory-growth test. Default: {GENERATIONS}."
     add("--generations", type=int, help=growth)
     add("--only", nargs="+", metavar="PHASE", help="Run only these phases or jobs, and what they need.")
-    tiny = "Use only the tiny model. With --pack and --stage: in float32 on the CPU."
+    tiny = "Use only the tiny model. With --pack and --stage: on an emulated GPU."
     add("--tiny", action="store_true", help=tiny)
     add("--work", type=Path, metavar="DIR", help="Keep bundles and engines in DIR, for later runs of the same sources.")
     add("--merge", type=Path, metavar="DIR", help="Put the results in --out among those in DIR. Measure nothing.")

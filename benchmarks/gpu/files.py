@@ -14,6 +14,11 @@ Save = Callable[[dict[str, Any]], None]
 """Saves all that a phase has found so far."""
 
 
+def carried_folder(precision: str) -> str:
+    """The folder of the tiny model's bundle that travels whole, in the packed folder and in that of a run."""
+    return f"tiny-{precision}"
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """Where the files of a model lie in the folder of a run.

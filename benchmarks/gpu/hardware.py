@@ -34,6 +34,8 @@ DISTRIBUTIONS = (
     "tensorrt",
     "tensorrt-rtx",
     "tensorrt-rtx-cu13-bindings",
+    "nvmath-python",
+    "nvidia-cudnn-frontend",
     "cuda-core",
     "cuda-bindings",
     "nvidia-cuda-nvrtc",

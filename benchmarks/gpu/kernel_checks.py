@@ -1,28 +1,26 @@
 """Compares each of our kernels with the host, on small data, because compute-sanitizer is slow.
 
 python -m flexvar_bench.gpu.kernel_checks
+
+Kernels around the network must give what the host gives. Kernels of the network's layers are compared with float64.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flexvar_runtime.backends.device_arrays import DeviceArrays
 from flexvar_runtime.cuda import kernels
-from flexvar_runtime.cuda.array import DeviceArray
 from flexvar_runtime.cuda.kernels import KernelConfig
-from flexvar_runtime.cuda.launches import Launch
 from flexvar_runtime.model.noise import draws_of_images
 from flexvar_runtime.model.resize import bicubic_matrix
 from flexvar_runtime.model.sampling import sample
 from flexvar_runtime.pictures.pixels import to_uint8
 
-from . import first_gpu
+from .kernel_harness import KernelHarness
+from .layer_checks import layer_checks
 from .sampler_checks import upload_options
 
 CONFIG = KernelConfig(512, 8, 128)  # of the tiny model
@@ -31,48 +29,8 @@ OPTIONS = ((900, 0.95), (0, 0.0), (1, 0.95), (50, 0.9))  # top_k, top_p
 INPUT_TOLERANCE = 1e-4  # next inputs are sums of 16 float32 products of unit size
 
 
-class KernelHarness:
-    """Runs our kernels on the first GPU, with arrays of the host."""
-
-    def __init__(self) -> None:
-        self.device = first_gpu.start_gpu()
-        self.device.load(CONFIG)
-        self.arrays = DeviceArrays(self.device)
-        self._held: list[DeviceArray] = []  # a launch holds only addresses, so the arrays must stay alive
-
-    def upload(self, array: NDArray[Any]) -> DeviceArray:
-        self._held.append(self.arrays.upload(np.ascontiguousarray(array)))
-        return self._held[-1]
-
-    def upload_pair(self, two: tuple[NDArray[Any], NDArray[Any]]) -> tuple[DeviceArray, DeviceArray]:
-        return self.upload(two[0]), self.upload(two[1])
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        self._held.append(self.arrays.empty(shape, dtype))
-        return self._held[-1]
-
-    def status(self) -> DeviceArray:
-        status = self.empty((kernels.STATUS_WORDS,), "uint32")
-        self.device.zero(status)
-        return status
-
-    def run(self, launch: Launch, result: DeviceArray) -> NDArray[Any]:
-        self.device.launch(launch)
-        return self.download(result)
-
-    def download(self, array: DeviceArray) -> NDArray[Any]:
-        found: NDArray[Any] = self.arrays.download(array)
-        return found
-
-    def close(self) -> None:
-        self.device.synchronize()
-        self._held.clear()
-        self.device.close()
-
-
-def kernel_checks() -> dict[str, bool]:
-    """Whether each check holds, by its name."""
-    harness, rng = KernelHarness(), np.random.default_rng(0)
+def kernel_checks(harness: KernelHarness) -> dict[str, bool]:
+    """Whether each check of the kernels around the network holds, by its name."""
     found: dict[str, bool] = {}
     checks: tuple[Callable[[KernelHarness, np.random.Generator], Iterator[tuple[str, bool]]], ...] = (
         _draws,
@@ -81,9 +39,10 @@ def kernel_checks() -> dict[str, bool]:
         _rows,
         _pixels,
     )
+    harness.load(CONFIG)
     for check in checks:
-        found.update(check(harness, rng))
-    harness.close()
+        found.update(check(harness, harness.rng))
+    harness.release()
     return found
 
 
@@ -159,10 +118,15 @@ def _pixels(harness: KernelHarness, rng: np.random.Generator) -> Iterator[tuple[
 
 
 def main() -> int:
-    found = kernel_checks()
-    for name, holds in found.items():
-        print(f"{'ok ' if holds else 'BAD'} {name}", flush=True)
-    return 0 if all(found.values()) else 1
+    harness = KernelHarness()
+    lines = [(name, holds, "") for name, holds in kernel_checks(harness).items()]
+    lines += [(check.name, check.holds, f"{check.error:.3g}") for check in layer_checks(harness)]
+    harness.close()
+    wrong = [line for line in lines if not line[1]]
+    for name, _, error in wrong:
+        print(f"BAD {name} {error}", flush=True)
+    print(f"{len(lines) - len(wrong)} of {len(lines)} checks hold", flush=True)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

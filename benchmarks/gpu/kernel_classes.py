@@ -11,33 +11,67 @@ from typing import Any
 
 OTHER = "other"
 SAMPLER = "sample_rows"  # our kernel that ends every scale
+SAMPLING, NEXT_INPUTS, ATTENTION, CONVOLUTION, COPIES, PRODUCT, ELEMENTWISE = (
+    "sampling",
+    "next_inputs",
+    "attention",
+    "convolution",
+    "copies",
+    "gemm",
+    "normalisation+elementwise",
+)
+
+OURS = {
+    "sample_rows": SAMPLING,
+    "draws": SAMPLING,
+    "next_inputs": NEXT_INPUTS,
+    "gather_rows": COPIES,
+    "scatter_rows": COPIES,
+    "to_uint8": ELEMENTWISE,
+    "embed": ELEMENTWISE,  # products of a few numbers
+    "modulate_rows": ELEMENTWISE,
+    "guide_rows": ELEMENTWISE,
+    "split_heads": ELEMENTWISE,
+    "class_rows": ELEMENTWISE,
+    "attention": ATTENTION,
+    "attention_rows": ATTENTION,
+    "look_up": COPIES,
+    "group_statistics": ELEMENTWISE,
+    "group_normalise": ELEMENTWISE,
+    "double_map": COPIES,
+    "softmax_rows": ATTENTION,
+    "im2col": CONVOLUTION,
+    "to_planes": COPIES,
+    "add_maps": ELEMENTWISE,
+}
+"""The class of each kernel of ours."""
 
 # Tried in this order: an implicit GEMM is a convolution, and a fused attention kernel is named after its products.
 _CLASSES = (
+    (SAMPLING, r"topk|radix_?sort|bitonic|sort_?(?:kernel|pairs)|tensor_kernel_scan|DeviceScan"),
+    (NEXT_INPUTS, r"upsample_bicubic"),
+    (ATTENTION, r"fmha|flash|mha_|_mha|attention|attn|softmax"),
+    (CONVOLUTION, r"conv(?!ert)|fprop|dgrad|wgrad|implicit_(?:convolve|gemm)|winograd|im2col"),
     (
-        "sampling",
-        r"\bsample_rows\b|^draws$|topk|radix_?sort|bitonic|sort_?(?:kernel|pairs)|tensor_kernel_scan|DeviceScan",
-    ),
-    ("next_inputs", r"\bnext_inputs\b|upsample_bicubic"),
-    ("attention", r"fmha|flash|mha_|_mha|attention|attn|softmax"),
-    ("convolution", r"conv(?!ert)|fprop|implicit_gemm|winograd|im2col"),
-    (
-        "copies",
+        COPIES,
         r"memcpy|memset|nchw_?to_?nhwc|nhwc_?to_?nchw|transpose|copy|concat|cat_?array|gather|scatter|permute|slice|split(?!_?k)",
     ),
-    ("gemm", r"gemm|gemv|nvjet|cublas|matmul|tensorop|split_?k|triton_(?:tem|mm)"),
+    (PRODUCT, r"gemm|gemv|nvjet|xmma|cutlass|cublas|matmul|tensorop_b?[a-z]\d|split_?k|triton_(?:tem|mm)"),
     (
-        "normalisation+elementwise",
-        r"norm|element_?wise|pointwise|gelu|silu|reduce|triton_|__myl_|\bto_uint8\b|cast|expand|activation|welford",
+        ELEMENTWISE,
+        r"norm|element_?wise|pointwise|gelu|silu|reduce|triton_|__myl_|cast|expand|activation|welford",
     ),
 )
 _PATTERNS = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _CLASSES)
 CLASSES = (*(name for name, _ in _CLASSES), OTHER)
 NAME_LENGTH = 160  # names of templates have thousands of characters
+TOP = 60  # kernels of a summary
 
 
 def classify(kernel: str) -> str:
-    """The class of a kernel, one of CLASSES. A name that matches no pattern is "other"."""
+    """The class of a kernel, one of CLASSES. A name that is not ours and matches no pattern is "other"."""
+    if kernel in OURS:
+        return OURS[kernel]
     return next((name for name, pattern in _PATTERNS if pattern.search(kernel)), OTHER)
 
 
@@ -61,7 +95,7 @@ def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
     return sorted((Kernel(e["name"], float(e["ts"]), float(e["dur"])) for e in events), key=lambda k: k.start)
 
 
-def summary(kernels: Sequence[Kernel], scales: int, top: int = 15) -> dict[str, Any]:
+def summary(kernels: Sequence[Kernel], scales: int, top: int = TOP) -> dict[str, Any]:
     """Seconds and shares by class, the kernels that take longest, and seconds by scale.
 
     A scale ends with the kernel that samples its tokens. The decoder follows the last one. If the number of sampling
@@ -89,7 +123,14 @@ def summary(kernels: Sequence[Kernel], scales: int, top: int = 15) -> dict[str, 
             if name in busy
         },
         "top": [
-            {"name": name[:NAME_LENGTH], "class": classify(name), "seconds": seconds, "launches": counts[name]}
+            {
+                "name": name[:NAME_LENGTH],
+                "class": classify(name),
+                "seconds": seconds,
+                "launches": counts[name],
+                "us_each": 1e6 * seconds / counts[name],
+                "share": seconds / total if total else 0.0,
+            }
             for name, seconds in sorted(names.items(), key=lambda item: -item[1])[:top]
         ],
         "scale_s": parts[:-1] or None,

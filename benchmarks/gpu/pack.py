@@ -1,9 +1,13 @@
 """Makes and unpacks the folder that travels to a GPU machine beside the tracked files. It holds:
 
 pack.json              size and sha256 of every file
-onnxruntime.tar.xz     onnxruntime-gpu, trimmed; not in a pack for a rehearsal
-tiny/                  the bundle of the tiny model and its proof
-d16/                   the skeleton of d16
+onnxruntime.tar.xz     onnxruntime-gpu, trimmed
+libraries.tar.xz       the Python modules of cuBLASLt and cuDNN
+tiny-fp16/             the bundle of the tiny model in float16 and its proof
+tiny-bf16/             the same in bfloat16
+d16/                   the skeleton of d16, in float16
+
+A pack for a rehearsal holds only the skeleton of the tiny model.
 """
 
 from __future__ import annotations
@@ -21,15 +25,17 @@ from typing import Any
 from flexvar_runtime.errors import ArtifactRefused, EnvironmentFailed, InvalidInput
 from flexvar_runtime.files.temporary import remove_leftovers, temporary
 
-from .files import ModelFiles
+from .files import ModelFiles, carried_folder
+from .plan import TINY
 from .sources import source_hash
 from .stages import StageSetup
 from .trim_onnxruntime import VERSION, find_cuobjdump, require_tools, trim_onnxruntime
+from .wheels import libraries_name, pack_libraries
 
-CONTENTS, ONNXRUNTIME, SITE = "pack.json", "onnxruntime.tar.xz", "site"
+CONTENTS, ONNXRUNTIME, LIBRARIES, SITE = "pack.json", "onnxruntime.tar.xz", "libraries.tar.xz", "site"
 MIB = 2**20
 MOST_BYTES = 60 * MIB  # of the packed folder and the tracked files together; a machine takes 64 MiB
-MOST_PACKED_BYTES = 38 * MIB
+MOST_PACKED_BYTES = 46 * MIB
 REMAKE = "Make the folder again with gpu_check.py --pack DIR."
 
 
@@ -50,7 +56,7 @@ def make_pack(folder: Path, setup: StageSetup, work: Path, root: Path, cuobjdump
     root: folder of the checkout. cuobjdump: NVIDIA's tool; it is looked for if None.
 
     Raises InvalidInput if `folder` exists, and EnvironmentFailed for a missing tool, before anything is exported.
-    Raises ArtifactRefused if the folder is larger than 38 MiB, or if the folder and the tracked files are larger than
+    Raises ArtifactRefused if the folder is larger than 46 MiB, or if the folder and the tracked files are larger than
     60 MiB together. Then no folder is written.
     """
     from .random_models import export_model, write_only_bundle
@@ -67,16 +73,17 @@ def make_pack(folder: Path, setup: StageSetup, work: Path, root: Path, cuobjdump
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     with temporary(folder, directory=True) as partial:
-        for small in setup.carried_bundles:
-            export_model(small, work, setup.precision, lambda _: None)
-            files, copies = ModelFiles.of(work, small), ModelFiles.of(partial / small, small)
-            shutil.copytree(files.bundle, copies.bundle)
-            shutil.copy(files.proof, copies.proof)
+        for precision in setup.carried_bundles:
+            made, folder_there = (place / carried_folder(precision) for place in (work, partial))
+            made.mkdir(parents=True, exist_ok=True)
+            export_model(TINY, made, precision, lambda _: None)
+            _copy_model(made, folder_there)
         model = write_only_bundle(setup.model, work, setup.precision)
         bundle = ModelFiles.of(work, setup.model).bundle
         make_skeleton(bundle, model, skeleton_of(partial, setup.model))
         if not setup.rehearsed:
             shutil.copy(_onnxruntime(work, cuobjdump), partial / ONNXRUNTIME)
+            shutil.copy(_libraries(work), partial / LIBRARIES)
         _write_contents(partial, setup)
         size = Size(_bytes_under(partial), tracked)
         require_fit(size)
@@ -89,7 +96,7 @@ def skeleton_of(pack: Path, model: str) -> Path:
 
 
 def require_fit(size: Size) -> None:
-    """Raises ArtifactRefused for more than 38 MiB packed, or more than 60 MiB together. It names the exceeded limit."""
+    """Raises ArtifactRefused for more than 46 MiB packed, or more than 60 MiB together. It names the exceeded limit."""
     packed, together = f"{MOST_PACKED_BYTES / MIB:.0f} MiB packed", f"{MOST_BYTES / MIB:.0f} MiB together"
     if size.packed > MOST_PACKED_BYTES:
         exceeded, fix = packed, "Leave something out of the packed folder."
@@ -146,11 +153,11 @@ def check_pack(pack: Path, setup: StageSetup) -> None:
     )
 
 
-def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[str, Any]], None]) -> None:
-    """Put ONNX Runtime into `work / SITE`, and bundles with their proofs into `work`.
+def unpack(pack: Path, work: Path, precisions: Sequence[str], save: Callable[[dict[str, Any]], None]) -> None:
+    """Put packages into `work / SITE`, and the tiny model of each precision with its proof into a folder of `work`.
 
-    ONNX Runtime that is there stays, and so do bundles that these sources made. Raises ArtifactRefused for a file that
-    is not the packed one.
+    Packages that are there stay, and so do bundles that these sources made. Raises ArtifactRefused for a file that is
+    not the packed one.
     """
     contents = json.loads((pack / CONTENTS).read_text())
     for name, record in contents["files"].items():
@@ -158,21 +165,30 @@ def unpack(pack: Path, work: Path, bundles: Sequence[str], save: Callable[[dict[
             raise ArtifactRefused(
                 f"{pack / name} has another sha256 than {CONTENTS} says.", expected="the packed file", fix=REMAKE
             )
-    for model in bundles:
-        files, packed = ModelFiles.of(work, model), ModelFiles.of(pack / model, model)
+    for precision in precisions:
+        packed, there = (place / carried_folder(precision) for place in (pack, work))
+        there.mkdir(parents=True, exist_ok=True)
+        files = ModelFiles.of(there, TINY)
         files.keep_only(source_hash())
         if not files.exist:
-            shutil.copytree(packed.bundle, files.bundle, dirs_exist_ok=True)
-            shutil.copy(packed.proof, files.proof)
-    archive, site = pack / ONNXRUNTIME, work / SITE
-    result = {"files": len(contents["files"]), "bundles": list(bundles), "onnxruntime": archive.is_file()}
-    if archive.is_file() and not site.exists():
+            _copy_model(packed, there)
+    archives, site = [pack / name for name in (ONNXRUNTIME, LIBRARIES) if (pack / name).is_file()], work / SITE
+    result = {"files": len(contents["files"]), "bundles": list(precisions), "archives": [one.name for one in archives]}
+    if archives and not site.exists():
         remove_leftovers(work)
         with temporary(site, directory=True) as partial:
-            with tarfile.open(archive, "r:xz") as tar:
-                tar.extractall(partial, filter="data")
+            for archive in archives:
+                with tarfile.open(archive, "r:xz") as tar:
+                    tar.extractall(partial, filter="data")
             partial.rename(site)
     save(result)
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    """Copy the bundle and the proof of the tiny model from one folder to another."""
+    files, copies = ModelFiles.of(source, TINY), ModelFiles.of(target, TINY)
+    shutil.copytree(files.bundle, copies.bundle, dirs_exist_ok=True)
+    shutil.copy(files.proof, copies.proof)
 
 
 def _onnxruntime(work: Path, cuobjdump: Path | None) -> Path:
@@ -180,6 +196,14 @@ def _onnxruntime(work: Path, cuobjdump: Path | None) -> Path:
     archive = _archive(work)
     if not archive.is_file():
         trim_onnxruntime(archive, cuobjdump=cuobjdump)
+    return archive
+
+
+def _libraries(work: Path) -> Path:
+    """The archive of Python modules in `work`. It is made if it is not there."""
+    archive = work / libraries_name()
+    if not archive.is_file():
+        pack_libraries(archive)
     return archive
 
 

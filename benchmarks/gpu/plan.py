@@ -13,7 +13,7 @@ from flexvar_runtime.errors import InvalidInput
 from .files import ModelFiles
 
 TINY = "tiny"  # the name of the tiny model
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
+GPU_BACKENDS = ("cuda", "ort-cuda", "tensorrt", "tensorrt-rtx")  # in the order in which they are measured
 CPU_BACKEND = "ort-cpu"
 MODELS = (16, 20, 24)
 BATCHES = (1, 8, 64)

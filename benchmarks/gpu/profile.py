@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .files import Save
 from .hardware import uses_gpu
+from .kernel_bounds import compare_kinds, expected_works
 from .kernel_classes import kernels_of, summary
 from .random_models import schedule_of
 from .runtime_jobs import opened
@@ -21,7 +22,10 @@ WARM_UPS = 3
 
 
 def profile_runtime(work: Path, model: str, backend: str, batches: Sequence[int], save: Save) -> None:
-    """Profile one generation for each batch. The profiler slows it down, so only the shares are meaningful."""
+    """Profile one generation for each batch. The profiler slows it down a little.
+
+    On the backend `cuda`, kernels are also compared with the bounds of the time model, if it knows the GPU.
+    """
     if uses_gpu():
         torch.zeros(1, device="cuda")  # the profiler needs torch to have started CUDA
     with opened(work, model, backend) as run:
@@ -33,8 +37,13 @@ def profile_runtime(work: Path, model: str, backend: str, batches: Sequence[int]
             with profile(activities=[ProfilerActivity.CUDA if uses_gpu() else ProfilerActivity.CPU]) as seen:
                 output = run.generate(labels[:batch])
             kernels = kernels_of(_trace(seen))
+            schedule = schedule_of(model)
             row = {"batch": batch, "mode": output.timings.mode, "device_s": output.timings.device}
-            result["rows"].append(row | summary(kernels, len(schedule_of(model))))
+            row |= summary(kernels, len(schedule))
+            works = expected_works(model, schedule, batch, result["device"]) if backend == "cuda" else None
+            if works is not None:
+                row["bounds"] = compare_kinds(kernels, works)
+            result["rows"].append(row)
             save(result)
 
 

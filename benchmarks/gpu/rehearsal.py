@@ -1,8 +1,8 @@
 """A rehearsal of both stages on a machine without a GPU, from a bare copy of the tracked files and a packed folder.
 
-The tiny model in float32 takes the place of d16. The backend ort-cpu takes the place of ort-cuda. The emulated device
-of the tests takes the place of the GPU, for our kernels and for the proof. The step "tiny ort-cuda" is started, and it
-must fail, because there is no GPU.
+The tiny model in float16 takes the place of d16. The emulated device of the tests takes the place of the GPU, for our
+kernels, for the backend `cuda` and for the proof. Fakes of the tests take the place of cuBLASLt and cuDNN. The backend
+ort-cpu takes the place of ort-cuda. The step "tiny ort-cuda fp16" is started. It must fail, because there is no GPU.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rich.table import Table
 from .pack import tracked_files
 from .plan import Phase
 from .processes import DONE, FAILED
-from .stages import BACKEND, SECONDS, rehearsal, stage_plan
+from .stages import PEER, PRECISION, SECONDS, rehearsal, stage_plan
 
-REFUSED = f"tiny {BACKEND}"
+REFUSED = f"tiny {PEER} {PRECISION}"
 GRACE_SECONDS = 15.0  # after its limit, until a stage is killed
 SCRIPT = "benchmarks/gpu_check.py"
 NOTE_LETTERS = 160

@@ -22,10 +22,16 @@ PEERS = (REFERENCE, COMPILED, "torch-modules")
 MEASURED = ("run", "proof", "reference", "compiled")  # jobs whose rows are times of whole generations
 MAIN = "d16"  # the goals are for it
 AS_PUBLISHED = f"{REFERENCE} autocast-fp16"
+CUDA = "cuda"  # the backend with our own kernels, which has goals of its own
+CUDA_WALL_MS = {1: 9.5, 8: 25.0, 64: 165.0}  # of MAIN, by batch
+TIMES_BOUND = 2.0  # what a kernel of the backend cuda may take
+COMPILED_BATCHES = (8, 64)
 GOALS = {
+    **{f"{CUDA} {MAIN} B={batch} wall ms": most for batch, most in CUDA_WALL_MS.items()},
     f"{MAIN} B=1 wall ms": 8.0,
     "times faster than the reference as published": 8.0,
     "times faster than torch.compile": 1.0,
+    **{f"times faster than torch.compile, B={batch}": 1.0 for batch in COMPILED_BATCHES},
     f"{MAIN} B=64 images/s": 400.0,
     "sampling share": 0.05,
     "resident bytes grown in the second half": 4 * 2**20,
@@ -48,8 +54,11 @@ def results(records: Records, job: str) -> Iterator[Mapping[str, Any]]:
 
 
 def measured_precision(result: Mapping[str, Any]) -> str:
-    """The precision of the graphs that were run. Where none was run: the precision that was asked for."""
-    for job in ("run", "proof", "tiny", "export"):
+    """The precision of the graphs that were run. Where none was run: the precision that was asked for.
+
+    The tiny model does not count, because a stage runs it in several precisions.
+    """
+    for job in ("run", "proof"):
         for found in results(result["phases"], job):
             if "precision" in found:
                 return str(found["precision"])
@@ -131,9 +140,18 @@ def goals(records: Records, model: str, flat: Sequence[Mapping[str, Any]]) -> li
         "the reference as published": _least(flat, model, 1, AS_PUBLISHED),
         "torch.compile": _least(flat, model, 1, COMPILED),
     }
-    found = [_goal(f"{MAIN} B=1 wall ms", single if model == MAIN else None, at_most=True)]
+    found = [
+        _goal(f"{CUDA} {MAIN} B={batch} wall ms", _least(flat, MAIN, batch, CUDA), at_most=True)
+        for batch in CUDA_WALL_MS
+    ]
+    found += _bounds(records)
+    found.append(_goal(f"{MAIN} B=1 wall ms", single if model == MAIN else None, at_most=True))
     for name, theirs in peers.items():
         found.append(_goal(f"times faster than {name}", theirs / single if theirs and single else None))
+    for batch in COMPILED_BATCHES:
+        ours, compiled = _best(flat, model, batch), _least(flat, model, batch, COMPILED)
+        faster = compiled / ours["wall_ms"] if ours and compiled else None
+        found.append(_goal(f"times faster than torch.compile, B={batch}", faster))
     many = best[64]["images_per_second"] if best[64] and model == MAIN else None
     found.append(_goal(f"{MAIN} B=64 images/s", many))
     shares = [
@@ -157,6 +175,7 @@ def goals(records: Records, model: str, flat: Sequence[Mapping[str, Any]]) -> li
     found.append(_yes("every graph within its gate", [parity["passed"] for parity in parities]))
     forced = [parity["teacher_forced_tokens"]["holds"] for parity in parities]
     found.append(_yes("teacher-forced tokens equal where the draw decides", forced))
+    found += _captured(records)
     kernels = list(results(records, "kernels"))
     found.append(
         _yes("draws equal the host's", [k["draws_equal_host"]["holds"] for k in kernels if "draws_equal_host" in k])
@@ -164,6 +183,43 @@ def goals(records: Records, model: str, flat: Sequence[Mapping[str, Any]]) -> li
     sampled = [row["holds"] for k in kernels for row in k.get("tokens_equal_host", ())]
     found.append(_yes("tokens of equal logits equal the host's", sampled))
     return found
+
+
+def _bounds(records: Records) -> list[dict[str, Any]]:
+    """How many kinds of kernels take at most twice their bound, for each profiled batch of the backend cuda."""
+    compared = {
+        row["batch"]: [kind["times_bound"] <= TIMES_BOUND for kind in row["bounds"]["kinds"] if kind["times_bound"]]
+        for result in results(records, "profile")
+        for row in result.get("rows", ())
+        if result["backend"] == CUDA and result["model"] == MAIN and "kinds" in row.get("bounds", ())
+    }
+    name = f"kinds of kernels within {TIMES_BOUND:g} times their bound"
+    return [_yes(f"{name}, B={batch}", compared.get(batch, [])) for batch in CUDA_WALL_MS]
+
+
+def _captured(records: Records) -> list[dict[str, Any]]:
+    """Goals of the backend cuda: one CUDA graph, equal results again and scale by scale, and plans of cuDNN."""
+    ours = [
+        result
+        for job in ("tiny", "run")
+        for result in results(records, job)
+        if result.get("backend") == CUDA and "parity" in result
+    ]
+    modes = [mode for result in ours for mode in _modes(result)]
+    parities = [result["parity"] for result in ours]
+    repeats = [parity["again_equal"] == parity["scale_by_scale_equal"] == 1 for parity in parities]
+    plans = [not result["substituted"] for result in ours if "substituted" in result]
+    return [
+        _yes("cuda runs as one CUDA graph", [mode == "cuda-graph" for mode in modes]),
+        _yes("cuda gives the same again, and scale by scale", repeats),
+        _yes("cuda needs no im2col in the place of cuDNN", plans),
+    ]
+
+
+def _modes(result: Mapping[str, Any]) -> list[str]:
+    """How each generation ran. A row of times has several modes if they differed."""
+    rows = (row["mode"] for row in result.get("rows", ()) if row.get("mode"))
+    return [*result.get("mode", ()), *(mode for modes in rows for mode in modes)]
 
 
 def _goal(name: str, value: float | None, *, at_most: bool = False) -> dict[str, Any]:
@@ -184,7 +240,8 @@ def _best(flat: Sequence[Mapping[str, Any]], model: str, batch: int) -> Mapping[
 
 
 def _least(flat: Sequence[Mapping[str, Any]], model: str, batch: int, side: str) -> float | None:
-    times = [r["wall_ms"] for r in flat if (r["model"], r["batch"]) == (model, batch) and r["side"].startswith(side)]
+    rows = [row for row in flat if (row["model"], row["batch"]) == (model, batch)]
+    times = [row["wall_ms"] for row in rows if row["side"].startswith(side) and row["device"] != "cpu"]
     return min(times, default=None)
 
 
@@ -252,6 +309,14 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             what = f"{found['backend']} {found['model']} B={row['batch']}, decoder alone, {row['decoder']}"
             seconds = (row["device_s"] or row["wall_s"])["median"]
             console.print(f"{what}: {1e3 * seconds:.2f} ms", highlight=False, markup=False)
+    for found in results(result["phases"], "run"):
+        what = f"{found['backend']} {found['model']}"
+        for part in found.get("parts", ()):
+            decoder, rest = 1e3 * part["decoder_s"], 1e3 * part["transformer_and_sampling_s"]
+            text = f"{what} B={part['batch']}: decoder {decoder:.2f} ms, transformer and sampling {rest:.2f} ms"
+            console.print(text, highlight=False, markup=False)
+        for slow in found.get("substituted", ()):
+            console.print(f"{what}: im2col in the place of cuDNN: {slow}", highlight=False, markup=False)
     for goal in result["goals"]:
         state = {True: "holds", False: "MISSED", None: "not measured"}[goal["held"]]
         bound = next((f", {key.replace('_', ' ')} {goal[key]:g}" for key in ("at_most", "at_least") if key in goal), "")

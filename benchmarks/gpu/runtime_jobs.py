@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from flexvar_export import build_command
 from flexvar_export.parity import psnr
 from flexvar_runtime import FlexVARPipeline, Sampling
 from flexvar_runtime.backends import TENSORRT_BACKENDS
+from flexvar_runtime.backends.cuda.backend import Cuda
+from flexvar_runtime.backends.device_arrays import DeviceBackend
 from flexvar_runtime.bundle.manifest import ENGINES
 from flexvar_runtime.errors import BackendUnavailable, FlexVARError
+from flexvar_runtime.generation.captured import WARM_UPS
 from flexvar_runtime.generation.generator import Generator
 from flexvar_runtime.memory.plan import IMAGES_PER_RUN
 from flexvar_runtime.model.signatures import DECODE
@@ -32,6 +35,7 @@ from .plan import CPU_BACKEND, TINY
 from .random_models import default_guidance, load_proof, schedule_of
 
 NEW_CLASSES = Budget(warmup=1, least=3, most=50, seconds=1.0)
+DECODER_SECONDS = 0.5  # of the decoder's times in `run`, for each number of images
 GROWTH_WARM_UP = 20
 GROWTH_SAMPLES = 10
 KNOWN_CLASSES = 32  # the pipeline keeps the conditions of so many classes
@@ -58,6 +62,12 @@ class Opened:
             "device": "cpu" if self.pipeline.backend.device is None else self.pipeline.backend.device.name,
             "open_s": self.seconds,
         }
+
+    @property
+    def substituted(self) -> dict[str, Any]:
+        """On the backend `cuda`: the convolutions that cuDNN had no plan for, so that im2col took their place."""
+        backend = self.pipeline.backend
+        return {"substituted": list(backend.convolutions.substituted)} if isinstance(backend, Cuda) else {}
 
     def generate(self, labels: Sequence[int], seed: int = 0) -> Any:
         return self.pipeline(labels, schedule_of(self.model), default_guidance(), Sampling(), seed=seed)
@@ -120,7 +130,7 @@ def tiny(work: Path, backend: str, save: Save) -> None:
         result |= run.facts | {"parity": parity(run.pipeline, load_proof(work, TINY))}
         save(result)
         outputs = [run.generate(labels) for labels in batches]
-        result["mode"] = [output.timings.mode for output in outputs]
+        result |= {"mode": [output.timings.mode for output in outputs]} | run.substituted
     save(result)
     try:
         with opened(work, TINY, CPU_BACKEND) as host:
@@ -132,7 +142,7 @@ def tiny(work: Path, backend: str, save: Save) -> None:
 
 
 def run(work: Path, model: str, backend: str, batches: Sequence[int], budget: Budget, save: Save) -> None:
-    """Measure parity first, in a fresh process, then times by batch, then times by scale."""
+    """Measure parity first, in a fresh process, then times by batch, of the decoder alone, and by scale."""
     proof = load_proof(work, model)
     used = used_bytes()
     with opened(work, model, backend) as run:
@@ -145,6 +155,10 @@ def run(work: Path, model: str, backend: str, batches: Sequence[int], budget: Bu
             except FlexVARError as error:  # a batch that is too large must not end the others
                 row = {"batch": batch, "reason": f"not measured: {error}"}
             result["rows"].append(row)
+            save(result | run.substituted)
+        result |= run.substituted
+        if run.pipeline.backend.device is not None:
+            result["parts"] = part_times(run, result["rows"], replace(budget, seconds=DECODER_SECONDS))
             save(result)
         result["scales"] = {
             "how": "iter_scales, batch 1: the host's clock, one wait a scale, nothing captured; medians of 5",
@@ -190,6 +204,24 @@ def latency(run: Opened, batch: int, budget: Budget, used: Callable[[], int] | N
     return row
 
 
+def part_times(run: Opened, rows: Sequence[dict[str, Any]], budget: Budget) -> list[dict[str, Any]]:
+    """Seconds of the decoder and of all before it, on the device, for each row of times.
+
+    The decoder runs on at most IMAGES_PER_RUN images at a time. It is timed alone, captured if the backend can be
+    captured.
+    """
+    schedule, decoder, found = schedule_of(run.model)[-1], dict[int, float](), list[dict[str, Any]]()
+    for row in (row for row in rows if row.get("device_s")):
+        batch, whole, seconds = row["batch"], row["device_s"]["median"], 0.0
+        for start in range(0, batch, IMAGES_PER_RUN):
+            images = min(IMAGES_PER_RUN, batch - start)
+            if images not in decoder:
+                decoder[images] = decoder_times(run.pipeline.generator, schedule, images, budget)["device_s"]["median"]
+            seconds += decoder[images]
+        found.append({"batch": batch, "decoder_s": seconds, "transformer_and_sampling_s": whole - seconds})
+    return found
+
+
 def scale_times(run: Opened, repeats: int = 5) -> list[float]:
     """Seconds of every scale, sampling included, when each scale is waited for."""
     schedule, guidance = schedule_of(run.model), default_guidance()
@@ -217,7 +249,7 @@ def memory_growth(run: Opened, generations: int, save: Save) -> None:
     def generate(i: int) -> None:
         run.generate([i % min(run.pipeline.model.classes, KNOWN_CLASSES)], seed=i)
 
-    for i in range(GROWTH_WARM_UP):
+    for i in range(min(GROWTH_WARM_UP, generations)):
         generate(i)
     samples = [look(0)]
     every = max(1, generations // GROWTH_SAMPLES)
@@ -264,20 +296,32 @@ def decoders(
 
 
 def decoder_times(generator: Generator, size: tuple[int, int], batch: int, budget: Budget) -> dict[str, Any]:
-    """Times of one run of the decoder graph, from tokens to images, both on the device."""
+    """Times of one run of the decoder graph, from tokens to images, both on the device.
+
+    It is captured if the backend can be captured, because the host may enqueue it more slowly than the device runs it.
+    """
     (h, w), factor, device = size, generator.model.downsampling, generator.backend.device
     tokens = generator.backend.upload(np.zeros((batch, h, w), np.int32))
     image = generator.backend.empty((batch, 3, h * factor, w * factor), "float32")
     bound = generator.graph(DECODE).bind({"tokens": tokens}, {"image": image})
 
+    launch, close = bound.run, list[Callable[[], None]]()
+    if device is not None and isinstance(generator.backend, DeviceBackend) and generator.backend.captures:
+        for _ in range(WARM_UPS):
+            bound.run()
+            device.synchronize()
+        replay = device.capture(bound.run)
+        launch, close = replay.launch, [replay.close]
+
     def once() -> float | None:
         if device is None:
-            bound.run()
+            launch()
             return None
-        seconds = device.elapsed(bound.run)
+        seconds = device.elapsed(launch)
         device.synchronize()
         return seconds()
 
     times = repeat(once, budget)
-    bound.close()
+    for end in (*close, bound.close):
+        end()
     return timed_row(batch, times, budget)

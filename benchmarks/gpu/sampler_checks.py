@@ -25,10 +25,13 @@ INDICES = (0, 5, 2**32, 2**64 - 1)
 ROWS = 512
 LAUNCHES = 20  # captured and timed together, because one takes less time than its launch
 WARM_UPS, REPEATS = 2, 10
+QUICK_LAUNCHES = 2
 
 
-def device_kernels(vocabulary: int, schedule: ScaleSchedule, batches: Sequence[int], save: Save) -> None:
-    """Compile our kernels, then check and time them on the first GPU."""
+def device_kernels(
+    vocabulary: int, schedule: ScaleSchedule, batches: Sequence[int], save: Save, *, quick: bool = False
+) -> None:
+    """Compile our kernels, then check and time them on the first GPU. quick: time few launches, for a rehearsal."""
     device = first_gpu.start_gpu()
     arrays = DeviceArrays(device)
     device.load(KernelConfig(vocabulary, 32, 64))
@@ -39,7 +42,8 @@ def device_kernels(vocabulary: int, schedule: ScaleSchedule, batches: Sequence[i
     save(result)
     result["sampling"] = []
     for batch in batches:
-        result["sampling"].append({"batch": batch, "scale_s": sampling_seconds(arrays, vocabulary, schedule, batch)})
+        seconds = sampling_seconds(arrays, vocabulary, schedule, batch, QUICK_LAUNCHES if quick else LAUNCHES)
+        result["sampling"].append({"batch": batch, "scale_s": seconds})
         save(result)
     device.synchronize()
     device.close()
@@ -103,8 +107,13 @@ def upload_options(arrays: DeviceArrays, top_k: int, top_p: float, vocabulary: i
     )
 
 
-def sampling_seconds(arrays: Any, vocabulary: int, schedule: ScaleSchedule, batch: int) -> list[dict[str, float]]:
-    """Times of the sampling kernel for each scale, with the published options and logits as peaked as a model's."""
+def sampling_seconds(
+    arrays: Any, vocabulary: int, schedule: ScaleSchedule, batch: int, launches: int = LAUNCHES
+) -> list[dict[str, float]]:
+    """Times of the sampling kernel for each scale, with the published options and logits as peaked as a model's.
+
+    launches: how many are captured and timed together.
+    """
     device = arrays.device
     sampling = Sampling()
     streams = arrays.upload(kernels.stream_block((0,) * batch, range(batch)))
@@ -130,13 +139,13 @@ def sampling_seconds(arrays: Any, vocabulary: int, schedule: ScaleSchedule, batc
             *options,
             scale=i,
         )
-        many = device.capture(lambda launch=launch: [device.launch(launch) for _ in range(LAUNCHES)])
+        many = device.capture(lambda launch=launch: [device.launch(launch) for _ in range(launches)])
         samples = []
         for turn in range(WARM_UPS + REPEATS):
             seconds = device.elapsed(many.launch)
             device.synchronize()
             if turn >= WARM_UPS:
-                samples.append(seconds() / LAUNCHES)
+                samples.append(seconds() / launches)
         many.close()
         times.append(quantiles(samples))
     return times

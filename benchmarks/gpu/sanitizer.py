@@ -1,4 +1,4 @@
-"""Compares our kernels with the host, then runs them under compute-sanitizer if it is installed."""
+"""Compares our kernels with the host and with float64, then runs them under compute-sanitizer if it is installed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,37 @@ from flexvar_runtime.errors import BackendUnavailable, DeviceFailed
 
 from .files import Save
 from .kernel_checks import kernel_checks
+from .kernel_harness import KernelHarness
+from .layer_checks import layer_checks
 from .tools import find_tool
 
 TOOL = "compute-sanitizer"
 FOUND_ERRORS = 7  # exit code
 KEPT_CHARACTERS = 1000  # of each output
+MOST_NAMED = 8  # wrong checks in a message
 CHECKS = (sys.executable, "-m", "flexvar_bench.gpu.kernel_checks")
 
 
-def sanitize(save: Save) -> None:
-    """Raises DeviceFailed for a kernel whose result differs from the host's, or for an error that memcheck reports."""
-    result: dict[str, Any] = {"equal_host": kernel_checks()}
+def sanitize(save: Save, *, small: bool = False) -> None:
+    """Check our kernels, then check them again under memcheck. small: check fewer sizes, for an emulated device.
+
+    Raises DeviceFailed for a kernel whose result is wrong, or for an error that memcheck reports.
+    """
+    harness = KernelHarness()
+    result: dict[str, Any] = {"equal_host": kernel_checks(harness)}
     save(result)
+    layers = {check.name: check.to_json() for check in layer_checks(harness, small=small)}
+    result["float64"] = layers
+    save(result)
+    harness.close()
     result["memcheck"] = memcheck()
     save(result)
     wrong = [name for name, holds in result["equal_host"].items() if not holds]
+    wrong += [name for name, check in layers.items() if not check["holds"]]
     if wrong:
         raise DeviceFailed(
-            f"These kernel checks differ from the host: {', '.join(wrong)}.",
-            expected="equal results",
+            f"{len(wrong)} kernel checks do not hold: {', '.join(wrong[:MOST_NAMED])}.",
+            expected="results within their bounds",
             fix="Correct the kernel in runtime/cuda, then run python -m flexvar_bench.gpu.kernel_checks",
         )
     if result["memcheck"].get("exit_code"):

@@ -19,7 +19,7 @@ from flexvar_export.modules import graph_module
 from flexvar_export.onnx_graphs import TORCH_DTYPES, call_arguments
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_runtime import Bundle
-from flexvar_runtime.backends.base import Array, check_bindings
+from flexvar_runtime.backends.base import Array, Graph, check_bindings
 from flexvar_runtime.backends.device_arrays import DeviceBackend
 from flexvar_runtime.cuda.array import DeviceArray
 from flexvar_runtime.cuda.device import Device
@@ -66,7 +66,7 @@ class TorchBackend(DeviceBackend):
         self.device.close()
 
 
-class TorchGraph:
+class TorchGraph(Graph):
     """One opened graph. A run only enqueues it on the stream of the device."""
 
     most_images = None  # any number

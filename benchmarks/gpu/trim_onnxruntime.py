@@ -11,28 +11,24 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
 from flexvar_runtime.errors import EnvironmentFailed
-from flexvar_runtime.files.atomic import atomic_write
 
 from .fat_binary import keep_kernels
 from .tools import find_tool
+from .wheels import download, leave_out, write_archive
 
 VERSION = "1.31.1"
-PYTHON = "3.12"  # of the machine that it is for
 ARCHITECTURE = 90
 CAPI = "onnxruntime/capi"
 PROVIDER = f"{CAPI}/libonnxruntime_providers_cuda.so"
 LEFT_OUT = (
-    f"{CAPI}/libonnxruntime.so",  # a second copy, for programs in C
-    f"{CAPI}/libonnxruntime_providers_tensorrt.so",
-    *(f"onnxruntime/{part}" for part in ("transformers", "tools", "quantization", "datasets", "backend")),
+    f"{CAPI}/libonnxruntime.so*",  # a second copy, for programs in C
+    f"{CAPI}/libonnxruntime_providers_tensorrt.so*",
+    *(f"onnxruntime/{part}*" for part in ("transformers", "tools", "quantization", "datasets", "backend")),
 )
 UNUSED = re.compile(
     rb"[Mm]oe|MOE|grouped_gemm|GroupedGemm|xqa|kernel_mha|fpA|weight_only|matmul_4bits|MatMulNBits"
@@ -52,13 +48,11 @@ def trim_onnxruntime(archive: Path, *, cuobjdump: Path | None = None, wheel: Pat
     require_tools()
     with tempfile.TemporaryDirectory(prefix="onnxruntime-") as folder:
         site = Path(folder) / "site"
-        with zipfile.ZipFile(wheel or _download(Path(folder))) as packed:
+        with zipfile.ZipFile(wheel or download(f"onnxruntime-gpu=={VERSION}", Path(folder))) as packed:
             packed.extractall(site)
-        for part in LEFT_OUT:
-            for path in site.glob(f"{part}*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        leave_out(site, LEFT_OUT)
         keep_kernels(site / PROVIDER, ARCHITECTURE, is_used, tool)
-        _pack(site, archive)
+        write_archive(site, archive)
 
 
 def is_used(names: bytes) -> bool:
@@ -94,42 +88,4 @@ def require_tools() -> None:
         if shutil.which(tool) is None:
             raise EnvironmentFailed(
                 f"The program {tool} is missing.", expected=f"{tool} on PATH", fix=f"Install the package {package}."
-            )
-
-
-def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--python-version", PYTHON, "--implementation", "cp", "--platform", "manylinux_2_28_x86_64"]
-    command += ["--dest", str(folder), f"onnxruntime-gpu=={VERSION}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = next(folder.glob("onnxruntime_gpu*.whl"), None)
-    if done.returncode or found is None:
-        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise EnvironmentFailed(
-            f"pip could not download onnxruntime-gpu {VERSION} ({reason:.200}).",
-            expected="its wheel from the package index",
-            fix="Run --pack where pip reaches a package index.",
-        )
-    return found
-
-
-def _pack(site: Path, archive: Path) -> None:
-    """Write the archive in order of names, without times or owners, so that the same wheel gives the same archive."""
-
-    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
-        info.mtime = info.uid = info.gid = 0
-        info.uname = info.gname = ""
-        return info
-
-    with atomic_write(archive, force=True) as temporary, temporary.open("wb") as target:
-        command = ["xz", "-9", "--threads=2", "--stdout"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=target) as packer:
-            assert packer.stdin is not None
-            with tarfile.open(fileobj=packer.stdin, mode="w|") as tar:
-                for path in sorted(site.rglob("*")):
-                    tar.add(path, str(path.relative_to(site)), recursive=False, filter=plain)
-            packer.stdin.close()
-        if packer.returncode:
-            raise EnvironmentFailed(
-                f"xz ended with exit code {packer.returncode}.", expected="exit code 0", fix="See its message above."
             )

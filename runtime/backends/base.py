@@ -75,6 +75,10 @@ class Graph(Protocol):
         """Whether the weights for images of (h, w) tokens are in memory already. A memory plan does not count them."""
         return True
 
+    def working_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Memory that a run with these sizes of the named axes will allocate inside the graph, where that is known."""
+        return 0
+
     def bind(self, inputs: Arrays, outputs: Arrays) -> Bound:
         """Bind all inputs and any of the outputs, without a copy. Raises FlexVARError."""
 
@@ -139,6 +143,9 @@ class BackendModule(Protocol):
 
     def probe(self, name: str) -> Availability:
         """Whether the backend of that name works here."""
+
+    def examine(self, name: str) -> str | None:
+        """What works less well than it should here; None if there is nothing. Only `cuda` has this."""
 
     def ready(self, name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
         """Whether the backend can run this bundle now. `probe` has said that it works here."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from ..cuda.array import DeviceArray
 from ..cuda.device import Device, allocate
 from ..cuda.gpu import find_gpu
 from ..errors import BackendUnavailable
-from ..model.facts import ModelFacts
 from ..model.precision import Precision
 from ..model.signatures import DEVICE_LABELS
 from ..model.tensors import host_dtype
-from ..request import Shape
 from .base import Availability, Graph
 
 
@@ -76,10 +73,6 @@ class DeviceBackend(DeviceArrays, ABC):
 
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         return True
-
-    def working_bytes(self, graphs: Mapping[str, Graph], model: ModelFacts, shape: Shape) -> int:
-        """Memory that a first generation of a shape takes inside its opened graphs, if it is known before."""
-        return 0
 
 
 def probe_gpu(device: str | None = None) -> Availability:

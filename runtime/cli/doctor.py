@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from .._version import __version__
-from ..backends import BACKENDS, precisions, probe
+from ..backends import BACKENDS, examine, precisions, probe
 from ..backends.loading import telemetry
 from ..errors import BackendUnavailable
 from ..machine.processors import default_threads
@@ -24,6 +24,7 @@ def doctor(as_json: JsonOption = False) -> None:
     For each of the others, print why it does not work and how to fix it. The exit code is 4 if none works.
     """
     states = {name: probe(name) for name in BACKENDS}
+    notes = {name: examine(name) for name, state in states.items() if state.available}
     available = available_bytes()
     working = [name for name, state in states.items() if state.available]
     auto = next(iter(working), None)
@@ -39,7 +40,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "telemetry": telemetry(),
         "auto": auto,
         "auto_by_precision": by_precision,
-        "backends": {name: asdict(state) for name, state in states.items()},
+        "backends": {name: asdict(state) | {"note": notes.get(name)} for name, state in states.items()},
     }
 
     def show() -> None:
@@ -49,6 +50,8 @@ def doctor(as_json: JsonOption = False) -> None:
         say(f"telemetry    {', '.join(f'{library}: {state}' for library, state in data['telemetry'].items())}")
         for name, state in states.items():
             say(f"{name:<13}{'works' if state.available else 'no'}: {state.detail}")
+            if notes.get(name):
+                say(f"{'':<13}note: {notes[name]}")
             if state.fix:  # on its own line, so that it can be copied
                 say(f"{'':<13}fix: {state.fix}")
         others = [(kind, name) for kind, name in by_precision.items() if name not in (None, auto)]

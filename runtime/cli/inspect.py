@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, cast
 import typer
 from rich.table import Column, Table
 
-from ..backends import KERNELS_CHECKED, planned_backend, precisions
+from ..backends import KERNELS_CHECKED, LAYERS_CHECKED, planned_backend, precisions, runs
 from ..backends.ort.placement import without_cuda_kernel
 from ..bundle.certificate import Certificate
 from ..bundle.manifest import PSNR, Manifest, ParityRecord
@@ -48,11 +48,12 @@ def inspect(
     """
     opened = Bundle.open(bundle, allow_unproved=True)
     manifest, certificate = opened.manifest, Certificate.of(opened.manifest)
-    on_cuda = _OnCuda.of(opened)
+    on_cuda, layers = _OnCuda.of(opened), runs(LAYERS_CHECKED, opened)
     data = {
         "bundle": opened.sha256,
         **cast(dict[str, Any], encode(manifest)),
         **certificate.to_json(),
+        LAYERS_CHECKED: {"runs": layers.available, "detail": layers.detail},
         "ort_cuda": on_cuda.to_json(),
     }
     memory = None
@@ -74,6 +75,7 @@ def inspect(
             *((("class names", _listed(model.class_names)),) if model.class_names else ()),
             ("tokens", f"{model.vocabulary} codes of dimension {model.code_dim}, {model.downsampling} pixels a side"),
             ("decoder", manifest.decoder),
+            (LAYERS_CHECKED, "knows every layer" if layers.available else f"does not run: {layers.detail}"),
             (KERNELS_CHECKED, on_cuda.text),
             ("schedule", defaults.schedule),
             ("schedules for deadlines", ", ".join(map(str, quality_order(manifest)))),

@@ -61,6 +61,13 @@ DEVICE void start_copy(uint4 *target, const u16 *source, u32 bytes) {
 DEVICE void end_copies(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 DEVICE void wait_for_copies(void) { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// threadIdx.x, read again. What follows from it is computed again too, and occupies no registers until then.
+DEVICE u32 thread_again(void) {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 #endif
 
 // --- tiles in shared memory
@@ -79,7 +86,7 @@ DEVICE u32 tile_place(u32 row, u32 chunk) {
 // Starts to copy keys and values of one head from token `first` on. Tokens after the last become 0.
 DEVICE void copy_tile(uint4 *key_tile, uint4 *value_tile, const u16 *keys, const u16 *values, u32 first, u32 tokens,
                       u64 token_stride) {
-  const u32 row = threadIdx.x / ATTENTION_CHUNKS, chunk = threadIdx.x % ATTENTION_CHUNKS;
+  const u32 thread = thread_again(), row = thread / ATTENTION_CHUNKS, chunk = thread % ATTENTION_CHUNKS;
   UNROLL
   for (u32 i = 0; i < ATTENTION_KEYS; i += COPY_ROWS) {
     if (128 % ATTENTION_CHUNKS && (row >= COPY_ROWS || row + i >= ATTENTION_KEYS)) break;
@@ -118,7 +125,8 @@ DEVICE float offset_of(float top) { return top == NO_SCORE ? 0.0f : top * LOG2_E
 // Lane l holds parts of the queries l / 4 and l / 4 + 8 of its warp. Of every 8 keys or numbers it has 2 l % 8 and the
 // next. Lanes without a query repeat the last one, and store the same result.
 
-#define ATTENTION_BOUNDS 128, (HEAD_SIZE <= 64 && __CUDA_ARCH__ < 1000 ? 4 : 2)  // threads; blocks of a multiprocessor, which limit registers
+// Threads, and blocks of a multiprocessor. Four blocks limit a thread to 128 registers, which spills from sm_100 on.
+#define ATTENTION_BOUNDS 128, (HEAD_SIZE <= 64 && __CUDA_ARCH__ < 1000 ? 4 : 2)
 
 KERNEL(ATTENTION_BOUNDS)
 attention(const u16 *__restrict__ q, const u16 *__restrict__ keys, const u16 *__restrict__ values,
@@ -145,7 +153,8 @@ attention(const u16 *__restrict__ q, const u16 *__restrict__ keys, const u16 *__
     queries[k][3] = *(const u32 *)(query1 + 16 * k + 8);
   }
 
-  u32 block_end = tokens, end = tokens, full = tokens;  // keys of the block and the warp; keys before `full` need no mask
+  u32 block_end = tokens, end = tokens;  // keys that the queries of the block and of the warp attend to
+  u32 full = tokens;                     // all queries of the warp attend to the keys before it
   int scale0 = 0, scale1 = 0;
   if (scale_of) {
     scale0 = scale_of[row0], scale1 = scale_of[row1];
@@ -237,8 +246,10 @@ attention(const u16 *__restrict__ q, const u16 *__restrict__ keys, const u16 *__
 
   if (end == 0) return;
   const float share0 = 1.0f / lanes_sum(sum0, 4), share1 = 1.0f / lanes_sum(sum1, 4);
-  const u32 odd = lane & 1;
-  u16 *const target = out + new_offset + 8 * odd + (lane & 2) * 2;
+  const u32 thread = thread_again(), odd = thread & 1, row = block_row + thread / 32 * 16 + thread % 32 / 4;
+  u16 *const target = out + new_offset + 8 * odd + (thread & 2) * 2;
+  u16 *const target0 = target + (u64)min(row, new_tokens - 1) * (HEADS * HEAD_SIZE);
+  u16 *const target1 = target + (u64)min(row + 8, new_tokens - 1) * (HEADS * HEAD_SIZE);
   UNROLL
   for (int i = 0; i < HEAD_SIZE / 16; i++) {
     // Neighbours exchange halves: the even lane gets 4 numbers of the first 8 columns, the odd lane 4 of the next 8
@@ -250,8 +261,8 @@ attention(const u16 *__restrict__ q, const u16 *__restrict__ keys, const u16 *__
     const u32 other1 = __shfl_xor_sync(ALL_LANES, odd ? low1 : high1, 1);
     const u64 four0 = odd ? other0 | (u64)high0 << 32 : low0 | (u64)other0 << 32;
     const u64 four1 = odd ? other1 | (u64)high1 << 32 : low1 | (u64)other1 << 32;
-    *(u64 *)(target + (u64)row0 * (HEADS * HEAD_SIZE) + 16 * i) = four0;
-    *(u64 *)(target + (u64)row1 * (HEADS * HEAD_SIZE) + 16 * i) = four1;
+    *(u64 *)(target0 + 16 * i) = four0;
+    *(u64 *)(target1 + 16 * i) = four1;
   }
 }
 
@@ -261,8 +272,10 @@ attention(const u16 *__restrict__ q, const u16 *__restrict__ keys, const u16 *__
 #define GROUPS (32 / GROUP_LANES)
 #define GROUP_KEYS 4  // keys that a group takes at once
 
+#define ROWS_BOUNDS 128, 8  // threads; blocks of a multiprocessor, so 64 registers, enough for all loads of a step
+
 // Weights stay in float32. If `wide` is not 0, q and out have float32 numbers.
-KERNEL(128)
+KERNEL(ROWS_BOUNDS)
 attention_rows(const void *__restrict__ q, const u16 *__restrict__ keys, const u16 *__restrict__ values,
                void *__restrict__ out, const int *__restrict__ scale_of, u32 new_tokens, u32 tokens, u32 sequences,
                u32 wide) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from .array import DeviceArray
-from .kernels import Launch
+from .launches import Launch
 
 KERNEL_NAMES = ("attention", "attention_rows")
 

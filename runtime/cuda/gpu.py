@@ -6,6 +6,7 @@ import ctypes
 import gc
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -69,11 +70,11 @@ def find_gpu(device: str | None = None) -> GpuFacts:
 
 
 def _ordinal(device: str | None) -> int:
-    kind, _, number = (device or "cuda").partition(":")
-    if kind != "cuda" or not (number or "0").isdecimal():
+    named = re.fullmatch(r"cuda(:[0-9]*)?", device or "cuda:0")
+    if named is None:
         expected = "cuda or cuda:N for this backend"
         raise invalid(f"device is {device!r}", expected, "Name a GPU, or leave out device.")
-    return int(number or 0)
+    return int((named[1] or "").lstrip(":") or 0)
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -152,14 +152,15 @@ DEVICE int before_bound(u64 rank, int place, u64 bound) {
 
 DEVICE u64 mass_of(u64 rank, int place, int weighted) { return weighted ? rank : (u64)(place < VOCABULARY); }
 
-// Bins have the order of ranks. Logits: 32 bins per unit below the top. Weights: 16 bins per power of 2.
+// Bins have the order of ranks. Logits: 32 bins per power of 2 of the distance to the top, so that a bin has a similar
+// number of values however wide the logits spread. Weights: 16 bins per power of 2.
 DEVICE u32 bin_of(u64 rank, float top, int weighted) {
   if (weighted) {
     const int power = 63 - __clzll((long long)rank);
     return (u32)(power * 16) + ((u32)(power < 4 ? rank << (4 - power) : rank >> (power - 4)) & 15);
   }
-  const float below = __fmul_rn(__fsub_rn(top, value_of((u32)rank)), 32.0f);
-  return BINS - 1 - (u32)fminf(below, (float)(BINS - 1));
+  const int step = (__float_as_int(__fsub_rn(top, value_of((u32)rank))) >> 18) - ((127 - 16) << 5);
+  return BINS - 1 - (u32)min(max(step, 0), BINS - 1);
 }
 
 DEVICE u64 bin_mass(const Scratch *s, u32 bin, int weighted) {

@@ -3,6 +3,7 @@
 #define MAP_THREADS 256
 #define LOG2E 1.4426950408889634f
 #define MOST_GROUPS 64
+#define ADDERS 8  // threads that add up the parts of one group
 #define GROUP_EPS 1e-6f
 
 // out (count, D) = codebook[tokens], D = CODE_DIM, a multiple of 8. A thread for 8 numbers.
@@ -22,6 +23,7 @@ KERNEL(MAP_THREADS)
 group_statistics(const void *__restrict__ x, float *__restrict__ partial, u32 *__restrict__ finished,
                  float *__restrict__ statistics, u32 pixels, u32 channels, u32 groups, u32 chunk, u32 wide) {
   SHARED float sums[2][MAP_THREADS * 8];
+  SHARED double shares[2][MOST_GROUPS][ADDERS];
   SHARED u32 is_last;
   const u32 octets = channels / 8, lanes = MAP_THREADS / octets, thread = threadIdx.x, image = blockIdx.y;
   const u32 octet = thread % octets, lane = thread / octets, chunks = gridDim.x, per_group = channels / groups;
@@ -62,11 +64,22 @@ group_statistics(const void *__restrict__ x, float *__restrict__ partial, u32 *_
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  for (u32 group = thread; group < groups; group += MAP_THREADS) {
+  const u32 share = thread % ADDERS;
+  for (u32 group = thread / ADDERS; group < groups; group += MAP_THREADS / ADDERS) {
     double sum = 0.0, squares = 0.0;
-    for (u32 i = 0; i < chunks; i++) {
+    for (u32 i = share; i < chunks; i += ADDERS) {
       sum += __ldcg(&partial[(i * groups + group) * 2]);
       squares += __ldcg(&partial[(i * groups + group) * 2 + 1]);
+    }
+    shares[0][group][share] = sum;
+    shares[1][group][share] = squares;
+  }
+  __syncthreads();
+  for (u32 group = thread; group < groups; group += MAP_THREADS) {
+    double sum = 0.0, squares = 0.0;
+    for (u32 i = 0; i < ADDERS; i++) {
+      sum += shares[0][group][i];
+      squares += shares[1][group][i];
     }
     const double count = (double)pixels * per_group, mean = sum / count;
     const float variance = fmaxf((float)(squares / count - mean * mean), 0.0f);

@@ -128,7 +128,11 @@ class CapturedGeneration:
         return ("stream" if isinstance(self._replay, _Enqueue) else "cuda-graph"), seconds()
 
     def _capture(self) -> Replay | _Enqueue:
-        """Warm up, then capture. If that is not possible, the work is enqueued again each time."""
+        """Warm up, then capture. If that is not possible, the work is enqueued again each time.
+
+        All graphs are bound before the first of them runs, so that their working memory is allocated once.
+        """
+        self._decodes = self._decodes or [self._bind_decode(k) for k in range(len(self._parts))]
         if not self._backend.captures:
             log.info("%s: its library cannot be captured, so a generation is enqueued each time", self._backend.name)
             return _Enqueue(self._enqueue)
@@ -188,7 +192,6 @@ class CapturedGeneration:
 
     def _enqueue_decode(self) -> None:
         """From the tokens of the last scale to pixels."""
-        self._decodes = self._decodes or [self._bind_decode(k) for k in range(len(self._parts))]
         tokens = self._result[f"tokens_{len(self.shape.schedule) - 1}"]
         for k, (part, decode) in enumerate(zip(self._parts, self._decodes, strict=True)):
             self._device.copy(self._work[f"last_{k}"], tokens[part.start : part.stop])

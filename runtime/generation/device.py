@@ -114,7 +114,11 @@ class DeviceGenerator(Generator):
 
     def _bytes_with_work(self, shape: Shape) -> int:
         """The buffers of a shape, and the working memory that its graphs do not have yet."""
-        return self.bytes_of(shape) + self.backend.working_bytes(self._graphs, self.model, shape)
+        (h, w), new = shape.schedule[-1], shape.schedule.largest
+        step = {"sequences": shape.sequences, "images": shape.images, "new": new, "past": 0}
+        decode = {"images": min(shape.images, IMAGES_PER_RUN), "height": h, "width": w}
+        working = max(self.graph(STEP).working_bytes(step), self.graph(DECODE).working_bytes(decode))
+        return self.bytes_of(shape) + working
 
     @contextmanager
     def _generation(self, shape: Shape) -> Iterator[CapturedGeneration]:

@@ -40,7 +40,7 @@ LAYERS = {
         frozenset({"numpy", "PIL", "typer", "rich"}),
         frozenset(
             {"onnxruntime", "openvino", "cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
-            | {"onnxruntime_ep_nv_tensorrt_rtx"}
+            | {"onnxruntime_ep_nv_tensorrt_rtx", "nvmath", "cudnn"}
         ),
     ),
     "export": Layer("flexvar_export", frozenset({"flexvar_ref", "flexvar_runtime"})),

@@ -22,13 +22,22 @@ FOLDERS = {
     "benchmarks": "flexvar_bench",
 }
 # Files other than modules that the packages read, as named in the wheel.
-DATA = {"flexvar_bench/report.html.j2", "flexvar_runtime/cuda/kernels.cu"}
+KERNELS = {"attention.cu", "common.cu", "half.cu", "kernels.cu", "maps.cu", "rows.cu"}
+DATA = {"flexvar_bench/report.html.j2", *(f"flexvar_runtime/cuda/{name}" for name in KERNELS)}
 SOURCE_ONLY = {"py.typed", "ruff.toml"}  # py.typed is checked on its own
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 DEPENDENCIES = {
     "": {"numpy", "pillow", "rich", "typer"},
     "cpu": {"onnxruntime"},
-    "gpu": {"cuda-python", "nvidia-cuda-nvrtc", "onnxruntime-gpu"},
+    "gpu": {
+        "cuda-python",
+        "nvidia-cublas",
+        "nvidia-cuda-nvrtc",
+        "nvidia-cudnn-cu13",
+        "nvidia-cudnn-frontend",
+        "nvmath-python",
+        "onnxruntime-gpu",
+    },
     "tensorrt": {"cuda-python", "nvidia-cuda-nvrtc", "tensorrt"},
     "tensorrt-rtx": {
         "cuda-python",

@@ -1,4 +1,4 @@
-"""Machines that lack things, or limit them."""
+"""Machines that lack things, or limit them, and the kernels on a CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from host_kernels import HostKernels
+
+from flexvar_runtime.cuda.compilation import KernelSet
 
 Install = Callable[..., None]
 
@@ -84,3 +87,17 @@ def linux(tmp_path: Path) -> FakeLinux:
     (system.proc / "self" / "mountinfo").write_text("31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw\n")
     (system.proc / "self" / "cgroup").write_text("9:name=systemd:/\n")
     return system
+
+
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HostKernels]:
+    """(config, block=None, source=None) -> HostKernels, compiled once per session and configuration."""
+    built: dict[Any, HostKernels] = {}
+
+    def build(config: KernelSet, *, block: int | None = None, source: str | None = None) -> HostKernels:
+        key = config, block, source
+        if key not in built:
+            built[key] = HostKernels(config, tmp_path_factory.mktemp("kernels"), block=block, source=source)
+        return built[key]
+
+    return build

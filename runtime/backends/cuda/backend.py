@@ -12,26 +12,24 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from ...bundle.opening import Bundle
 from ...checks import version_numbers
+from ...cuda import layers
 from ...cuda.array import DeviceArray
 from ...cuda.device import Device, ignore_errors
 from ...cuda.gpu import CudaDevice, find_gpu
 from ...cuda.layers import LayerConfig
 from ...errors import BackendUnavailable, FlexVARError, InvalidInput
-from ...memory.plan import IMAGES_PER_RUN
-from ...model.facts import ModelFacts
 from ...model.precision import Precision
 from ...model.signatures import CONDITION, DECODE, ENCODE, PREFILL, STEP
 from ...model.tensors import GraphSpec
-from ...request import Shape
 from ..base import Arrays, Availability, BindingCheck, Graph, closed_graph, refuse_option, runs_precision
 from ..device_arrays import DeviceBackend, probe_gpu
 from ..scratch import Scratch
 from . import autoencoder, condition, transformer
-from .convolutions import Convolutions
+from .convolutions import Convolutions, Padding
 from .loading import load_cublaslt, load_cudnn
 from .operations import Operation, Operations, Pool
 from .parameters import match
@@ -64,6 +62,34 @@ def probe(name: str) -> Availability:
     except BackendUnavailable as error:
         return Availability.of_error(error)
     return Availability(True, f"{versions}, {gpu.detail}")
+
+
+def examine(name: str) -> str | None:
+    """Which convolutions cuDNN has no plan for on the first GPU. Tries one of the decoder in both types."""
+    try:
+        backend = create(name, device=None, threads=None, engines=None)
+    except FlexVARError as error:
+        return error.got
+    try:
+        return examine_convolutions(backend)
+    except FlexVARError as error:
+        return error.got
+    finally:
+        backend.close()
+
+
+def examine_convolutions(backend: Cuda) -> str | None:
+    """See `examine`."""
+    for half in sorted(layers.HALVES):
+        x, y = (backend.empty((1, 16, 16, 128), half) for _ in range(2))
+        weight, bias = backend.empty((128, 3, 3, 128), half), backend.empty((128,), half)
+        backend.convolutions.convolution(x, weight, bias, y, residual=x, padding=Padding(1, 1, 1, 1))
+    slow = backend.convolutions.substituted
+    return (
+        f"cuDNN has no plan for {'; '.join(slow)}. im2col and cuBLASLt take their place, which is slower"
+        if slow
+        else None
+    )
 
 
 def ready(name: str, bundle: Bundle, *, device: str | None, engines: Path | None) -> Availability:
@@ -151,18 +177,6 @@ class Cuda(DeviceBackend):
             self.device.load(config)
             self._config = config
 
-    def working_bytes(self, graphs: Mapping[str, Graph], model: ModelFacts, shape: Shape) -> int:
-        (h, w), most = shape.schedule[-1], min(shape.images, IMAGES_PER_RUN)
-        tokens, side = DeviceArray(0, (most, h, w), "int32", None), model.downsampling
-        image = DeviceArray(0, (most, 3, h * side, w * side), "float32", None)
-        offset = DeviceArray(0, (shape.sequences, shape.schedule.largest, model.width), "float32", None)
-        step, decode = cast(CudaGraph, graphs[STEP]), cast(CudaGraph, graphs[DECODE])
-        return self.scratch.missing(
-            max(
-                step.measure({"offset": offset}, {}).nbytes, decode.measure({"tokens": tokens}, {"image": image}).nbytes
-            )
-        )
-
     def close(self) -> None:
         self._transformer = None
         with ignore_errors("closing the libraries"):
@@ -189,11 +203,19 @@ class CudaGraph(Graph):
                 expected="every output",
                 fix="Bind all outputs of the graph.",
             )
-        pool = self.measure(inputs, outputs)
+        pool = self._measure(inputs, outputs)
         self._scratch.reserve(pool.nbytes)
         return Operations(self.spec.file, partial(self._operations, inputs, outputs, pool))
 
-    def measure(self, inputs: Arrays, outputs: Arrays) -> Pool:
+    def working_bytes(self, sizes: Mapping[str, int]) -> int:
+        """What the scratch memory of the backend lacks for a binding of these sizes."""
+        inputs, outputs = (
+            {tensor.name: DeviceArray(0, tensor.shape(sizes), tensor.dtype, None) for tensor in tensors}
+            for tensors in (self.spec.inputs, self.spec.outputs)
+        )
+        return self._scratch.missing(self._measure(inputs, outputs).nbytes)
+
+    def _measure(self, inputs: Arrays, outputs: Arrays) -> Pool:
         """The working memory of a binding. Only the shapes of the arrays matter."""
         if self._maker is None:
             raise closed_graph(self.spec.file)

@@ -200,7 +200,7 @@ class Convolutions:
         """Free everything. None of the convolutions may be called any more. The products stay open."""
         handle, self._handle = self._handle, None
         self._graphs.clear()
-        self._scratch = DeviceArray(0, (0,), "uint8", None)
+        self._scratch = self._workspace = DeviceArray(0, (0,), "uint8", None)
         if handle is not None:
             with ignore_errors("closing cuDNN"):
                 self._cudnn.destroy_handle(handle)

@@ -198,6 +198,7 @@ class Products:
                 self._destroy(plan)
             self._lt.destroy(handle)
         self._plans.clear()
+        self._workspace = DeviceArray(0, (0,), "uint8", None)
 
     def _plan(
         self,
@@ -214,7 +215,7 @@ class Products:
         epilogue = "GELU_BIAS" if gelu else "BIAS" if bias is not None else "DEFAULT"
         at_bias = ALIGNMENT if bias is None else bias.address  # it has no preference of its own, so it counts as D's
         alignments = {
-            "A": _alignment(a.address),
+            "A": _alignment(b.address),
             "B": _alignment(a.address),
             "C": _alignment(c.address),
             "D": min(_alignment(out.address), _alignment(at_bias)),

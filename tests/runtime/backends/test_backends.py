@@ -131,7 +131,7 @@ def test_folders_in_other_encodings(tiny_bundle: Path, tmp_path: Path, name: str
 
 
 def test_unknown_names() -> None:
-    for name in ("cuda", "ORT-CPU", "", "ort_cpu", "../ort_cpu"):
+    for name in ("CUDA", "ORT-CPU", "", "ort_cpu", "../ort_cpu"):
         with pytest.raises(InvalidInput, match=f"backend is {name!r}") as refusal:
             create(name)
         assert all(known in refusal.value.got for known in ("auto", *BACKENDS))

@@ -22,6 +22,7 @@ def test_json_is_the_manifest(flexvar: Any, tiny_bundle: Path) -> None:
     manifest = (tiny_bundle / "manifest.json").read_bytes()
     found = ended.json
     on_cuda = found.pop("ort_cuda")
+    assert found.pop("cuda") == {"runs": False, "detail": "cuda runs bf16 and fp16 bundles, but the bundle is fp32"}
     assert found.pop("proved") is True and found.pop("unproved_because") is None
     assert found == {"bundle": hashlib.sha256(manifest).hexdigest(), **json.loads(manifest)}
     assert on_cuda == {"runs": True, "without_kernel": {}, "detail": "has a CUDA kernel for every node"}
@@ -40,6 +41,12 @@ def test_a_bundle_that_ort_cuda_refuses(flexvar: Any, schema1_bundle: Path) -> N
 def test_a_precision_that_ort_cuda_does_not_run(flexvar: Any, tiny_bundles: Callable[[str], Path]) -> None:
     found = flexvar("inspect", tiny_bundles("int8"), "--json").json["ort_cuda"]
     assert found == {"runs": False, "without_kernel": {}, "detail": "does not run int8"}
+
+
+def test_a_bundle_that_cuda_runs(flexvar: Any, tiny_bundles: Callable[[str], Path]) -> None:
+    bundle = tiny_bundles("fp16")
+    assert flexvar("inspect", bundle, "--json").json["cuda"] == {"runs": True, "detail": "runs fp16"}
+    assert "knows every layer" in flexvar("inspect", bundle).out
 
 
 def test_text(flexvar: Any, tiny_bundle: Path) -> None:

@@ -1,30 +1,13 @@
-"""The kernels on a CPU, compiled once per session and configuration, and a machine with an emulated GPU."""
+"""A machine with an emulated GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_machine import Machine, make_machine
 from host_kernels import HostKernels
-
-from flexvar_runtime.cuda.kernels import KernelConfig
-
-
-@pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HostKernels]:
-    """(config, block=None, source=None) -> HostKernels."""
-    built: dict[Any, HostKernels] = {}
-
-    def build(config: KernelConfig, *, block: int | None = None, source: str | None = None) -> HostKernels:
-        key = config, block, source
-        if key not in built:
-            built[key] = HostKernels(config, tmp_path_factory.mktemp("kernels"), block=block, source=source)
-        return built[key]
-
-    return build
 
 
 @pytest.fixture

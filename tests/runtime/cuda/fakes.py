@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from host_kernels import HostKernels
 from numpy.typing import NDArray
 
@@ -283,6 +282,8 @@ class FakeEngine:
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(profiles)
         self.contexts: list[FakeContext] = []
+        import onnxruntime  # here, because the backend cuda is tested without it
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(plan.decode(), options, providers=["CPUExecutionProvider"])

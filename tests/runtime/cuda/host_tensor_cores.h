@@ -1,6 +1,6 @@
 /* Stand-ins for the tensor-core instructions and asynchronous copies of attention.cu, with the layouts that the PTX
-   manual documents. Errors: a lane that misses an instruction, bank conflicts between the rows of a matrix, and addresses
-   that are not aligned or not in shared memory. */
+   manual documents. Errors: a lane that misses an instruction, bank conflicts between the rows of a matrix, and
+   addresses that are not aligned or not in shared memory. */
 
 static void shim_fail(const char *what, unsigned first, unsigned second);
 
@@ -107,6 +107,8 @@ static void shim_wait_for_copies(void) {
   shim_now->copies_ended = 0;
   memmove(queue, queue + ended, shim_now->copies * sizeof *queue);
 }
+
+static inline unsigned thread_again(void) { return shim_now->index.x; }
 
 #define multiply_matrices(c, a, b0, b1) shim_multiply(__LINE__, c, a, b0, b1)
 #define load_matrices(m, row) shim_load(__LINE__, m, row, 0)

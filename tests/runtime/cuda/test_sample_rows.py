@@ -114,6 +114,17 @@ def test_order_of_threads_does_not_matter(host_kernels: Build) -> None:
         assert_equal(host, logits, top_k, top_p, order)
 
 
+def test_no_spread_of_logits_is_searched_bit_by_bit(host_kernels: Build) -> None:
+    """That search takes many times as long. It is for rows that are nearly flat, such as the last one here."""
+    host = host_kernels(config(8912), block=256, source=mutated("return answer;", "return 0;"))
+    rng = np.random.default_rng(0)
+    for spread in (0.5, 1, 4, 8, 17, 40, 1000):
+        logits = (rng.standard_normal((2, 2, 8912)) * spread).astype(np.float32)
+        assert_equal(host, logits, 900, 0.95)
+    with pytest.raises(AssertionError):
+        assert_equal(host, np.zeros((2, 2, 8912), np.float32), 900, 0.95)
+
+
 @pytest.mark.parametrize("scale", [0, 2**16 - 1])
 def test_scales_have_their_own_draws(scale: int, host_kernels: Build) -> None:
     logits, images = make_rows(0, 3, 10, 512), indices(3)

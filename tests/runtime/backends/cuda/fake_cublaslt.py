@@ -264,10 +264,9 @@ class FakeCublasLt:
             result["state"], result["workspace_size"] = state, self.needs
             result["algo"]["data_"][:] = MAGIC + len(self._algorithms) - 1
         results = results[:requested_algo_count]
-        fits = self.needs <= wanted.get(MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES, 0)
-        count = len(results) if fits else 0
-        ctypes.memmove(heuristic_results_array, results.ctypes.data, count * results.itemsize)
-        ctypes.c_int32.from_address(return_algo_count).value = count
+        refuse_unless(wanted.get(MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES, 0) > 0, "there is no workspace")
+        ctypes.memmove(heuristic_results_array, results.ctypes.data, results.nbytes)
+        ctypes.c_int32.from_address(return_algo_count).value = len(results)
 
     def matmul(
         self,

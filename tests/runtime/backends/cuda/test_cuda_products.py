@@ -161,6 +161,18 @@ def test_an_algorithm_is_asked_for_once_per_shape(bench: Bench) -> None:
     assert bench.library.heuristics == 4
 
 
+def test_other_strides_and_steps_are_another_plan(bench: Bench) -> None:
+    (a, A), (b, B) = bench.normal(64, dtype="float16"), bench.normal(4, 4, dtype="float16")
+    places = [(4, 8), (8, 8), (4, 16)]
+    for stride, step in places:
+        out = empty(bench.device, (2, 2, 4), "float16")
+        part = np.array([[A[i * step + j * stride :][:4] for j in range(2)] for i in range(2)])
+        left = Matrix(a, 2, 4, stride, batch=2, step=step)
+        call = bench.products.product(left, Matrix.of(b), Matrix(out, 2, 4, 4, batch=2, step=8))
+        assert_close(bench.result(call, out), part @ B, "float16")
+    assert bench.library.heuristics == len(places)
+
+
 def test_two_products_of_one_plan_have_their_own_bias_scale_and_addend(bench: Bench) -> None:
     """The second is made before the first is called, and both are called twice."""
     calls, wanted, results = [], [], []
