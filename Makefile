@@ -31,7 +31,7 @@ PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:expor
 LINKS := .mypy_cache/packages
 
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-slow test-engines test-lowest fuzz demo bench gpu-rehearsal clean
+.PHONY: help venv lint test test-slow test-kernels test-engines test-lowest fuzz demo bench gpu-rehearsal clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -77,6 +77,9 @@ test: lint ## run the linters, then every test that is not marked slow or engine
 
 test-slow: venv ## run the tests marked slow
 	@"$(BIN)/pytest" --quiet -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
+
+test-kernels: venv ## prove the GPU kernels at length, on every GPU architecture (no GPU needed)
+	@"$(BIN)/pytest" --quiet -n $(WORKERS) --dist worksteal -m kernels $(PYTEST_ARGS)
 
 test-engines: venv ## run the tests marked engines: they build d16 for every published schedule with TensorRT-RTX; no GPU needed
 	@"$(BIN)/pytest" --quiet -m engines $(PYTEST_ARGS)

@@ -174,11 +174,20 @@ def _compiled(work: Path, save: Save, *, model: str, batch: int, dynamic: bool, 
     compiled(work, model, batch, Budget(**budget), dynamic, save)
 
 
-def _proof(work: Path, save: Save, *, model: str, batches: list[int], generations: int, budget: dict[str, Any]) -> None:
+def _proof(
+    work: Path,
+    save: Save,
+    *,
+    model: str,
+    batches: list[int],
+    generations: int,
+    seeds: list[int],
+    budget: dict[str, Any],
+) -> None:
     from ..timing import Budget
     from .torch_proof import proof
 
-    proof(work, model, batches, generations, Budget(**budget), save)
+    proof(work, model, batches, generations, seeds, Budget(**budget), save)
 
 
 JOBS: dict[str, Callable[..., None]] = {

@@ -34,7 +34,7 @@ from .wheels import libraries_name, pack_libraries
 
 CONTENTS, ONNXRUNTIME, LIBRARIES, SITE = "pack.json", "onnxruntime.tar.xz", "libraries.tar.xz", "site"
 MIB = 2**20
-MOST_BYTES = 60 * MIB  # of the packed folder and the tracked files together; a machine takes 64 MiB
+MOST_BYTES = 62 * MIB  # of the packed folder and the tracked files together; a machine takes 64 MiB
 MOST_PACKED_BYTES = 46 * MIB
 REMAKE = "Make the folder again with gpu_check.py --pack DIR."
 
@@ -57,7 +57,7 @@ def make_pack(folder: Path, setup: StageSetup, work: Path, root: Path, cuobjdump
 
     Raises InvalidInput if `folder` exists, and EnvironmentFailed for a missing tool, before anything is exported.
     Raises ArtifactRefused if the folder is larger than 46 MiB, or if the folder and the tracked files are larger than
-    60 MiB together. Then no folder is written.
+    62 MiB together. Then no folder is written.
     """
     from .random_models import export_model, write_only_bundle
     from .skeleton import make_skeleton
@@ -96,7 +96,7 @@ def skeleton_of(pack: Path, model: str) -> Path:
 
 
 def require_fit(size: Size) -> None:
-    """Raises ArtifactRefused for more than 46 MiB packed, or more than 60 MiB together. It names the exceeded limit."""
+    """Raises ArtifactRefused for more than 46 MiB packed, or more than 62 MiB together. It names the exceeded limit."""
     packed, together = f"{MOST_PACKED_BYTES / MIB:.0f} MiB packed", f"{MOST_BYTES / MIB:.0f} MiB together"
     if size.packed > MOST_PACKED_BYTES:
         exceeded, fix = packed, "Leave something out of the packed folder."

@@ -125,8 +125,9 @@ def _tiny(backend: str, setup: StageSetup, precision: str) -> Phase:
 
 def _proof(setup: StageSetup) -> Phase:
     """The phase that runs the export's torch modules on the runtime's device path, captured as one CUDA graph."""
-    generations = 5 if setup.rehearsed else 200
-    options = {"model": setup.model, "batches": setup.few(3), "generations": generations, "budget": setup.budget}
+    generations, seeds = (5, (0,)) if setup.rehearsed else (200, (0, 1, 2))
+    options = {"model": setup.model, "batches": setup.few(3), "generations": generations, "seeds": seeds}
+    options |= {"budget": setup.budget}
     return Phase(f"proof {setup.model}", "proof", options, 50, 75, needs=(f"regenerate {setup.model}",))
 
 

@@ -26,7 +26,6 @@ from .random_models import default_guidance, load_proof, random_model, schedule_
 from .runtime_jobs import Opened, latency, memory_growth
 from .torch_backend import TorchBackend
 
-SEEDS = (0, 1, 2)
 GUIDANCE_SCALES = (2.5, 4.0)
 IMAGES = 3  # of the replays. Parity generates two at a time, so only the replays use this shape
 
@@ -50,8 +49,18 @@ def start_device() -> CountingDevice:
     return device
 
 
-def proof(work: Path, model: str, batches: Sequence[int], generations: int, budget: Budget, save: Save) -> None:
+def proof(
+    work: Path,
+    model: str,
+    batches: Sequence[int],
+    generations: int,
+    seeds: Sequence[int],
+    budget: Budget,
+    save: Save,
+) -> None:
     """Open the bundle of a model in the folder of a run and report on it part by part, saving after each.
+
+    seeds: of the replays.
 
     A part that fails is recorded under "failed" with its error, and the others still run. Raises RuntimeError after
     the last part if any failed.
@@ -79,7 +88,7 @@ def proof(work: Path, model: str, batches: Sequence[int], generations: int, budg
 
         parts: dict[str, Callable[[], None]] = {
             "parity": lambda: keep("parity", parity(pipeline, load_proof(work, model))),
-            "replays": lambda: keep("replays", replays(run, device)),
+            "replays": lambda: keep("replays", replays(run, device, seeds)),
             **{f"batch {batch}": lambda batch=batch: measure(batch) for batch in batches},  # type: ignore[misc]
             "growth": lambda: memory_growth(run, generations, lambda found: keep("growth", found)),
         }
@@ -96,14 +105,14 @@ def proof(work: Path, model: str, batches: Sequence[int], generations: int, budg
         raise RuntimeError(f"{len(failed)} of {len(parts)} parts failed: {', '.join(failed)}.")
 
 
-def replays(run: Opened, device: CountingDevice) -> dict[str, Any]:
+def replays(run: Opened, device: CountingDevice, seeds: Sequence[int]) -> dict[str, Any]:
     """Compare whole generations with the same requests scale by scale.
 
     Each request has another seed, guidance scale and classes. holds: all tokens are equal, and one captured CUDA graph
     served every request.
     """
     before, classes, found = device.captures, run.pipeline.model.classes, []
-    for turn, (seed, scale) in enumerate(product(SEEDS, GUIDANCE_SCALES)):
+    for turn, (seed, scale) in enumerate(product(seeds, GUIDANCE_SCALES)):
         labels = [(turn + i) % classes for i in range(IMAGES)]
         request = labels, schedule_of(run.model), replace(default_guidance(), scale=scale), Sampling(), seed
         whole = run.pipeline(*request)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-
 from .array import DeviceArray
-from .launches import Launch
+from .launches import Launch, make_launch, require_fit
 
-KERNEL_NAMES = ("attention", "attention_rows")
-
+FLOAT32, HALVES = "float32", ("float16", "bfloat16")
 # Most tokens for which `attention_rows` is faster: above, a tile of 64 keys costs less than reading each key per query.
 FEW_TOKENS = 16
 _ROWS = 64  # queries of a block of `attention`
 _WARPS = 4  # in a block
-_NULL = 0
 _ALIGNMENT = 16  # bytes
+
+KERNEL_NAMES = ("attention", "attention_rows")
 
 
 def attention(
@@ -33,29 +31,19 @@ def attention(
     for H, D and the dtype of keys. Raises ValueError if arrays do not fit together.
     """
     arrays = (q, keys, values, out) if scale_of is None else (q, keys, values, out, scale_of)
-    _require(len(q.shape) == 4 and len(keys.shape) == 4 and min(*q.shape, *keys.shape) > 0, "sizes", arrays)
+    require_fit(len(q.shape) == 4 and len(keys.shape) == 4 and min(*q.shape, *keys.shape) > 0, "sizes", *arrays)
     (N, L, H, D), T = q.shape, keys.shape[0]
-    _require(D % 16 == 0 and D <= 128 and N < 2**16 and H < 2**16, "sizes", arrays)
-    _require(keys.shape == values.shape == (T, N, H, D), "keys or values", arrays)
-    _require(out.shape == (N, L, H * D), "out", arrays)
+    require_fit(D % 16 == 0 and D <= 128 and N < 2**16 and H < 2**16, "sizes of attention", *arrays)
+    require_fit(keys.shape == values.shape == (T, N, H, D), "keys or values", *arrays)
+    require_fit(out.shape == (N, L, H * D), "queries and out", *arrays)
     half = keys.dtype
-    fits = half in ("float16", "bfloat16") and values.dtype == half and q.dtype == out.dtype in (half, "float32")
-    _require(fits, "dtypes", arrays)
+    fits = half in HALVES and values.dtype == half and q.dtype == out.dtype in (half, FLOAT32)
+    require_fit(fits, "dtypes of attention", *arrays)
     if scale_of is not None:
-        _require(scale_of.dtype == "int32" and scale_of.shape == (T,) and L == T, "scales", arrays)
-    _require(all(array.address % _ALIGNMENT == 0 for array in (q, keys, values, out)), "addresses", arrays)
-
-    wide = q.dtype == "float32"
-    pointers = [array.address for array in (q, keys, values, out)] + [_NULL if scale_of is None else scale_of.address]
-    args = (*pointers, ctypes.c_uint32(L), ctypes.c_uint32(T), ctypes.c_uint32(N))
-    block = (32 * _WARPS, 1, 1)
+        require_fit(scale_of.dtype == "int32" and scale_of.shape == (T,) and L == T, "scales", *arrays)
+    require_fit(all(array.address % _ALIGNMENT == 0 for array in (q, keys, values, out)), "addresses", *arrays)
+    pointers, wide = (q, keys, values, out, scale_of), q.dtype == FLOAT32
     if wide or T <= FEW_TOKENS:
         grid = (-(-N * L * H // _WARPS), 1, 1)
-        return Launch("attention_rows", grid, block, 0, (*args, ctypes.c_uint32(wide)))
-    return Launch("attention", (-(-L // _ROWS), H, N), block, 0, args)
-
-
-def _require(fits: bool, what: str, arrays: tuple[DeviceArray, ...]) -> None:
-    if not fits:  # the kernel would access memory outside an array
-        found = ", ".join(f"{array.shape} {array.dtype}" for array in arrays)
-        raise ValueError(f"{what} of attention do not fit together: {found}")
+        return make_launch("attention_rows", grid, 32 * _WARPS, pointers, L, T, N, int(wide))
+    return make_launch("attention", (-(-L // _ROWS), H, N), 32 * _WARPS, pointers, L, T, N)

@@ -97,7 +97,6 @@ group_normalise(const void *__restrict__ x, const float *__restrict__ statistics
                 u32 wide, u32 silu) {
   const u32 octets = channels / 8, lanes = MAP_THREADS / octets, image = blockIdx.y;
   const u32 octet = threadIdx.x % octets, lane = threadIdx.x / octets, per_group = channels / groups;
-  if (lane >= lanes) return;
   float factor[8], shift[8];
   UNROLL
   for (int k = 0; k < 8; k++) {
@@ -107,7 +106,7 @@ group_normalise(const void *__restrict__ x, const float *__restrict__ statistics
     shift[k] = bias[c] - group[0] * factor[k];
   }
   const u32 end = min((blockIdx.x + 1) * chunk, pixels);
-  for (u32 pixel = blockIdx.x * chunk + lane; pixel < end; pixel += lanes) {
+  for (u32 pixel = blockIdx.x * chunk + lane; lane < lanes && pixel < end; pixel += lanes) {
     const u64 at = ((u64)image * pixels + pixel) * channels + octet * 8;
     float values[8];
     load8_of(values, x, at, wide);

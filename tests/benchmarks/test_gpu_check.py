@@ -167,7 +167,7 @@ def test_a_bundle_of_other_sources_is_not_measured(
     assert str(files.bundle) in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / gpu_check.RESULT).read_text())
     assert result["phases"]["export tiny"]["status"] == "not measured" and not files.bundle.exists()
-    used = {"backends": "('tensorrt', 'tensorrt-rtx', 'ort-cuda')", "precision": "fp16", "minutes": "0.1"}
+    used = {"backends": "('cuda', 'ort-cuda', 'tensorrt', 'tensorrt-rtx')", "precision": "fp16", "minutes": "0.1"}
     assert result["options"] == used | {"tiny": "True"}
 
 
@@ -216,7 +216,7 @@ def test_no_time_at_all(checkout: Path, work: Path, tmp_path: Path) -> None:
     ("options", "named"),
     [
         (["--out", "x", "--only", "profil"], "--only"),
-        (["--out", "x", "--backends", "cuda"], "cuda"),
+        (["--out", "x", "--backends", "gpu"], "gpu"),
         ([], "--out"),
         (["--stage", "first", "--out", "x"], "--carried"),
         (["--stage", "first", "--out", "x", "--carried", "nowhere"], "--carried"),
@@ -298,7 +298,7 @@ def test_a_stage_keeps_the_rest_of_its_result(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "pack" / "pack.json").write_text('{"model": "tiny"}')
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     facts = {"minutes_taken": 3, "source_sha256": "x", "version": "1", "model": "tiny"}
-    facts |= {"created": "2026-11-23T08:00:00+00:00", "options": {"precision": "fp32"}}
+    facts |= {"created": "2026-11-23T08:00:00+00:00", "options": {"precision": "fp16"}}
     path = tmp_path / "out" / "gpu_check_measure.json"
     path.parent.mkdir()
     done = {"status": "done", "reason": None, "stderr": None, "seconds": 1, "result": {}}
@@ -310,4 +310,5 @@ def test_a_stage_keeps_the_rest_of_its_result(tmp_path: Path, monkeypatch: pytes
     states = {name: phase["status"] for name, phase in result["phases"].items()}
     assert states == {"compiled tiny batch 64 exact": "done", "machine": "not measured"}
     of_stage = {"stage": "measure", "only": "['machine']", "tiny": "True"}
-    assert result["options"] == of_stage | {"model": "tiny", "backend": "ort-cpu", "precision": "fp32"}
+    of_setup = {"model": "tiny", "backend": "cuda", "peer": "ort-cpu", "precision": "fp16"}
+    assert result["options"] == of_stage | of_setup

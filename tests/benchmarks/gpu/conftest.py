@@ -11,7 +11,7 @@ from host_kernels import COMPILER, HostKernels
 from flexvar_bench.gpu.random_models import default_guidance, random_model, schedule_of
 from flexvar_export.proof import Proof, make_proof
 from flexvar_ref import FlexVAR, Tokenizer
-from flexvar_runtime.cuda.kernels import KernelConfig
+from flexvar_runtime.cuda.compilation import KernelSet
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +26,13 @@ def proof(tiny_model: tuple[FlexVAR, Tokenizer]) -> Proof:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelConfig], HostKernels]:
-    """Our kernels for a configuration, compiled for the processor."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelSet], HostKernels]:
+    """Our kernels for a configuration, compiled for the processor, each in a folder of its own."""
     if COMPILER is None:
         pytest.skip("no C compiler here")
-    compiled: dict[KernelConfig, HostKernels] = {}
+    compiled: dict[KernelSet, HostKernels] = {}
 
-    def of(config: KernelConfig) -> HostKernels:
+    def of(config: KernelSet) -> HostKernels:
         if config not in compiled:
             compiled[config] = HostKernels(config, tmp_path_factory.mktemp("kernels"), block=64)
         return compiled[config]
@@ -41,7 +41,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelConfig]
 
 
 @pytest.fixture
-def device(kernels: Callable[[KernelConfig], HostKernels]) -> FakeDevice:
+def device(kernels: Callable[[KernelSet], HostKernels]) -> FakeDevice:
     device = FakeDevice(kernels)
     device.activate()
     return device

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flexvar_bench.gpu.kernel_classes import CLASSES, OTHER, Kernel, classify, kernels_of, summary
+from flexvar_bench.gpu.kernel_classes import CLASSES, OTHER, OURS, Kernel, classify, kernels_of, summary
+from flexvar_runtime.cuda.kernels import KernelConfig
+from flexvar_runtime.cuda.layers import LayerConfig
 
 NAMES = {
     "sample_rows": "sampling",
@@ -16,6 +18,20 @@ NAMES = {
     "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel": "gemm",
     "void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm_relu_f16_256x64_32x4_nn_align8>(...)": "gemm",
     "void cublasLt::splitKreduce_kernel<32, 16, int, __half, __half, float>": "gemm",
+    # measured on an H200, 2026-11-28, through cuBLASLt and cuDNN themselves
+    "nvjet_sm90_hsh_64x8_64x16_4x1_v_bz_gelubias_NNT": "gemm",
+    "nvjet_sm90_hsh_64x8_64x16_4x1_v_bz_splitK_bias_NNT": "gemm",
+    "_ZN8cublasLt19splitKreduce_kernelILi32ELi16Eif6__halffS1_Lb0EfS1_S1_Lb1ELb1ELb0ELb0EEEv": "gemm",
+    "sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize64x64x64_stage4__5x_cudnn": "convolution",
+    "void cudnn::cnn::conv2d_grouped_direct_kernel<false, true, false, false, __half>(...)": "convolution",
+    "void implicit_convolve_sgemm<float, float, 128, 5, 5, 3, 3, 3, 1, false>": "convolution",
+    "sm90_xmma_dgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc": "convolution",
+    "sm90_xmma_wgrad_implicit_gemm_indexed_f16f16_f16f32_f32_nhwckrsc_nhwc": "convolution",
+    "void reduce_tensor_kernel_free<float, 8, 16, 1, 1, (cudnnReduceTensorOp_t)7>(...)": "normalisation+elementwise",
+    "modulate_rows": "normalisation+elementwise",
+    "split_heads": "normalisation+elementwise",
+    "attention_rows": "attention",
+    "im2col": "convolution",
     "void gemv2T_kernel_val<int, int, __half, __half, __half, float, 128, 16, 4, 4, false>": "gemm",
     "_gemm_mha_v2_0x1c8d5e": "attention",
     "fmha_v2_flash_attention_fp16_64_64_S_q_paged_kv_64_sm90_kernel": "attention",
@@ -51,6 +67,12 @@ def test_every_class_has_an_example() -> None:
     assert set(NAMES.values()) == set(CLASSES)
 
 
+def test_every_kernel_of_ours_has_a_class() -> None:
+    """Not by chance, by a pattern that its name happens to match."""
+    assert set(OURS) == {*KernelConfig.names, *LayerConfig.names}
+    assert set(OURS.values()) <= set(CLASSES) - {OTHER}
+
+
 # microseconds; a request's rows are gathered, then two scales, then the decoder, then the pixels leave
 GENERATION = [
     Kernel("Memcpy HtoD (Pinned -> Device)", 0, 1),
@@ -75,6 +97,7 @@ def test_time_by_class_and_scale() -> None:
     assert found["classes"]["sampling"]["share"] == pytest.approx(15 / 125)
     assert sum(part["share"] for part in found["classes"].values()) == pytest.approx(1)
     assert [(top["name"], top["launches"]) for top in found["top"]] == [("nvjet_hsh", 2), ("sm90_xmma_fprop", 1)]
+    assert found["top"][0]["us_each"] == pytest.approx(25) and found["top"][0]["share"] == pytest.approx(50 / 125)
 
 
 def test_scales_that_cannot_be_told_apart_are_not_guessed() -> None:

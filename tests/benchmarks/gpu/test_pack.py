@@ -45,13 +45,14 @@ def track(root: Path, name: str, nbytes: int) -> None:
 
 @pytest.fixture
 def work(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """The tiny model exported in float32, as an earlier run leaves it."""
+    """The tiny model exported, as an earlier run leaves it: in float32, in the place of any other precision."""
     folder = tmp_path / "work"
-    folder.mkdir()
-    files = ModelFiles.of(folder, "tiny")
-    shutil.copytree(tiny_bundle, files.bundle)
-    files.proof.write_bytes(b"the proof")
-    files.stamp.write_text(source_hash())
+    for name in ("", "tiny-fp16", "tiny-bf16"):
+        (folder / name).mkdir(exist_ok=True)
+        files = ModelFiles.of(folder / name, "tiny")
+        shutil.copytree(tiny_bundle, files.bundle)
+        files.proof.write_bytes(b"the proof")
+        files.stamp.write_text(source_hash())
     return folder
 
 
@@ -143,10 +144,12 @@ def test_a_broken_skeleton_is_refused(name: str, fault: str, tiny_bundle: Path, 
 
 def test_a_pack_for_a_rehearsal(packed: Path, clone: Path) -> None:
     listed = json.loads((packed / pack.CONTENTS).read_text())
-    assert (listed["model"], listed["precision"]) == ("tiny", "fp32")
+    assert (listed["model"], listed["precision"]) == ("tiny", "fp16")
     files = {str(path.relative_to(packed)) for path in packed.rglob("*") if path.is_file()}
     assert set(listed["files"]) == files - {pack.CONTENTS}
-    assert skeleton_of(packed, "tiny").is_dir() and pack.ONNXRUNTIME not in files
+    assert skeleton_of(packed, "tiny").is_dir() and not {pack.ONNXRUNTIME, pack.LIBRARIES} & files
+    manifest = json.loads((skeleton_of(packed, "tiny") / skeleton.BUNDLE / "manifest.json").read_text())
+    assert manifest["decoder"] == "plain", "the form for GPUs"
     assert tracked_bytes(clone) == 1000, "of tracked files only"
     check_pack(packed, rehearsal(packed))
     with pytest.raises(InvalidInput, match=r"--carried .*--tiny"):
@@ -157,16 +160,16 @@ def test_a_pack_for_a_rehearsal(packed: Path, clone: Path) -> None:
 
 
 def test_too_much_is_refused(work: Path, clone: Path, tmp_path: Path) -> None:
-    track(clone, "large", 58 * MIB)
+    track(clone, "large", 60 * MIB)
     folder = tmp_path / "packed"
-    with pytest.raises(ArtifactRefused, match=r"58\.0 MiB of tracked files.* 60 MiB together"):
+    with pytest.raises(ArtifactRefused, match=r"60\.0 MiB of tracked files.* 62 MiB together"):
         make_pack(folder, rehearsal(folder), work, clone)
     assert not folder.exists()
-    require_fit(Size(38 * MIB, 22 * MIB))
-    with pytest.raises(ArtifactRefused, match="38 MiB packed"):
-        require_fit(Size(38 * MIB + 1, 0))
-    with pytest.raises(ArtifactRefused, match="60 MiB together"):
-        require_fit(Size(30 * MIB, 30 * MIB + 1))
+    require_fit(Size(46 * MIB, 16 * MIB))
+    with pytest.raises(ArtifactRefused, match="46 MiB packed"):
+        require_fit(Size(46 * MIB + 1, 0))
+    with pytest.raises(ArtifactRefused, match="62 MiB together"):
+        require_fit(Size(30 * MIB, 32 * MIB + 1))
 
 
 @pytest.mark.parametrize("missing", ["cuobjdump", "readelf", "xz"])
@@ -192,31 +195,36 @@ def test_outside_a_clone(tmp_path: Path) -> None:
 
 
 def test_a_whole_pack_is_unpacked(work: Path, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the library and the tiny bundle. d16 and the library are stand-ins."""
-    library = tmp_path / "library" / "onnxruntime"
-    library.mkdir(parents=True)
-    (library / "__init__.py").write_text("")
-    archive = tmp_path / "library.tar.xz"
-    with tarfile.open(archive, "w:xz") as tar:
-        tar.add(library, "onnxruntime")
-    monkeypatch.setattr(pack, "_archive", lambda _: archive)
+    """With the packages and the tiny bundles. d16 and the packages are stand-ins."""
+    for name in ("onnxruntime", "nvmath"):
+        package = tmp_path / "packages" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        with tarfile.open(tmp_path / f"{name}.tar.xz", "w:xz") as tar:
+            tar.add(package, name)
+    monkeypatch.setattr(pack, "_archive", lambda _: tmp_path / "onnxruntime.tar.xz")
+    monkeypatch.setattr(pack, "libraries_name", lambda: "libraries-of-now.tar.xz")
+    monkeypatch.setattr(pack, "pack_libraries", lambda archive: shutil.copy(tmp_path / "nvmath.tar.xz", archive))
     monkeypatch.setattr(random_models, "write_only_bundle", lambda *_: None)
     monkeypatch.setattr(skeleton, "make_skeleton", lambda _, __, folder: folder.mkdir(parents=True))
     folder, there, saved = tmp_path / "packed", tmp_path / "there", list[dict[str, Any]]()
     there.mkdir()
     make_pack(folder, StageSetup(folder), work, clone)
+    assert (work / "libraries-of-now.tar.xz").is_file(), "kept for the next time"
     for _ in range(2):  # again over what is there
-        unpack(folder, there, ["tiny"], saved.append)
-    assert saved[-1]["onnxruntime"] is True and (there / "site" / "onnxruntime" / "__init__.py").is_file()
-    files = ModelFiles.of(there, "tiny")
-    assert Bundle.open(files.bundle).manifest.precision == "fp32" and files.proof.read_bytes() == b"the proof"
+        unpack(folder, there, ["fp16", "bf16"], saved.append)
+    assert saved[-1]["archives"] == ["onnxruntime.tar.xz", "libraries.tar.xz"]
+    assert all((there / "site" / name / "__init__.py").is_file() for name in ("onnxruntime", "nvmath"))
+    both = [ModelFiles.of(there / f"tiny-{precision}", "tiny") for precision in ("fp16", "bf16")]
+    for files in both:
+        assert Bundle.open(files.bundle).manifest.decoder and files.proof.read_bytes() == b"the proof"
     files.stamp.write_text("other sources")
     files.proof.write_bytes(b"of other sources")
-    unpack(folder, there, ["tiny"], saved.append)
+    unpack(folder, there, ["fp16", "bf16"], saved.append)
     assert files.proof.read_bytes() == b"the proof" and files.made_by(source_hash())
-    (folder / "tiny" / "tiny.proof.npz").write_bytes(b"another")
-    with pytest.raises(ArtifactRefused, match=r"tiny/tiny\.proof\.npz"):
-        unpack(folder, there, ["tiny"], saved.append)
+    (folder / "tiny-bf16" / "tiny.proof.npz").write_bytes(b"another")
+    with pytest.raises(ArtifactRefused, match=r"tiny-bf16/tiny\.proof\.npz"):
+        unpack(folder, there, ["fp16"], saved.append)
 
 
 def test_a_folder_that_exists_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,12 +233,15 @@ def test_a_folder_that_exists_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_results_of_stages_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the table for the documents is printed."""
     facts = {"schema": 1, "created": "2026-11-27T10:00:00+00:00", "options": {}, "version": "1", "model": "d16"}
     facts |= {"minutes_taken": 3, "source_sha256": "x", "gpu": "NVIDIA H200"}
     quick = {"status": "done", "reason": None, "stderr": None, "seconds": 1, "result": {}}
     for stage in ("first", "measure"):
-        document = facts | {"phases": {f"step of {stage}": quick}}
+        document = facts | {"phases": {f"step of {stage}": quick}, "rows": []}
         (tmp_path / f"gpu_check_{stage}.json").write_text(json.dumps(document))
     assert gpu_check.main(["--merge", str(tmp_path), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| `cuda` | fp16 | cuda-graph | not measured | not measured | not measured |") == 1
     merged = json.loads((tmp_path / "gpu_nvidia-h200_2026-11-27.json").read_text())
     assert set(merged["phases"]) == {"step of first", "step of measure"}

@@ -174,7 +174,7 @@ def test_the_plan_is_in_order(asked: PlanOptions) -> None:
 
 def test_the_plan_fits_nine_minutes() -> None:
     """With one backend that needs no engines: what the docstring says."""
-    plan = phases(PlanOptions(backends=("ort-cuda",)))
+    plan = phases(PlanOptions(backends=("cuda",)))
     *important, dynamic, exact = plan
     assert (dynamic.name, exact.name) == ("compiled d16 batch 1 dynamic", "compiled d16 batch 1 exact")
     total = planned_seconds(important)

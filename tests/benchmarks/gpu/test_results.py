@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from flexvar_bench.gpu import rows_and_goals
+from flexvar_bench.gpu.markdown_table import markdown_table
 from flexvar_bench.gpu.result_file import ResultFile, merge, write
 from flexvar_bench.gpu.rows_and_goals import AS_PUBLISHED, rows
 from flexvar_runtime import ArtifactRefused
@@ -71,6 +72,82 @@ def test_goals(on_gpu: dict[str, Any]) -> None:
     missed = {goal["goal"]: goal["held"] for goal in rows_and_goals.goals(on_gpu, "d16", rows(on_gpu))}
     assert not missed["d16 B=1 wall ms"] and not missed["times faster than torch.compile"]
     assert missed["sampling share"] is None, "no kernel of sampling was seen, which is not a share of 0"
+
+
+@pytest.fixture
+def with_cuda(on_gpu: dict[str, Any]) -> dict[str, Any]:
+    """Records of a run with the backend cuda, too."""
+    common = {"model": "d16", "schedule": "1_2_3_4_5_6_8_10_13_16", "device": "NVIDIA H200", "precision": "fp16"}
+    parity = {"passed": True, "teacher_forced_tokens": {"holds": True}, "again_equal": 1, "scale_by_scale_equal": 1}
+    ours = common | {"backend": "cuda", "parity": parity, "substituted": []}
+    modes = {"mode": ["cuda-graph"]}
+    parts = [{"batch": 1, "decoder_s": 0.002, "transformer_and_sampling_s": 0.007}]
+    kinds = [{"kind": "attention", "times_bound": 1.5}, {"kind": "head", "times_bound": 2.5}]
+    times = [timed(1, 9, **modes), timed(8, 26, **modes), timed(64, 160, **modes)]
+    profiled = [{"batch": 1, "bounds": {"kinds": kinds}}, {"batch": 8, "bounds": {"reason": "not measured"}}]
+    profiled.append({"batch": 64, "bounds": {"kinds": [*kinds[:1], {"kind": "zero", "times_bound": None}]}})
+    return on_gpu | {
+        "tiny cuda fp16": record(ours | {"model": "tiny", "mode": ["cuda-graph"] * 2}),
+        "run cuda d16": record(ours | {"rows": times, "parts": parts}),
+        "profile cuda d16": record(ours | {"rows": profiled}),
+        "compiled d16 batch 8 exact": record(common | {"precision": "float16", "rows": [timed(8, 30, shapes="exact")]}),
+    }
+
+
+def test_goals_of_the_backend_cuda(with_cuda: dict[str, Any]) -> None:
+    found = {goal["goal"]: goal for goal in rows_and_goals.goals(with_cuda, "d16", rows(with_cuda))}
+    for batch, most, measured, held in ((1, 9.5, 9, True), (8, 25, 26, False), (64, 165, 160, True)):
+        goal = found[f"cuda d16 B={batch} wall ms"]
+        assert (goal["at_most"], goal["measured"], goal["held"]) == (most, pytest.approx(measured), held)
+    assert found["times faster than torch.compile, B=8"]["measured"] == pytest.approx(30 / 26)
+    assert found["times faster than torch.compile, B=64"]["held"] is None
+    bounds = "kinds of kernels within 2 times their bound"
+    states = [
+        (found[f"{bounds}, B={batch}"]["measured"], found[f"{bounds}, B={batch}"]["held"]) for batch in (1, 8, 64)
+    ]
+    assert states == [("1 of 2", False), ("0 of 0", None), ("1 of 1", True)]
+    assert found["cuda runs as one CUDA graph"]["measured"] == "5 of 5"
+    assert found["cuda gives the same again, and scale by scale"]["measured"] == "2 of 2"
+    assert found["cuda needs no im2col in the place of cuDNN"]["held"] is True
+    run = with_cuda["run cuda d16"]["result"]
+    run["substituted"], run["parity"]["again_equal"], run["rows"][0]["mode"] = ["x (1, 2)"], 0.5, ["stream"]
+    missed = held(with_cuda)
+    assert missed["cuda runs as one CUDA graph"] is False
+    assert missed["cuda gives the same again, and scale by scale"] is False
+    assert missed["cuda needs no im2col in the place of cuDNN"] is False
+
+
+def test_goals_of_cuda_without_cuda(on_gpu: dict[str, Any]) -> None:
+    found = held(on_gpu)
+    assert {found[name] for name in found if "cuda" in name or "bound" in name} == {None}
+
+
+def test_parts_and_substitutes_are_shown(with_cuda: dict[str, Any]) -> None:
+    with_cuda["run cuda d16"]["result"]["substituted"] = ["x (1, 2)"]
+    console = Console(width=140, record=True, file=io.StringIO())
+    rows_and_goals.show(rows_and_goals.document({"minutes_taken": 9}, with_cuda, "d16"), console)
+    text = console.export_text()
+    assert "cuda d16 B=1: decoder 2.00 ms, transformer and sampling 7.00 ms" in text
+    assert "cuda d16: im2col in the place of cuDNN: x (1, 2)" in text
+
+
+def test_the_table_of_the_documents(with_cuda: dict[str, Any]) -> None:
+    lines = markdown_table(rows(with_cuda)).splitlines()
+    assert lines[0] == "| | precision | mode | batch 1 | batch 8 | batch 64 |"
+    assert lines[1] == "|---|---|---|---|---|---|"
+    assert lines[2] == "| `cuda` | fp16 | cuda-graph | 9.0 (111) | 26 (308) | 160 (400) |"
+    assert lines[3] == "| `ort-cuda` | fp16 | cuda-graph | 5.0 (200) | not measured | not measured |"
+    with_cuda["run cuda d16"]["result"]["parity"]["passed"] = False
+    wrong = markdown_table(rows(with_cuda)).splitlines()[2]
+    assert wrong == "| `cuda` | fp16 | cuda-graph | not measured | not measured | not measured |", "wrong, so no time"
+
+
+def test_the_precision_of_a_stage(with_cuda: dict[str, Any]) -> None:
+    """The tiny model runs in two precisions, before anything else has run."""
+    tiny = with_cuda["tiny cuda fp16"]
+    tiny["result"]["precision"] = "bf16"
+    early = {"phases": {"tiny cuda bf16": tiny}, "options": {"precision": "fp16"}}
+    assert rows_and_goals.measured_precision(early) == "fp16"
 
 
 def held(records: dict[str, Any], model: str = "d16") -> dict[str, Any]:

@@ -42,14 +42,36 @@ def test_a_stage_fits_its_time(stage: str, setup: StageSetup) -> None:
 def test_the_first_stage_asks_whether_all_works() -> None:
     found = names(FIRST)
     assert found[0] == "machine"
-    expected = {"unpack", "regenerate d16", "sanitize", "tiny ort-cuda", "kernels", "proof tiny", "proof d16"}
-    assert expected < set(found) and found[-1] == "run ort-cuda d16"
+    tiny = ["tiny cuda fp16", "tiny cuda bf16", "tiny ort-cuda fp16"]
+    assert found[1:] == ["unpack", "regenerate d16", "sanitize", *tiny, "run cuda d16", "kernels", "proof d16"]
     plan = {phase.name: phase for phase in stage_plan(FIRST, SETUP)}
-    assert plan["run ort-cuda d16"].options["batches"] == (1, 8)
+    assert plan["run cuda d16"].options["batches"] == (1, 8)
+    assert plan["tiny cuda bf16"].options == {"backend": "cuda", "folder": "tiny-bf16"}
     beside = {name for name, phase in plan.items() if not phase.alone}
-    assert {"regenerate d16", "unpack", "sanitize", "proof tiny"} <= beside, "d16 is made beside the first steps"
-    assert not {"kernels", "proof d16", "run ort-cuda d16"} & beside, "times are taken alone"
-    assert plan["proof d16"].options.keys() == {"model", "batches", "generations", "budget"}
+    assert beside == {"regenerate d16", "unpack", "sanitize", *tiny}, "d16 is made beside the first steps"
+    assert plan["proof d16"].options.keys() == {"model", "batches", "generations", "seeds", "budget"}
+
+
+def test_the_second_stage_measures_cuda_first_and_its_peers_in_the_same_run() -> None:
+    cuda = ["run cuda d16", "profile cuda d16", "growth cuda d16"]
+    peers = ["run ort-cuda d16", "reference d16", "compiled d16 batch 8 exact", "compiled d16 batch 64 exact"]
+    assert names(MEASURE) == ["machine", "unpack", "regenerate d16", *cuda, *peers]
+    plan = {phase.name: phase for phase in stage_plan(MEASURE, SETUP)}
+    for name in ("run cuda d16", "profile cuda d16", "run ort-cuda d16", "reference d16"):
+        assert plan[name].options["batches"] == (1, 8, 64)
+    assert plan["growth cuda d16"].options["generations"] == 300
+
+
+def test_a_rehearsal_has_the_same_steps() -> None:
+    """Except bfloat16, and with stand-ins for d16 and for ort-cuda."""
+    for stage in SECONDS:
+        rehearsed = names(stage, rehearsal(Path("pack")))
+        left = [name for name in names(stage) if name != "tiny cuda bf16"]
+        left = [name.replace("d16", "tiny").replace("run ort-cuda", "run ort-cpu") for name in left]
+        assert rehearsed == left
+    plan = {phase.name: phase for phase in stage_plan(FIRST, rehearsal(Path("pack")))}
+    assert plan["tiny cuda fp16"].options["folder"] == "", "the model that was regenerated"
+    assert plan["tiny cuda fp16"].needs == ("regenerate tiny",)
 
 
 def test_rows_of_torch_compile_are_phases_of_their_own() -> None:
@@ -147,11 +169,18 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     first, measured = (json.loads((tmp_path / f"gpu_check_{stage}.json").read_text()) for stage in SECONDS)
     assert first["source_sha256"] == source_hash()
     assert first["phases"]["kernels"]["result"]["device"] == "emulated GPU"
-    assert all(first["phases"]["sanitize"]["result"]["equal_host"].values())
+    checks = first["phases"]["sanitize"]["result"]
+    assert all(checks["equal_host"].values()) and all(check["holds"] for check in checks["float64"].values())
+    for phase in (first["phases"]["tiny cuda fp16"], measured["phases"]["run cuda tiny"]):
+        found = phase["result"]
+        assert (found["device"], found["precision"], found["substituted"]) == ("emulated GPU", "fp16", [])
+        parity = found["parity"]
+        assert parity["passed"] and parity["again_equal"] == parity["scale_by_scale_equal"] == 1
+    assert [row["mode"] for row in found["rows"]] == [["cuda-graph"]] * 2 and len(found["parts"]) == 2
     assert first["phases"]["regenerate tiny"]["result"]["made"] > 0, "weights were made, not carried"
     proof = first["phases"]["proof tiny"]["result"]
     assert proof["device"] == "emulated GPU" and proof["parity"]["passed"] and proof["replays"]["holds"]
     assert "built without CUDA" in first["phases"][REFUSED]["reason"]
     assert measured["phases"]["regenerate tiny"]["result"]["reason"] == REUSED
-    assert {row["side"] for row in measured["rows"]} >= {"ort-cpu", "torch.compile exact"}
+    assert {row["side"] for row in measured["rows"]} >= {"cuda", "ort-cpu", "torch.compile exact"}
     assert sys.executable not in (tmp_path / "gpu_check_first.json").read_text()

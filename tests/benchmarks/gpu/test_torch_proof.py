@@ -18,7 +18,7 @@ from flexvar_bench.gpu.child import JOBS
 from flexvar_bench.gpu.files import ModelFiles
 from flexvar_bench.timing import Budget
 from flexvar_export.proof import Proof
-from flexvar_runtime.cuda.kernels import KernelConfig
+from flexvar_runtime.cuda.compilation import KernelSet
 
 Saved = list[dict[str, Any]]
 
@@ -36,13 +36,13 @@ class CountingFake(FakeDevice):
 
 @pytest.fixture
 def job(
-    kernels: Callable[[KernelConfig], HostKernels],
+    kernels: Callable[[KernelSet], HostKernels],
     tiny_bundle: Path,
     proof: Proof,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[Saved], None]:
-    """Runs the job on an emulated device, with two seeds for the replays. The list takes what it saves."""
+    """Runs the job on an emulated device. The list takes what it saves."""
     files = ModelFiles.of(tmp_path, "tiny")
     shutil.copytree(tiny_bundle, files.bundle)
     proof.save(files.proof)
@@ -55,14 +55,14 @@ def job(
     monkeypatch.setattr(torch_proof, "start_device", start_device)
     monkeypatch.setattr(runtime_jobs, "NEW_CLASSES", Budget(warmup=0, least=1, most=1))
     monkeypatch.setattr(runtime_jobs, "GROWTH_WARM_UP", 1)
-    monkeypatch.setattr(torch_proof, "SEEDS", torch_proof.SEEDS[:2])
     budget = {"warmup": 1, "least": 1, "most": 1}
+    options: dict[str, Any] = {"model": "tiny", "batches": [1, 2], "generations": 2, "seeds": [0, 1], "budget": budget}
 
     def run(saved: Saved) -> None:
         def save(result: dict[str, Any]) -> None:
             saved.append(copy.deepcopy(result))
 
-        JOBS["proof"](tmp_path, save, model="tiny", batches=[1, 2], generations=2, budget=budget)
+        JOBS["proof"](tmp_path, save, **options)
 
     return run
 
@@ -90,7 +90,6 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(
 
     monkeypatch.setattr(torch_proof, "load_proof", fail)
     monkeypatch.setattr(torch_proof, "GUIDANCE_SCALES", (2.5,))
-    monkeypatch.setattr(torch_proof, "SEEDS", (0,))
     saved: Saved = []
     with pytest.raises(RuntimeError, match="parity"):
         job(saved)

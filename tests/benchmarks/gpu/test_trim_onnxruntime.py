@@ -7,14 +7,17 @@ import stat
 import struct
 import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from flexvar_bench.gpu import trim_onnxruntime as trim
+from flexvar_bench.gpu import wheels
 from flexvar_bench.gpu.fat_binary import CUBIN, MAGIC, containers, keep_kernels, section
 from flexvar_bench.gpu.tools import find_tool
 from flexvar_runtime import ArtifactRefused
+from flexvar_runtime.backends.cuda import loading
 from flexvar_runtime.errors import EnvironmentFailed
 
 PTX = 1
@@ -126,7 +129,44 @@ def test_the_archive_is_the_same_again(tmp_path: Path) -> None:
     (site / "onnxruntime").mkdir(parents=True)
     (site / "onnxruntime" / "__init__.py").write_text("version = 1\n")
     for name in ("one.tar.xz", "two.tar.xz"):
-        trim._pack(site, tmp_path / name)
+        wheels.write_archive(site, tmp_path / name)
     assert (tmp_path / "one.tar.xz").read_bytes() == (tmp_path / "two.tar.xz").read_bytes()
     with tarfile.open(tmp_path / "one.tar.xz") as tar:
         assert tar.getnames() == ["onnxruntime", "onnxruntime/__init__.py"]
+
+
+def test_what_is_left_out_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders where a pattern ends in a slash, and files of any name that matches."""
+    if shutil.which("xz") is None:
+        pytest.skip("no xz here")
+    wheel = tmp_path / "given.whl"
+    kept = ["cudnn/__init__.py", "cudnn/_compiled_module.so", "nvidia_cudnn_frontend-1.24.1.dist-info/METADATA"]
+    with zipfile.ZipFile(wheel, "w") as packed:
+        for name in (*kept, "include/cudnn.h", "cudnn/sdpa/bwd.py"):
+            packed.writestr(name, "")
+    asked = list[str]()
+    monkeypatch.setattr(wheels, "download", lambda requirement, _: asked.append(requirement) or wheel)
+    wheels.pack_libraries(tmp_path / "libraries.tar.xz", wheels.LIBRARIES[1:])
+    with tarfile.open(tmp_path / "libraries.tar.xz") as tar:
+        assert sorted(member.name for member in tar if member.isfile()) == sorted(kept)
+    assert asked == ["nvidia-cudnn-frontend==1.24.1"]
+
+
+def test_versions_are_those_that_the_backend_takes() -> None:
+    versions = {wheel.package: wheel.version for wheel in wheels.LIBRARIES}
+    loading._check_version("nvmath-python", versions["nvmath-python"], *loading._NVMATH_VERSIONS)
+    loading._check_version("nvidia-cudnn-frontend", versions["nvidia-cudnn-frontend"], *loading._CUDNN_VERSIONS)
+    assert wheels.libraries_name() == "libraries-1.0.0-1.24.1.tar.xz"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_download_that_fails_is_named(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess("pip", code, "", "ERROR: no such version\n")
+    commands = list[list[str]]()
+    monkeypatch.setattr(wheels.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    with pytest.raises(EnvironmentFailed, match=r"nvmath-python 1\.0\.0 \(ERROR: no such version\)"):
+        wheels.download("nvmath-python==1.0.0", tmp_path)
+    assert "--only-binary=:all:" in commands[0] and commands[0][-1] == "nvmath-python==1.0.0"
+    (tmp_path / "nvmath_python-1.0.0-cp312-cp312-manylinux_2_28_x86_64.whl").touch()
+    if code == 0:
+        assert wheels.download("nvmath-python==1.0.0", tmp_path).suffix == ".whl"

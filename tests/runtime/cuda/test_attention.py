@@ -180,13 +180,13 @@ def test_other_head_sizes(head_size: int, kernel: str, host_kernels: Build) -> N
     assert worst(host_kernels(AttentionConfig("float16", head_size, heads=3)), cases) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize(("half", "head_size"), [*itertools.product(HALVES, HEAD_SIZES)])
 def test_all_head_sizes(half: str, head_size: int, kernel: str, host_kernels: Build) -> None:
     assert worst(host_kernels(AttentionConfig(half, head_size, heads=3)), sweep([3, 1, 2])) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_all_numbers_of_tokens(kernel: str, host_kernels: Build) -> None:
     cases = [Case(1 + T % 2, L, T, SPREADS[T % 3], order=T) for T in range(1, 200) for L in {1, T // 3 + 1, T}]
     assert worst(host_kernels(AttentionConfig()), cases) <= 1
@@ -399,7 +399,7 @@ def test_it_compiles(half: str) -> None:
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize(("target", "half"), [*itertools.product(TARGETS, HALVES)])
 def test_it_compiles_for_every_gpu(target: str, half: str) -> None:
     for heads in (12, 16, 20, 24, 30):
@@ -419,7 +419,7 @@ def disassembler() -> str:
     return found_tool
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_it_uses_tensor_cores_and_asynchronous_copies(target: str, tmp_path: Path) -> None:
     """The loop has 64 products and 32 loads of matrices for 16 queries, 64 keys and head size 64."""

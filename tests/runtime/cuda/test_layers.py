@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from flexvar_runtime.backends.cuda.parameters import Parameter, round_to
 from flexvar_runtime.cuda import layers
 from flexvar_runtime.cuda.array import DeviceArray
+from flexvar_runtime.cuda.compilation import compile_source
 from flexvar_runtime.cuda.launches import Launch
 from flexvar_runtime.cuda.layers import Branch, LayerConfig
 from flexvar_runtime.errors import BackendUnavailable
@@ -387,6 +389,46 @@ def test_mutants_of_the_norm_are_noticed(old: str, new: str, host_kernels: Build
         test_group_norms(
             "float16", 3, 16, 16, 64, 32, lambda c: host_kernels(c, source=c.source.replace(old, new)), numbers
         )
+
+
+# --- NVRTC
+
+
+def compiled(config: LayerConfig, target: str) -> dict[str, tuple[int, int, int]]:
+    """Kernel to its registers, its bytes of shared memory and its bytes of spills, from NVRTC's log."""
+    pytest.importorskip("cuda.core", reason="needs cuda.core and NVRTC, no GPU: pip install 'flexvar-deploy[gpu]'")
+    cubin, text = compile_source(config.source, target, config)
+    assert cubin.startswith(b"\x7fELF") and "warning" not in text.lower()
+    found = {}
+    for part in re.split(r"(?=Compiling entry function)", text)[1:]:
+        numbers = [re.search(pattern, part) for pattern in REPORTED]
+        name = re.search(r"'(\w+)'", part)
+        assert name is not None
+        found[name[1]] = tuple(int(number[1]) if number else 0 for number in numbers)
+    return found  # type: ignore[return-value]
+
+
+REPORTED = r"Used (\d+) registers", r"(\d+) bytes smem", r"(\d+) bytes spill stores"
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target: str, half: str) -> None:
+    """No kernel spills or has more shared memory than a block may have without asking."""
+    for width, heads in ((1024, 16), (1536, 24)) if target == "sm_90" else ((1024, 16),):
+        found = compiled(LayerConfig(half, width, heads, 32), target)
+        assert set(found) == set(LayerConfig.names)
+        for name, (registers, shared, spills) in found.items():
+            assert spills == 0 and shared <= 48 * 1024 and registers <= (168 if name == "attention" else 80), name
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("width", "heads"), [(128, 8), (192, 6), (1280, 20), (2048, 16), (4096, 64)])
+def test_kernels_of_other_sizes_compile(width: int, heads: int) -> None:
+    for half in HALVES:
+        found = compiled(LayerConfig(half, width, heads, 8), "sm_90")
+        assert all(spills == 0 and shared <= 48 * 1024 for _, shared, spills in found.values())
 
 
 # --- refusals
