@@ -35,15 +35,15 @@ MODULATIONS = 6  # of a block
 TRANSFORMER, SAMPLING, DECODER = "transformer", "sampling", "decoder"
 RESULTS = Path(__file__).parent / "results" / "libraries_nvidia-h200_2026-11-28.json"
 
-# Microseconds of an H200. Sources: the sketch of 2026-11-27, RESULTS, and for draws the profile in
-# gpu_nvidia-h200_2026-11-28.json (d16 with random weights).
+# Microseconds of an H200. Sources: the sketch of 2026-11-27, RESULTS, and for draws the sampler's own times in
+# gpu_nvidia-h200_2026-11-28.json (logits of deviation 4).
 NODE_US = 0.63  # of each launch, between different kernels: the sketch's graph (6.71 ms) less its parts, over 1,319
 ROW_US, GUIDE_US = 1.9, 2.9  # of a kernel with few rows; of `embed` and `guide_rows`
 ATTENTION_US, TILE_US, LONE_TILE_US = 2.4, 0.44, 0.57  # a tile of 64 x 64 on a full and on an empty multiprocessor
-FIRST_DRAWS_US, MORE_DRAWS_US = 36.0, 47.0  # of `sample_rows`: a row on every multiprocessor, and each further one
+FIRST_DRAWS_US, MORE_DRAWS_US = 9.6, 8.6  # of `sample_rows`: a row on every multiprocessor, and each further one
 PRODUCT_US = 3.1, 0.00073, 1.12  # fitted to 150 products: once, for each number summed, and times the bound
 CONVOLUTION_US = 2.7, 0.00175, 1.09  # the same for 60 convolutions
-CHUNK_US = 0.04  # assumed: the last block of `group_statistics` adds up parts from the L2 cache, four at a time
+CHUNK_US = 0.005  # assumed: the last block of `group_statistics` adds up parts from the L2 cache, 32 at a time
 COPY_US, LINK = 1.5, 50e9  # assumed: a copy or a fill without a kernel; bytes a second to the host
 CACHED, STREAMED = 1.17, 0.91  # bandwidth of our kernels, as shares of that of a copy: within the L2 cache, and beyond
 LONG_US, LONG_FACTOR = 25_000.0, 1.08  # a longer graph takes more than its parts: 88.6 ms of the sketch, parts of 81
@@ -347,10 +347,8 @@ def _line(coefficients: tuple[float, float, float], summed: int, bound_us: float
 def measured_us() -> dict[str, dict[int, float]]:
     """Times in RESULTS in fp16, of the first algorithm: by shape, then by rows of a product or images of a convolution.
 
-    Empty in an installation without the repository. A number of rows that was measured twice has the mean.
+    A number of rows that was measured twice has the mean.
     """
-    if not RESULTS.exists():
-        return {}
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     shapes = {"qkv": "1024x3072", "proj": "1024x1024", "fc1": "1024x4096", "fc2": "4096x1024", "head": "1024x8912"}
     found: dict[str, dict[int, list[float]]] = {}
