@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIDES = {
+    "`cuda`": "cuda",
     "`ort-cuda`": "ort-cuda",
     "`torch.compile`, dynamic shapes": "torch.compile dynamic",
     "`torch.compile`, exact shapes": "torch.compile exact",

@@ -16,7 +16,7 @@ SMALL = {"config": ("tokenizer.toml", "transformer.toml")}  # always given: with
 PICTURES = ("photo.jpg", "clear.png", "made.png", "edited.png", "mask.png")
 VALUES: dict[str, tuple[str, ...]] = {
     "after": ("results.jsonl",),
-    "backend": ("auto", "ort-cpu", "openvino", "ort-openvino", "ort-cuda", "tensorrt", "tensorrt-rtx"),
+    "backend": ("auto", "ort-cpu", "openvino", "ort-openvino", "cuda", "ort-cuda", "tensorrt", "tensorrt-rtx"),
     "batch_size": ("1", "2", "3"),
     "batches": ("1",),
     "before": ("results.jsonl",),
