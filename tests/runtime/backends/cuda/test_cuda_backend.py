@@ -14,10 +14,13 @@ import pytest
 from cuda_machine import CudaMachine, make_machine
 from host_kernels import HostKernels
 
-from flexvar_export.bundle import export_bundle
+from flexvar_export.bundle import PUBLISHED_DEFAULTS, export_bundle
 from flexvar_export.parity import GATES, compare
 from flexvar_export.proof import Proof
 from flexvar_export.upsampling import phase_kernels, transposed_kernel
+from flexvar_ref import FlexVAR, load_tokenizer, save
+from flexvar_ref.config import TransformerConfig
+from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, transformer_state, write_checkpoints
 from flexvar_runtime import ArtifactRefused, Bundle, Guidance, InvalidInput, OutOfMemory
 from flexvar_runtime.backends import cuda as package
 from flexvar_runtime.backends.cuda import autoencoder, backend, parameters, transformer
@@ -70,7 +73,26 @@ def test_the_gates_hold_for_parts_in_float32_and_every_form_of_the_decoder(
     machine = make_machine(tmp_path / "b", host_kernels)
     assert machine.bundle.manifest.float32_parts == parts and machine.bundle.manifest.decoder == decoder
     assert failed(machine) == []
-    assert {problem.types for problem in machine.cublaslt.executed if "float32" in str(problem)} != set()
+    wide = [problem for problem in machine.cublaslt.executed if problem.a.dtype == "float32"]
+    assert {(problem.a.rows, problem.a.columns) for problem in wide} >= {(384, 128), (512, 128), (128, 512)}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_gates_hold_for_a_block_of_d16(
+    precision: str, tmp_path: Path, host_kernels: Callable[..., HostKernels]
+) -> None:
+    sizes = TransformerConfig(depth=1, heads=16, classes=10, vocabulary=512, code_dim=8)
+    _, vae = write_checkpoints(tmp_path, tiny_transformer(), TINY_TOKENIZER)
+    model = FlexVAR(sizes, load_tokenizer(vae).codebook_VD)
+    model.load_state_dict(transformer_state(sizes))
+    save(model, tmp_path / "block.safetensors")
+    checkpoint = tmp_path / "block.safetensors", vae
+    defaults = replace(PUBLISHED_DEFAULTS, schedule="1_2_3_5_8")
+    export_bundle(*checkpoint, tmp_path / "b", precision=precision, defaults=defaults)
+    machine = make_machine(tmp_path / "b", host_kernels)
+    assert machine.bundle.manifest.model.width == 1024
+    assert failed(machine) == []
 
 
 def test_a_generation_is_captured_and_replayed(machine: CudaMachine) -> None:
