@@ -112,10 +112,13 @@ def test_its_speeds_are_those_of_the_pages() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     precision, gpu = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("precision", "gpu"))
     shown = [(machine, cell) for machine, _, cell in rows[2:]]
-    assert len(shown) == 6
+    assert len(shown) == 7
     page = precision
     for machine, cell in shown:
         page = gpu if "NVIDIA" in machine else page
+        if cell == "not measured":
+            assert cell in page
+            continue
         number, unit = cell.rsplit(" ", 1)
         assert (f"{number} s" if " to " in number else number) in page and unit in {"s", "ms"}, cell
 
