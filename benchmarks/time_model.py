@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.backends.cuda.autoencoder import OUTPUT_CHANNELS
+from flexvar_runtime.backends.cuda.autoencoder_weights import OUTPUT_CHANNELS
 from flexvar_runtime.cuda.attention import FEW_TOKENS
 from flexvar_runtime.cuda.layers import chunks
 from flexvar_runtime.memory.plan import IMAGES_PER_RUN

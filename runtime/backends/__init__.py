@@ -19,8 +19,8 @@ from .base import Availability, Backend, BackendModule
 log = logging.getLogger(__name__)
 
 BACKENDS = {  # name to module, in the order in which "auto" prefers them
-    # TensorRT is taken only where the user has built engines for this GPU. Of the others, a sketch of cuda took a third
-    # of the time of ort-cuda on an H200. openvino is no faster than ort-cpu in float32, and slower to open.
+    # TensorRT is taken only where the user has built engines for this GPU. cuda is predicted to take a third of the
+    # time of ort-cuda (benchmarks/LOG.md). openvino is no faster than ort-cpu in float32, and slower to open.
     "tensorrt": "tensorrt.backend",
     "tensorrt-rtx": "tensorrt.backend",
     "cuda": "cuda.backend",
@@ -109,8 +109,12 @@ def create(
 
 
 def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> str:
-    """The first backend that works here and can run the bundle. Logs each one that works but cannot run it."""
+    """The first backend that works here and can run the bundle. Logs each one that works but cannot run it.
+
+    A warning is due where the user may lose speed: engines are missing, or the processor is taken in place of a GPU.
+    """
     kind = (device or "").partition(":")[0]
+    passed: dict[str, Availability] = {}
     for name in BACKENDS:
         state = probe(name)
         elsewhere = bool(kind) and (kind == "cpu") != (name in CPU_BACKENDS)
@@ -119,10 +123,11 @@ def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> 
             continue
         ready = state if bundle is None else _module(name).ready(name, bundle, device=device, engines=engines)
         if ready.available:
+            _log_passed(passed, name)
             log.info("backend %s chosen", name)
             return name
-        level = logging.DEBUG if name in CPU_BACKENDS else logging.WARNING  # on the CPU nothing is lost
-        log.log(level, "backend %s works here but is passed over: %s. %s", name, ready.detail, ready.advice)
+        passed[name] = ready
+    _log_passed(passed, REFERENCE)
     if kind == "cuda":
         raise BackendUnavailable(
             f"No backend for device {device} works here and runs this bundle.",
@@ -130,6 +135,13 @@ def _choose(bundle: Bundle | None, device: str | None, engines: Path | None) -> 
             fix="flexvar doctor says what is missing. Name a backend to see why it is refused.",
         )
     return REFERENCE
+
+
+def _log_passed(passed: Mapping[str, Availability], chosen: str) -> None:
+    for name, state in passed.items():
+        lost = name in TENSORRT_BACKENDS or chosen in CPU_BACKENDS
+        level = logging.DEBUG if name in CPU_BACKENDS else logging.WARNING if lost else logging.INFO
+        log.log(level, "backend %s works here but is passed over: %s. %s", name, state.detail, state.advice)
 
 
 def check_name(name: str) -> None:

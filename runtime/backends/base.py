@@ -182,8 +182,18 @@ def runs_precision(name: str, precision: Precision, precisions: frozenset[Precis
     return Availability(
         False,
         f"{name} runs {' and '.join(sorted(precisions))} bundles, but the bundle is {precision}",
-        f"Export the bundle with --precision fp32, or name a backend that runs {precision} (see flexvar doctor).",
+        f"Name a backend that runs {precision} bundles: {RUN_BY[precision]}.",
     )
+
+
+RUN_BY = {
+    Precision.FP32: "ort-cuda on a GPU, ort-cpu on a CPU",
+    Precision.FP16: "cuda on a GPU, ort-cpu on a CPU",
+    Precision.BF16: "cuda on a GPU, openvino on a CPU",
+    Precision.INT8: "ort-cpu",
+    Precision.INT8_BF16: "ort-openvino",
+}
+"""A backend for each precision, as advice."""
 
 
 class BindingCheck:

@@ -74,6 +74,9 @@ class DeviceBackend(DeviceArrays, ABC):
     def prepared(self, bundle: Bundle, graph: str) -> bool:
         return True
 
+    def free_unused(self) -> None:
+        """Drop working memory that no binding uses. Called when memory runs out."""
+
 
 def probe_gpu(device: str | None = None) -> Availability:
     """Whether a GPU works here: cuda.core, the driver and the device. Starts no work."""

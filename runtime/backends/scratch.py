@@ -19,15 +19,19 @@ class Scratch:
         self._needed = max(self._needed, nbytes)
 
     def missing(self, nbytes: int) -> int:
-        """The bytes that a user of `nbytes` would allocate."""
+        """The bytes that a user of `nbytes` would allocate: 0, or those of a whole new block."""
         return 0 if nbytes <= self._block.nbytes else max(nbytes, self._needed)
 
-    def take(self) -> DeviceArray:
-        """A block of the reserved size, allocated if the last one is too small."""
-        if self._block.nbytes < self._needed:
-            self._block = self._arrays.empty((self._needed,), "uint8")
+    def take(self, nbytes: int) -> DeviceArray:
+        """A block of at least `nbytes`, and of the reserved size if one must be allocated. Raises OutOfMemory.
+
+        After an error, nothing is reserved any more.
+        """
+        if self._block.nbytes < nbytes:
+            wanted, self._needed = max(nbytes, self._needed), 0
+            self._block = self._arrays.empty((wanted,), "uint8")
         return self._block
 
-    def close(self) -> None:
-        """Drop the block. It stays as long as a user keeps it."""
-        self._block = DeviceArray(0, (0,), "uint8", None)
+    def drop(self) -> None:
+        """Forget the block and what is reserved. The memory stays as long as a user keeps it."""
+        self._needed, self._block = 0, DeviceArray(0, (0,), "uint8", None)

@@ -77,7 +77,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     external: tuple[tuple[str, str], ...] = ()
     integers: tuple[int, ...] = ()
-    raw: bytes = field(default=b"", repr=False)
+    raw: bytes = field(default=b"", repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .array import DeviceArray, aligned
-from .device import Device
+from .device import Device, allocate
 
 Fields: TypeAlias = Mapping[str, tuple[tuple[int, ...], str]]
 """The shape and dtype of each array, by name."""
@@ -24,7 +24,7 @@ class Arena:
 
     def __init__(self, device: Device, fields: Fields, *, pinned: bool = False) -> None:
         self.nbytes = nbytes(fields)
-        memory = device.allocate(self.nbytes)
+        memory = allocate(device, self.nbytes)
         self.whole = DeviceArray(memory.address, (self.nbytes,), "uint8", memory)
         self.host_whole = device.pinned(self.nbytes) if pinned else np.empty(0, np.uint8)
         self.arrays = carve(self.whole, fields)

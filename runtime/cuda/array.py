@@ -8,6 +8,7 @@ from typing import Any
 
 from ..model.tensors import host_dtype
 
+FLOAT32, HALVES = "float32", ("float16", "bfloat16")  # dtypes
 ALIGNMENT = 256  # bytes; TensorRT needs it of every address
 
 

@@ -10,7 +10,6 @@
 #define ATTENTION_ROWS 64                           // queries of a block: 16 for each of its 4 warps
 #define ATTENTION_KEYS (HEAD_SIZE <= 80 ? 64 : 32)  // keys of a tile; two tiles of keys and values must fit in 48 KB
 #define ATTENTION_CHUNKS (HEAD_SIZE / 8)            // vectors of 16 bytes in a row
-#define LOG2_E 1.4426950408889634f
 #define NO_SCORE __int_as_float((int)0xff800000u)  // minus infinity
 #define LATEST_SCALE 0x7fffffff
 

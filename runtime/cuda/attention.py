@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from .array import DeviceArray
+from .array import FLOAT32, HALVES, DeviceArray
 from .launches import Launch, make_launch, require_fit
 
-FLOAT32, HALVES = "float32", ("float16", "bfloat16")
-# Most tokens for which `attention_rows` is faster: above, a tile of 64 keys costs less than reading each key per query.
-FEW_TOKENS = 16
+FEW_TOKENS = 16  # `attention_rows` is used up to so many tokens: an estimate, not measured
 _ROWS = 64  # queries of a block of `attention`
 _WARPS = 4  # in a block
 _ALIGNMENT = 16  # bytes

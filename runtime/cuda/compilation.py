@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import io
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..errors import BackendUnavailable, FlexVARError
+from ..errors import BackendUnavailable, FlexVARError, first_line
 from ..files.atomic import atomic_write
 from ..files.private import make_private, read_private, user_folder
 
@@ -57,11 +56,12 @@ def compile_kernels(target: str, kernels: KernelSet) -> bytes:
     by default. A cache that cannot be used is logged and does no harm. Raises BackendUnavailable with the compiler's
     message if cuda.core or NVRTC is missing or the compilation fails.
     """
+    key = _key(target, kernels)
     try:
         folder = user_folder("XDG_CACHE_HOME", ".cache") / "kernels"
         make_private(folder.parent)
         make_private(folder)
-        path = folder / f"{_key(target, kernels)}.cubin"
+        path = folder / f"{key}.cubin"
         with suppress(FileNotFoundError):
             return _read(path)
     except (FlexVARError, OSError) as error:
@@ -78,16 +78,33 @@ def compile_kernels(target: str, kernels: KernelSet) -> bytes:
 
 def _key(target: str, kernels: KernelSet) -> str:
     """A hash of all that the result of a compilation depends on."""
-    versions = [importlib.metadata.version(name) for name in ("cuda-core", "nvidia-cuda-nvrtc") if _installed(name)]
-    parts = (target, *versions, str(sorted(kernels.defines().items())), str(kernels.fuses), kernels.source)
+    parts = (target, *_versions(), str(sorted(_options(target, kernels).items())), kernels.source)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _installed(package: str) -> bool:
+def _versions() -> tuple[str, ...]:
+    """Versions of cuda.core and NVRTC, which may be a package or of the system. Raises BackendUnavailable."""
     try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:  # NVRTC may come with the system's CUDA
-        return False
+        core, nvrtc = importlib.import_module("cuda.core"), importlib.import_module("cuda.bindings.nvrtc")
+        return str(core.__version__), str(nvrtc.nvrtcVersion())
+    except Exception as error:  # errors of Python and the loader have no common base class
+        raise BackendUnavailable(
+            f"NVRTC cannot be loaded ({first_line(error)}).",
+            expected="cuda.core and NVRTC",
+            fix="Run: pip install --upgrade 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'",
+        ) from error
+
+
+def _options(target: str, kernels: KernelSet) -> dict[str, Any]:
+    """The options of NVRTC as cuda.core names them."""
+    return {
+        "name": "kernels.cu",
+        "arch": target,
+        "std": "c++17",
+        "fma": kernels.fuses,
+        "define_macro": [(name, str(value)) for name, value in sorted(kernels.defines().items())],
+        "ptxas_options": ["-v"],
+    }
 
 
 def _digest(cubin: bytes) -> bytes:
@@ -110,14 +127,7 @@ def compile_source(source: str, target: str, kernels: KernelSet) -> tuple[bytes,
     text = io.StringIO()
     try:
         core = importlib.import_module("cuda.core")
-        options = core.ProgramOptions(
-            name="kernels.cu",
-            arch=target,
-            std="c++17",
-            fma=kernels.fuses,
-            define_macro=[(name, str(value)) for name, value in kernels.defines().items()],
-            ptxas_options=["-v"],
-        )
+        options = core.ProgramOptions(**_options(target, kernels))
         code = core.Program(source, "c++", options).compile("cubin", logs=text).code
     except Exception as error:  # errors of Python, the loader and NVRTC have no common base class
         message = str(error).replace("\0", "").strip()

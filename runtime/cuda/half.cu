@@ -1,6 +1,8 @@
 // Numbers in half precision: fp16 if the macro FLOAT16 is 1, bf16 if it is 0. They are stored as u16. All arithmetic is
 // in float32, and results are rounded once, to the nearest.
 
+#define LOG2_E 1.4426950408889634f
+
 #ifndef STAND_INS
 DEVICE float float_of(u16 value) {
 #if FLOAT16

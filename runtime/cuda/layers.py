@@ -7,16 +7,19 @@ all tokens, C width, D code dimension, H heads of size S. Every function raises 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ..errors import BackendUnavailable
-from .array import DeviceArray
+from .array import FLOAT32, HALVES, DeviceArray
+from .attention import KERNEL_NAMES
 from .compilation import read_sources
 from .launches import Launch, make_launch, require_fit
 
-FLOAT32, HALVES = "float32", ("float16", "bfloat16")
 HAS_BRANCH, WIDE_BRANCH, WIDE_RESULT = 1, 2, 4  # flags of the row kernels
 EMBED_ROWS, MAP_THREADS, MOST_CHANNELS, MOST_GROUPS = 8, 256, 2048, 64
 MOST_CHUNKS = 256  # parts of a map that are summed by one block each
+HEAD_SIZES = (16, 32, 64, 128)
+MOST_WIDTH, MOST_CODE = 16384, 256
 _ROW_WARPS = 8  # at most, in a block of a row kernel
 
 
@@ -34,23 +37,22 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         size = self.width // self.heads
-        fits = self.width == size * self.heads and size in (16, 32, 64, 128) and self.code_dim % 8 == 0
-        if self.half not in HALVES or not fits or self.width > 8 * 32 * _ROW_WARPS * 8 or self.code_dim > 256:
-            raise BackendUnavailable(
-                f"The backend cuda has no kernels for width {self.width}, {self.heads} heads and codes of "
-                f"{self.code_dim}.",
-                expected="heads of 16, 32, 64 or 128 numbers, and codes of 8 to 256 in steps of 8",
-                fix="Use --backend ort-cuda for this model.",
-            )
+        if self.half not in HALVES:
+            raise ValueError(f"the kernels compute in {' or '.join(HALVES)}, not in {self.half}")
+        if self.width != size * self.heads or size not in HEAD_SIZES:
+            _refuse(f"heads of size {', '.join(map(str, HEAD_SIZES))}", f"heads of size {size}")
+        if self.width > MOST_WIDTH:
+            _refuse(f"a width of at most {MOST_WIDTH}", f"width {self.width}")
+        if self.code_dim % 8 or not 0 < self.code_dim <= MOST_CODE:
+            _refuse(f"codes of 8 to {MOST_CODE} numbers in steps of 8", f"codes of {self.code_dim} numbers")
 
     names = (
+        *KERNEL_NAMES,
         "embed",
         "modulate_rows",
         "guide_rows",
         "split_heads",
         "class_rows",
-        "attention",
-        "attention_rows",
         "look_up",
         "group_statistics",
         "group_normalise",
@@ -74,7 +76,18 @@ class LayerConfig:
             "HEADS": self.heads,
             "HEAD_SIZE": self.width // self.heads,
             "CODE_DIM": self.code_dim,
+            "EMBED_ROWS": EMBED_ROWS,
+            "MAP_THREADS": MAP_THREADS,
+            "MOST_GROUPS": MOST_GROUPS,
         }
+
+
+def _refuse(needed: str, found: str) -> NoReturn:
+    raise BackendUnavailable(
+        f"The backend cuda needs {needed}, and this model has {found}.",
+        expected=needed,
+        fix="Use --backend ort-cuda for this model.",
+    )
 
 
 def _row_threads(width: int) -> int:
@@ -162,7 +175,7 @@ def split_heads(
     (N, L, C), (_, _, H, S) = queries_NLC.shape, keys_LNHS.shape
     arrays = (joined_NLX, temperature_H, queries_NLC, keys_LNHS, values_LNHS)
     fits = joined_NLX.shape == (N, L, 3 * C) and keys_LNHS.shape == values_LNHS.shape == (L, N, H, S) and H * S == C
-    fits &= temperature_H.size == H and joined_NLX.dtype == queries_NLC.dtype
+    fits &= temperature_H.size == H and temperature_H.dtype == FLOAT32 and joined_NLX.dtype == queries_NLC.dtype
     require_fit(fits and keys_LNHS.dtype == values_LNHS.dtype in HALVES, "joined, queries and keys", *arrays)
     wide = int(joined_NLX.dtype == FLOAT32)
     return make_launch("split_heads", (N * L, 1, 1), _row_threads(C), arrays, L, N, wide)
@@ -178,7 +191,13 @@ def class_rows(
 ) -> Launch:
     """hidden = silu(embedding[label]) − mean in half precision, and first (M, 1, C) = embedding[label] + start."""
     (M, C), arrays = hidden_MC.shape, (labels_M, embedding, mean_C, start, hidden_MC, first)
-    fits = labels_M.shape == (M,) and embedding.shape[1] == C == mean_C.size == start.size and first.size == M * C
+    wide = (embedding, mean_C, start, first)
+    fits = (
+        all(array.dtype == FLOAT32 for array in wide)
+        and labels_M.shape == (M,)
+        and embedding.shape[1] == C == mean_C.size == start.size
+        and first.size == M * C
+    )
     require_fit(fits and hidden_MC.dtype in HALVES, "labels, embedding and hidden", *arrays)
     return make_launch("class_rows", (M, 1, 1), _row_threads(C), arrays)
 
@@ -206,9 +225,9 @@ def chunks(pixels: int, channels: int) -> tuple[int, int]:
 def group_statistics(
     x: DeviceArray, partial: DeviceArray, finished_B: DeviceArray, statistics_BG2: DeviceArray
 ) -> Launch:
-    """Mean and reciprocal deviation of every group of channels of x, a map or float32.
+    """Mean and reciprocal standard deviation of every group of channels of x, a map or float32.
 
-    partial: float32, at least B · MOST_CHUNKS · G · 2 numbers. finished: uint32, 0 before and after.
+    partial: float32, at least B · chunks · G · 2 numbers. finished: uint32, must be 0; the kernel resets it to 0.
     """
     (B, H, W, C), G = x.shape, statistics_BG2.shape[1]
     count, chunk = chunks(H * W, C)
@@ -234,6 +253,7 @@ def group_normalise(
     count, chunk = chunks(H * W, C)
     arrays = (x, statistics_BG2, gain_C, bias_C, y)
     fits = y.shape == x.shape and y.dtype in HALVES and gain_C.size == bias_C.size == C and C % 8 == C % G == 0
+    fits &= gain_C.dtype == bias_C.dtype == statistics_BG2.dtype == FLOAT32
     require_fit(fits and statistics_BG2.shape == (B, G, 2) and C <= MOST_CHANNELS, "x, statistics and y", *arrays)
     numbers = (H * W, C, G, chunk, int(x.dtype == FLOAT32), int(silu))
     return make_launch("group_normalise", (count, B, 1), MAP_THREADS, arrays, *numbers)

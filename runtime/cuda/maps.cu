@@ -1,8 +1,5 @@
 // Kernels of the decoder and the encoder. Maps are (B, H, W, C) in half precision, C a multiple of 8, unless said.
 
-#define MAP_THREADS 256
-#define LOG2E 1.4426950408889634f
-#define MOST_GROUPS 64
 #define ADDERS 8  // threads that add up the parts of one group
 #define GROUP_EPS 1e-6f
 
@@ -113,7 +110,7 @@ group_normalise(const void *__restrict__ x, const float *__restrict__ statistics
     UNROLL
     for (int k = 0; k < 8; k++) {
       values[k] = values[k] * factor[k] + shift[k];
-      if (silu) values[k] = __fdividef(values[k], 1.0f + fast_exp2(-LOG2E * values[k]));
+      if (silu) values[k] = __fdividef(values[k], 1.0f + fast_exp2(-LOG2_E * values[k]));
     }
     store8(y + at, values);
   }
@@ -146,13 +143,13 @@ softmax_rows(const float *__restrict__ scores, u16 *__restrict__ out, u32 column
   __syncthreads();
   top = fmaxf(fmaxf(partial[0][0], partial[0][1]), fmaxf(partial[0][2], partial[0][3]));
   float sum = 0.0f;
-  for (u32 c = thread; c < columns; c += 128) sum += fast_exp2((row[c] - top) * LOG2E);
+  for (u32 c = thread; c < columns; c += 128) sum += fast_exp2((row[c] - top) * LOG2_E);
   sum = lanes_sum(sum, 32);
   if (lane == 0) partial[1][warp] = sum;
   __syncthreads();
   const float factor = 1.0f / (partial[1][0] + partial[1][1] + partial[1][2] + partial[1][3]);
   for (u32 c = thread; c < stride; c += 128)
-    out[(u64)blockIdx.x * stride + c] = half_of(c < columns ? fast_exp2((row[c] - top) * LOG2E) * factor : 0.0f);
+    out[(u64)blockIdx.x * stride + c] = half_of(c < columns ? fast_exp2((row[c] - top) * LOG2_E) * factor : 0.0f);
 }
 
 // columns (B * H' * W', length): the part of x (B, H, W, C) under the kernel for each pixel of the result, in the order

@@ -1,7 +1,7 @@
 // Kernels of the transformer that work on rows: one row is the WIDTH numbers of a token.
 //
-// Macros: WIDTH (C, a multiple of 8), HEAD_SIZE (S, 8 times a power of two, at most 256), CODE_DIM (D). The residual
-// stream is float32. N sequences have L = `positions` new tokens each, so row n * L + l is token l of sequence n.
+// Macros: WIDTH (C, a multiple of 8), HEAD_SIZE (S: 16, 32, 64 or 128), CODE_DIM (D), EMBED_ROWS. The residual stream is
+// float32. N sequences have L = `positions` new tokens each, so row n * L + l is token l of sequence n.
 // Modulations are float32 (N, C), or (N, 1, C).
 
 #define VECTORS (WIDTH / 8)
@@ -9,7 +9,6 @@
 #define ROW_THREADS (ROW_WARPS * 32)
 #define ROW_ITEMS ((VECTORS + ROW_THREADS - 1) / ROW_THREADS)
 #define HEAD_LANES (HEAD_SIZE / 8)
-#define EMBED_ROWS 8
 #define NORM_EPS 1e-6f
 #define UNIT_EPS 1e-12f
 #define HAS_BRANCH 1u   // the row kernels first add a branch of the block

@@ -113,7 +113,7 @@ class DeviceGenerator(Generator):
         return generation_bytes(self.model, shape, self._kv_dtype, self._conditions.groups)
 
     def _bytes_with_work(self, shape: Shape) -> int:
-        """The buffers of a shape, and the working memory that its graphs do not have yet."""
+        """Bytes of the buffers of a shape, and of the working memory that its graphs must still allocate."""
         (h, w), new = shape.schedule[-1], shape.schedule.largest
         step = {"sequences": shape.sequences, "images": shape.images, "new": new, "past": 0}
         decode = {"images": min(shape.images, IMAGES_PER_RUN), "height": h, "width": w}
@@ -178,6 +178,7 @@ class DeviceGenerator(Generator):
         except OutOfMemory as error:
             log.info("%s Unused buffers are freed, then it runs once more.", error.got)
         self._drop(0)
+        self.backend.free_unused()
         self.device.trim()
         return _clearing_frames(action)
 

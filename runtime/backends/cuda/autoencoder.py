@@ -1,249 +1,27 @@
 """The graphs `decode` and `encode` as lists of kernels, convolutions and products.
 
-Maps are (B, H, W, C) in half precision. The decoder's residual stream is a map, too. The encoder's is float32, as are
-its first and its last convolution.
+A map is (B, H, W, C) in half precision. The residual stream of the decoder has half precision, and that of the encoder
+is float32. `encoder.conv_in` and `quant_conv` compute in float32.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ...bundle.manifest import PHASES, PLAIN, TRANSPOSED
-from ...bundle.onnx_scan import StoredTensor
-from ...bundle.opening import Bundle
 from ...cuda import layers
-from ...cuda.array import DeviceArray
+from ...cuda.array import FLOAT32, DeviceArray
 from ...cuda.device import Device
-from ...errors import ArtifactRefused
 from ...model.signatures import DECODE
-from ..base import EXPORT_AGAIN, Arrays
+from ..base import Arrays
+from .autoencoder_layers import Attention, Downsample, Layer, Residual, Upsample
+from .autoencoder_weights import PIXEL_COLUMNS, Weights
 from .convolutions import Convolutions, Padding
 from .operations import Operation, Pool, launch
-from .parameters import Parameter, match, read, used_parameters
 from .products import Matrix, Products
-from .upload import upload
 
-FLOAT32 = "float32"
-OUTPUT_CHANNELS = 8  # of the last convolution of the decoder, of which 3 are used: faster than 3
-PIXEL_COLUMNS = 28  # numbers under a 3x3 kernel over 3 channels, rounded up to whole vectors
-
-
-@dataclass(frozen=True)
-class Residual:
-    """Two normalised 3x3 convolutions, added to the input. shortcut: whether a convolution changes the channels."""
-
-    name: str
-    shortcut: bool
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention with one head over all positions, added to the input."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Upsample:
-    """Doubles the sides. form: how the bundle stores its convolution (`upsampling` of the exporter)."""
-
-    name: str
-    form: str
-
-
-@dataclass(frozen=True)
-class Downsample:
-    """Halves the sides by a 3x3 convolution."""
-
-    name: str
-
-
-Layer = Residual | Attention | Upsample | Downsample
 Made = Generator[Operation, None, DeviceArray]
 """Operations, and the array that they make."""
-
-
-def find_layers(root: str, names: Collection[str], form: str) -> tuple[Layer, ...]:
-    """The layers between the first and the last convolution, in their order, as the names of parameters tell.
-
-    root: "decoder" or "encoder". form: of upsampling.
-    """
-    middle: list[Layer] = [
-        Residual(f"{root}.mid.0", False),
-        Attention(f"{root}.mid.1"),
-        Residual(f"{root}.mid.2", False),
-    ]
-    levels: list[Layer] = []
-    i = 0
-    while _has(names, f"{root}.conv_blocks.{i}."):
-        level, j = f"{root}.conv_blocks.{i}", 0
-        while _has(names, f"{level}.res.{j}."):
-            levels.append(Residual(f"{level}.res.{j}", _has(names, f"{level}.res.{j}.nin_shortcut.")))
-            if _has(names, f"{level}.attn.{j}."):
-                levels.append(Attention(f"{level}.attn.{j}"))
-            j += 1
-        if _has(names, f"{level}.downsample."):
-            levels.append(Downsample(f"{level}.downsample"))
-        if _has(names, f"{level}.upsample."):
-            levels.append(Upsample(f"{level}.upsample", form))
-        i += 1
-    return tuple(middle + levels if root == "decoder" else levels + middle)
-
-
-def _has(names: Collection[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def parameter_names(graph: str, layer_list: Sequence[Layer]) -> tuple[str, ...]:
-    """The parameters of a graph in the order of their use.
-
-    The exporter wraps the convolutions of the encoder that compute in half precision, which adds ".conv" to a name.
-    """
-    decodes = graph == DECODE
-    inner = "" if decodes else ".conv"
-
-    def conv(name: str, part: str = inner) -> list[str]:
-        return [f"{name}{part}.weight", f"{name}{part}.bias"]
-
-    def norm(name: str) -> list[str]:
-        return [f"{name}.gain", f"{name}.bias"]
-
-    root = "decoder" if decodes else "encoder"
-    names = ["codebook", *conv("post_quant_conv")] if decodes else []
-    names += conv(f"{root}.conv_in", "")
-    for layer in layer_list:
-        match layer:
-            case Residual(name, shortcut):
-                for part in ("1", "2"):
-                    names += norm(f"{name}.norm{part}") + conv(f"{name}.conv{part}")
-                names += conv(f"{name}.nin_shortcut") if shortcut else []
-            case Attention(name):
-                names += norm(f"{name}.norm")
-                names += [each for part in ("q", "k", "v", "proj_out") for each in conv(f"{name}.{part}")]
-            case Upsample(name, form) if form == PHASES:
-                names += [each for a in "01" for b in "01" for each in (f"{name}.weight_{a}{b}", f"{name}.bias")]
-            case Upsample(name, form):
-                names += conv(name if form == TRANSPOSED else f"{name}.conv")
-            case Downsample(name):
-                names += conv(f"{name}.conv")
-    names += norm(f"{root}.norm_out") + conv(f"{root}.conv_out")
-    return tuple(names if decodes else [*names, *conv("quant_conv", "")])
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The parameters of a graph on a device, by the name of their layer.
-
-    `NAME.weight` of a convolution is (O, R, S, I), `NAME.gain` and `NAME.bias` of a norm (C,) float32.
-    """
-
-    arrays: dict[str, DeviceArray]
-    layers: tuple[Layer, ...]
-    groups: int
-    half: str
-
-
-def match_layers(bundle: Bundle, graph: str) -> tuple[tuple[Layer, ...], dict[str, StoredTensor]]:
-    """The layers of a graph and its stored parameters. Raises ArtifactRefused for a graph that has others."""
-    used = {tensor.name for tensor in used_parameters(bundle, graph)}
-    found = find_layers("decoder" if graph == DECODE else "encoder", used, bundle.manifest.decoder)
-    return found, match(bundle, graph, parameter_names(graph, found))
-
-
-def load(device: Device, bundle: Bundle, graph: str) -> Weights:
-    """Lay out the parameters of a graph on a device. Raises ArtifactRefused, OutOfMemory."""
-    found_layers, stored = match_layers(bundle, graph)
-    found = read(bundle, graph, stored)
-    parts: dict[str, Parameter] = {}
-    groups = {parameter.value.shape[0] for name, parameter in found.items() if name.endswith(".gain")}
-    for layer in found_layers:
-        if isinstance(layer, Upsample):
-            parts[f"{layer.name}.weight"] = Parameter(_plain_kernel(found, layer), found[_stored(layer)].dtype)
-            bias = f"{layer.name}.conv.bias" if layer.form == PLAIN else f"{layer.name}.bias"
-            parts[f"{layer.name}.bias"] = found[bias]
-        elif isinstance(layer, Attention):
-            for part in ("weight", "bias"):
-                three = [found[_found_name(found, f"{layer.name}.{each}", part)] for each in "qkv"]
-                value = np.concatenate([each.value for each in three])
-                parts[f"{layer.name}.qkv.{part}"] = Parameter(value, three[0].dtype)
-    for name, parameter in found.items():
-        plain = re.sub(r"\.conv\.(weight|bias)$", r".\1", name)
-        if ".upsample." not in name:
-            parts.setdefault(plain, parameter)
-    if graph == DECODE:
-        for part in ("weight", "bias"):
-            parts[f"decoder.conv_out.{part}"] = _padded(parts[f"decoder.conv_out.{part}"], OUTPUT_CHANNELS)
-    laid_out = {name: _lay_out(name, parameter) for name, parameter in parts.items()}
-    if len(groups) != 1:
-        _refuse(bundle, graph, f"its norms have {sorted(groups)} groups")
-    with bundle.unchanged():
-        return Weights(upload(device, laid_out), found_layers, groups.pop(), bundle.manifest.precision.dtype)
-
-
-def _lay_out(name: str, parameter: Parameter) -> Parameter:
-    value = parameter.value
-    if value.ndim == 4:
-        value = value.transpose(0, 2, 3, 1)
-    if name == "encoder.conv_in.weight":  # a matrix of products, because its columns are gathered by `im2col`
-        value = value.reshape(len(value), -1)
-        value = np.pad(value, ((0, 0), (0, PIXEL_COLUMNS - value.shape[1])))
-    if name.endswith(".gain") or value.ndim == 3:  # of norms
-        value = value.reshape(-1)
-    return Parameter(np.ascontiguousarray(value), parameter.dtype)
-
-
-def _padded(parameter: Parameter, outputs: int) -> Parameter:
-    value = parameter.value
-    missing = ((0, outputs - len(value)), *((0, 0) for _ in value.shape[1:]))
-    return Parameter(np.pad(value, missing), parameter.dtype)
-
-
-def _found_name(found: Mapping[str, Parameter], name: str, part: str) -> str:
-    return f"{name}.conv.{part}" if f"{name}.conv.{part}" in found else f"{name}.{part}"
-
-
-def _stored(layer: Upsample) -> str:
-    """The name of a stored weight of an upsampling layer."""
-    part = {PLAIN: "conv.weight", PHASES: "weight_00", TRANSPOSED: "weight"}[layer.form]
-    return f"{layer.name}.{part}"
-
-
-def _plain_kernel(found: Mapping[str, Parameter], layer: Upsample) -> NDArray[np.generic]:
-    """The 3x3 kernel (O, I, 3, 3) of an upsampling layer.
-
-    In the other forms the exporter has added taps that read the same pixel. Along a side, one phase has tap 0 and the
-    sum of 1 and 2, the other the sum of 0 and 1 and tap 2. So tap 1 is a difference, and rounded once more.
-    """
-    stored = found[_stored(layer)]
-    if layer.form == PLAIN:
-        return stored.value
-    if layer.form == PHASES:  # (O, I, phase of the row, tap of the row, phase of the column, tap of the column)
-        kernels = [[found[f"{layer.name}.weight_{a}{b}"].float32() for b in range(2)] for a in range(2)]
-        taps = np.array(kernels).transpose(2, 3, 0, 4, 1, 5)
-        rows = _three(taps[:, :, 0, 0], taps[:, :, 0, 1], taps[:, :, 1, 1], axis=2)
-        plain = _three(rows[..., 0, 0], rows[..., 0, 1], rows[..., 1, 1], axis=3)
-    else:  # (O, I, 4, 4), along a side: tap 2, taps 1 and 2, taps 0 and 1, tap 0
-        taps = stored.float32().transpose(1, 0, 2, 3)
-        rows = _three(taps[:, :, 3], taps[:, :, 1], taps[:, :, 0], axis=2)
-        plain = _three(rows[..., 3], rows[..., 1], rows[..., 0], axis=3)
-    return stored.rounded(plain).value
-
-
-def _three(
-    first: NDArray[np.float32], last_two: NDArray[np.float32], last: NDArray[np.float32], axis: int
-) -> NDArray[np.float32]:
-    """Three taps along an axis, from the first, the sum of the last two, and the last."""
-    return np.stack([first, last_two - last, last], axis)
-
-
-def _refuse(bundle: Bundle, graph: str, problem: str) -> None:
-    file = bundle.graph(graph).file
-    raise ArtifactRefused(f"{file}: {problem}.", expected="the layers of a tokenizer", fix=EXPORT_AGAIN)
 
 
 def operations(

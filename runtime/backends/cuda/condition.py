@@ -9,11 +9,10 @@ from ...bundle.opening import Bundle
 from ...cuda import layers
 from ...cuda.array import DeviceArray
 from ...cuda.device import Device
-from ...errors import ArtifactRefused
 from ...model.signatures import CONDITION, HEAD_MODULATION, MODULATION
-from ..base import EXPORT_AGAIN, Arrays
+from ..base import Arrays
 from .operations import Operation, Pool, launch
-from .parameters import match, read
+from .parameters import match, read, require
 from .products import Matrix, Products
 from .upload import upload
 
@@ -45,15 +44,7 @@ def load(device: Device, bundle: Bundle) -> Weights:
         shapes |= {f"blocks.{i}.weight": (C, 6 * C), f"blocks.{i}.offset": (6 * C,)}
     shapes |= {"head.weight": (C, 2 * C), "head.offset": (2 * C,)}
     for name, shape in shapes.items():
-        parameter = found[name]
-        dtype = half if name.endswith("weight") else "float32"
-        if (parameter.value.shape, parameter.dtype) != (shape, dtype):
-            raise ArtifactRefused(
-                f"{bundle.graph(CONDITION).file}: {name} is {parameter.dtype} {parameter.value.shape}, not {dtype} "
-                f"{shape}.",
-                expected="the parameters of the manifest's model",
-                fix=EXPORT_AGAIN,
-            )
+        require(bundle, CONDITION, name, found[name], shape, half if name.endswith("weight") else "float32")
     with bundle.unchanged():
         return Weights(upload(device, found), half, model.depth, C)
 
@@ -61,7 +52,7 @@ def load(device: Device, bundle: Bundle) -> Weights:
 def operations(
     weights: Weights, device: Device, products: Products, inputs: Arrays, outputs: Arrays, pool: Pool
 ) -> Iterator[Operation]:
-    """Each part of a modulation is a product of its own, which writes to where the part belongs."""
+    """One product for each output. It writes directly into that output."""
     M, C, arrays = len(inputs["labels"]), weights.width, weights.arrays
     hidden, first = pool.take((M, C), weights.half), outputs["first_input"]
     if pool.measures:
@@ -74,8 +65,7 @@ def operations(
     for name, parts in (*modulations, ("head", list(HEAD_MODULATION))):
         weight, offset = arrays[f"{name}.weight"], arrays[f"{name}.offset"]
         for k, part in enumerate(parts):
-            if part in outputs:
-                columns = Matrix(weight, C, C, stride=len(parts) * C, offset=k * C)
-                out = Matrix.of(outputs[part].reshape(M, C))
-                product = products.product(Matrix.of(hidden), columns, out, bias=offset[k * C : (k + 1) * C])
-                yield Operation(f"product {part}", product)
+            columns = Matrix(weight, C, C, stride=len(parts) * C, offset=k * C)
+            out = Matrix.of(outputs[part].reshape(M, C))
+            product = products.product(Matrix.of(hidden), columns, out, bias=offset[k * C : (k + 1) * C])
+            yield Operation(f"product {part}", product)

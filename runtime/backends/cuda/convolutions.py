@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...cuda.array import DeviceArray
+from ...cuda.array import HALVES, DeviceArray
 from ...cuda.device import Device, allocate, ignore_errors
 from ...cuda.launches import Launch
-from ...cuda.layers import HALVES, im2col
+from ...cuda.layers import im2col
 from ...errors import first_line
 from ...model.tensors import host_dtype
 from .loading import CUDNN, is_out_of_memory, load_cudnn, translating
@@ -23,6 +24,7 @@ from .products import Matrix, Products
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # bytes; cuDNN expects it of every address
+GRAPHS_KEPT = 512  # a decoder has about 25 for each size
 SCRATCH_BYTES = 2**28  # by default im2col takes as many images at a time as fit into this
 _X, _WEIGHT, _BIAS, _RESIDUAL, _Y = range(1, 6)  # how a graph names its tensors
 
@@ -132,7 +134,7 @@ class Convolutions:
         self._device, self._workspace, self._products = device, workspace, products
         self._limit, self._scratch = scratch_limit, DeviceArray(0, (0,), "uint8", None)
         self._cudnn = load_cudnn() if library is None else library
-        self._graphs: dict[Convolution, Any] = {}  # None: no plan
+        self._graphs: OrderedDict[Convolution, Any] = OrderedDict()  # None: no plan
         self._stream = device.stream
         self.substituted: list[str] = []
         device.activate()
@@ -175,6 +177,9 @@ class Convolutions:
         _require(self._handle is not None, "these convolutions are closed")
         if wanted not in self._graphs:
             self._graphs[wanted] = self._plan(wanted)
+            if len(self._graphs) > GRAPHS_KEPT:
+                self._graphs.popitem(last=False)  # calls that use it keep it
+        self._graphs.move_to_end(wanted)
         graph = self._graphs[wanted]
         if graph is None:
             return self._product(wanted, x, weight, bias, y, residual)
@@ -188,13 +193,6 @@ class Convolutions:
                 self._cudnn.set_stream(handle=self._handle, stream=self._device.stream)
                 self._stream = self._device.stream
             call.graph.execute(call.addresses, self._workspace.address, self._handle)
-
-    def scratch_bytes(self, convolution: Convolution) -> int:
-        """Bytes that im2col allocates if cuDNN has no plan: for as many images as the limit allows, at least one.
-
-        All convolutions share this memory, so the largest counts. It is allocated only if it is needed.
-        """
-        return self._images_at_once(convolution) * convolution.image_bytes
 
     def close(self) -> None:
         """Free everything. None of the convolutions may be called any more. The products stay open."""
@@ -302,7 +300,10 @@ class Convolutions:
         return _Substitute(self._device, x, tuple(parts))
 
     def _columns(self, wanted: Convolution, images: int) -> DeviceArray:
-        """The memory of im2col as an array (images·H'·W', R·S·I). Calls that were made before keep older memory."""
+        """The memory of im2col as an array (images·H'·W', R·S·I). Calls that were made before keep older memory.
+
+        No estimate counts this memory, because only cuDNN knows whether it is needed.
+        """
         nbytes = images * wanted.image_bytes
         if self._scratch.nbytes < nbytes:
             memory = allocate(self._device, nbytes)

@@ -34,9 +34,7 @@ class Pool:
     def __init__(self, block: DeviceArray | None = None, sizes: tuple[int, ...] = ()) -> None:
         self._block, self._sizes = block, list(sizes)
         self._free: list[int] = []
-        self._taken: dict[
-            int, tuple[int, DeviceArray]
-        ] = {}  # by id of the array, which is kept so that it stays its own
+        self._taken: dict[int, tuple[int, DeviceArray]] = {}  # by id of the array, which is kept, so that the id is too
         self._made = 0
         self._named: dict[str, DeviceArray] = {}
 
@@ -86,13 +84,21 @@ class Pool:
         self._free.append(self._taken.pop(id(array))[0])
 
 
+@dataclass(frozen=True)
+class Made:
+    """Operations, and what must live as long as they do: launches hold only addresses."""
+
+    operations: tuple[Operation, ...]
+    kept: tuple[object, ...]
+
+
 class Operations:
     """A list of operations as a `Bound`. They are made when it first runs, when all working memory is known."""
 
-    def __init__(self, name: str, make: Callable[[], tuple[Operation, ...]]) -> None:
+    def __init__(self, name: str, make: Callable[[], Made]) -> None:
         self._name = name
-        self._make: Callable[[], tuple[Operation, ...]] | None = make
-        self._operations: tuple[Operation, ...] | None = None
+        self._make: Callable[[], Made] | None = make
+        self._made: Made | None = None
 
     @property
     def operations(self) -> tuple[Operation, ...]:
@@ -100,13 +106,13 @@ class Operations:
         if self._make is None:
             got = f"This binding of {self._name} is closed."
             raise InvalidInput(got, expected="an open binding", fix="Bind the graph again.")
-        if self._operations is None:
-            self._operations = self._make()
-        return self._operations
+        if self._made is None:
+            self._made = self._make()
+        return self._made.operations
 
     def run(self) -> None:
         for operation in self.operations:
             operation.run()
 
     def close(self) -> None:
-        self._make = self._operations = None
+        self._make = self._made = None

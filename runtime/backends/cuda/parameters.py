@@ -9,18 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.onnx_scan import StoredTensor
 from ...bundle.opening import Bundle
+from ...checks import short
 from ...errors import ArtifactRefused
 from ..base import EXPORT_AGAIN
 
 _KINDS = {1: "float32", 10: "float16", 16: "bfloat16"}  # element types of the ONNX format
+_FEW = 4  # factors of a resize of four axes
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-_CONSTANTS = re.compile(r"val_\d+|scalar_tensor_default(_\d+)?")  # that the exporter adds, such as ones and epsilons
+_CONSTANTS = re.compile(r"val_\d+|scalar_tensor_default(_\d+)?")  # that the exporter adds: ones, epsilons
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,17 @@ def used_parameters(bundle: Bundle, graph: str) -> tuple[StoredTensor, ...]:
         stored[name]
         for node in scan.nodes
         for name in node.inputs
-        if name in stored and stored[name].kind in _KINDS and not _CONSTANTS.fullmatch(name)
+        if name in stored and stored[name].kind in _KINDS and not _is_constant(stored[name])
     )
+
+
+def _is_constant(tensor: StoredTensor) -> bool:
+    """Whether a tensor is one that the exporter adds. It has few numbers, or all are equal."""
+    if not _CONSTANTS.fullmatch(tensor.name) or tensor.external:
+        return False
+    size = np.dtype(_STORED[_KINDS[tensor.kind]]).itemsize
+    count = len(tensor.raw) // size
+    return count <= _FEW or tensor.raw == tensor.raw[:size] * count
 
 
 def match(bundle: Bundle, graph: str, layers: Sequence[str]) -> dict[str, StoredTensor]:
@@ -68,13 +80,13 @@ def match(bundle: Bundle, graph: str, layers: Sequence[str]) -> dict[str, Stored
     other layers.
     """
     used = used_parameters(bundle, graph)
-    own = {tensor.name for tensor in used}
+    own, file = {tensor.name for tensor in used}, bundle.graph(graph).file
     for i, name in enumerate(layers):
-        if i >= len(used) or (used[i].name != name and name in own):
-            found = used[i].name if i < len(used) else "nothing"
-            _refuse(bundle.graph(graph).file, f"uses {found} where {name} belongs")
+        found = used[i].name if i < len(used) else "nothing"
+        if found != name and (name in own or found not in layers[:i]):
+            _refuse(file, f"it uses {short(found)} where {name} is expected")
     if len(used) != len(layers):
-        _refuse(bundle.graph(graph).file, f"uses {used[len(layers)].name} behind its last layer")
+        _refuse(file, f"it uses {short(used[len(layers)].name)} after its last layer")
     return dict(zip(layers, used, strict=True))
 
 
@@ -97,14 +109,21 @@ def read(bundle: Bundle, graph: str, stored: dict[str, StoredTensor]) -> dict[st
             dtype = _KINDS[tensor.kind]
             size = int(np.prod(tensor.shape)) * np.dtype(_STORED[dtype]).itemsize
             if data.nbytes != size:
-                _refuse(bundle.graph(graph).file, f"has {data.nbytes} bytes of {tensor.name}, not {size}")
+                file = bundle.graph(graph).file
+                _refuse(file, f"{short(tensor.name)} has {data.nbytes} bytes, and its shape needs {size}")
             values[name] = Parameter(np.frombuffer(data, _STORED[dtype]).reshape(tensor.shape), dtype)
     return values
 
 
-def _refuse(file: str, problem: str) -> None:
+def require(bundle: Bundle, graph: str, name: str, found: Parameter, shape: tuple[int, ...], dtype: str) -> None:
+    """Raise ArtifactRefused unless a parameter has a shape and a type. A kernel would read outside of it."""
+    if (found.value.shape, found.dtype) != (shape, dtype):
+        _refuse(bundle.graph(graph).file, f"{name} is {found.dtype} {found.value.shape}, not {dtype} {shape}")
+
+
+def _refuse(file: str, problem: str) -> NoReturn:
     raise ArtifactRefused(
-        f"{file} {problem}, so the backend cuda does not know what it computes.",
+        f"The backend cuda does not know {file}: {problem}.",
         expected="a graph as flexvar export writes it",
         fix=f"{EXPORT_AGAIN} Or use --backend ort-cuda.",
     )

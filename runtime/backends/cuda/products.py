@@ -7,6 +7,8 @@ transpose of the result: outᵀ (N, M) = bᵀ (N, K) · aᵀ (K, M). What cuBLAS
 from __future__ import annotations
 
 import math
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,7 @@ from .loading import CUBLASLT, load_cublaslt, no_algorithm, translating
 _TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType_t
 _COMPUTE_32F = 68  # cublasComputeType_t; sums in float32, and float32 inputs are not rounded to TF32
 _ASKED = 8  # algorithms; asking for one takes as long
+PLANS_KEPT = 1024  # a shape of ten scales has about 50
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ class Matrix:
         return self.batch > 1 and not apart and not interleaved
 
 
-@dataclass
+@dataclass(eq=False)
 class _Plan:
-    """A product of fixed sizes: cuBLASLt's descriptors and the algorithm. bias: the address that was set last.
+    """A product of fixed sizes: cuBLASLt's descriptors and the algorithm. bias: the address that was set last. free:
+    frees the descriptors; it is called when nothing uses the plan.
 
     layouts: of "b", "a", "c" and "out". algorithm: (1,), empty until it is found.
     """
@@ -93,6 +97,7 @@ class _Plan:
     layouts: dict[str, int] = field(default_factory=dict)
     algorithm: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
     bias: int = 0
+    free: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +129,7 @@ class Products:
         _require(workspace.address % ALIGNMENT == 0, f"the workspace's address is no multiple of {ALIGNMENT}")
         self._device, self._workspace = device, workspace
         self._lt = load_cublaslt() if library is None else library
-        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self._plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
         device.activate()
         with translating(CUBLASLT, device, "opening it", opening=True):
             self._handle: int | None = self._lt.create()
@@ -195,9 +200,8 @@ class Products:
             return
         with ignore_errors("closing cuBLASLt"):
             for plan in self._plans.values():
-                self._destroy(plan)
+                plan.free()
             self._lt.destroy(handle)
-        self._plans.clear()
         self._workspace = DeviceArray(0, (0,), "uint8", None)
 
     def _plan(
@@ -237,9 +241,14 @@ class Products:
                     plan.layouts.setdefault("c", plan.layouts["out"])  # in place, both must be the same
                     plan.algorithm = self._algorithm(plan, alignments, what)
                 except BaseException:
-                    self._destroy(plan)
+                    _destroy(self._lt, plan.descriptor, plan.layouts)
                     raise
+            plan.free = weakref.finalize(plan, _destroy, self._lt, plan.descriptor, plan.layouts)
+            plan.free.atexit = False
             self._plans[key] = plan
+            if len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
         return self._plans[key]
 
     def _layout(self, matrix: Matrix, batch: int) -> int:
@@ -262,7 +271,8 @@ class Products:
     def _algorithm(self, plan: _Plan, alignments: dict[str, int], what: str) -> NDArray[Any]:
         """The first algorithm that cuBLASLt suggests for these alignments in bytes and fits in the workspace."""
         lt = self._lt
-        limits = {"MAX_WORKSPACE_BYTES": self._workspace.nbytes}
+        scheme = int(lt.ReductionScheme.COMPUTE_TYPE)  # parts of a sum are added in float32
+        limits = {"MAX_WORKSPACE_BYTES": self._workspace.nbytes, "REDUCTION_SCHEME_MASK": scheme}
         limits |= {f"MIN_ALIGNMENT_{name}_BYTES": value for name, value in alignments.items() if value < ALIGNMENT}
         preference = lt.matmul_preference_create()
         try:
@@ -286,10 +296,13 @@ class Products:
                 return np.array([result["algo"]], found.dtype["algo"])
         raise no_algorithm(CUBLASLT, what, f"{self._workspace.nbytes} bytes of workspace")
 
-    def _destroy(self, plan: _Plan) -> None:
-        self._lt.matmul_desc_destroy(plan.descriptor)
-        for layout in set(plan.layouts.values()):
-            self._lt.matrix_layout_destroy(layout)
+
+def _destroy(lt: Any, descriptor: int, layouts: dict[str, int]) -> None:
+    """Free what belongs to a plan, when nothing uses it any more."""
+    with ignore_errors("freeing a product's plan"):
+        lt.matmul_desc_destroy(descriptor)
+        for layout in set(layouts.values()):
+            lt.matrix_layout_destroy(layout)
 
 
 def _check(

@@ -8,24 +8,25 @@ float32. Parts of blocks that a bundle keeps in float32 compute in float32 here,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from ...bundle.onnx_scan import StoredTensor
 from ...bundle.opening import Bundle
 from ...cuda import attention, layers
 from ...cuda.arena import Fields, carve, nbytes
-from ...cuda.array import DeviceArray
+from ...cuda.array import FLOAT32, DeviceArray
 from ...cuda.device import Device
 from ...cuda.launches import Launch
 from ...cuda.layers import Branch
 from ...errors import ArtifactRefused, InvalidInput
 from ...model.facts import ModelFacts
 from ...model.signatures import PREFILL, STEP
-from ..base import Arrays
+from ..base import EXPORT_AGAIN, Arrays
 from .operations import Operation, Pool, launch
-from .parameters import Parameter, match, read
+from .parameters import Parameter, match, read, require
 from .products import Matrix, Products
 from .upload import upload
 
@@ -82,35 +83,56 @@ class Weights:
         return any(dense.weight.dtype != self.half for block in self.blocks for dense in (block.qkv, block.fc1))
 
 
+def match_graphs(bundle: Bundle) -> dict[str, StoredTensor]:
+    """The stored parameters of `step`. Raises ArtifactRefused if a graph has other layers.
+
+    `prefill` must have the same parameters as `step`, because both run on one copy.
+    """
+    depth = bundle.manifest.model.depth
+    stored = match(bundle, STEP, parameter_names(depth))
+    if PREFILL in bundle.manifest.graphs:
+        for name, tensor in match(bundle, PREFILL, parameter_names(depth, prefill=True)).items():
+            if _content(tensor) != _content(stored[name]):
+                prefill, step = (bundle.graph(graph).file for graph in (PREFILL, STEP))
+                raise ArtifactRefused(
+                    f"{prefill}: {name} differs from the one in {step}.",
+                    expected="the same parameters in both graphs",
+                    fix=EXPORT_AGAIN,
+                )
+    return stored
+
+
+def _content(tensor: StoredTensor) -> tuple[object, ...]:
+    return tensor.kind, tensor.shape, tensor.external, tensor.raw
+
+
 def load(device: Device, bundle: Bundle) -> Weights:
     """Lay out the parameters of the transformer on a device. Raises ArtifactRefused, OutOfMemory."""
-    model, half = bundle.manifest.model, bundle.manifest.precision.dtype
-    stored = match(bundle, STEP, parameter_names(model.depth))
-    if PREFILL in bundle.manifest.graphs:
-        for name, tensor in match(bundle, PREFILL, parameter_names(model.depth, prefill=True)).items():
-            if (tensor.kind, tensor.shape, tensor.external, tensor.raw) != (
-                stored[name].kind,
-                stored[name].shape,
-                stored[name].external,
-                stored[name].raw,
-            ):
-                _refuse(bundle, PREFILL, f"{name} is not that of {STEP}")
-    found = read(bundle, STEP, stored)
-    C, V = model.width, model.vocabulary
-    parts: dict[str, Parameter] = {"embed": _of_shape(bundle, found, "embed", (model.code_dim, C))}
+    model, half, wide = bundle.manifest.model, bundle.manifest.precision.dtype, bundle.manifest.float32_parts
+    found, C, V = read(bundle, STEP, match_graphs(bundle)), model.width, model.vocabulary
+    parts: dict[str, Parameter] = {}
+
+    def take(name: str, shape: tuple[int, ...], dtype: str) -> Parameter:
+        require(bundle, STEP, name, found[name], shape, dtype)
+        return found[name]
+
+    parts["embed"] = take("embed", (model.code_dim, C), FLOAT32)
     for i in range(model.depth):
         name = f"blocks.{i}"
+        attention_dtype, mlp_dtype = (FLOAT32 if f"{name}.{part}" in wide else half for part in ("attention", "mlp"))
         for part, shape in (("weight", (C, C)), ("bias", (C,))):
-            three = [_of_shape(bundle, found, f"{name}.{each}.{part}", shape) for each in "qkv"]
-            joined = np.concatenate([each.value for each in three], axis=-1)
-            parts[f"{name}.qkv.{part}"] = Parameter(joined, three[0].dtype)
-        temperature = _of_shape(bundle, found, f"{name}.temperature", (model.heads, 1))
-        parts[f"{name}.temperature"] = temperature
-        for part, inputs, outputs in (("proj", C, C), ("fc1", C, 4 * C), ("fc2", 4 * C, C)):
-            for each, shape in (("weight", (inputs, outputs)), ("bias", (outputs,))):
-                parts[f"{name}.{part}.{each}"] = _of_shape(bundle, found, f"{name}.{part}.{each}", shape)
-    parts["head.weight"] = _of_shape(bundle, found, "head.weight", (C, V))
-    parts["head.bias"] = Parameter(_of_shape(bundle, found, "head.bias", (V,)).float32(), "float32")
+            three = [take(f"{name}.{each}.{part}", shape, attention_dtype).value for each in "qkv"]
+            parts[f"{name}.qkv.{part}"] = Parameter(np.concatenate(three, axis=-1), attention_dtype)
+        parts[f"{name}.temperature"] = take(f"{name}.temperature", (model.heads, 1), FLOAT32)
+        for part, inputs, outputs, dtype in (
+            ("proj", C, C, attention_dtype),
+            ("fc1", C, 4 * C, mlp_dtype),
+            ("fc2", 4 * C, C, mlp_dtype),
+        ):
+            parts[f"{name}.{part}.weight"] = take(f"{name}.{part}.weight", (inputs, outputs), dtype)
+            parts[f"{name}.{part}.bias"] = take(f"{name}.{part}.bias", (outputs,), dtype)
+    parts["head.weight"] = take("head.weight", (C, V), half)
+    parts["head.bias"] = Parameter(take("head.bias", (V,), half).float32(), FLOAT32)
     with bundle.unchanged():  # weights are mapped from their file
         arrays = upload(device, parts)
 
@@ -124,29 +146,15 @@ def load(device: Device, bundle: Bundle) -> Weights:
     return Weights(model, half, arrays["embed"], tuple(blocks), dense("head"))
 
 
-def _of_shape(bundle: Bundle, found: Mapping[str, Parameter], name: str, shape: tuple[int, ...]) -> Parameter:
-    if found[name].value.shape != shape:
-        _refuse(bundle, STEP, f"{name} has the shape {found[name].value.shape}, not {shape}")
-    return found[name]
-
-
-def _refuse(bundle: Bundle, graph: str, problem: str) -> None:
-    raise ArtifactRefused(
-        f"{bundle.graph(graph).file}: {problem}.",
-        expected="the parameters of the manifest's model",
-        fix="Export the bundle again with this version.",
-    )
-
-
 def scratch_fields(model: ModelFacts, half: str, wide: bool, sequences: int, tokens: int) -> Fields:
     """The working memory of a pass over `tokens` new tokens of each sequence."""
     rows, C = (sequences, tokens), model.width
-    widest = "float32" if wide else half
+    widest = FLOAT32 if wide else half
     return {
-        "stream": ((*rows, C), "float32"),
+        "stream": ((*rows, C), FLOAT32),
         "hidden": ((*rows, C), widest),  # normalised rows, then the result of attention; in the head the guided rows
         "branch": ((*rows, C), widest),
-        "wide": ((*rows, 4 * C), widest),  # queries, keys and values, then queries alone; or the inner part of the MLP
+        "inner": ((*rows, 4 * C), widest),  # queries, keys and values, and queries apart; or the inner part of the MLP
     }
 
 
@@ -225,7 +233,7 @@ class Pass:
         scale, shift = self._modulation("scale2", i), self._modulation("shift2", i)
         attended = Branch(result, self._modulation("gamma1", i))
         yield self._launch(layers.modulate_rows(self._stream, attended, scale, shift, hidden))
-        inner, result = self._view("wide", (N, L, 4 * C), dtype), self._view("branch", (N, L, C), dtype)
+        inner, result = self._view("inner", (N, L, 4 * C), dtype), self._view("branch", (N, L, C), dtype)
         yield self._dense(f"blocks.{i}.fc1", block.fc1, hidden, inner, gelu=True)
         yield self._dense(f"blocks.{i}.fc2", block.fc2, inner, result)
         return Branch(result, self._modulation("gamma2", i))
@@ -236,7 +244,7 @@ class Pass:
         """The operations up to new keys and values. Returns queries (N, L, C) and the keys and values of all tokens."""
         block, (N, L, C) = self.weights.blocks[i], self._stream.shape
         dtype = block.qkv.weight.dtype
-        hidden, wide = self._view("hidden", (N, L, C), dtype), self._view("wide", (N, L, 4 * C), dtype)
+        hidden, wide = self._view("hidden", (N, L, C), dtype), self._view("inner", (N, L, 4 * C), dtype)
         scale, shift = self._modulation("scale1", i), self._modulation("shift1", i)
         yield self._launch(layers.modulate_rows(self._stream, branch, scale, shift, hidden))
         flat = wide.reshape(N * L * 4 * C)

@@ -126,8 +126,11 @@ class TensorRT(DeviceBackend):
                 )
         return TrtGraph(self, engine, bundle.graph(graph), found.receipt, build)
 
+    def free_unused(self) -> None:
+        self.scratch.drop()
+
     def close(self) -> None:
-        self.scratch.close()
+        self.scratch.drop()
         self.device.close()
 
 
@@ -234,7 +237,8 @@ class TrtBound:
             except RuntimeError as error:
                 missing = error
             self._require(not missing, f"the shapes ({missing})", errors())
-            graph.scratch.reserve(int(self._context.update_device_memory_size_for_shapes()))
+            self._scratch_bytes = int(self._context.update_device_memory_size_for_shapes())
+            graph.scratch.reserve(self._scratch_bytes)
         self._block: DeviceArray | None = None
         self.rebind(inputs, outputs)
         self._device.synchronize()  # waits until the profile is set
@@ -251,7 +255,7 @@ class TrtBound:
 
     def run(self) -> None:
         if self._block is None:  # kept from now on: captured work writes there
-            self._block = self._graph.scratch.take()
+            self._block = self._graph.scratch.take(self._scratch_bytes)
             if self._block.nbytes:
                 self._context.set_device_memory(self._block.address, self._block.nbytes)
         with self._messages.reading() as errors:

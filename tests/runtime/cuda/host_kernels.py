@@ -99,7 +99,7 @@ class HostKernels:
         return "\n".join([*lines, '#include "host_shim.c"', ""])
 
     def run(self, launch: Launch, *, order: int = 0) -> None:
-        """Run a launch to its end. `order` selects the order in which warps run between barriers.
+        """Run a launch to its end. `order` selects the order of blocks, and that of warps between barriers.
 
         Raises KernelFailed if threads miss a barrier, TypeError if the arguments do not fit the kernel.
         """

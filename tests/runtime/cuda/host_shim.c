@@ -1,4 +1,4 @@
-/* Runs a grid block by block. The threads of a block are fibers. This file is included after the kernels and after the
+/* Runs a grid block by block, in an order that the caller selects. The threads of a block are fibers. This file is included after the kernels and after the
    table of kernels (`shim_kernels`) that host_kernels.py writes.
 
    Between two barriers the warps run one after another, each time in a new random order, so that a kernel that depends
@@ -161,6 +161,8 @@ static void shim_run_block(void) {
   shim_made = 0; /* drops threads in the middle of a kernel */
 }
 
+static uint64_t shim_divisor(uint64_t a, uint64_t b) { return b ? shim_divisor(b, a % b) : a; }
+
 /* Runs a kernel of `shim_kernels`. Returns NULL or an error message. */
 const char *shim_run(const char *name, const unsigned *grid, const unsigned *block, void **arguments, uint64_t order) {
   shim_message[0] = 0;
@@ -177,11 +179,16 @@ const char *shim_run(const char *name, const unsigned *grid, const unsigned *blo
   shim_make(shim_threads);
   for (unsigned i = 0; i < shim_threads; i++) shim_fibers[i].index = (ShimIndex){i, 0, 0};
   shim_grid = (ShimIndex){grid[0], grid[1], grid[2]};
-  for (shim_block.z = 0; shim_block.z < grid[2]; shim_block.z++)
-    for (shim_block.y = 0; shim_block.y < grid[1]; shim_block.y++)
-      for (shim_block.x = 0; shim_block.x < grid[0]; shim_block.x++) {
-        shim_run_block();
-        if (shim_message[0]) return shim_message;
-      }
+  /* Blocks run one after another, from a block that `order` selects, with a step that has no common divisor */
+  const uint64_t blocks = (uint64_t)grid[0] * grid[1] * grid[2];
+  uint64_t step = order ? (order * 7919u) % blocks + 1 : 1, at = order ? (order * 104729u) % blocks : 0;
+  while (shim_divisor(step, blocks) != 1) step++;
+  for (uint64_t i = 0; i < blocks; i++, at = (at + step) % blocks) {
+    shim_block.x = (unsigned)(at % grid[0]);
+    shim_block.y = (unsigned)(at / grid[0] % grid[1]);
+    shim_block.z = (unsigned)(at / grid[0] / grid[1]);
+    shim_run_block();
+    if (shim_message[0]) return shim_message;
+  }
   return NULL;
 }

@@ -43,6 +43,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(compilation, "compile_source", compile_source)
+    monkeypatch.setattr(compilation, "_versions", lambda: ("1.2.2", "13.5"))
     monkeypatch.setattr(logging.getLogger("flexvar_runtime"), "propagate", True)
     return asked
 
@@ -65,7 +66,7 @@ def test_whatever_the_result_depends_on_compiles_again(
     for changed in (replace(Kernels(), source="other"), replace(Kernels(), fuses=False), replace(Kernels(), size=2)):
         compile_kernels("sm_90", changed)
     compile_kernels("sm_80", Kernels())
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "another")
+    monkeypatch.setattr(compilation, "_versions", lambda: ("another",))
     compile_kernels("sm_90", Kernels())
     assert len(compiler) == len(kept(tmp_path)) == 6
 

@@ -243,6 +243,27 @@ def test_group_norms(
         assert not finished.any()
 
 
+@pytest.mark.parametrize("half", HALVES)
+def test_epsilons_of_the_norms(half: str, host_kernels: Build, numbers: Numbers) -> None:
+    """Rows and groups whose variance is as small as the epsilon."""
+    config = LayerConfig(half, 128, 2, 8)
+    stream, x = numbers.normal(2, 3, 128, scale=1e-3)
+    zeros = numbers.place(np.zeros((2, 1, 128), np.float32), "float32")
+    result = shaped(numbers.nan(2, 3, 128, dtype="float32"), 2, 3, 128)
+    host_kernels(config).run(layers.modulate_rows(stream, None, zeros, zeros, result))
+    assert_close(values(result), normed(x), "float32")
+    source, x = numbers.normal(1, 4, 4, 64, scale=1e-3)
+    ones, none = numbers.place(np.ones(64, np.float32), "float32"), numbers.place(np.zeros(64, np.float32), "float32")
+    partial = shaped(numbers.nan(1, 256, 32, 2, dtype="float32"), 1, 256, 32, 2)
+    statistics = shaped(numbers.nan(1, 32, 2, dtype="float32"), 1, 32, 2)
+    y = shaped(numbers.nan(1, 4, 4, 64, dtype=half), 1, 4, 4, 64)
+    host_kernels(config).run(layers.group_statistics(source, partial, device_array(np.zeros(1, np.uint32)), statistics))
+    host_kernels(config).run(layers.group_normalise(source, statistics, ones, none, y, silu=False))
+    grouped = x.reshape(16, 32, 2)
+    expected = (grouped - grouped.mean((0, 2))[:, None]) / np.sqrt(grouped.var((0, 2)) + 1e-6)[:, None]
+    assert_close(values(y).reshape(16, 32, 2), expected, half)
+
+
 def test_the_sums_of_a_norm_do_not_depend_on_the_order_of_blocks(host_kernels: Build, numbers: Numbers) -> None:
     """A GPU ends blocks in any order. Float sums in that order would differ from run to run."""
     x, _ = numbers.normal(2, 16, 16, 64, dtype="float16")
@@ -377,7 +398,7 @@ def test_mutants_of_the_row_kernels_are_noticed(
     ("old", "new"),
     [
         ("mean * mean), 0.0f)", "0.0), 0.0f)"),
-        ("fast_exp2(-LOG2E * values[k])", "fast_exp2(LOG2E * values[k])"),
+        ("fast_exp2(-LOG2_E * values[k])", "fast_exp2(LOG2_E * values[k])"),
         ("for (u32 i = share; i < chunks; i += ADDERS) {", "for (u32 i = share; i < 1; i += ADDERS) {"),
         ("if (thread == 0) finished[image] = 0;", ""),
     ],
@@ -435,9 +456,16 @@ def test_kernels_of_other_sizes_compile(width: int, heads: int) -> None:
 
 
 def test_sizes_without_kernels_are_refused() -> None:
-    for arguments in (("float16", 96, 2, 8), ("float16", 128, 2, 12), ("float32", 128, 2, 8), ("float16", 120, 7, 8)):
-        with pytest.raises(BackendUnavailable, match="has no kernels for"):
-            LayerConfig(*arguments)
+    for arguments, needed in (
+        ((96, 2, 8), "heads of size 16, 32, 64, 128, and this model has heads of size 48"),
+        ((128, 2, 12), "codes of 8 to 256 numbers"),
+        ((120, 7, 8), "heads of size 17"),
+        ((32768, 512, 8), "a width of at most 16384"),
+    ):
+        with pytest.raises(BackendUnavailable, match=needed):
+            LayerConfig("float16", *arguments)
+    with pytest.raises(ValueError, match="not in float32"):
+        LayerConfig("float32", 128, 2, 8)
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:

@@ -46,10 +46,15 @@ class MatrixLayoutAttribute(enum.IntEnum):
 
 class MatmulPreferenceAttribute(enum.IntEnum):
     MAX_WORKSPACE_BYTES = 1
+    REDUCTION_SCHEME_MASK = 3
     MIN_ALIGNMENT_A_BYTES = 5
     MIN_ALIGNMENT_B_BYTES = 6
     MIN_ALIGNMENT_C_BYTES = 7
     MIN_ALIGNMENT_D_BYTES = 8
+
+
+class ReductionScheme(enum.IntEnum):
+    COMPUTE_TYPE = 2
 
 
 class Epilogue(enum.IntEnum):
@@ -65,6 +70,7 @@ VALUE_TYPES: dict[str, type[np.generic]] = {
     "BATCH_COUNT": np.int32,
     "STRIDED_BATCH_OFFSET": np.int64,
     "MAX_WORKSPACE_BYTES": np.uint64,
+    "REDUCTION_SCHEME_MASK": np.uint32,
     **{f"MIN_ALIGNMENT_{x}_BYTES": np.uint32 for x in "ABCD"},
 }
 
@@ -141,7 +147,7 @@ class FakeCublasLt:
     executed: the problems of all products, in order."""
 
     MatmulDescAttribute, MatrixLayoutAttribute = MatmulDescAttribute, MatrixLayoutAttribute
-    MatmulPreferenceAttribute, Epilogue = MatmulPreferenceAttribute, Epilogue
+    MatmulPreferenceAttribute, Epilogue, ReductionScheme = MatmulPreferenceAttribute, Epilogue, ReductionScheme
     matmul_heuristic_result_dtype = np.dtype(
         [
             ("algo", [("data_", "<u8", (8,))]),
@@ -255,6 +261,8 @@ class FakeCublasLt:
         problem = self._problem(operation_desc, adesc, bdesc, cdesc, ddesc)
         wanted = self._get(preference, "preference").attributes
         alignments = [wanted.get(MatmulPreferenceAttribute[f"MIN_ALIGNMENT_{x}_BYTES"], 256) for x in "ABCD"]
+        scheme = wanted.get(MatmulPreferenceAttribute.REDUCTION_SCHEME_MASK)
+        refuse_unless(scheme == ReductionScheme.COMPUTE_TYPE, "parts of a sum may be added in half precision")
         powers = all(value in (1, 2, 4, 8, 16, 32, 64, 128, 256) for value in alignments)
         refuse_unless(powers, f"alignments are powers of two up to 256: {alignments}")
         results = np.zeros(len(self.states), self.matmul_heuristic_result_dtype)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,8 @@ from flexvar_ref import FlexVAR, load_tokenizer, save
 from flexvar_ref.config import TransformerConfig
 from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, transformer_state, write_checkpoints
 from flexvar_runtime import ArtifactRefused, Bundle, Guidance, InvalidInput, OutOfMemory
-from flexvar_runtime.backends import cuda as package
-from flexvar_runtime.backends.cuda import autoencoder, backend, parameters, transformer
-from flexvar_runtime.backends.cuda.autoencoder import Upsample
+from flexvar_runtime.backends.cuda import autoencoder_weights, backend, condition, parameters, transformer
+from flexvar_runtime.backends.cuda.autoencoder_layers import Upsample
 from flexvar_runtime.backends.cuda.parameters import Parameter, round_to
 from flexvar_runtime.backends.device_arrays import probe_gpu
 from flexvar_runtime.bundle.onnx_scan import StoredTensor
@@ -130,7 +130,7 @@ def test_no_memory_grows(machine: CudaMachine) -> None:
             pipeline([seed], SCHEDULE, seed=seed)
             list(pipeline.iter_scales([seed], SCHEDULE, seed=seed))
         assert machine.device.used == used
-    assert machine.device.used == 0 and machine.cublaslt.alive == {} and machine.cudnn.handles == {}
+    assert machine.device.reserved == 0 and machine.cublaslt.alive == {} and machine.cudnn.handles == {}
 
 
 def test_a_request_that_does_not_fit_is_refused_before_it_runs(
@@ -177,18 +177,22 @@ def test_equal_parameters_are_stored_once(monkeypatch: pytest.MonkeyPatch, machi
     assert found["blocks.1.k.bias"].name == "blocks.0.k.bias" and list(found) == list(names)
 
 
-@pytest.mark.parametrize("change", ["swapped", "missing", "more"])
+@pytest.mark.parametrize("change", ["swapped", "missing", "more", "renamed", "all renamed"])
 def test_other_layers_are_refused(change: str, monkeypatch: pytest.MonkeyPatch, machine: CudaMachine) -> None:
     names = list(transformer.parameter_names(2))
     if change == "swapped":
         names[4], names[6] = names[6], names[4]
     elif change == "missing":
         del names[5]
+    elif change == "renamed":
+        names[5] = "surprise"
+    elif change == "all renamed":
+        names = [f"other.{i}" for i in range(len(names))]
     else:
         names.append("another.weight")
     stored = tuple(StoredTensor(name, 10, (1,)) for name in names)
     monkeypatch.setattr(parameters, "used_parameters", lambda bundle, graph: stored)
-    with pytest.raises(ArtifactRefused, match=r"step.onnx uses .* does not know what it computes.*ort-cuda"):
+    with pytest.raises(ArtifactRefused, match=r"does not know step.onnx: it uses .*ort-cuda"):
         parameters.match(machine.bundle, "step", transformer.parameter_names(2))
 
 
@@ -197,7 +201,7 @@ def test_parameters_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch
     model = machine.bundle.manifest.model
     manifest = replace(machine.bundle.manifest, model=replace(model, vocabulary=model.vocabulary + 8))
     changed = replace(machine.bundle, manifest=manifest)
-    with pytest.raises(ArtifactRefused, match=r"head.weight has the shape .* not \(128, 520\)"):
+    with pytest.raises(ArtifactRefused, match=r"head.weight is float16 .* not float16 \(128, 520\)"):
         transformer.load(machine.device, changed)
 
 
@@ -214,7 +218,7 @@ def test_the_kernel_of_every_form_of_upsampling_is_recovered() -> None:
     for dtype, bound in (("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3)):
         for form, arrays in forms.items():
             found = {f"up.{name}": Parameter(round_to(value, dtype), dtype) for name, value in arrays.items()}
-            got = Parameter(autoencoder._plain_kernel(found, Upsample("up", form)), dtype).float32()
+            got = Parameter(autoencoder_weights._plain_kernel(found, Upsample("up", form)), dtype).float32()
             assert np.linalg.norm(got - plain.numpy()) / np.linalg.norm(plain.numpy()) < bound, (form, dtype)
 
 
@@ -259,35 +263,83 @@ def test_keys_that_do_not_follow_the_past_are_refused(machine: CudaMachine) -> N
         graph.bind(inputs, outputs).run()
 
 
-def test_older_gpus_and_other_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = GpuFacts(0, "An old GPU", "7.5", 2**34)
-    monkeypatch.setattr(backend, "find_gpu", lambda device=None: old)
-    monkeypatch.setattr(backend, "probe_gpu", lambda: package.backend.Availability(True, str(old)))
+OLD, NEW = GpuFacts(0, "An old GPU", "7.5", 2**34), GpuFacts(1, "A new GPU", "9.0", 2**34)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[GpuFacts]:
+    """The GPUs of a machine, whose libraries work."""
+    found = [OLD, NEW]
+    monkeypatch.setattr(backend, "find_gpus", lambda: tuple(found))
+    monkeypatch.setattr(backend, "find_gpu", lambda device=None: found[int((device or "cuda:0")[-1])])
+    monkeypatch.setattr(backend, "load_cublaslt", lambda: SimpleNamespace(get_version=lambda: 130100))
+    monkeypatch.setattr(backend, "load_cudnn", lambda: SimpleNamespace(backend_version=lambda: 91900))
+    return found
+
+
+def test_each_gpu_is_judged_by_its_own_capability(gpus: list[GpuFacts], tiny_bundles: Bundles) -> None:
+    state, bundle = backend.probe("cuda"), Bundle.open(tiny_bundles("fp16"))
+    assert state.available and "A new GPU" in state.detail and "cuBLASLt 130100" in state.detail
+    assert backend.ready("cuda", bundle, device="cuda:1", engines=None).available
+    old = backend.ready("cuda", bundle, device="cuda:0", engines=None)
+    assert not old.available and "7.5" in old.detail and "8.0" in old.detail
+    gpus[1:] = []
     state = backend.probe("cuda")
-    assert not state.available and "7.5" in state.detail and "8.0" in state.detail and "ort-cuda" in (state.fix or "")
+    assert not state.available and "7.5" in state.detail and "ort-cuda" in (state.fix or "")
     with pytest.raises(BackendUnavailable, match=r"7\.5.*8\.0.*ort-cuda"):
-        backend.create("cuda", device=None, threads=None, engines=None)
+        backend.create("cuda", device="cuda:0", threads=None, engines=None)
     for option, value in (("threads", 2), ("engines", Path("e"))):
         with pytest.raises(InvalidInput, match=option):
             backend.create("cuda", **{"device": None, "threads": None, "engines": None, option: value})  # type: ignore[arg-type]
 
 
-def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_missing_is_named(gpus: list[GpuFacts], monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Any:
-        raise BackendUnavailable(
-            "The package nvmath-python cannot be imported.", expected="it", fix="Run: pip install x"
-        )
+        raise BackendUnavailable("nvmath-python cannot be imported.", expected="it", fix="Run: pip install x")
 
-    new = GpuFacts(0, "A GPU", "9.0", 2**34)
-    monkeypatch.setattr(backend, "find_gpu", lambda device=None: new)
-    monkeypatch.setattr(backend, "probe_gpu", lambda: package.backend.Availability(True, str(new)))
     monkeypatch.setattr(backend, "load_cublaslt", missing)
     state = backend.probe("cuda")
-    assert (state.available, state.detail, state.advice) == (
-        False,
-        "The package nvmath-python cannot be imported",
-        "Run: pip install x",
-    )
+    assert (state.available, state.detail) == (False, "nvmath-python cannot be imported")
+    assert state.advice == "Run: pip install x"
+
+
+def test_a_library_that_does_not_open_leaves_nothing_open(machine: CudaMachine) -> None:
+    machine.cudnn.error = RuntimeError("CUDNN_STATUS_NOT_INITIALIZED")
+    with pytest.raises(BackendUnavailable, match="cuDNN"):
+        machine.backend()
+    assert machine.cublaslt.alive == {}
+
+
+def test_maps_without_kernels_are_refused(machine: CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = autoencoder_weights.match
+
+    def match(bundle: Bundle, graph: str, names: Any) -> Any:
+        found = real(bundle, graph, names)
+        name = next(name for name in found if name.endswith(".gain"))
+        return found | {name: replace(found[name], shape=(4, 9))}
+
+    monkeypatch.setattr(autoencoder_weights, "match", match)
+    state = backend.ready("cuda", machine.bundle, device=None, engines=None)
+    assert not state.available and "36 channels in 4 groups" in state.detail and "ort-cuda" in state.advice
+
+
+def test_other_types_are_refused(machine: CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would read a parameter of half precision as float32, past its end."""
+    for module, change in ((transformer, "temperature"), (autoencoder_weights, "norm1.gain"), (condition, "offset")):
+        real = module.read
+
+        def read(bundle: Bundle, graph: str, stored: Any, real: Any = real, change: str = change) -> Any:
+            found = real(bundle, graph, stored)
+            for name in found:
+                if name.endswith(change):
+                    found[name] = Parameter(found[name].value.astype(np.float16), "float16")
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "read", read)
+            graph = {transformer: "step", autoencoder_weights: "decode", condition: "condition"}[module]
+            with pytest.raises(ArtifactRefused, match=rf"{change} is float16 .* not float32"):
+                machine.backend().open(machine.bundle, graph)
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -295,6 +347,27 @@ def test_without_a_gpu_it_says_so() -> None:
     if state.available:
         pytest.skip("the test needs a machine without a GPU")
     assert state == probe_gpu()
+
+
+def test_kernels_that_are_not_of_one_plain_kernel_are_refused() -> None:
+    stored = np.random.default_rng(0).standard_normal((2, 2, 8, 4, 2, 2))
+    found = {
+        f"up.weight_{a}{b}": Parameter(round_to(stored[a, b], "float16"), "float16") for a in (0, 1) for b in (0, 1)
+    }
+    with pytest.raises(ArtifactRefused, match="not those of one 3x3 kernel"):
+        autoencoder_weights._plain_kernel(found, Upsample("up", "phases"))
+
+
+def test_memory_that_ran_out_is_asked_for_once(machine: CudaMachine) -> None:
+    """After a batch that did not fit, a smaller one still runs."""
+    with machine.open() as pipeline:
+        pipeline([0], SCHEDULE, seed=0)
+        scratch = pipeline.backend.scratch  # type: ignore[attr-defined]
+        scratch.reserve(2**33)
+        with pytest.raises(OutOfMemory):
+            scratch.take(2**33)
+        assert scratch.take(1000).nbytes < 2**20
+        pipeline([0, 1], SCHEDULE, seed=0)
 
 
 def test_bundles_that_it_does_not_run(tiny_bundles: Bundles, schema1_bundle: Path) -> None:
@@ -330,7 +403,7 @@ def test_convolutions_without_a_plan_are_examined(
     assert backend.examine_convolutions(working) is None
     replaced = make_machine(tiny_bundles("fp16"), host_kernels, plans=set()).backend()
     note = backend.examine_convolutions(replaced)
-    assert note is not None and "cuDNN has no plan for" in note and "bfloat16" in note and "float16" in note
+    assert note is not None and "no plan for a 3x3 convolution in bfloat16 and float16" in note and "pip" in note
 
 
 ALONE = """

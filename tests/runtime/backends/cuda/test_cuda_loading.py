@@ -171,7 +171,13 @@ def test_cublaslt_has_what_the_double_pretends_to_have() -> None:
     assert {"create", "matmul", "matmul_algo_get_heuristic"} < set(functions)
     for name in functions:
         assert parameters(getattr(real, name)) == parameters(getattr(fake, name)), name
-    for name in ("MatmulDescAttribute", "MatrixLayoutAttribute", "MatmulPreferenceAttribute", "Epilogue"):
+    for name in (
+        "MatmulDescAttribute",
+        "MatrixLayoutAttribute",
+        "MatmulPreferenceAttribute",
+        "Epilogue",
+        "ReductionScheme",
+    ):
         for member in getattr(fake, name):
             assert int(getattr(real, name)[member.name]) == member, member
     assert real.matmul_heuristic_result_dtype == fake.matmul_heuristic_result_dtype

@@ -269,6 +269,28 @@ def test_a_closed_object_refuses_its_calls(bench: Bench) -> None:
             again()
 
 
+def test_plans_that_were_not_used_lately_are_freed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as no call uses them: a server with ever new sizes must not grow."""
+    monkeypatch.setattr("flexvar_runtime.backends.cuda.products.PLANS_KEPT", 2)
+    arrays = [
+        [empty(bench.device, shape, "float16") for shape in ((rows, 8), (8, 16), (rows, 16))] for rows in (1, 2, 3)
+    ]
+    calls = [bench.products.product(*map(Matrix.of, three)) for three in arrays]
+    alive = len(bench.library.alive)
+    calls[0]()
+    bench.device.synchronize()
+    del calls[0]
+    gc.collect()
+    assert len(bench.library.alive) < alive
+    calls[1]()
+    bench.device.synchronize()
+    heuristics = bench.library.heuristics
+    bench.products.product(*map(Matrix.of, arrays[2]))
+    assert bench.library.heuristics == heuristics
+    bench.products.product(*map(Matrix.of, arrays[0]))
+    assert bench.library.heuristics == heuristics + 1
+
+
 def test_a_call_keeps_its_arrays_and_their_memory_alive(bench: Bench) -> None:
     arrays = [upload(bench.device, np.ones(s), "float16") for s in ((4, 8), (8, 16), (4, 16), (4, 16), (16,))]
     memories = [weakref.ref(array.memory) for array in arrays]
@@ -424,6 +446,7 @@ def run_mutant(change: str) -> FakeCublasLt:
     call: Any = products.product(Matrix(a, 6, 8, 12), Matrix(b, 10, 8, 12), Matrix.of(out), bias=bias, transposed=True)
     if change == "destroyed":
         library.matmul_desc_destroy(call.plan.descriptor)
+        call.plan.free.detach()
     call()
     device.synchronize()
     assert_close(numbers_of(out), A @ B.T + 1, "float16")

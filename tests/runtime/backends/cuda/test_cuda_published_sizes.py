@@ -23,7 +23,7 @@ from flexvar_export.modules import Condition, Decode, Encode, Step
 from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.config import TokenizerConfig, TransformerConfig
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.backends.cuda import autoencoder, condition, transformer
+from flexvar_runtime.backends.cuda import autoencoder_layers, autoencoder_weights, condition, transformer
 from flexvar_runtime.backends.cuda.backend import WORKSPACE_BYTES, Cuda, CudaGraph
 from flexvar_runtime.backends.cuda.parameters import Parameter
 from flexvar_runtime.cuda import attention, layers
@@ -158,26 +158,26 @@ def graphs(stored: dict[str, dict[str, Parameter]], monkeypatch: pytest.MonkeyPa
     """The opened graphs of d16, on a device without memory."""
     model = ModelFacts.published(16)
     precision: Any = SimpleNamespace(dtype="float16")
-    manifest = SimpleNamespace(model=model, precision=precision, decoder="plain", graphs={})
+    manifest = SimpleNamespace(model=model, precision=precision, decoder="plain", graphs={}, float32_parts=())
     bundle: Any = SimpleNamespace(
         manifest=manifest,
         sha256="0",
         unchanged=nullcontext,
         graph=lambda name: graph_specs(model, "fp16")[name],
     )
-    for module in (condition, transformer, autoencoder):
+    for module in (condition, transformer, autoencoder_weights):
         monkeypatch.setattr(module, "read", lambda bundle, graph, names: {name: stored[graph][name] for name in names})
     monkeypatch.setattr(condition, "match", lambda bundle, graph, names: dict.fromkeys(names))
     monkeypatch.setattr(transformer, "match", lambda bundle, graph, names: dict.fromkeys(names))
 
     def match_layers(bundle: Any, graph: str) -> Any:
         root = "decoder" if graph == DECODE else "encoder"
-        found = autoencoder.find_layers(root, stored[graph], "plain")
-        names = autoencoder.parameter_names(graph, found)
+        found = autoencoder_layers.find_layers(root, stored[graph], "plain")
+        names = autoencoder_layers.parameter_names(graph, found)
         assert set(names) == set(stored[graph])
         return found, dict.fromkeys(names)
 
-    monkeypatch.setattr(autoencoder, "match_layers", match_layers)
+    monkeypatch.setattr(autoencoder_weights, "match_layers", match_layers)
     device = VirtualDevice(lambda kernels: pytest.fail("nothing runs"))
     monkeypatch.setattr(device, "load", lambda kernels: None)
     device.activate()
