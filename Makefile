@@ -71,14 +71,14 @@ lint: venv ## run ruff, its formatter and mypy
 	@for pair in $(PACKAGES); do ln -sfn "../../$${pair#*:}" "$(LINKS)/$${pair%%:*}"; done
 	@"$(BIN)/mypy"
 
-test: lint ## run the linters, then every test that is not marked slow or engines
+test: lint ## run the linters, then every test without the marks slow, engines, kernels and fuzz
 	@echo "==> pytest"
 	@OMP_NUM_THREADS=1 "$(BIN)/pytest" --quiet -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: venv ## run the tests marked slow
 	@"$(BIN)/pytest" --quiet -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
 
-test-kernels: venv ## prove the GPU kernels at length, on every GPU architecture (no GPU needed)
+test-kernels: venv ## run the tests marked kernels: more sizes of the GPU kernels, on a CPU
 	@"$(BIN)/pytest" --quiet -n $(WORKERS) --dist worksteal -m kernels $(PYTEST_ARGS)
 
 test-engines: venv ## run the tests marked engines: they build d16 for every published schedule with TensorRT-RTX; no GPU needed

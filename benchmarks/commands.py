@@ -221,15 +221,12 @@ def model(
     from rich.table import Table
 
     from flexvar_runtime import ScaleSchedule
+    from flexvar_runtime.checks import check_choice
     from flexvar_runtime.model.facts import ModelFacts
 
     from .time_model import DECODER, GPUS, SAMPLING, TRANSFORMER, Decoder, by_kind, generation, total
 
-    if gpu not in GPUS:
-        names = ", ".join(GPUS)
-        raise InvalidInput(
-            f"--gpu {gpu!r:.100} is not known.", expected=names, fix="Use --gpu h200, or another of these."
-        )
+    check_choice("--gpu", gpu, tuple(GPUS))
     works = generation(ModelFacts.published(depth), Decoder(), ScaleSchedule.parse(schedule), batch, GPUS[gpu])
     kinds = by_kind(works)
     sums = [total("all", part, [w for w in works if w.part == part]) for part in (TRANSFORMER, SAMPLING, DECODER)]

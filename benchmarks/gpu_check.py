@@ -3,7 +3,8 @@
     python3 benchmarks/gpu_check.py --out DIR
 
 It needs torch, numpy, onnx, onnxscript, safetensors, pillow, typer and rich. Everything but the peers in torch also
-needs cuda-core 1.0 or later with NVRTC. It needs no network, and none of our packages has to be installed.
+needs cuda-core 1.0 or later with NVRTC. The backend cuda also needs nvmath-python 1.x and nvidia-cudnn-frontend 1.24.
+The network is not needed, and none of our packages has to be installed.
 
 - It tries our own kernels (the backend cuda), ONNX Runtime CUDA, TensorRT and TensorRT-RTX. The result gives the reason
   for those that do not run.
@@ -35,7 +36,7 @@ A phase that does not fit is recorded as not measured, because no time was left.
 time for the others. Limits grow with --minutes, and where a run has fewer phases. A bundle that the same sources made
 in --work is used again. Phases of an earlier result in --out stay, unless the run does better.
 
-On a GPU machine that is lent for a quarter of an hour, run two stages instead. They measure d16 on the backend cuda
+On a GPU machine that you have for only 15 minutes, run two stages instead. They measure d16 on the backend cuda
 first, and its peers after it. First, on your own machine:
 
     python3 benchmarks/gpu_check.py --pack PACK          makes the folder that travels beside the tracked files

@@ -1,8 +1,8 @@
-"""Compares each of our kernels with the host, on small data, because compute-sanitizer is slow.
+"""Compares the kernels of the sampling loop with the host, and those of the network's layers with float64.
 
 python -m flexvar_bench.gpu.kernel_checks
 
-Kernels around the network must give what the host gives. Kernels of the network's layers are compared with float64.
+The data is small, because compute-sanitizer is slow.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from .wheels import libraries_name, pack_libraries
 
 CONTENTS, ONNXRUNTIME, LIBRARIES, SITE = "pack.json", "onnxruntime.tar.xz", "libraries.tar.xz", "site"
 MIB = 2**20
-MOST_BYTES = 62 * MIB  # of the packed folder and the tracked files together; a machine takes 64 MiB
+MOST_BYTES = 62 * MIB  # of the packed folder and the tracked files together; an upload takes 64 MiB
 MOST_PACKED_BYTES = 46 * MIB
 REMAKE = "Make the folder again with gpu_check.py --pack DIR."
 

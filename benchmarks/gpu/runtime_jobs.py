@@ -142,7 +142,7 @@ def tiny(work: Path, backend: str, save: Save) -> None:
 
 
 def run(work: Path, model: str, backend: str, batches: Sequence[int], budget: Budget, save: Save) -> None:
-    """Measure parity first, in a fresh process, then times by batch, of the decoder alone, and by scale."""
+    """Measure parity, then times for each batch, for the decoder alone, and for each scale."""
     proof = load_proof(work, model)
     used = used_bytes()
     with opened(work, model, backend) as run:

@@ -42,7 +42,7 @@ def sanitize(save: Save, *, small: bool = False) -> None:
         raise DeviceFailed(
             f"{len(wrong)} kernel checks do not hold: {', '.join(wrong[:MOST_NAMED])}.",
             expected="results within their bounds",
-            fix="Correct the kernel in runtime/cuda, then run python -m flexvar_bench.gpu.kernel_checks",
+            fix="Correct the kernel in runtime/cuda, then run the stage `first` again.",
         )
     if result["memcheck"].get("exit_code"):
         said = result["memcheck"]["last_words"] or result["memcheck"]["stderr"]

@@ -1,4 +1,4 @@
-"""The two stages for a GPU machine that is lent for a quarter of an hour, with a limit for each step.
+"""The two stages for a GPU machine that is available for only 15 minutes, with a limit for each step.
 
 The stage `first` shows whether everything works. The stage `measure` shows how fast it is. Both measure the backend
 `cuda` first, and its peers after it. A packed folder holds what the stages need. The second stage uses again what the

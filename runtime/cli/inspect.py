@@ -75,7 +75,12 @@ def inspect(
             *((("class names", _listed(model.class_names)),) if model.class_names else ()),
             ("tokens", f"{model.vocabulary} codes of dimension {model.code_dim}, {model.downsampling} pixels a side"),
             ("decoder", manifest.decoder),
-            (LAYERS_CHECKED, "knows every layer" if layers.available else f"does not run: {layers.detail}"),
+            (
+                LAYERS_CHECKED,
+                "can run on a GPU of compute capability 8.0 or later"
+                if layers.available
+                else f"does not run: {layers.detail}",
+            ),
             (KERNELS_CHECKED, on_cuda.text),
             ("schedule", defaults.schedule),
             ("schedules for deadlines", ", ".join(map(str, quality_order(manifest)))),

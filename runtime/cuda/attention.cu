@@ -1,11 +1,11 @@
 // Attention over a key/value cache in place: out = softmax(q keysᵀ) values, for every sequence and head.
 //
 // q: (N, L, H, D) of L new tokens, times the temperature. keys, values: (T, N, H, D) of all T tokens, the new ones
-// included. So a cache grows at its end. out: (N, L, H·D). If `scale_of` is not null, the sequence begins with the new
-// tokens (L = T), and token i attends to token j only if scale_of[j] <= scale_of[i]. Scales are not negative. Every
+// included. So a cache grows at its end. out: (N, L, H·D). If `scale_of` is not null, all tokens are new
+// (L = T), and token i attends to token j only if scale_of[j] <= scale_of[i]. Scales are not negative. Every
 // array is aligned to 16 bytes.
 //
-// Macros configure the kernels: HEADS (H), HEAD_SIZE (D, a multiple of 16 up to 128), and FLOAT16 of half.cu.
+// Macros configure the kernels: HEADS (H), HEAD_SIZE (D: 16, 32, 64 or 128), and FLOAT16 of half.cu.
 
 #define ATTENTION_ROWS 64                           // queries of a block: 16 for each of its 4 warps
 #define ATTENTION_KEYS (HEAD_SIZE <= 80 ? 64 : 32)  // keys of a tile; two tiles of keys and values must fit in 48 KB
@@ -121,8 +121,8 @@ DEVICE float offset_of(float top) { return top == NO_SCORE ? 0.0f : top * LOG2_E
 
 // --- many queries: tiles of keys and values, tensor cores, and a running maximum and sum for every query
 //
-// Lane l holds parts of the queries l / 4 and l / 4 + 8 of its warp. Of every 8 keys or numbers it has 2 l % 8 and the
-// next. Lanes without a query repeat the last one, and store the same result.
+// Lane l holds parts of the queries l / 4 and l / 4 + 8 of its warp. Of every 8 columns it has 2 * (l % 4) and the next.
+// Lanes without a query repeat the last one, and store the same result.
 
 // Threads, and blocks of a multiprocessor. Four blocks limit a thread to 128 registers, which spills from sm_100 on.
 #define ATTENTION_BOUNDS 128, (HEAD_SIZE <= 64 && __CUDA_ARCH__ < 1000 ? 4 : 2)

@@ -1,7 +1,7 @@
 // What all kernels share: CUDA's keywords, integer types, and vectors of 16 bytes.
 //
-// The files of kernels are C plus CUDA's additions. A C compiler can run them without a GPU if stand-ins replace these
-// additions: then KERNEL is defined before this file.
+// The files of kernels are C plus CUDA's additions. They can be compiled as C and run on a CPU if stand-ins replace
+// these additions. Then KERNEL is defined before this file.
 
 #ifndef KERNEL
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)

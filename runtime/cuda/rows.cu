@@ -126,7 +126,7 @@ modulate_rows(float *__restrict__ stream, const void *__restrict__ branch, const
   EACH_VECTOR(i) store8_of(result, row * WIDTH + COLUMN(i), values[i], flags & WIDE_RESULT);
 }
 
-// The rows of the head for both branches of guidance: result (B * L, C) = c + t * (c - u), where c and u are the rows of
+// The rows of the head, from the rows with and without the class: result (B * L, C) = c + t * (c - u), where c and u are the rows of
 // the sequences that cond and uncond name, after the last branch, the normalisation and the modulation.
 // A block for each row of the result.
 KERNEL(ROW_THREADS)

@@ -1,1 +1,1 @@
-"""The GPU without engines: products by cuBLASLt, convolutions by cuDNN, and kernels of our own."""
+"""The backend `cuda`: our own kernels, cuBLASLt and cuDNN."""

@@ -34,7 +34,9 @@ class Pool:
     def __init__(self, block: DeviceArray | None = None, sizes: tuple[int, ...] = ()) -> None:
         self._block, self._sizes = block, list(sizes)
         self._free: list[int] = []
-        self._taken: dict[int, tuple[int, DeviceArray]] = {}  # by id of the array, which is kept, so that the id is too
+        self._taken: dict[
+            int, tuple[int, DeviceArray]
+        ] = {}  # by id of the array, which is kept so that its id is not reused
         self._made = 0
         self._named: dict[str, DeviceArray] = {}
 

@@ -32,8 +32,8 @@ PLANS_KEPT = 1024  # a shape of ten scales has about 50
 class Matrix:
     """A row-major matrix (rows, columns) in the memory of an array, or a batch of them.
 
-    stride: elements between rows. batch: number of matrices. step: elements between the matrices. offset: elements
-    before the first. Raises ValueError if it does not lie within the array or is not float32, float16 or bfloat16.
+    stride: elements between the starts of two rows. batch: number of matrices. step: elements between the starts of
+    two matrices. offset: elements before the first. Raises ValueError if it does not lie within the array or is not float32, float16 or bfloat16.
     """
 
     array: DeviceArray
@@ -121,8 +121,8 @@ class _Call:
 class Products:
     """Products on one device. They share `workspace`, whose content is undefined after each of them.
 
-    workspace: any dtype; a multiple of 256 as address. library: nvmath.bindings.cublasLt; None loads it. Raises
-    BackendUnavailable, OutOfMemory, and ValueError for a misaligned workspace.
+    workspace: any dtype; its address must be a multiple of 256. library: nvmath.bindings.cublasLt; None loads it.
+    Raises BackendUnavailable, OutOfMemory, and ValueError for a misaligned workspace.
     """
 
     def __init__(self, device: Device, workspace: DeviceArray, library: Any = None) -> None:
@@ -202,6 +202,7 @@ class Products:
             for plan in self._plans.values():
                 plan.free()
             self._lt.destroy(handle)
+        self._plans.clear()
         self._workspace = DeviceArray(0, (0,), "uint8", None)
 
     def _plan(
