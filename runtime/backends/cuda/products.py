@@ -33,7 +33,8 @@ class Matrix:
     """A row-major matrix (rows, columns) in the memory of an array, or a batch of them.
 
     stride: elements between the starts of two rows. batch: number of matrices. step: elements between the starts of
-    two matrices. offset: elements before the first. Raises ValueError if it does not lie within the array or is not float32, float16 or bfloat16.
+    two matrices. offset: elements before the first. Raises ValueError if it does not lie within the array or is not
+    float32, float16 or bfloat16.
     """
 
     array: DeviceArray
