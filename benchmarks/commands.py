@@ -216,7 +216,8 @@ def model(
 ) -> None:
     """Predict the time of a guided generation on the backend cuda. Nothing is measured.
 
-    The table shows each kind of launch with its least time, the bound, and its expected time.
+    The table shows each kind of launch with its least time, the bound, and its expected time. Only the figures of the
+    H200 rest on measured products and convolutions.
     """
     from rich.table import Table
 
@@ -227,21 +228,30 @@ def model(
     from .time_model import DECODER, GPUS, SAMPLING, TRANSFORMER, Decoder, by_kind, generation, total
 
     check_choice("--gpu", gpu, tuple(GPUS))
-    works = generation(ModelFacts.published(depth), Decoder(), ScaleSchedule.parse(schedule), batch, GPUS[gpu])
+    scales = ScaleSchedule.parse(schedule)
+    works = generation(ModelFacts.published(depth), Decoder(), scales, batch, GPUS[gpu])
     kinds = by_kind(works)
     sums = [total("all", part, [w for w in works if w.part == part]) for part in (TRANSFORMER, SAMPLING, DECODER)]
     sums.append(total("all", "generation", works))
 
     def show() -> None:
-        table = Table("part", "launches", "count", "MB", "GFLOP", "bound ms", "ms", box=None, padding=(0, 1, 0, 0))
+        whole, source = sums[-1], "measured on it" if GPUS[gpu].measured else "scaled by data sheets"
+        say(
+            f"Predicted: {whole.us / 1e3:.1f} ms (at least {whole.bound_us / 1e3:.1f}) for a batch of {batch}, "
+            f"d{depth} in half precision, {len(scales)} scales, {GPUS[gpu].name}. Rates {source}."
+        )
+        columns = ("part", "launches", "count", "MB", "GFLOP", "bound ms", "expected ms")
+        table = Table(*columns, box=None, padding=(0, 1, 0, 0))
         for work in (*kinds, *sums):
             moved, times = (work.read + work.written) / 1e6, (work.bound_us / 1e3, work.us / 1e3)
             cells = f"{moved:.1f}", f"{work.flops / 1e9:.1f}", *(f"{time:.3f}" for time in times)
             table.add_row(work.part, work.kind, str(work.count), *cells)
         out.print(table)
 
-    data = {"gpu": GPUS[gpu].name, "batch": batch, "kinds": [*map(asdict, kinds)], "sums": [*map(asdict, sums)]}
-    emit(data, as_json, show)
+    request = {"gpu": GPUS[gpu].name, "depth": depth, "batch": batch, "schedule": str(scales)}
+    total_ms = {"expected_ms": sums[-1].us / 1e3, "bound_ms": sums[-1].bound_us / 1e3}
+    parts = {"kinds": [*map(asdict, kinds)], "sums": [*map(asdict, sums)]}
+    emit({**request, **total_ms, **parts}, as_json, show)
 
 
 def _json_values(change: Change) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexvar_runtime import Bundle
+from flexvar_runtime.backends import require_precision
 from flexvar_runtime.backends.base import Backend, Graph
 from flexvar_runtime.bundle.certificate import compared_files
 from flexvar_runtime.bundle.manifest import PSNR, ParityRecord, ParityRow
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput
-from flexvar_runtime.generation.generator import Generator, require_precision
+from flexvar_runtime.generation.generator import Generator
 from flexvar_runtime.generation.host import HostLoop
 from flexvar_runtime.generation.opening import open_generator
 from flexvar_runtime.model.precision import Precision
@@ -54,7 +55,7 @@ def cross_check(bundle: Bundle, proof: Proof, first: Backend, second: Backend) -
             expected="a bundle of another precision",
             fix="Leave --against out to compare with the reference.",
         )
-    require_precision(bundle, second)
+    require_precision(second.name, bundle.manifest.precision, second.precisions)
     generator = open_generator(bundle, first)
     others: dict[str, Graph] = {}
     try:

@@ -14,7 +14,7 @@ from ..checks import check_choice, check_path, check_text
 from ..errors import BackendUnavailable
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
-from .base import Availability, Backend, BackendModule
+from .base import RUN_BY, Availability, Backend, BackendModule
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,18 @@ def suggest_backend(precision: Precision) -> str:
     return f"Use backend {name}." if state.available else f"Use backend {name}. To install it: {state.fix}"
 
 
+def require_precision(name: str, precision: Precision, runs: frozenset[Precision]) -> None:
+    """Raise BackendUnavailable unless the precision of a bundle is among those that a backend runs."""
+    if precision not in runs:
+        names = ", ".join(sorted(runs))
+        advice = suggest_backend(precision) if name in CPU_BACKENDS else f"Name another backend: {RUN_BY[precision]}."
+        raise BackendUnavailable(
+            f"Backend {name} runs {names} bundles, and this bundle is {precision}.",
+            expected=f"one of {names}",
+            fix=advice,
+        )
+
+
 def libraries(name: str, precision: Precision) -> Mapping[str, LibraryMemory]:
     """The memory of the library that runs each graph of a bundle of this precision on a CPU backend."""
     return _module(name).libraries(precision)
@@ -100,6 +112,8 @@ def create(
             threads = None
     state = probe(name)
     if not state.available:
+        if bundle is not None:  # then a driver or a library would not help
+            require_precision(name, bundle.manifest.precision, precisions(name))
         raise BackendUnavailable(
             f"Backend {name} does not work here: {state.detail}.",
             expected="a backend that works here",

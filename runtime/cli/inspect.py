@@ -53,7 +53,7 @@ def inspect(
         "bundle": opened.sha256,
         **cast(dict[str, Any], encode(manifest)),
         **certificate.to_json(),
-        LAYERS_CHECKED: {"runs": layers.available, "detail": layers.detail},
+        LAYERS_CHECKED: {"runs": layers.available, "detail": layers.detail, "fix": layers.fix},
         "ort_cuda": on_cuda.to_json(),
     }
     memory = None
@@ -79,7 +79,7 @@ def inspect(
                 LAYERS_CHECKED,
                 "can run on a GPU of compute capability 8.0 or later"
                 if layers.available
-                else f"does not run: {layers.detail}",
+                else f"does not run: {layers.detail}. {layers.advice}",
             ),
             (KERNELS_CHECKED, on_cuda.text),
             ("schedule", defaults.schedule),

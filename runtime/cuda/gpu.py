@@ -55,7 +55,7 @@ def find_gpu(device: str | None = None) -> GpuFacts:
         raise BackendUnavailable(
             f"CUDA found no working NVIDIA driver{reason}.",
             expected="a GPU with its driver",
-            fix="Install the NVIDIA driver, so that nvidia-smi lists the GPU, or use --backend ort-cpu.",
+            fix="Install the NVIDIA driver, so that nvidia-smi lists the GPU, or leave out --backend.",
         ) from error
     if ordinal >= count:
         raise BackendUnavailable(

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends import suggest_backend
+from ..backends import require_precision
 from ..backends.base import Backend, Graph
 from ..bundle.opening import Bundle
-from ..errors import ArtifactRefused, BackendUnavailable, InvalidInput
+from ..errors import ArtifactRefused, InvalidInput
 from ..machine.forks import never_free_in_children
 from ..model.signatures import (
     CONDITION,
@@ -41,18 +41,6 @@ Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int32]
 Pixels = NDArray[np.uint8]
 Result = TypeVar("Result")
-
-
-def require_precision(bundle: Bundle, backend: Backend) -> None:
-    """Raise BackendUnavailable if a backend does not run the precision of a bundle."""
-    precision = bundle.manifest.precision
-    if precision not in backend.precisions:
-        runs = ", ".join(sorted(backend.precisions))
-        raise BackendUnavailable(
-            f"Backend {backend.name} runs {runs} bundles, and this bundle is {precision}.",
-            expected=f"one of {runs}",
-            fix=suggest_backend(precision),
-        )
 
 
 def require_known_graphs(bundle: Bundle) -> None:
@@ -101,7 +89,7 @@ class Generator(ABC):
     _conditions: ConditionCache
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        require_precision(bundle, backend)
+        require_precision(backend.name, bundle.manifest.precision, backend.precisions)
         require_known_graphs(bundle)
         self.bundle, self.backend, self.model = bundle, backend, bundle.manifest.model
         with bundle.unchanged():

@@ -54,23 +54,41 @@ def round_to(value: NDArray[np.floating], dtype: str) -> NDArray[np.generic]:
 
 def used_parameters(bundle: Bundle, graph: str) -> tuple[StoredTensor, ...]:
     """The parameters that the nodes of a graph use, in the order of the nodes. One that is used twice comes twice."""
-    scan = bundle.scan(graph)
+    scan, files = bundle.scan(graph), _Files(bundle, graph)
     stored = {tensor.name: tensor for tensor in scan.tensors if tensor.name in scan.constants}
-    return tuple(
-        stored[name]
-        for node in scan.nodes
-        for name in node.inputs
-        if name in stored and stored[name].kind in _KINDS and not _is_constant(stored[name])
-    )
+    with bundle.unchanged():
+        parameters = {
+            name for name, tensor in stored.items() if tensor.kind in _KINDS and not _is_constant(tensor, files)
+        }
+    return tuple(stored[name] for node in scan.nodes for name in node.inputs if name in parameters)
 
 
-def _is_constant(tensor: StoredTensor) -> bool:
+def _is_constant(tensor: StoredTensor, files: _Files) -> bool:
     """Whether a tensor is one that the exporter adds. It has few numbers, or all are equal."""
-    if not _CONSTANTS.fullmatch(tensor.name) or tensor.external:
+    if not _CONSTANTS.fullmatch(tensor.name):
         return False
-    size = np.dtype(_STORED[_KINDS[tensor.kind]]).itemsize
-    count = len(tensor.raw) // size
-    return count <= _FEW or tensor.raw == tensor.raw[:size] * count
+    size, data = np.dtype(_STORED[_KINDS[tensor.kind]]).itemsize, files.bytes_of(tensor).tobytes()
+    return len(data) <= _FEW * size or data == data[:size] * (len(data) // size)
+
+
+class _Files:
+    """The bytes of the stored tensors of a graph. Files of weights are mapped when they are first needed.
+
+    A map must be read while the bundle is unchanged. Places in a file were checked when the bundle was scanned.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str) -> None:
+        self._folder = bundle.graph_file(graph).parent
+        self._maps: dict[str, NDArray[np.uint8]] = {}
+
+    def bytes_of(self, tensor: StoredTensor) -> NDArray[np.uint8]:
+        place = dict(tensor.external)
+        if not place:
+            return np.frombuffer(tensor.raw, np.uint8)
+        file, start = place["location"], int(place.get("offset", "0"))
+        if file not in self._maps:
+            self._maps[file] = np.memmap(self._folder / file, np.uint8, "r")
+        return self._maps[file][start : start + int(place["length"])]
 
 
 def match(bundle: Bundle, graph: str, layers: Sequence[str]) -> dict[str, StoredTensor]:
@@ -92,21 +110,10 @@ def match(bundle: Bundle, graph: str, layers: Sequence[str]) -> dict[str, Stored
 
 def read(bundle: Bundle, graph: str, stored: dict[str, StoredTensor]) -> dict[str, Parameter]:
     """The values of stored tensors. Large ones are mapped from their file, and must be copied while it is unchanged."""
-    folder = bundle.graph_file(graph).parent
-    maps: dict[str, NDArray[np.uint8]] = {}
-    values = {}
+    files, values = _Files(bundle, graph), {}
     with bundle.unchanged():
         for name, tensor in stored.items():
-            place = dict(tensor.external)
-            if place:  # checked when the bundle was scanned
-                file = place["location"]
-                if file not in maps:
-                    maps[file] = np.memmap(folder / file, np.uint8, "r")
-                start = int(place.get("offset", "0"))
-                data: NDArray[np.uint8] = maps[file][start : start + int(place["length"])]
-            else:
-                data = np.frombuffer(tensor.raw, np.uint8)
-            dtype = _KINDS[tensor.kind]
+            data, dtype = files.bytes_of(tensor), _KINDS[tensor.kind]
             size = int(np.prod(tensor.shape)) * np.dtype(_STORED[dtype]).itemsize
             if data.nbytes != size:
                 file = bundle.graph(graph).file

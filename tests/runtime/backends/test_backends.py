@@ -29,7 +29,7 @@ from flexvar_runtime.machine.processors import default_threads
 from flexvar_runtime.model.precision import Precision
 from flexvar_runtime.model.tensors import GraphSpec, TensorSpec
 
-BUNDLE: Any = object()  # only fakes see it
+BUNDLE: Any = SimpleNamespace(manifest=SimpleNamespace(precision=Precision.FP32))  # only fakes see it
 
 # Choosing ------------------------------------------------------------------------------------------------------------
 
@@ -52,6 +52,7 @@ def test_auto_takes_the_first_that_works_and_says_so(
 def module(available: bool, ready: bool = True) -> Any:
     """The module of a backend, as far as `create` uses it."""
     return SimpleNamespace(
+        PRECISIONS=frozenset(Precision),
         probe=lambda name: Availability(available, f"{name} detail", f"{name} fix"),
         ready=lambda name, bundle, **_: Availability(ready, f"no engines for {name}", "flexvar build"),
         create=lambda name, **options: SimpleNamespace(name=name, options=options),

@@ -22,7 +22,9 @@ def test_json_is_the_manifest(flexvar: Any, tiny_bundle: Path) -> None:
     manifest = (tiny_bundle / "manifest.json").read_bytes()
     found = ended.json
     on_cuda = found.pop("ort_cuda")
-    assert found.pop("cuda") == {"runs": False, "detail": "cuda runs bf16 and fp16 bundles, but the bundle is fp32"}
+    cuda = found.pop("cuda")
+    assert not cuda["runs"] and cuda["detail"] == "cuda runs bf16 and fp16 bundles, but the bundle is fp32"
+    assert "ort-cuda" in cuda["fix"]
     assert found.pop("proved") is True and found.pop("unproved_because") is None
     assert found == {"bundle": hashlib.sha256(manifest).hexdigest(), **json.loads(manifest)}
     assert on_cuda == {"runs": True, "without_kernel": {}, "detail": "has a CUDA kernel for every node"}
@@ -45,7 +47,7 @@ def test_a_precision_that_ort_cuda_does_not_run(flexvar: Any, tiny_bundles: Call
 
 def test_a_bundle_that_cuda_runs(flexvar: Any, tiny_bundles: Callable[[str], Path]) -> None:
     bundle = tiny_bundles("fp16")
-    assert flexvar("inspect", bundle, "--json").json["cuda"] == {"runs": True, "detail": "runs fp16"}
+    assert flexvar("inspect", bundle, "--json").json["cuda"] == {"runs": True, "detail": "runs fp16", "fix": None}
     assert "can run on a GPU" in " ".join(flexvar("inspect", bundle).out.split())
 
 

@@ -167,6 +167,21 @@ def test_edits_run_in_one_pass_or_scale_by_scale(machine: CudaMachine) -> None:
 # --- which layers a graph has
 
 
+def test_constants_of_the_exporter_may_be_in_the_file_of_weights(tiny_bundle: Path, bundle_copy: Path) -> None:
+    """As in every bundle of a useful size, and here in the one in fp32. Other tensors of their names are parameters."""
+    bundle, names = Bundle.open(tiny_bundle), transformer.parameter_names(2)
+    ones = [tensor for tensor in bundle.scan("step").tensors if tensor.name.startswith("val_") and tensor.external]
+    assert [tensor.shape for tensor in ones] == [(128,)]
+    assert list(parameters.match(bundle, "step", names)) == list(names)
+    autoencoder_weights.match_layers(bundle, "decode")
+    with (bundle_copy / "step.onnx.data").open("r+b") as file:
+        file.seek(int(dict(ones[0].external)["offset"]) + 8)
+        file.write(b"\1")
+    changed = replace(bundle, path=bundle_copy, files=None)
+    with pytest.raises(ArtifactRefused, match=r"uses 'val_\d+' where blocks.0.q.weight is expected"):
+        parameters.match(changed, "step", names)
+
+
 def test_equal_parameters_are_stored_once(monkeypatch: pytest.MonkeyPatch, machine: CudaMachine) -> None:
     names = transformer.parameter_names(2)
     stored = [StoredTensor(name, 10, (1,)) for name in names]
