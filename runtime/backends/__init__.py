@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from ..bundle.opening import Bundle
-from ..checks import check_choice, check_path, check_text
+from ..checks import check_choice, check_path, check_text, invalid
 from ..errors import BackendUnavailable
 from ..memory.library import LibraryMemory
 from ..model.precision import Precision
@@ -33,6 +34,7 @@ TENSORRT_BACKENDS = frozenset({"tensorrt", "tensorrt-rtx"})  # run engines of fl
 CPU_BACKENDS = frozenset({"ort-cpu", "openvino", "ort-openvino"})
 REFERENCE = "ort-cpu"  # works everywhere; proofs at export run on it
 KERNELS_CHECKED = "ort-cuda"  # refuses bundles with nodes that have no CUDA kernel
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,4})?")
 LAYERS_CHECKED = "cuda"  # refuses bundles with layers that it does not know
 
 
@@ -170,7 +172,9 @@ def check_options(name: str, device: str | None, engines: str | os.PathLike[str]
     """
     check_name(name)
     if device is not None:
-        check_text("device", device)
+        named = check_text("device", device)
+        if not _DEVICE.fullmatch(named):
+            raise invalid(f"device is {named!r:.100}", "cpu, cuda or cuda:N", "Write cuda:0 for the first GPU.")
     return None if engines is None else Path(check_path("engines", engines))
 
 

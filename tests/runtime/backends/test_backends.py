@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from flexvar_runtime import ArtifactRefused, BackendUnavailable, FlexVARPipeline, InvalidInput, OutOfMemory, backends
-from flexvar_runtime.backends import BACKENDS, create, probe
+from flexvar_runtime.backends import BACKENDS, check_options, create, probe
 from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.backends.openvino.backend import OpenVino
 from flexvar_runtime.backends.ort.cpu import OrtCpu
@@ -136,6 +136,14 @@ def test_unknown_names() -> None:
         with pytest.raises(InvalidInput, match=f"backend is {name!r}") as refusal:
             create(name)
         assert all(known in refusal.value.got for known in ("auto", *BACKENDS))
+
+
+def test_devices_that_are_none() -> None:
+    for device in ("cuda:x", "cuda:-1", "0", "gpu", "", "cuda:1 ", "cuda:" + "9" * 5):
+        with pytest.raises(InvalidInput, match=r"device .*must be cpu, cuda or cuda:N"):
+            check_options("auto", device, None)
+    for device in ("cpu", "cuda", "cuda:0", "cuda:15", None):
+        assert check_options("auto", device, None) is None
 
 
 def test_options_that_a_cpu_backend_does_not_take() -> None:
