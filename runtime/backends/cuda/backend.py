@@ -8,7 +8,6 @@ sizes `LayerConfig` accepts. No schedule, size or batch needs a build.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -35,8 +34,6 @@ from .loading import load_cublaslt, load_cudnn
 from .operations import Made, Operation, Operations, Pool
 from .parameters import match
 from .products import Products
-
-log = logging.getLogger(__name__)
 
 Maker: TypeAlias = Callable[[Arrays, Arrays, Pool], Iterator[Operation]]
 """Makes the operations of a graph from its inputs, its outputs and working memory. If the pool only measures, none."""

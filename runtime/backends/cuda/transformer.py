@@ -8,7 +8,7 @@ float32. Parts of blocks that a bundle keeps in float32 compute in float32 here,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,33 +158,29 @@ def scratch_fields(model: ModelFacts, half: str, wide: bool, sequences: int, tok
     }
 
 
-def scratch_bytes(model: ModelFacts, half: str, wide: bool, sequences: int, tokens: int) -> int:
-    """The size of `scratch_fields` in bytes."""
-    return nbytes(scratch_fields(model, half, wide, sequences, tokens))
-
-
 def operations(
     weights: Weights, device: Device, products: Products, graph: str, inputs: Arrays, outputs: Arrays, pool: Pool
 ) -> Iterator[Operation]:
     """The operations of `step` or `prefill`."""
     N, L, _ = inputs["offset"].shape
-    block = pool.take((scratch_bytes(weights.model, weights.half, weights.wide, N, L),), "uint8")
+    fields = scratch_fields(weights.model, weights.half, weights.wide, N, L)
+    block = pool.take((nbytes(fields),), "uint8")
     if pool.measures:
         return
-    made = Pass(weights, device, products, inputs, outputs, block)
+    made = Pass(weights, device, products, inputs, outputs, carve(block, fields))
     yield from made.prefill() if graph == PREFILL else made.step()
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over new tokens. inputs, outputs: of the graph. block: working memory of `scratch_bytes`."""
+    """One pass over new tokens. inputs, outputs: of the graph. scratch: arrays of `scratch_fields`."""
 
     weights: Weights
     device: Device
     products: Products
     inputs: Arrays
     outputs: Arrays
-    block: DeviceArray
+    scratch: Mapping[str, DeviceArray]
 
     def step(self) -> Iterator[Operation]:
         """The operations of the graph `step`."""
@@ -210,10 +206,8 @@ class Pass:
 
     def _embed(self) -> Operation:
         N, L, C = self.inputs["offset"].shape
-        codes, offset = (
-            self.inputs["codes"].reshape(N * L, self.weights.model.code_dim),
-            self.inputs["offset"].reshape(N * L, C),
-        )
+        codes = self.inputs["codes"].reshape(N * L, self.weights.model.code_dim)
+        offset = self.inputs["offset"].reshape(N * L, C)
         return self._launch(layers.embed(codes, self.weights.embed, offset, self._stream.reshape(N * L, C)))
 
     def _block(self, i: int, branch: Branch | None) -> Generator[Operation, None, Branch]:
@@ -244,10 +238,10 @@ class Pass:
         """The operations up to new keys and values. Returns queries (N, L, C) and the keys and values of all tokens."""
         block, (N, L, C) = self.weights.blocks[i], self._stream.shape
         dtype = block.qkv.weight.dtype
-        hidden, wide = self._view("hidden", (N, L, C), dtype), self._view("inner", (N, L, 4 * C), dtype)
+        hidden, inner = self._view("hidden", (N, L, C), dtype), self._view("inner", (N, L, 4 * C), dtype)
         scale, shift = self._modulation("scale1", i), self._modulation("shift1", i)
         yield self._launch(layers.modulate_rows(self._stream, branch, scale, shift, hidden))
-        flat = wide.reshape(N * L * 4 * C)
+        flat = inner.reshape(N * L * 4 * C)
         joined = flat[: N * L * 3 * C].reshape(N, L, 3 * C)
         queries = flat[N * L * 3 * C :].reshape(N, L, C)
         yield self._dense(f"blocks.{i}.qkv", block.qkv, hidden, joined)
@@ -281,19 +275,14 @@ class Pass:
 
     @property
     def _stream(self) -> DeviceArray:
-        return self._arrays["stream"]
-
-    @property
-    def _arrays(self) -> dict[str, DeviceArray]:
-        N, L, _ = self.inputs["offset"].shape
-        weights = self.weights
-        return carve(self.block, scratch_fields(weights.model, weights.half, weights.wide, N, L))
+        return self.scratch["stream"]
 
     def _view(self, name: str, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         """A buffer as an array of another shape and type that fits in it."""
-        array = DeviceArray(self._arrays[name].address, shape, dtype, self.block.memory)
-        if array.nbytes > self._arrays[name].nbytes:
-            raise ValueError(f"{name} has {self._arrays[name].nbytes} bytes, and {array.nbytes} are needed")
+        buffer = self.scratch[name]
+        array = DeviceArray(buffer.address, shape, dtype, buffer.memory)
+        if array.nbytes > buffer.nbytes:
+            raise ValueError(f"{name} has {buffer.nbytes} bytes, and {array.nbytes} are needed")
         return array
 
     def _launch(self, work: Launch) -> Operation:

@@ -25,6 +25,7 @@ from flexvar_ref.synthetic import TINY_TOKENIZER, tiny_transformer, transformer_
 from flexvar_runtime import ArtifactRefused, Bundle, Guidance, InvalidInput, OutOfMemory
 from flexvar_runtime.backends.cuda import autoencoder_weights, backend, condition, parameters, transformer
 from flexvar_runtime.backends.cuda.autoencoder_layers import Upsample
+from flexvar_runtime.backends.cuda.backend import Cuda
 from flexvar_runtime.backends.cuda.parameters import Parameter, round_to
 from flexvar_runtime.backends.device_arrays import probe_gpu
 from flexvar_runtime.bundle.onnx_scan import StoredTensor
@@ -303,9 +304,10 @@ def test_each_gpu_is_judged_by_its_own_capability(gpus: list[GpuFacts], tiny_bun
     assert not state.available and "7.5" in state.detail and "ort-cuda" in (state.fix or "")
     with pytest.raises(BackendUnavailable, match=r"7\.5.*8\.0.*ort-cuda"):
         backend.create("cuda", device="cuda:0", threads=None, engines=None)
-    for option, value in (("threads", 2), ("engines", Path("e"))):
-        with pytest.raises(InvalidInput, match=option):
-            backend.create("cuda", **{"device": None, "threads": None, "engines": None, option: value})  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="threads"):
+        backend.create("cuda", device=None, threads=2, engines=None)
+    with pytest.raises(InvalidInput, match="engines"):
+        backend.create("cuda", device=None, threads=None, engines=Path("e"))
 
 
 def test_a_library_that_is_missing_is_named(gpus: list[GpuFacts], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +379,8 @@ def test_memory_that_ran_out_is_asked_for_once(machine: CudaMachine) -> None:
     """After a batch that did not fit, a smaller one still runs."""
     with machine.open() as pipeline:
         pipeline([0], SCHEDULE, seed=0)
-        scratch = pipeline.backend.scratch  # type: ignore[attr-defined]
+        assert isinstance(pipeline.backend, Cuda)
+        scratch = pipeline.backend.scratch
         scratch.reserve(2**33)
         with pytest.raises(OutOfMemory):
             scratch.take(2**33)

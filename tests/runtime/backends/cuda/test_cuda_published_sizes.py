@@ -24,9 +24,10 @@ from flexvar_ref import FlexVAR, Tokenizer
 from flexvar_ref.config import TokenizerConfig, TransformerConfig
 from flexvar_runtime import ScaleSchedule
 from flexvar_runtime.backends.cuda import autoencoder_layers, autoencoder_weights, condition, transformer
-from flexvar_runtime.backends.cuda.backend import WORKSPACE_BYTES, Cuda, CudaGraph
+from flexvar_runtime.backends.cuda.backend import WORKSPACE_BYTES, Cuda
 from flexvar_runtime.backends.cuda.parameters import Parameter
 from flexvar_runtime.cuda import attention, layers
+from flexvar_runtime.cuda.arena import nbytes
 from flexvar_runtime.cuda.array import DeviceArray, aligned
 from flexvar_runtime.cuda.launches import Launch
 from flexvar_runtime.cuda.layers import LayerConfig
@@ -154,8 +155,8 @@ def stored() -> dict[str, dict[str, Parameter]]:
 
 
 @pytest.fixture
-def graphs(stored: dict[str, dict[str, Parameter]], monkeypatch: pytest.MonkeyPatch) -> dict[str, CudaGraph]:
-    """The opened graphs of d16, on a device without memory."""
+def graphs(stored: dict[str, dict[str, Parameter]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The opened graphs of d16 and their backend, on a device without memory."""
     model = ModelFacts.published(16)
     precision: Any = SimpleNamespace(dtype="float16")
     manifest = SimpleNamespace(model=model, precision=precision, decoder="plain", graphs={}, float32_parts=())
@@ -182,7 +183,7 @@ def graphs(stored: dict[str, dict[str, Parameter]], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(device, "load", lambda kernels: None)
     device.activate()
     backend = Cuda(device, FakeCublasLt(device, needs=WORKSPACE_BYTES), FakeCudnn(device, needs=WORKSPACE_BYTES))
-    return {graph: backend.open(bundle, graph) for graph in stored} | {"backend": backend}  # type: ignore[dict-item]
+    return {graph: backend.open(bundle, graph) for graph in stored} | {"backend": backend}
 
 
 def run(graphs: dict[str, Any], graph: str, sizes: dict[str, int], **given: DeviceArray) -> list[str]:
@@ -230,7 +231,9 @@ def test_every_launch_of_the_transformer(schedule: str, B: int, graphs: dict[str
         past += L
     check(made, backend.device)
     assert len(made) == len(scales) * (4 * model.depth + 2)
-    assert backend.scratch._block.nbytes == transformer.scratch_bytes(model, "float16", False, N, scales.largest)
+    assert backend.scratch._block.nbytes == nbytes(
+        transformer.scratch_fields(model, "float16", False, N, scales.largest)
+    )
 
 
 @pytest.mark.parametrize(("B", "h", "w"), [(1, 16, 16), (8, 16, 16), (8, 32, 32), (1, 3, 5)])
