@@ -1,6 +1,6 @@
 """Compile kernels for a GPU with NVRTC, and keep the result in this user's cache.
 
-Only `compile_source` imports CUDA.
+CUDA is imported only when something is compiled or looked up.
 """
 
 from __future__ import annotations
