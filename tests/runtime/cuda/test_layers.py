@@ -38,8 +38,14 @@ REPORTED = r"Used (\d+) registers", r"(\d+) bytes smem", r"(\d+) bytes spill sto
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]
 
 
-@pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "half"),
+    [
+        *((target, "float16") for target in TARGETS),
+        ("sm_90", "bfloat16"),
+        *(pytest.param(target, "bfloat16", marks=pytest.mark.kernels) for target in TARGETS if target != "sm_90"),
+    ],
+)
 def test_every_kernel_compiles(target: str, half: str) -> None:
     """No kernel spills or has more shared memory than a block may have without asking."""
     for width, heads in ((1024, 16), (1536, 24)) if target == "sm_90" else ((1024, 16),):

@@ -53,7 +53,7 @@ def failed(machine: CudaMachine) -> list[Any]:
     return [row for row in rows if not row.holds]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.kernels)])
 def test_the_gates_hold(precision: str, tiny_bundles: Bundles, host_kernels: Callable[..., HostKernels]) -> None:
     assert failed(make_machine(tiny_bundles(precision), host_kernels)) == []
 
