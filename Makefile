@@ -18,7 +18,7 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := cpu,openvino,export,tensorrt-rtx,train,bench,dev
+EXTRAS := cpu,openvino,export,tensorrt-rtx,train,bench,serve,dev
 VENV_HOLDS := flexvar-deploy and everything that its tests need (torch is large: this takes minutes)
 DEMO_STAMP := $(DEMO_VENV)/.installed
 DEMO_EXTRAS := cpu,export
@@ -26,7 +26,7 @@ DEMO_HOLDS := flexvar-deploy[$(DEMO_EXTRAS)]: ONNX Runtime to generate, torch an
 LOWEST_STAMP := $(LOWEST_VENV)/.installed
 LOWEST_EXTRAS := cpu
 REQUIREMENTS := pyproject.toml constraints.txt runtime/_version.py
-PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:export flexvar_bench:benchmarks
+PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:export flexvar_serving:serving flexvar_bench:benchmarks
 # How mypy sees the packages: by import name, although the folders are called otherwise.
 LINKS := .mypy_cache/packages
 

@@ -186,7 +186,7 @@ class FlexVARPipeline(WithDeadlines):
         earlier: ScaleSchedule | None = None,
         **options: Unpack[EditOptions],
     ) -> GenerationOutput:
-        """Refine, inpaint, outpaint or expand a picture: a file, a PIL image or an array. options: see `Edit`.
+        """Refine, inpaint, outpaint or expand a picture: a file, its bytes, a PIL image or an array. See `Edit`.
 
         A list of pictures of one size, with one mask each, is edited at once; one picture is edited in as many ways as
         there are labels. labels None means no class, and then no guidance unless it is given. steps: a number of

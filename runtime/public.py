@@ -13,12 +13,14 @@ from .errors import (
     ParityFailed,
 )
 from .model.guidance import Guidance
+from .model.presets import PRESETS, Preset, preset
 from .model.sampling import Sampling
 from .model.schedule import ScaleSchedule
 from .output import GenerationOutput, ScaleStep
 from .pipeline import FlexVARPipeline
 
 __all__ = [
+    "PRESETS",
     "ArtifactRefused",
     "BackendUnavailable",
     "Bundle",
@@ -33,7 +35,9 @@ __all__ = [
     "InvalidInput",
     "OutOfMemory",
     "ParityFailed",
+    "Preset",
     "Sampling",
     "ScaleSchedule",
     "ScaleStep",
+    "preset",
 ]

@@ -15,6 +15,7 @@ from ..editing.canvas import check_sides
 from ..editing.plan import warn_if_large
 from ..errors import CostUnknown, InvalidInput
 from ..files.atomic import atomic_write
+from ..model.presets import preset
 from ..model.schedule import ScaleSchedule
 from ..output import GenerationOutput, ScaleStep, Settings
 from ..pictures.png import save_png
@@ -45,6 +46,7 @@ def generate(
     ] = None,
     scales: options.Steps = None,
     deadline_ms: options.Deadline = None,
+    preset_name: options.PresetName = None,
     cfg: options.Cfg = None,
     guidance: options.GuidanceRule = None,
     top_k: options.TopK = None,
@@ -70,9 +72,10 @@ def generate(
 ) -> None:
     """Generate images, one for each class.
 
-    --schedule cannot be combined with --size or --steps. --deadline-ms cannot be combined with any of them.
+    --schedule cannot be combined with --size or --steps. --deadline-ms cannot be combined with any of them, or with
+    --preset. --preset cannot be combined with --from.
 
-    Options that are left out take the value in the --from file, or else the default of the bundle.
+    Options that are left out take the value of the --preset or of the --from file, or else the default of the bundle.
     """
     if classes is None and source is None:
         raise InvalidInput(
@@ -81,11 +84,14 @@ def generate(
             fix="Pass the classes of the images, such as --classes 7,999.",
         )
     if deadline_ms is not None:
-        _check_deadline(deadline_ms, chosen=(schedule, size, scales), shown=show or preview is not None)
+        _check_deadline(deadline_ms, chosen=(schedule, size, scales, preset_name), shown=show or preview is not None)
+    if preset_name is not None and source is not None:
+        raise conflict("--preset", "--from")
+    published = None if preset_name is None else preset(preset_name)
     with FlexVARPipeline.from_bundle(
         bundle, backend, device, threads, engines, allow_unproved=allow_unproved
     ) as pipeline:
-        start = starting_settings(pipeline, source, "generate")
+        start = starting_settings(pipeline, source, "generate", published)
         labels = [start.label] if classes is None else parse_labels(classes, pipeline.model.class_names)
         start = replace(start, schedule=_schedule(pipeline, start.schedule, schedule, size, scales))
         settings = with_options(start, cfg, guidance, top_k, top_p, greedy_scales, max_side, seed, first_index)
@@ -129,7 +135,9 @@ def _check_deadline(deadline_ms: float, chosen: tuple[object, ...], shown: bool)
     """Refuse options that cannot be combined with a deadline, before a bundle is opened. Raises InvalidInput."""
     seconds_of(deadline_ms)
     if any(value is not None for value in chosen):
-        raise conflict("--deadline-ms", "--schedule, --size or --steps", "Leave them out: it chooses the schedule.")
+        raise conflict(
+            "--deadline-ms", "--schedule, --size, --steps or --preset", "Leave them out: it chooses the schedule."
+        )
     if shown:
         raise conflict("--deadline-ms", "--preview or --progress, because they take time", "Leave them out.")
 

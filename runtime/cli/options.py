@@ -19,6 +19,7 @@ from ..errors import ArtifactRefused, InvalidInput
 from ..files.targets import check_files, make_writable, place_of
 from ..model.class_names import labels_by_name, labels_named
 from ..model.noise import fresh_seed
+from ..model.presets import PRESETS, Preset
 from ..model.signatures import TABLES_FILE
 from ..output import ScaleStep, Settings
 from ..pictures.png import read_metadata, save_png
@@ -39,6 +40,14 @@ Deadline = Annotated[
     typer.Option(
         help="Time limit for a batch, in milliseconds. The best schedule that is fast enough is used. Times that are "
         "not known yet are measured once on this machine."
+    ),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Published settings: their schedule, guidance and sampling replace the bundle's defaults. The names are "
+        f"{', '.join(PRESETS)}.",
     ),
 ]
 Cfg = Annotated[
@@ -171,14 +180,17 @@ def _unknown(option: str, part: str, names: tuple[str, ...]) -> InvalidInput:
     )
 
 
-def starting_settings(pipeline: FlexVARPipeline, source: Path | None, command: str) -> Settings:
-    """What an image gets without options: the settings in a PNG file, or without one the defaults of the bundle.
+def starting_settings(
+    pipeline: FlexVARPipeline, source: Path | None, command: str, preset: Preset | None = None
+) -> Settings:
+    """What an image gets without options: the settings in a PNG file or of a preset, or else the bundle's defaults.
 
     Raises ArtifactRefused if the file was not made with this bundle by this command, "generate" or "edit".
     """
     bundle = pipeline.bundle.sha256
     if source is None:
-        defaults = pipeline.schedule, pipeline.guidance, pipeline.sampling
+        chosen: FlexVARPipeline | Preset = pipeline if preset is None else preset
+        defaults = chosen.schedule, chosen.guidance, chosen.sampling
         return Settings(bundle, pipeline.model.null_class, fresh_seed(), 0, *defaults, pipeline.backend.name)
     found = Settings.from_json(read_metadata(source), str(source))
     if found.bundle != bundle:

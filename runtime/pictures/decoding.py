@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -46,8 +46,8 @@ class Decoded:
 
 
 @contextmanager
-def decoded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Decoded]:
-    """The pixels of a file or a PIL image, not yet turned or converted.
+def decoded(picture: str | os.PathLike[str] | bytes | Image.Image) -> Iterator[Decoded]:
+    """The pixels of a file, of the content of a file (bytes) or of a PIL image, not yet turned or converted.
 
     Errors of any kind while the picture is in use become ArtifactRefused or OutOfMemory. Raises InvalidInput if there
     is no such file.
@@ -56,8 +56,8 @@ def decoded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Decoded]:
         with _refuse_damage("The picture"):
             yield _loaded(picture, picture.info.get("icc_profile"), "The picture")
         return
-    name = str(Path(picture))
-    with _opened(Path(picture)) as file, _refuse_damage(name):
+    name = "The picture" if isinstance(picture, bytes) else str(Path(picture))
+    with _content(picture) as file, _refuse_damage(name):
         kind = _format(file, name)
         file.seek(0)
         source, profile = only_pixels(file) if kind == "PNG" else (file, None)
@@ -73,6 +73,10 @@ def _refuse_damage(name: str) -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here, and of tags that are not used
         yield
+
+
+def _content(picture: str | os.PathLike[str] | bytes) -> AbstractContextManager[BinaryIO]:
+    return io.BytesIO(picture) if isinstance(picture, bytes) else _opened(Path(picture))
 
 
 @contextmanager

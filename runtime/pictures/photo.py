@@ -17,8 +17,9 @@ from .colours import over_white, profile_transform, to_rgb
 from .decoding import Decoded, decoded
 
 Pixels = NDArray[np.uint8]
-PictureLike: TypeAlias = "Image.Image | NDArray[Any] | str | os.PathLike[str]"
+PictureLike: TypeAlias = "Photo | Image.Image | NDArray[Any] | str | os.PathLike[str] | bytes"
 
+_FILES = (str, os.PathLike, bytes, Image.Image)
 _STRIP_PIXELS = 2**19  # pixels that are converted at once
 _TURNS = {  # by EXIF orientation: whether rows and columns are reversed, and whether they are exchanged afterwards
     1: (1, 1, False),
@@ -55,14 +56,17 @@ class Photo:
 
 
 def read_photo(picture: PictureLike) -> Photo:
-    """The picture in a file, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) uint8.
+    """The picture in a file, the content of a file as bytes, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4)
+    uint8.
 
     Files are PNG, JPEG, WebP, BMP, TIFF or GIF; of several pictures in a file the first is read. The picture is turned
     as its EXIF orientation says. 16 bits a channel become 8. Every colour model and colour profile becomes sRGB.
     Transparent parts are laid over white. Raises InvalidInput if there is no such file or the array has another form,
-    ArtifactRefused if the picture cannot be read, and OutOfMemory.
+    ArtifactRefused if the picture cannot be read, and OutOfMemory. A Photo is returned as it is.
     """
-    if not isinstance(picture, str | os.PathLike | Image.Image):
+    if isinstance(picture, Photo):
+        return picture
+    if not isinstance(picture, _FILES):
         return _of_array(check_array("The picture", picture))
     with decoded(_checked("The picture", picture)) as source:
         pixels, upright = _upright(source, channels=(3,))
@@ -76,15 +80,15 @@ def read_photo(picture: PictureLike) -> Photo:
 
 
 def read_mask(mask: PictureLike) -> Pixels:
-    """A mask (H, W) uint8 from a file, a PIL image or an array. White (or true) marks the part to repaint.
+    """A mask (H, W) uint8 from a file, its content, a PIL image or an array. White (or true) marks the part to repaint.
 
     Colours become grey. A colour profile is not used. In a picture with transparency, white counts only where it is
     opaque. Raises the errors of `read_photo`.
     """
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype == np.bool_:
         return mask.astype(np.uint8) * np.uint8(255)
-    if not isinstance(mask, str | os.PathLike | Image.Image):
-        photo = _of_array(check_array("The mask", mask))
+    if not isinstance(mask, _FILES):
+        photo = mask if isinstance(mask, Photo) else _of_array(check_array("The mask", mask))
         return _opaque_grey(photo.pixels, photo.opacity)
     with decoded(_checked("The mask", mask)) as source:
         grey, upright = _upright(source)
@@ -93,8 +97,8 @@ def read_mask(mask: PictureLike) -> Pixels:
     return grey
 
 
-def _checked(name: str, picture: str | os.PathLike[str] | Image.Image) -> str | Image.Image:
-    return picture if isinstance(picture, Image.Image) else check_path(name, picture)
+def _checked(name: str, picture: str | os.PathLike[str] | bytes | Image.Image) -> str | bytes | Image.Image:
+    return picture if isinstance(picture, Image.Image | bytes) else check_path(name, picture)
 
 
 def _upright(source: Decoded, channels: tuple[int, ...] = ()) -> tuple[Pixels, Pixels]:

@@ -19,8 +19,8 @@ D16 = ModelFacts.published(16)
 
 
 def test_pairs_of_the_published_schedules() -> None:
-    """32 distinct shapes serve all published schedules, 512 px included."""
-    assert len(step_pairs(ALL)) == 32
+    """44 distinct shapes serve all published schedules, 512 px included."""
+    assert len(step_pairs(ALL)) == 44
     assert step_pairs(TEN_STEPS)[-1] == (256, 424)
     assert step_pairs(SMALL) == [(1, 0), (6, 1)]
 

@@ -88,6 +88,46 @@ def test_a_size_and_steps_derive_the_schedule(flexvar: Any, tiny_bundle: Path, o
         assert flexvar(*arguments, *extra, "--force").refused(2, fault)
 
 
+def test_a_preset_replaces_the_defaults_of_the_bundle(flexvar: Any, bundle_copy: Path, out: Path) -> None:
+    """It equals its settings spelt out. Options beside it replace one field at a time."""
+    path = bundle_copy / "manifest.json"
+    document = json.loads(path.read_text())
+    document["defaults"] |= {"schedule": "1_2", "guidance_scale": 4.0, "guidance_rule": "constant", "top_k": 5}
+    document["defaults"] |= {"top_p": 0.5, "greedy_scales": "none", "max_side": 4}
+    path.write_text(json.dumps(document))
+    arguments = ("generate", bundle_copy, "--classes", "1", "--seed", 3, "--json")
+    ended = flexvar(*arguments, "-o", out, "--preset", "sar-d16")
+    spelt = (
+        *("--schedule", "1_2_3_4_5_6_8_10_13_16", "--cfg", "2.2", "--guidance", "ramp", "--top-k", 900),
+        *("--top-p", "0.95", "--greedy-scales", "upstream", "--max-side", 16),
+    )
+    same = flexvar(*arguments, "-o", out.with_name("spelt"), *spelt)
+    assert (ended.code, same.code) == (0, 0)
+    keys = ("schedule", "guidance", "sampling")
+    assert {key: ended.json[key] for key in keys} == {key: same.json[key] for key in keys}
+    [name] = files(out)
+    assert (out / name).read_bytes() == (out.with_name("spelt") / name).read_bytes()
+    options = ("--preset", "flexvar-512px", "--steps", 6, "--size", "16x16", "--cfg", 1.5, "--top-p", 0.8)
+    other = flexvar(*arguments, "-o", out, "--force", *options).json
+    assert other["schedule"] == str(ScaleSchedule.for_size((4, 4), 6, 2))
+    assert other["guidance"] == ended.json["guidance"] | {"scale": 1.5}
+    assert other["sampling"] == ended.json["sampling"] | {"top_p": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("options", "faults"),
+    [
+        (("--preset", "flexvar-d16", "--from", "none.png"), ("--preset", "--from")),
+        (("--preset", "flexvar-d16", "--deadline-ms", 100), ("--preset", "--deadline-ms")),
+        (("--preset", "flexvar"), ("preset is 'flexvar'", "flexvar-d16", "sar-d24")),
+    ],
+)
+def test_presets_that_are_refused(flexvar: Any, out: Path, options: tuple[Any, ...], faults: tuple[str, ...]) -> None:
+    """Before a bundle is opened."""
+    ended = flexvar("generate", "none", "-o", out, "--classes", "1", *options)
+    assert ended.refused(2, *faults) and not out.exists()
+
+
 def test_a_class_name_that_two_classes_have_is_refused() -> None:
     names = ("tench", "crane", "shark", "crane")
     assert parse_labels("tench, 2,shark", names) == [0, 2, 2]

@@ -82,6 +82,7 @@ def test_a_deadline(flexvar: Any, bundle: Path, tmp_path: Path) -> None:
         ("--schedule", "1_2"),
         ("--size", "16x16"),
         ("--steps", "3"),
+        ("--preset", "flexvar-d16"),
         ("--preview", "scales"),
         ("--progress",),
         ("--deadline-ms", "nan"),

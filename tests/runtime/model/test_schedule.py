@@ -43,11 +43,14 @@ def test_a_schedule_is_a_value() -> None:
 
 
 def test_published_schedules() -> None:
-    for steps, tokens in ((6, 413), (8, 613), (9, 629)):
+    for steps, tokens in ((6, 413), (8, 613), (9, 629), (11, 767), (12, 900), (14, 1102)):
         schedule = ScaleSchedule.parse(PUBLISHED[str(steps)])
         assert (len(schedule), schedule[-1], schedule.tokens) == (steps, (16, 16), tokens)
     assert PUBLISHED["10"] == "1_2_3_4_5_6_8_10_13_16" and ScaleSchedule.parse(PUBLISHED["10"]).tokens == 680
+    assert PUBLISHED["11"] == "1_2_3_4_5_6_7_9_11_13_16"
+    assert PUBLISHED["12"] == "1_2_3_4_5_6_7_8_10_12_14_16"
     assert PUBLISHED["13"] == "1_2_3_4_5_6_7_8_9_10_12_14_16"
+    assert PUBLISHED["14"] == "1_2_3_4_5_6_7_8_9_10_11_12_14_16"
     assert str(ScaleSchedule.parse("512px")) == "1_2_3_4_5_6_7_8_9_10_12_14_16_23_32"
     assert ScaleSchedule.parse("1") == ScaleSchedule(((1, 1),))  # the side, not a number of steps
 

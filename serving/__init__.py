@@ -1,0 +1,1 @@
+"""`flexvar serve`: a bundle as an HTTP service with OpenAI's images API."""

@@ -1,0 +1,176 @@
+"""`flexvar serve`: a bundle as an HTTP service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexvar_runtime import ScaleSchedule
+from flexvar_runtime.backends import check_options
+from flexvar_runtime.checks import conflict, invalid
+from flexvar_runtime.cli import options
+from flexvar_runtime.cli.console import JsonOption, err, say
+from flexvar_runtime.errors import EnvironmentFailed, InvalidInput
+
+from .settings import Layout, Limits, ModelSettings, ServiceSettings
+
+_NEEDED = ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client")
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(serve)
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, as flexvar export writes it.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. 0.0.0.0 takes requests from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 takes a free one.")] = 8000,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=256, help="Worker processes on CPUs. 0: a thread. The default is measured.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker. The default is measured.")] = None,
+    backend: options.Backend = "auto",
+    device: Annotated[str | None, typer.Option(help="GPUs, one worker each, such as cuda:0,cuda:1.")] = None,
+    engines: options.Engines = None,
+    allow_unproved: options.AllowUnproved = False,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Numbers of images that may run at once, with 1 among them.")
+    ] = "1,2,4,8",
+    schedules: Annotated[
+        str | None, typer.Option(help="Schedules that requests may use, joined by commas. The default is any.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of one image, all scales together. The default is 4 times the bundle's."),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait. Further requests get status 429.")] = 64,
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections that may be open at once.")] = 2048,
+    receive_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request to arrive as a whole.")] = 30.0,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, one a line. Without it, every client may generate.")
+    ] = None,
+    drain_delay: Annotated[
+        float, typer.Option(min=0, help="Seconds to go on accepting requests after SIGTERM, while not ready.")
+    ] = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a bundle over HTTP, with OpenAI's images API and a page to try it.
+
+    The service runs until SIGTERM or Ctrl-C. It finishes the requests that it has accepted. The access log is one JSON
+    line for each request, on standard error.
+    """
+    _require_packages()
+    from .service import serve as run
+    from .web.application import Service
+    from .web.keys import read_keys
+    from .web.server import listen, url
+
+    model = ModelSettings(
+        bundle=bundle,
+        backend=backend,
+        engines=check_options(backend, None, engines),
+        allow_unproved=allow_unproved,
+        batch_sizes=_batch_sizes(batch_sizes),
+        schedules=_schedules(schedules),
+    )
+    given = _layout(workers, threads, device, backend)
+    keys = () if api_keys is None else read_keys(api_keys)
+    if host not in _LOCAL and not keys:
+        say(
+            "warning: everyone who reaches this machine can generate images. Pass --api-keys FILE to ask for a key.",
+            err,
+        )
+    limits = Limits(queue=queue, max_tokens=max_tokens, connections=max_connections, receive_seconds=receive_timeout)
+    with listen(host, port) as listener:
+        layout = _measured(model) if given is None else given
+        settings = ServiceSettings(
+            model=model,
+            layout=layout,
+            limits=limits,
+            name=_NAME.sub("-", bundle.resolve().name.removesuffix(".bundle")).strip("-") or "flexvar",
+            keys=keys,
+            drain_delay=drain_delay,
+        )
+
+        def on_ready(service: Service) -> None:
+            facts, address = service.dispatcher.facts, url(listener)
+            assert facts is not None
+            ready = {
+                "url": address,
+                "model": settings.name,
+                "backend": facts.backend,
+                "workers": 0 if layout.in_thread else layout.workers,
+                "threads": layout.threads,
+                "pids": [pid for pid in service.dispatcher.pids if pid is not None],
+            }
+            how = "one thread" if layout.in_thread else f"{layout.workers} worker{'s' * (layout.workers > 1)}"
+            say(f"{settings.name} on {facts.backend}, {how}. Press Ctrl-C to stop.", err)
+            if as_json:
+                sys.stdout.write(json.dumps(ready) + "\n")
+            else:
+                say(address)
+            sys.stdout.flush()
+
+        ended_by = asyncio.run(run(settings, listener, on_ready=on_ready))
+    if ended_by == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def _require_packages() -> None:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        got = f"flexvar serve needs the packages of the extra serve ({missing[0]} is missing)."
+        raise EnvironmentFailed(got, expected="the extra serve", fix="Run: pip install 'flexvar-deploy[serve]'")
+
+
+def _layout(workers: int | None, threads: int | None, device: str | None, backend: str) -> Layout | None:
+    """The layout that the options name; None if it is to be measured. Raises InvalidInput."""
+    devices = None if device is None else [name.strip() for name in device.split(",")]
+    for name in devices or ():
+        check_options(backend, name, None)
+    if devices is not None and devices != ["cpu"]:
+        if workers is not None or threads is not None:
+            raise conflict("--device", "--workers or --threads", "Leave them out: each device has one worker.")
+        return Layout(devices=tuple(devices))
+    if threads is not None and threads < 1:
+        raise invalid(f"--threads is {threads}", "a whole number, 1 or more", "Pass the number of CPU threads.")
+    if workers is None:
+        return None if threads is None else Layout(threads=threads)
+    return Layout(devices=(None,) * max(1, workers), threads=threads, in_thread=workers == 0)
+
+
+def _measured(model: ModelSettings) -> Layout:
+    from .sizing import choose_layout
+
+    say("measuring which number of workers is fastest (--workers and --threads skip this)", err)
+    return choose_layout(model, lambda line: say(line, err))
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    """ "1,2,4" as increasing numbers. Raises InvalidInput."""
+    parts = [part.strip() for part in text.split(",")]
+    sizes = sorted({int(part) for part in parts if part.isascii() and part.isdecimal() and len(part) < 5})
+    if len(sizes) != len(parts) or not sizes or sizes[0] != 1 or sizes[-1] > 1024:
+        fix = "Write them like 1,2,4,8."
+        raise InvalidInput(
+            f"--batch-sizes is {text[:100]!r}, but it must be numbers from 1 to 1024, 1 among them.",
+            expected="numbers with 1",
+            fix=fix,
+        )
+    return tuple(sizes)
+
+
+def _schedules(text: str | None) -> tuple[ScaleSchedule, ...] | None:
+    return None if text is None else tuple(ScaleSchedule.parse(part.strip()) for part in text.split(","))

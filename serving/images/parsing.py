@@ -1,0 +1,290 @@
+"""From the fields of a request to an order. Every value is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from flexvar_runtime import FlexVARError, Guidance, ScaleSchedule
+from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime.checks import check_index, check_seed, shown
+from flexvar_runtime.deadlines.choice import quality_order
+from flexvar_runtime.editing.canvas import check_sides
+from flexvar_runtime.editing.options import Edit
+from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.files.strict_json import loads
+from flexvar_runtime.model.class_names import labels_named
+from flexvar_runtime.model.guidance import UNGUIDED
+from flexvar_runtime.model.noise import fresh_seed
+from flexvar_runtime.model.presets import preset
+from flexvar_runtime.request import RequestDefaults
+
+from ..errors import HTTPError, of_field
+from ..scheduling.orders import Order
+from ..workers.messages import EditJob
+from .encoding import Output
+from .fields import EditFields, Fields
+
+F = TypeVar("F", bound=Fields)
+_LARGER = 4
+"""Without --max-tokens, an image may have this many times the tokens of the default schedule."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request: its order, the form of its answer, and what goes to the log."""
+
+    order: Order
+    output: Output
+    streamed: bool
+    user: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the service knows of its model. name: in the API. schedules: those that are allowed; None means any."""
+
+    name: str
+    manifest: Manifest
+    defaults: RequestDefaults
+    schedules: tuple[ScaleSchedule, ...] | None
+    max_tokens: int
+
+    @classmethod
+    def of(
+        cls, name: str, manifest: Manifest, schedules: tuple[ScaleSchedule, ...] | None, max_tokens: int | None
+    ) -> Model:
+        defaults = RequestDefaults.of(manifest.defaults)
+        most = max_tokens or _LARGER * max(one.tokens for one in (defaults.schedule, *(schedules or ())))
+        return cls(name=name, manifest=manifest, defaults=defaults, schedules=schedules, max_tokens=most)
+
+    @property
+    def order(self) -> tuple[ScaleSchedule, ...]:
+        """The schedules from which a deadline chooses, best first."""
+        named = quality_order(self.manifest)
+        if self.schedules is None:
+            return named
+        return tuple(one for one in named if one in self.schedules) or self.schedules
+
+
+def parse_json(kind: type[F], body: bytes) -> F:
+    """The fields in a JSON body. Raises HTTPError for bad JSON, NaN, keys that come twice, and wrong fields."""
+    try:
+        document = loads(body, where="The body", fix="Send one JSON object.")
+    except FlexVARError as error:
+        raise HTTPError(400, str(error), "invalid_json") from error
+    if not isinstance(document, dict):
+        raise HTTPError(400, "The body is not a JSON object. Send one JSON object.", "invalid_json")
+    return _validated(kind, document, strict=True)
+
+
+def parse_form(kind: type[F], values: Mapping[str, str]) -> F:
+    """The fields of a form, whose values are text. Empty text means that a field was left out, except for prompt."""
+    given = {name: value for name, value in values.items() if value or name == "prompt"}
+    return _validated(kind, given, strict=False)
+
+
+def _validated(kind: type[F], values: Mapping[str, Any], *, strict: bool) -> F:
+    try:
+        return kind.model_validate(values, strict=strict)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        if first["type"] == "extra_forbidden":
+            close = get_close_matches(str(name), kind.model_fields, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(kind.model_fields)}."
+            raise HTTPError(400, f"The field {shown(name)} is not known. {hint}", "unknown_field", name) from None
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        raise HTTPError(400, f"{name} is {shown(first['input'])}: {reason}.", "invalid_value", name) from None
+
+
+def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: EditJob | None = None) -> Wanted:
+    """The order of a request. edit: from `parse_edit`. Raises HTTPError."""
+    if fields.model is not None and fields.model != model.name:
+        got = f"There is no model {shown(fields.model)}. This service has {model.name!r}."
+        raise HTTPError(404, got, "model_not_found", "model")
+    images, streamed = fields.n or 1, bool(fields.stream)
+    if streamed and images > 1:
+        raise HTTPError(
+            400, "stream works for one image at a time. Leave out n, or send stream false.", "invalid_value", "n"
+        )
+    if fields.partial_images and not streamed:
+        got = "partial_images needs stream. Send stream true, or leave out partial_images."
+        raise HTTPError(400, got, "invalid_value", "partial_images")
+    label = _label(model, fields, edit is not None)
+    start = model.defaults
+    if fields.preset is not None:
+        with blame("preset"):
+            chosen = preset(fields.preset)
+        start = RequestDefaults(chosen.schedule, chosen.guidance, chosen.sampling)
+    schedule = _schedule(model, fields, start.schedule, edit)
+    guidance, sampling = _guidance(model, fields, start.guidance, label, edit), start.sampling
+    with blame("top_k"):
+        sampling = sampling if fields.top_k is None else replace(sampling, top_k=fields.top_k)
+    with blame("top_p"):
+        sampling = sampling if fields.top_p is None else replace(sampling, top_p=fields.top_p)
+    with blame("seed"):
+        seed = fresh_seed() if fields.seed is None else check_seed(int(fields.seed))
+    with blame("first_index"):
+        first = 0 if fields.first_index is None else check_index(int(fields.first_index))
+        check_index(first + images - 1)
+    order = Order(
+        label=label,
+        images=images,
+        seed=seed,
+        first_index=first,
+        schedule=schedule,
+        forecast_schedule=start.schedule if schedule is None else schedule,
+        guidance=guidance,
+        sampling=sampling,
+        previews=fields.partial_images or 0,
+        streamed=streamed,
+        exact=exact,
+        edit=edit,
+        max_tokens=model.max_tokens,
+    )
+    return Wanted(order, Output.of(fields.output_format, fields.output_compression), streamed, fields.user)
+
+
+def parse_edit(model: Model, fields: EditFields, image: bytes, mask: bytes | None) -> EditJob:
+    """What to do with a picture. Its pixels are read later, by a worker. Raises HTTPError."""
+    options: dict[str, Any] = {
+        name: value
+        for name in ("strength", "anchor", "fit", "paste", "feather")
+        if (value := getattr(fields, name)) is not None
+    }
+    if fields.sides is not None:
+        options["sides"] = tuple(map(int, fields.sides.split(",")))
+    if fields.size is not None and fields.size != "auto":
+        options["size"] = _pixels(model, fields.size)
+    if fields.steps is not None and fields.schedule is not None:
+        raise _conflict("steps", "schedule")
+    task = fields.task
+    if mask is not None:
+        if task not in (None, "inpaint"):
+            raise HTTPError(
+                400, f"mask cannot be used with task {task}. Leave out one of them.", "invalid_value", "mask"
+            )
+        task = "inpaint"
+    with blame(None):
+        Edit(**{**options, "task": task or _task_of(options)})
+    return EditJob(image=image, mask=mask, task=task, steps=fields.steps, options=options)
+
+
+def _task_of(options: Mapping[str, Any]) -> str:
+    """A task that may have these options: the picture decides between inpaint and refine."""
+    return "refine" if "strength" in options else "inpaint"
+
+
+@contextmanager
+def blame(param: str | None) -> Iterator[None]:
+    """Turn errors of the runtime into an answer that names the field at fault."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise of_field(error, param) from error
+
+
+def _label(model: Model, fields: Fields, edits: bool) -> int:
+    """The class: class_id, or prompt as a number or a name. An edit with an empty prompt has no class."""
+    facts = model.manifest.model
+    known = f"a whole number from 0 to {facts.null_class} ({facts.null_class} means no class)"
+    if fields.class_id is not None:
+        if fields.prompt:
+            raise _conflict("class_id", "prompt")
+        if fields.class_id > facts.null_class:
+            raise HTTPError(400, f"class_id is {fields.class_id}, but it must be {known}.", "invalid_value", "class_id")
+        return fields.class_id
+    prompt = (fields.prompt or "").strip()
+    if not prompt:
+        if edits:
+            return facts.null_class
+        got = "prompt is missing. Send the name or number of a class. GET /v1/models lists them."
+        raise HTTPError(400, got, "missing_value", "prompt")
+    if prompt.isascii() and prompt.isdecimal() and len(prompt) < 10 and int(prompt) <= facts.null_class:
+        return int(prompt)
+    names = facts.class_names or ()
+    found = labels_named(prompt, names)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        got = f"prompt is {shown(prompt)}, and {len(found)} classes have this name. Send one of their numbers: {found}."
+        raise HTTPError(400, got, "invalid_value", "prompt")
+    lower = {name.casefold(): name for name in names}
+    close = [lower[name] for name in get_close_matches(prompt.casefold(), lower, n=3)] or list(names[:3])
+    examples = f", or a name such as {', '.join(map(repr, close))}" if close else ""
+    got = f"prompt is {shown(prompt)}, which is not a class of this model."
+    fix = f"Send {known}{examples}. GET /v1/models lists them."
+    raise HTTPError(400, f"{got} {fix}", "unknown_class", "prompt")
+
+
+def _guidance(model: Model, fields: Fields, start: Guidance, label: int, edit: EditJob | None) -> Guidance:
+    """The guidance. As in the runtime, an edit without a class has none unless it is given."""
+    if fields.guidance is None:
+        return UNGUIDED if edit is not None and label == model.manifest.model.null_class else start
+    with blame("guidance"):
+        return replace(start, scale=fields.guidance)
+
+
+def _schedule(model: Model, fields: Fields, start: ScaleSchedule, edit: EditJob | None) -> ScaleSchedule | None:
+    """The schedule; None if an edit derives it from its picture. Raises HTTPError if it is not allowed."""
+    factor = model.manifest.model.downsampling
+    sized = fields.size is not None and fields.size != "auto"
+    if fields.schedule is not None:
+        if fields.steps is not None or (sized and edit is None):
+            raise _conflict("schedule", "steps or size")
+        with blame("schedule"):
+            chosen = ScaleSchedule.parse(fields.schedule)
+        return _allowed(model, chosen, "schedule")
+    if edit is not None:
+        if sized:
+            h, w = (side // factor for side in _pixels(model, fields.size or ""))
+            _require_tokens(model, h * w, "size")
+        return None
+    if not sized and fields.steps is None:
+        return _allowed(model, start, "preset")
+    last = start[-1]
+    if sized:
+        height, width = _pixels(model, fields.size or "")
+        last = height // factor, width // factor
+    _require_tokens(model, last[0] * last[1], "size")
+    with blame("steps"):
+        steps = len(start) if fields.steps is None else fields.steps
+        chosen = ScaleSchedule.for_size(last, steps, max(model.defaults.schedule[-1]))
+    return _allowed(model, chosen, "size" if sized else "steps")
+
+
+def _pixels(model: Model, size: str) -> tuple[int, int]:
+    """(height, width) of a size in OpenAI's form, width x height. Raises HTTPError."""
+    width, height = map(int, size.split("x"))
+    factor = model.manifest.model.downsampling
+    try:
+        check_sides((height, width), factor)
+    except InvalidInput:
+        got = f"size is {size}, but width and height must be multiples of {factor} from {factor} to {128 * factor}."
+        raise HTTPError(400, f"{got} Send another size.", "invalid_value", "size") from None
+    return height, width
+
+
+def _allowed(model: Model, schedule: ScaleSchedule, param: str) -> ScaleSchedule:
+    _require_tokens(model, schedule.tokens, param)
+    if model.schedules is not None and schedule not in model.schedules:
+        names = ", ".join(map(str, model.schedules))
+        got = f"The schedule {schedule} is not allowed here. This service runs {names}."
+        raise HTTPError(400, got, "schedule_not_allowed", param)
+    return schedule
+
+
+def _require_tokens(model: Model, tokens: int, param: str) -> None:
+    if tokens > model.max_tokens:
+        got = f"The image needs {tokens:,} tokens, but this service allows {model.max_tokens:,}."
+        raise HTTPError(413, f"{got} Ask for a smaller size or fewer steps.", "too_large", param)
+
+
+def _conflict(one: str, other: str) -> HTTPError:
+    return HTTPError(400, f"{one} cannot be combined with {other}. Send one of them.", "invalid_value", one)

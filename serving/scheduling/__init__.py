@@ -1,0 +1,1 @@
+"""Which images run next, and when an image will be done."""

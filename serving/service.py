@@ -1,0 +1,131 @@
+"""Runs a service: workers, application and server from start to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+
+from flexvar_runtime.machine.processors import default_threads
+
+from .images.answers import Encoder
+from .images.parsing import Model
+from .metrics import Metrics
+from .scheduling.dispatcher import Dispatcher
+from .settings import ServiceSettings
+from .web.application import Service, create_application
+from .web.bodies import UploadSpace
+from .web.keys import Keys
+from .web.observing import AccessLog
+from .web.server import Server, create_server, raise_file_limit
+from .workers.process import Opener, open_pipeline
+
+log = logging.getLogger(__name__)
+
+_MOST_ENCODERS = 4
+
+
+async def serve(
+    settings: ServiceSettings,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[Service], None] = lambda service: None,
+    opener: Opener = open_pipeline,
+) -> int:
+    """Serve until SIGTERM or SIGINT, and return the signal. on_ready: called when requests are taken.
+
+    Requests that were accepted are finished first. A second signal ends them. Raises FlexVARError if a worker cannot
+    open the bundle, or if workers keep dying.
+    """
+    limits = replace(settings.limits, connections=raise_file_limit(settings.limits.connections))
+    metrics, access_log = Metrics(), AccessLog()
+    executor = ThreadPoolExecutor(min(_MOST_ENCODERS, default_threads()), thread_name_prefix="flexvar-encode")
+    dispatcher = Dispatcher(replace(settings, limits=limits), metrics, opener)
+    service = Service(
+        dispatcher=dispatcher,
+        metrics=metrics,
+        encoder=Encoder(executor, metrics.encode.observe),
+        limits=limits,
+        keys=Keys(settings.keys),
+        uploads=UploadSpace(limits.uploads_bytes),
+        access_log=access_log,
+    )
+    server = create_server(create_application(service), limits, metrics)
+    signals = _Signals(server)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        starting = asyncio.create_task(_open(service, settings))
+        await _first(starting, signals.first, serving)
+        if starting.done():
+            starting.result()
+            on_ready(service)
+            await _first(signals.first, dispatcher.failed, serving)
+        else:
+            starting.cancel()
+        if signals.first.done() and not dispatcher.failed.done():
+            await _drain(service, server, settings.drain_delay)
+        server.should_exit = True
+        server.force_exit = dispatcher.failed.done()
+        await serving
+        if dispatcher.failed.done():
+            dispatcher.failed.result()
+        return signals.first.result() if signals.first.done() else signal.SIGTERM
+    finally:
+        server.should_exit = server.force_exit = True
+        await dispatcher.stop()
+        with suppress(Exception):
+            await serving
+        executor.shutdown(wait=False, cancel_futures=True)
+        access_log.close()
+        signals.restore()
+
+
+async def _open(service: Service, settings: ServiceSettings) -> None:
+    """Wait for the workers, and take the facts of the model from them."""
+    ready = await service.dispatcher.start()
+    service.model = Model.of(settings.name, ready.manifest, settings.model.schedules, settings.limits.max_tokens)
+    service.opened = time.time()
+    service.metrics.describe(ready.bundle, ready.backend, str(ready.manifest.precision))
+
+
+async def _drain(service: Service, server: Server, delay: float) -> None:
+    """Say that the service is not ready, and go on accepting requests for `delay` seconds.
+
+    So a load balancer notices before connections are refused.
+    """
+    service.draining = True
+    log.info("stopping: requests that were accepted are finished")
+    end = time.monotonic() + delay
+    while time.monotonic() < end and not server.force_exit and not service.dispatcher.failed.done():
+        await asyncio.sleep(0.05)
+
+
+async def _first(*waiting: asyncio.Future[object] | asyncio.Future[int] | asyncio.Future[None]) -> None:
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+
+
+class _Signals:
+    """SIGTERM and SIGINT. first: the first that came. The second one ends the server without waiting for requests."""
+
+    def __init__(self, server: Server) -> None:
+        self._loop, self._server = asyncio.get_running_loop(), server
+        self.first: asyncio.Future[int] = self._loop.create_future()
+        self._numbers = (signal.SIGTERM, signal.SIGINT)
+        for number in self._numbers:
+            self._loop.add_signal_handler(number, self._came, number)
+
+    def _came(self, number: int) -> None:
+        if not self.first.done():
+            self.first.set_result(number)
+            return
+        self._server.should_exit = self._server.force_exit = True
+
+    def restore(self) -> None:
+        for number in self._numbers:
+            self._loop.remove_signal_handler(number)

@@ -1,0 +1,144 @@
+"""How many workers of how many threads: measured on this machine, because it depends on the model and the processor."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+
+from flexvar_runtime import Guidance, Sampling, ScaleSchedule
+from flexvar_runtime.backends import CPU_BACKENDS
+from flexvar_runtime.errors import EnvironmentFailed
+from flexvar_runtime.machine.processors import default_threads
+from flexvar_runtime.memory.available import available_bytes
+
+from .settings import Layout, ModelSettings
+from .workers.handle import start_process
+from .workers.messages import Batch, Done, Item, Ready, Refused, Stop
+from .workers.process import WorkerSetup, open_pipeline
+
+SECONDS = 2.0
+"""How long each layout is measured, at least. One batch of each worker is always measured."""
+GAIN = 1.05
+"""More workers, which take more memory, must be this much faster."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A layout, and the images that it generated in a second."""
+
+    workers: int
+    threads: int
+    images_per_second: float
+
+    def __str__(self) -> str:
+        return f"{_workers(self.workers)} of {_threads(self.threads)}: {self.images_per_second:.3g} images/s"
+
+
+def candidates(processors: int) -> tuple[int, ...]:
+    """Numbers of workers to try: one, one for each processor, and one between."""
+    between = 2 ** round(math.log2(processors) / 2)
+    return tuple(sorted({1, between, processors}))
+
+
+def choose_layout(model: ModelSettings, say: Callable[[str], None]) -> Layout:
+    """The fastest layout on this machine. On a GPU it is one worker. Raises FlexVARError if the bundle does not open.
+
+    It measures for some seconds. Other programs that run at the same time spoil the result.
+    """
+    processors = default_threads()
+    best: Measured | None = None
+    taken = 0
+    for workers in candidates(processors):
+        before = available_bytes()
+        if best is not None and before is not None and taken * workers > before:
+            say(f"{_workers(workers)} would not fit in memory")
+            break
+        measured, on_cpu, left = _measure(model, workers, processors // workers)
+        if not on_cpu:
+            return Layout()
+        if workers == 1 and before is not None and left is not None:
+            taken = max(0, before - left)
+        say(str(measured))
+        if best is None or measured.images_per_second > GAIN * best.images_per_second:
+            best = measured
+        if processors == 1:
+            break
+    assert best is not None
+    return Layout(devices=(None,) * best.workers, threads=best.threads)
+
+
+def _measure(model: ModelSettings, workers: int, threads: int) -> tuple[Measured, bool, int | None]:
+    """The speed of a layout, whether it runs on a CPU, and the memory that is left beside it."""
+    setup = WorkerSetup(model=model, threads=threads)
+    connections, processes = [], []
+    for _ in range(workers):
+        near, far = Pipe()
+        processes.append(start_process(far, setup, open_pipeline))
+        far.close()
+        connections.append(near)
+    try:
+        ready = [_ready(connection) for connection in connections]
+        on_cpu = ready[0].backend in CPU_BACKENDS
+        speed = _speed(connections, ready[0]) if on_cpu else 0.0
+        return Measured(workers, threads, speed), on_cpu, available_bytes()
+    finally:
+        for connection in connections:
+            try:
+                connection.send(Stop())
+            except OSError:
+                continue
+        for process, connection in zip(processes, connections, strict=True):
+            process.join(10)
+            process.kill()
+            connection.close()
+
+
+def _speed(connections: list[Connection], ready: Ready) -> float:
+    """Images a second while every connection runs one image after another."""
+    defaults = ready.manifest.defaults
+    batch = Batch(
+        number=0,
+        items=(Item(0, 0, 0, Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)),),
+        schedule=ScaleSchedule.parse(defaults.schedule),
+        sampling=Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side),
+    )
+    started, images, busy = time.monotonic(), 0, set(connections)
+    for connection in connections:
+        connection.send(batch)
+    while busy:
+        for connection in [one for one in busy if one in wait(busy)]:
+            if not isinstance(_received(connection), Done):
+                continue
+            images += 1
+            if time.monotonic() - started < SECONDS:
+                connection.send(batch)
+            else:
+                busy.discard(connection)
+    return images / (time.monotonic() - started)
+
+
+def _ready(connection: Connection) -> Ready:
+    message = _received(connection)
+    if isinstance(message, Refused):
+        raise message.error
+    assert isinstance(message, Ready)
+    return message
+
+
+def _received(connection: Connection) -> object:
+    try:
+        return connection.recv()
+    except (EOFError, OSError) as error:
+        got, fix = "A worker ended while it was measured.", "Pass --workers 1, or free memory."
+        raise EnvironmentFailed(got, expected="a worker that runs", fix=fix) from error
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' * (count > 1)}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"

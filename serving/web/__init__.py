@@ -1,0 +1,1 @@
+"""The HTTP side: the application, the server and the limits of a connection."""

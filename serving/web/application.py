@@ -1,0 +1,371 @@
+"""The HTTP application: its routes, and how they use the dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
+
+from flexvar_runtime import __version__
+from flexvar_runtime.deadlines.choice import choose, seconds_of
+from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.model.presets import PRESETS
+
+from ..errors import HTTPError
+from ..images.answers import Encoder, base_headers, events, json_body, result_headers
+from ..images.fields import EditFields, GenerationFields
+from ..images.parsing import Model, Wanted, blame, parse_edit, parse_form, parse_json, parse_order
+from ..metrics import Metrics
+from ..scheduling.dispatcher import Dispatcher, Job
+from ..scheduling.orders import Order
+from ..settings import Limits
+from .bodies import UploadSpace, declared_bytes, read_body, read_form
+from .keys import Keys
+from .observing import AccessLog, Observed, record_of
+
+PAGE_POLICY = (
+    "default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_OUTPUTS = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+_ERROR = {"description": "An error", "content": {"application/json": {"schema": {"type": "object"}}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: _ERROR for status in (400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504, 507)
+}
+
+
+@dataclass
+class Service:
+    """What the routes need. model is None until a worker has opened the bundle. draining: the service is stopping."""
+
+    dispatcher: Dispatcher
+    metrics: Metrics
+    encoder: Encoder
+    limits: Limits
+    keys: Keys
+    uploads: UploadSpace
+    access_log: AccessLog
+    model: Model | None = None
+    draining: bool = False
+    opened: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self.model is not None and not self.draining and self.dispatcher.ready
+
+    def opened_model(self) -> Model:
+        """Raises HTTPError before the bundle is open."""
+        if self.model is None or self.dispatcher.facts is None:
+            raise HTTPError(503, "The model is being opened. Try again in a moment.", "not_ready", retry_after=2)
+        return self.model
+
+
+def create_application(service: Service) -> ASGIApp:
+    app = FastAPI(title="flexvar serve", version=__version__, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(HTTPError)
+    async def refused(request: Request, error: HTTPError) -> Response:
+        if error.status in (413, 429, 503, 504, 507) and error.code != "deadline_exceeded":
+            service.metrics.rejected.labels(error.code).inc()
+        record_of(request.scope).values["error"] = error.code
+        return Response(error.body(), error.status, error.all_headers())
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        texts = {
+            404: "There is no such page. GET / is the page of this service.",
+            405: "This path does not take that method.",
+        }
+        text, code = texts.get(error.status_code, error.detail), {404: "not_found", 405: "method_not_allowed"}
+        own = HTTPError(
+            error.status_code, text, code.get(error.status_code, "http_error"), headers=dict(error.headers or {})
+        )
+        return Response(own.body(), own.status, own.all_headers())
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        record_of(request.scope).gone = True
+        service.metrics.cancelled.labels("receiving").inc()
+        return Response(status_code=400)  # nobody reads it
+
+    def authorized(request: Request) -> None:
+        service.keys.check(request.headers.get("authorization", ""))
+
+    app.include_router(_status_routes(service))
+    app.include_router(_image_routes(service), dependencies=[Depends(authorized)])
+    return Observed(app, service.metrics, service.access_log)
+
+
+def _status_routes(service: Service) -> APIRouter:
+    """The page, the health of the service and its metrics. They ask for no key."""
+    router = APIRouter()
+    page = files("flexvar_serving").joinpath("page/index.html").read_bytes()
+
+    @router.get("/", response_class=Response, include_in_schema=False)
+    async def index() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers={"content-security-policy": PAGE_POLICY})
+
+    @router.get("/health/live", summary="Whether the process answers")
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @router.get("/health/ready", summary="Whether requests are taken", responses={503: _ERROR})
+    async def ready() -> dict[str, str]:
+        if service.ready:
+            return {"status": "ready"}
+        reason = "The service is stopping." if service.draining else "No worker is ready."
+        raise HTTPError(503, reason, "stopping" if service.draining else "not_ready", retry_after=2)
+
+    @router.get("/metrics", response_class=Response, summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _image_routes(service: Service) -> APIRouter:
+    """OpenAI's API."""
+    router = APIRouter(prefix="/v1", responses=_ERRORS)
+
+    @router.get("/models", summary="The model, its classes and defaults")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_described(service)]}
+
+    @router.get("/models/{name}", summary="The model of that name")
+    async def model(name: str) -> dict[str, Any]:
+        described = _described(service)
+        if name != described["id"]:
+            raise HTTPError(404, f"This service has the model {described['id']!r} only.", "model_not_found", "model")
+        return described
+
+    @router.post(
+        "/images/generations", summary="Generate images", openapi_extra=_body("application/json", GenerationFields)
+    )
+    async def generations(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPError(415, "Send the request as application/json.", "unsupported_media_type")
+        body = await read_body(request, service.limits.json_bytes)
+        fields = parse_json(GenerationFields, body)
+        wanted = parse_order(service.opened_model(), _accepted(request, fields), exact=_exact(request))
+        deadline, wanted = _deadline(service, request, fields, wanted)
+        return await _answer(service, request, wanted, deadline, "image_generation")
+
+    @router.post("/images/edits", summary="Edit an image", openapi_extra=_form(EditFields))
+    async def edits(request: Request) -> Response:
+        limit = service.limits.edit_bytes
+        with service.uploads.taken(declared_bytes(request, limit)):
+            values, sent = await read_form(request, limit)
+            image = sent.pop("image", None) or sent.pop("image[]", None)
+            mask = sent.pop("mask", None)
+            if sent:
+                name = next(iter(sent))[:100]
+                raise HTTPError(400, f"The file {name!r} is not known. Send image and mask.", "unknown_field", name)
+            if not image:
+                raise HTTPError(
+                    400, "image is missing. Send a picture file as the field image.", "missing_value", "image"
+                )
+            model, fields = service.opened_model(), parse_form(EditFields, values)
+            if "x-flexvar-deadline-ms" in request.headers:
+                got = "x-flexvar-deadline-ms works with generations. Leave it out."
+                raise HTTPError(400, got, "invalid_value", "x-flexvar-deadline-ms")
+            job = parse_edit(model, fields, image, mask or None)
+            wanted = parse_order(model, _accepted(request, fields), exact=_exact(request), edit=job)
+            return await _answer(service, request, wanted, None, "image_edit")
+
+    return router
+
+
+async def _answer(service: Service, request: Request, wanted: Wanted, deadline: float | None, name: str) -> Response:
+    """Run an order and answer it. A client that goes away cancels it."""
+    record, order, facts = record_of(request.scope), wanted.order, service.dispatcher.facts
+    assert facts is not None
+    picture = _wants_picture(request)
+    if picture and (order.images > 1 or wanted.streamed):
+        got = "Accept: image/... answers with one picture. Leave out n and stream, or accept application/json."
+        raise HTTPError(400, got, "invalid_value", "n" if order.images > 1 else "stream")
+    job = service.dispatcher.submit(order, deadline)
+    headers = base_headers(order, facts.bundle, facts.backend)
+    record.values |= {"seed": str(order.seed), "class": order.label, "images": order.images}
+    if wanted.user is not None:
+        record.values["user"] = wanted.user
+    if wanted.streamed:
+        stream = _cancelling(service, job, record, events(job, wanted.output, service.encoder, name))
+        return StreamingResponse(
+            stream, headers={**headers, "cache-control": "no-store"}, media_type="text/event-stream"
+        )
+    try:
+        images, spent = await _unless_gone(request, job.finished)
+    except ClientDisconnect:
+        record.gone = True
+        return Response(status_code=400)  # nobody reads it
+    finally:
+        service.dispatcher.cancel(job)
+    encoded, encode = await service.encoder.images(wanted.output, images)
+    headers |= result_headers(images, spent, encode)
+    record.values |= {
+        "schedule": headers["x-flexvar-schedule"],
+        "batch": headers["x-flexvar-batch"],
+        "queue_ms": round(spent.queue * 1e3, 1),
+        "generate_ms": round(spent.generate * 1e3, 1),
+    }
+    if picture:
+        return Response(encoded[0], headers=headers, media_type=wanted.output.media_type)
+    return Response(json_body(order, wanted.output, images, encoded), headers=headers, media_type="application/json")
+
+
+async def _unless_gone(request: Request, finished: asyncio.Future[Any]) -> Any:
+    """The result of a future. Raises ClientDisconnect if the client goes away first."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait({watch, finished}, return_when=asyncio.FIRST_COMPLETED)
+        if finished.done():
+            return finished.result()
+        raise ClientDisconnect
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+
+
+async def _cancelling(service: Service, job: Job, record: Any, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The stream. If it is not read to its end, its job is cancelled."""
+    ended = False
+    try:
+        async for part in stream:
+            yield part
+        ended = True
+    finally:
+        record.gone = not ended
+        service.dispatcher.cancel(job)
+
+
+def _deadline(
+    service: Service, request: Request, fields: GenerationFields, wanted: Wanted
+) -> tuple[float | None, Wanted]:
+    """The deadline on the clock of the dispatcher, and the order with the schedule that meets it. Raises HTTPError."""
+    name = "x-flexvar-deadline-ms"
+    text = request.headers.get(name)
+    if text is None:
+        return None, wanted
+    for field in ("schedule", "steps", "size", "preset"):
+        if getattr(fields, field) not in (None, "auto"):
+            got = f"{name} cannot be combined with {field}, because it chooses the schedule. Send one of them."
+            raise HTTPError(400, got, "invalid_value", name)
+    try:
+        seconds = seconds_of(float(text))
+    except ValueError:
+        got = f"{name} must be a number of milliseconds above 0, such as 250."
+        raise HTTPError(400, got, "invalid_value", name) from None
+    order, model, dispatcher = wanted.order, service.opened_model(), service.dispatcher
+    wait = dispatcher.forecast(order)
+
+    def choice(left: float) -> Order:
+        chosen = choose(model.order, lambda one: dispatcher.careful_seconds(order, one), left).schedule
+        return replace(order, schedule=chosen, forecast_schedule=chosen)
+
+    with blame(name):
+        choice(seconds)  # on an idle service
+    try:
+        return time.monotonic() + seconds, replace(wanted, order=choice(seconds - wait))
+    except InvalidInput:
+        got = f"The queue takes about {wait * 1e3:.0f} ms, so the deadline cannot be met now. Try again later."
+        raise HTTPError(429, got, "deadline_unreachable", name, retry_after=max(1, round(wait))) from None
+
+
+def _exact(request: Request) -> bool:
+    text = request.headers.get("x-flexvar-exact", "0")
+    if text not in ("0", "1"):
+        raise HTTPError(400, "x-flexvar-exact must be 0 or 1.", "invalid_value", "x-flexvar-exact")
+    return text == "1"
+
+
+def _wants_picture(request: Request) -> bool:
+    return _accepts(request) is not None
+
+
+def _accepts(request: Request) -> str | None:
+    """The image type that the client asks for in Accept; "image/*" for any. None if it takes JSON."""
+    kinds = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+    if {"application/json", "application/*", "*/*"} & set(kinds):
+        return None
+    return next((kind for kind in kinds if kind == "image/*" or kind in _OUTPUTS), None)
+
+
+def _accepted(request: Request, fields: Any) -> Any:
+    """The fields, with the output format that Accept names. Raises HTTPError if output_format differs."""
+    kind = _accepts(request)
+    if kind is None or kind == "image/*":
+        return fields
+    if fields.output_format is not None and fields.output_format != _OUTPUTS[kind]:
+        got = f"Accept is {kind}, but output_format is {fields.output_format}. Send one of them."
+        raise HTTPError(400, got, "invalid_value", "output_format")
+    return fields.model_copy(update={"output_format": _OUTPUTS[kind]})
+
+
+def _described(service: Service) -> dict[str, Any]:
+    """The model as an entry of /v1/models. What flexvar adds is under "flexvar"."""
+    model, facts = service.opened_model(), service.dispatcher.facts
+    assert facts is not None
+    sizes, defaults = model.manifest.model, model.defaults
+    h, w = (side * sizes.downsampling for side in defaults.schedule[-1])
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(service.opened),
+        "owned_by": "flexvar",
+        "flexvar": {
+            "bundle": facts.bundle,
+            "backend": facts.backend,
+            "precision": str(model.manifest.precision),
+            "classes": None if sizes.class_names is None else list(sizes.class_names),
+            "class_count": sizes.classes,
+            "null_class": sizes.null_class,
+            "size": f"{w}x{h}",
+            "size_multiple": sizes.downsampling,
+            "max_tokens": model.max_tokens,
+            "schedule": str(defaults.schedule),
+            "steps": len(defaults.schedule),
+            "guidance": defaults.guidance.scale,
+            "top_k": defaults.sampling.top_k,
+            "top_p": defaults.sampling.top_p,
+            "schedules": [str(one) for one in model.order],
+            "presets": list(PRESETS),
+        },
+    }
+
+
+def _body(media_type: str, kind: type[GenerationFields] | type[EditFields]) -> dict[str, Any]:
+    """The description of a body in the OpenAPI schema, and of the headers that the routes read."""
+    schema = kind.model_json_schema()
+    return {
+        "requestBody": {"required": True, "content": {media_type: {"schema": schema}}},
+        "parameters": [
+            {"name": "x-flexvar-exact", "in": "header", "schema": {"type": "string", "enum": ["0", "1"]}},
+        ],
+    }
+
+
+def _form(kind: type[EditFields]) -> dict[str, Any]:
+    described = _body("multipart/form-data", kind)
+    schema = described["requestBody"]["content"]["multipart/form-data"]["schema"]
+    file = {"type": "string", "format": "binary"}
+    schema["properties"] = {"image": file, "mask": file, **schema["properties"]}
+    schema["required"] = ["image"]
+    return described

@@ -1,0 +1,52 @@
+"""API keys: read from a file, and compared without telling how much of a key is right."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from flexvar_runtime.errors import InvalidInput
+
+from ..errors import HTTPError
+
+_KEY = re.compile(r"[!-~]{8,200}")
+_MOST_BYTES = 2**20
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file, one a line. Empty lines and lines that begin with # are skipped. Raises InvalidInput."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES).decode("ascii", "replace")
+    except OSError as error:
+        got = f"--api-keys names {path}, which cannot be read ({error.strerror})."
+        raise InvalidInput(got, expected="a file of keys", fix="Check the path and its permissions.") from error
+    keys = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    form = "8 to 200 printable characters without spaces"
+    if not keys or not all(map(_KEY.fullmatch, keys)):
+        problem = "has no keys" if not keys else f"has a line that is not {form}"
+        raise InvalidInput(
+            f"{path} {problem}.", expected="one key a line", fix=f"Write one key a line, each of {form}."
+        )
+    return tuple(keys)
+
+
+class Keys:
+    """The allowed keys. Only their hashes are kept."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._hashes = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+    def check(self, authorization: str) -> None:
+        """Raise HTTPError unless the header names an allowed key, or no keys are asked for."""
+        if not self._hashes:
+            return
+        scheme, _, key = authorization.partition(" ")
+        given = hashlib.sha256(key.strip().encode()).digest()
+        matches = [hmac.compare_digest(given, allowed) for allowed in self._hashes]
+        if scheme.lower() != "bearer" or not any(matches):
+            got = "The API key is missing or wrong. Send it as Authorization: Bearer KEY."
+            raise HTTPError(401, got, "invalid_api_key", headers={"www-authenticate": "Bearer"})

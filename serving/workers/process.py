@@ -1,0 +1,311 @@
+"""A worker: it opens the bundle, warms up, and runs one batch after another.
+
+`run` is the main function of a worker process. It also runs in a thread of the service.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexvar_runtime import FlexVARError, FlexVARPipeline, OutOfMemory, ScaleSchedule
+from flexvar_runtime.deadlines.choice import quality_order
+from flexvar_runtime.editing.canvas import natural_size
+from flexvar_runtime.generation.host import HostGenerator
+from flexvar_runtime.memory.available import available_bytes
+from flexvar_runtime.output import GenerationOutput, ScaleStep
+from flexvar_runtime.pictures.photo import Photo, read_photo
+from flexvar_runtime.request import Shape
+
+from ..errors import HTTPError, internal
+from .messages import (
+    Batch,
+    Beat,
+    Cancel,
+    Cancelled,
+    Done,
+    EditJob,
+    Failed,
+    Ping,
+    Preview,
+    Ready,
+    Refused,
+    Stop,
+)
+
+if TYPE_CHECKING:
+    from ..settings import ModelSettings
+
+log = logging.getLogger(__name__)
+
+Opener = Callable[["WorkerSetup"], FlexVARPipeline]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """What one worker opens, and where it runs."""
+
+    model: ModelSettings
+    device: str | None = None
+    threads: int | None = None
+
+
+class BatchCancelled(Exception):
+    """Nobody waits for the batch."""
+
+
+def open_pipeline(setup: WorkerSetup) -> FlexVARPipeline:
+    model = setup.model
+    return FlexVARPipeline.from_bundle(
+        model.bundle,
+        model.backend,
+        setup.device,
+        setup.threads,
+        model.engines,
+        allow_unproved=model.allow_unproved,
+    )
+
+
+def run(connection: Connection, setup: WorkerSetup, opener: Opener = open_pipeline) -> None:
+    """Answer the messages of a connection until it ends, or until Stop."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all processes; the service decides
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    with suppress(EOFError, OSError):  # the service has ended
+        memory = available_bytes()
+        try:
+            pipeline = opener(setup)
+        except Exception as error:
+            connection.send(Refused(_sendable(error)))
+            return
+        with pipeline:
+            try:
+                ready = _warm(pipeline, setup.model)
+            except Exception as error:
+                connection.send(Refused(_sendable(error)))
+                return
+            connection.send(ready)
+            _Worker(pipeline, connection, memory).serve()
+
+
+def warm_schedules(pipeline: FlexVARPipeline, wanted: tuple[ScaleSchedule, ...] | None) -> tuple[ScaleSchedule, ...]:
+    """The schedules that are warm before the service is ready: the allowed ones, or those of the quality order."""
+    return quality_order(pipeline.bundle.manifest) if wanted is None else wanted
+
+
+def _warm(pipeline: FlexVARPipeline, model: ModelSettings) -> Ready:
+    """Run what requests will need, and measure it.
+
+    A GPU keeps a captured generation for each shape, so each allowed one runs. A CPU keeps nothing for a shape: one
+    generation opens all graphs.
+    """
+    whole = pipeline.generator.runs_whole
+    schedules = warm_schedules(pipeline, model.schedules)
+    shapes = itertools.product(schedules, model.batch_sizes) if whole else [(schedules[0], 1)]
+    guided = pipeline.guidance.scale if pipeline.guidance.acts(schedules[0]) else 2.5
+    measured = []
+    for schedule, images in shapes:
+        guidance = replace(pipeline.guidance, scale=guided)
+        pipeline.warmup(schedule, (images,), guidance)
+        started = time.perf_counter()
+        pipeline([0] * images, schedule, guidance, seed=0)
+        measured.append((schedule, True, images, time.perf_counter() - started))
+    return Ready(
+        bundle=pipeline.bundle.sha256,
+        manifest=pipeline.bundle.manifest,
+        backend=pipeline.backend.name,
+        hardware=pipeline.generator.hardware,
+        measured=tuple(measured),
+    )
+
+
+class _Worker:
+    """The loop of a worker. memory: bytes that were available before the bundle was opened; None if unknown."""
+
+    def __init__(self, pipeline: FlexVARPipeline, connection: Connection, memory: int | None) -> None:
+        self._pipeline, self._connection, self._memory = pipeline, connection, memory
+        self._stopped = False
+
+    def serve(self) -> None:
+        while not self._stopped:
+            self._receive()
+
+    def _receive(self, running: int | None = None) -> None:
+        """Handle one message. running: number of the batch that runs."""
+        message = self._connection.recv()
+        match message:
+            case Batch():
+                self._connection.send(self._answer(message))
+            case Ping():
+                self._connection.send(Beat())
+            case Cancel(number=number):
+                if number == running:
+                    raise BatchCancelled
+            case Stop():
+                self._stopped = True
+                if running is not None:
+                    raise BatchCancelled
+
+    def _answer(self, batch: Batch) -> Done | Failed | Cancelled:
+        try:
+            return self._run(batch)
+        except BatchCancelled:
+            return Cancelled(batch.number)
+        except (EOFError, OSError):
+            raise
+        except Exception as error:
+            return Failed(batch.number, _sendable(error))
+
+    def _run(self, batch: Batch) -> Done:
+        """Run a batch. If it does not fit in memory, run its halves one after the other."""
+        started = time.perf_counter()
+        outputs = list(self._outputs(batch))
+        return Done(
+            number=batch.number,
+            pixels=np.concatenate([output.images for output in outputs]),
+            settings=tuple(one for output in outputs for one in output.settings),
+            together=tuple(len(output.images) for output in outputs for _ in output.images),
+            seconds=time.perf_counter() - started,
+            decode=sum(output.timings.decode for output in outputs),
+        )
+
+    def _outputs(self, batch: Batch) -> Iterator[GenerationOutput]:
+        try:
+            yield self._edit(batch, batch.edit) if batch.edit is not None else self._generate(batch)
+        except OutOfMemory as error:
+            half = len(batch.items) // 2
+            if half == 0 and self._never_fits(batch):
+                raise HTTPError(413, str(error), "too_large", "size") from error
+            if half == 0:
+                raise
+            for items in (batch.items[:half], batch.items[half:]):
+                yield from self._outputs(replace(batch, items=items))
+
+    def _never_fits(self, batch: Batch) -> bool:
+        """Whether one image needs more memory than this machine had before the bundle was opened."""
+        generator = self._pipeline.generator
+        if self._memory is None or batch.schedule is None or not isinstance(generator, HostGenerator):
+            return False
+        guided = batch.items[0].guidance.acts(batch.schedule)
+        return generator.memory_plan(Shape(batch.schedule, 1, guided)).needed() > self._memory
+
+    def _generate(self, batch: Batch) -> GenerationOutput:
+        items = batch.items
+        return self._pipeline(
+            [item.label for item in items],
+            batch.schedule,
+            [item.guidance for item in items],
+            batch.sampling,
+            seed=[item.seed for item in items],
+            first_index=[item.index for item in items],
+            on_scale=self._on_scale(batch),
+        )
+
+    def _edit(self, batch: Batch, job: EditJob) -> GenerationOutput:
+        photo, mask = self._pictures(job)
+        task = job.task or ("inpaint" if mask is not None or photo.opacity is not None else "refine")
+        self._require_size(batch, job, photo)
+        items = batch.items
+        return self._pipeline.edit(
+            photo,
+            task,
+            mask=mask,
+            labels=[item.label for item in items],
+            schedule=batch.schedule,
+            steps=job.steps,
+            guidance=[item.guidance for item in items],
+            sampling=batch.sampling,
+            seed=[item.seed for item in items],
+            first_index=[item.index for item in items],
+            on_scale=self._on_scale(batch),
+            **job.options,
+        )
+
+    def _pictures(self, job: EditJob) -> tuple[Photo, NDArray[np.uint8] | None]:
+        """The picture, and its mask with white where it is repainted. Raises HTTPError."""
+        photo = _read("image", job.image)
+        if job.mask is None:
+            return photo, None
+        mask = _read("mask", job.mask)
+        if mask.opacity is None:
+            raise HTTPError(
+                400, "mask has no transparent pixels. Make the part to repaint transparent.", "invalid_value", "mask"
+            )
+        if mask.size != photo.size:
+            sizes = "{}x{}, but image has {}x{} pixels".format(*mask.size[::-1], *photo.size[::-1])
+            raise HTTPError(400, f"mask has {sizes}. Send a mask of the size of the image.", "invalid_value", "mask")
+        return photo, 255 - mask.opacity
+
+    def _require_size(self, batch: Batch, job: EditJob, photo: Photo) -> None:
+        """Raise HTTPError if outpainting makes the image larger than allowed. Other tasks were checked before."""
+        up, right, down, left = job.options.get("sides", (0, 0, 0, 0))
+        if batch.max_tokens is None or not (up or right or down or left):
+            return
+        model, last = self._pipeline.model, self._pipeline.schedule[-1]
+        factor = model.downsampling
+        height, width = job.options.get("size") or natural_size(photo.size, factor, last[0] * last[1])
+        h, w = (height + up + down) // factor, (width + left + right) // factor
+        if h * w > batch.max_tokens:
+            raise HTTPError(
+                413,
+                f"The result has {h * w:,} tokens, but the limit is {batch.max_tokens:,}. Add fewer pixels.",
+                "too_large",
+                "sides",
+            )
+
+    def _on_scale(self, batch: Batch) -> Callable[[ScaleStep], None] | None:
+        """What is called after every scale: it sends previews, shows that the worker is alive, and looks for Cancel.
+
+        A GPU runs all scales as one, so without previews there is nothing to call.
+        """
+        if self._pipeline.generator.runs_whole and not batch.previews:
+            return None
+
+        def on_scale(step: ScaleStep) -> None:
+            while self._connection.poll():
+                self._receive(batch.number)
+            if step.index in preview_scales(step.count, batch.previews):
+                message = Preview(batch.number, step.preview(), step.index, step.count, step.size)
+                self._connection.send(message)
+            else:
+                self._connection.send(Beat())
+
+        return on_scale
+
+
+def preview_scales(scales: int, previews: int) -> tuple[int, ...]:
+    """The indices of the scales to show, spread evenly over those before the last."""
+    shown = min(previews, scales - 1)
+    return tuple(round((i + 1) * scales / (shown + 1)) - 1 for i in range(shown))
+
+
+def _read(field: str, content: bytes) -> Photo:
+    """The picture in a field of the request. Raises HTTPError, OutOfMemory."""
+    try:
+        return read_photo(content)
+    except OutOfMemory:
+        raise
+    except FlexVARError as error:
+        got = error.got.replace("The picture", f"The file in {field}", 1)
+        raise HTTPError(400, f"{got} {error.fix}", "invalid_image", field) from error
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error that can be pickled. What this program does not expect is logged here, and its text stays here."""
+    if isinstance(error, FlexVARError | HTTPError):
+        return error
+    log.error("a batch failed", exc_info=error)
+    return internal()
