@@ -1,0 +1,187 @@
+"""What goes wrong: workers that die or hang, clients that go away, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from test_limits import connect, until
+
+if TYPE_CHECKING:
+    from http_client import Running
+
+Start = Callable[..., "Running"]
+SLOW = b'{"prompt": "slow", "n": 1}'
+
+
+def send(connection: socket.socket, body: bytes = SLOW, more: bytes = b"") -> None:
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + more
+    connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+
+
+def test_a_worker_is_killed_in_the_middle_of_a_batch(start_stub: Start) -> None:
+    running = start_stub(layout={"devices": [None, None]})
+    before = running.workers
+    with ThreadPoolExecutor(4) as pool:
+        lost = pool.submit(running.generate, prompt="dies")
+        other = pool.submit(running.generate, prompt="slow")
+        assert lost.result().status == 503 and lost.result().headers["retry-after"] == "1"
+        assert other.result().status == 200
+    until(lambda: len(running.workers) == 2)
+    assert len({*before} & {*running.workers}) == 1
+    assert running.metric("flexvar_worker_restarts_total") == 1
+    until(lambda: running.generate(prompt="plain").status == 200)
+
+
+def test_a_worker_that_hangs_is_replaced(start_stub: Start) -> None:
+    running = start_stub(hang_seconds=1.0)
+    before = running.workers
+    assert running.generate(prompt="hangs").status == 503
+    until(lambda: running.get("/health/ready").status == 200)
+    assert running.workers != before and running.generate(prompt="plain").status == 200
+
+
+def test_an_idle_worker_that_is_stopped_is_replaced(start_stub: Start) -> None:
+    running = start_stub(hang_seconds=1.0)
+    [worker] = running.workers
+    os.kill(worker, signal.SIGSTOP)
+    until(lambda: running.workers not in ([worker], []), 20)
+    until(lambda: running.generate(prompt="plain").status == 200)
+
+
+def test_exit_7_when_workers_keep_dying(start_stub: Start) -> None:
+    running = start_stub()
+    end = time.monotonic() + 60
+    while running.process.poll() is None and time.monotonic() < end:
+        try:
+            assert running.generate(prompt="dies").status == 503
+        except OSError:
+            continue
+    assert running.process.wait(10) == 7
+    assert "workers ended within" in "".join(running.log)
+
+
+def test_a_bundle_that_cannot_be_opened_ends_the_service() -> None:
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    program = Path(__file__).with_name("stub_service.py")
+    settings = '{"layout": {"devices": ["refused"]}}'
+    done = subprocess.run([sys.executable, str(program), settings], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6 and "It does not fit" in done.stderr and not done.stdout
+
+
+def test_sigterm_finishes_what_was_accepted(start_stub: Start) -> None:
+    running = start_stub()
+    with ThreadPoolExecutor(12) as pool:
+        jobs = [pool.submit(running.generate, prompt="slow") for _ in range(12)]
+        until(lambda: running.metric("flexvar_queue_images") >= 8)
+        running.process.send_signal(signal.SIGTERM)
+        answers = [job.result() for job in jobs]
+    assert {answer.status for answer in answers} == {200}
+    assert running.process.wait(10) == 0
+
+
+def test_a_draining_service_is_not_ready_but_still_answers(start_stub: Start) -> None:
+    running = start_stub(drain_delay=1.5)
+    running.process.send_signal(signal.SIGTERM)
+    until(lambda: running.get("/health/ready").status == 503)
+    assert running.get("/health/live").status == 200 and running.generate(prompt="plain").status == 200
+    assert running.process.wait(10) == 0
+
+
+def test_a_second_signal_ends_at_once(start_stub: Start) -> None:
+    running = start_stub(drain_delay=60.0)
+    running.process.send_signal(signal.SIGINT)
+    until(lambda: running.get("/health/ready").status == 503)
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(10) == 130
+
+
+def test_workers_end_with_the_service(start_stub: Start) -> None:
+    running = start_stub(layout={"devices": [None, None]})
+    workers = running.workers
+    running.process.kill()
+    running.process.wait(10)
+    until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") and _alive(pid) for pid in workers))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ctrl_c_reaches_only_the_service(start_stub: Start) -> None:
+    """A terminal sends it to the workers too."""
+    running = start_stub(layout={"devices": [None, None]})
+    for worker in running.workers:
+        os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGTERM)
+    assert running.generate(prompt="plain").status == 200
+    assert running.metric("flexvar_worker_restarts_total") == 0
+
+
+def test_a_client_that_goes_away_in_the_queue(start_stub: Start) -> None:
+    running = start_stub(model={"batch_sizes": [1]})
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(running.generate, prompt="slow")
+        connections = [connect(running) for _ in range(6)]
+        for connection in connections:
+            send(connection)
+        until(lambda: running.metric("flexvar_queue_images") >= 5)
+        for connection in connections:
+            connection.close()
+        until(lambda: running.metric("flexvar_queue_images") == 0)
+        assert first.result().status == 200
+    assert running.metric('flexvar_cancelled_total{stage="queued"}') >= 5
+    assert running.generate(prompt="plain").status == 200
+
+
+def test_a_client_that_goes_away_at_any_scale(start_stub: Start) -> None:
+    """The batch ends early, and the worker takes the next one."""
+    running = start_stub()
+    for i in range(6):
+        connection = connect(running)
+        send(connection)
+        time.sleep(0.03 * i)
+        connection.close()
+    until(lambda: running.metric('flexvar_cancelled_total{stage="running"}') >= 3)
+    started = time.monotonic()
+    assert running.generate(prompt="plain").status == 200 and time.monotonic() < started + 5
+    finished = running.metric("flexvar_generation_seconds_count")
+    assert finished < 4, "cancelled batches ran to their end"
+
+
+def test_a_client_that_leaves_a_stream(start_stub: Start) -> None:
+    running = start_stub()
+    for size in (1, 400, 900):
+        connection = connect(running)
+        send(connection, b'{"prompt": "slow", "stream": true, "partial_images": 3}')
+        connection.recv(size)
+        connection.close()
+    until(
+        lambda: sum(running.metric(f'flexvar_cancelled_total{{stage="{one}"}}') for one in ("running", "queued")) >= 3
+    )
+    assert running.generate(prompt="plain").status == 200
+
+
+def test_one_of_two_clients_of_a_batch_goes_away(start_stub: Start) -> None:
+    running = start_stub()
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(running.generate, prompt="slow")
+        until(lambda: running.metric("flexvar_queue_seconds_count") == 1)
+        leaving = connect(running)
+        send(leaving)
+        stays = pool.submit(running.generate, prompt="slow", seed=1)
+        until(lambda: running.metric("flexvar_queue_seconds_count") == 3)
+        leaving.close()
+        assert stays.result().status == 200 and first.result().status == 200

@@ -1,0 +1,208 @@
+"""Every limit of the service refuses with its status, its code and its line in the metrics."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from test_images_api import MASK, PICTURE
+
+if TYPE_CHECKING:
+    from http_client import Running
+
+HEAD = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+Start = Callable[..., "Running"]
+
+
+def connect(running: Running) -> socket.socket:
+    found = socket.create_connection(running.address, timeout=20)
+    found.settimeout(20)
+    return found
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    parts = []
+    try:
+        while part := connection.recv(65536):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
+
+
+def test_a_large_json_body(stub_service: Running) -> None:
+    answer = stub_service.request("POST", "/v1/images/generations", b" " * 20_000, {"content-type": "application/json"})
+    assert answer.status == 413 and answer.error["code"] == "body_too_large"
+
+
+def test_a_large_chunked_body(stub_service: Running) -> None:
+    with connect(stub_service) as connection:
+        connection.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+        for _ in range(5):
+            connection.sendall(b"1000\r\n" + b" " * 4096 + b"\r\n")
+        assert b" 413 " in connection.recv(65536).split(b"\r\n")[0]
+
+
+def test_a_large_edit(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, limits={"edit_bytes": 1000})
+    answer = running.edit({"image": PICTURE + bytes(2000)})
+    assert answer.status == 413 and answer.error["code"] == "body_too_large"
+    assert running.edit({"image": PICTURE}, prompt="plain", task="refine").status == 200
+
+
+def test_memory_for_uploads(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, limits={"uploads_bytes": 3000})
+    with connect(running) as holder:
+        head = HEAD.replace(b"generations", b"edits").replace(b"application/json", b"multipart/form-data; boundary=x")
+        holder.sendall(head + b"content-length: 2000\r\n\r\n")
+        time.sleep(0.2)
+        full = running.edit({"image": PICTURE + bytes(1500)}, prompt="plain", task="refine")
+        assert full.status == 429 and full.error["code"] == "uploads_full" and full.headers["retry-after"]
+    until(lambda: running.edit({"image": PICTURE + bytes(1500)}, prompt="plain", task="refine").status == 200)
+
+
+def until(holds: Callable[[], bool], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_a_full_queue(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, limits={"queue": 2}, model={"batch_sizes": [1]})
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: running.generate(prompt="slow"), range(8)))
+    refused = [answer for answer in answers if answer.status == 429]
+    assert {answer.status for answer in answers} == {200, 429} and len(refused) >= 3
+    for answer in refused:
+        assert answer.error["code"] == "queue_full" and answer.error["type"] == "rate_limit_error"
+        assert int(answer.headers["retry-after"]) >= 1
+    assert running.metric('flexvar_rejected_total{reason="queue_full"}') == len(refused)
+    assert running.generate(prompt="plain", n=3).status == 400  # more than the queue ever holds
+    assert running.generate(prompt="plain", n=2).status == 200
+
+
+def test_deadlines_in_a_queue(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, model={"batch_sizes": [1]})
+    assert running.generate(prompt="slow").status == 200  # so that the cost is known
+    with ThreadPoolExecutor(8) as pool:
+        busy = [pool.submit(running.generate, prompt="slow") for _ in range(6)]
+        until(lambda: running.metric("flexvar_queue_images") >= 4)
+        late = running.generate({"x-flexvar-deadline-ms": "250"}, prompt="plain")
+        assert late.status == 429 and late.error["code"] == "deadline_unreachable"
+        assert {job.result().status for job in busy} == {200}
+
+
+def test_tokens_and_schedules(start_stub: Start, stub_service: Running) -> None:
+    answer = stub_service.generate(prompt="plain", size="160x160")
+    assert answer.status == 413 and answer.error["code"] == "too_large"
+    running = start_stub(layout={"in_thread": True}, limits={"max_tokens": 20})
+    assert running.generate(prompt="plain").status == 413
+    assert running.generate(prompt="plain", schedule="1_2_3").status == 200
+
+
+def test_keys(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, keys=["a-long-enough-key"])
+    refused = running.generate(prompt="plain")
+    assert refused.status == 401 and refused.error["code"] == "invalid_api_key"
+    assert refused.headers["www-authenticate"] == "Bearer"
+    for wrong in ("Bearer a-long-enough-kez", "Basic a-long-enough-key", "a-long-enough-key", "Bearer"):
+        assert running.generate({"authorization": wrong}, prompt="plain").status == 401
+    assert running.get("/v1/models").status == 401 and running.edit({"image": PICTURE}).status == 401
+    assert running.generate({"authorization": "Bearer a-long-enough-key"}, prompt="plain").status == 200
+    assert {running.get(path).status for path in ("/", "/health/live", "/health/ready", "/metrics")} == {200}
+
+
+def test_requests_that_do_not_arrive(start_stub: Start) -> None:
+    """Nothing, half a head, half a body, and blank lines: all are ended at the deadline."""
+    running = start_stub(layout={"in_thread": True}, limits={"receive_seconds": 1.0})
+    starts = [b"", HEAD, HEAD + b'content-length: 40\r\n\r\n{"prompt"', b"\r\n"]
+    connections = [connect(running) for _ in starts]
+    begun = time.monotonic()
+    for connection, start in zip(connections, starts, strict=True):
+        connection.sendall(start)
+    while time.monotonic() < begun + 0.8:
+        connections[3].sendall(b"\r\n")
+        time.sleep(0.1)
+    answers = [read_to_end(connection) for connection in connections]
+    assert time.monotonic() < begun + 10
+    for answer in answers:
+        assert answer.startswith(b"HTTP/1.1 408 ") and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert running.metric('flexvar_rejected_total{reason="receive_timeout"}') == 4
+    until(lambda: running.metric('flexvar_cancelled_total{stage="receiving"}') == 1)
+
+
+def test_a_request_may_be_slow_within_the_deadline(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, limits={"receive_seconds": 5.0})
+    body = b'{"prompt": "plain"}'
+    with connect(running) as connection:
+        for byte in (HEAD + b"content-length: %d\r\n\r\n" % len(body), body[:5], body[5:]):
+            connection.sendall(byte)
+            time.sleep(0.2)
+        assert b" 200 " in connection.recv(65536).split(b"\r\n")[0]
+
+
+def test_an_answer_that_nobody_takes(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, limits={"send_seconds": 1.0})
+    body = json.dumps({"class_id": 0, "n": 10, "output_format": "png"}).encode()
+    request = HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(running.address)
+        connection.setblocking(False)
+        end, ended = time.monotonic() + 30, False
+        while not ended:  # many requests on one connection, and no answer is read
+            assert time.monotonic() < end, "the service keeps a client that reads nothing"
+            try:
+                connection.send(request)
+            except BlockingIOError:
+                time.sleep(0.05)
+            except (BrokenPipeError, ConnectionResetError):
+                ended = True
+    assert running.generate(prompt="plain").status == 200
+
+
+def test_connections(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, limits={"connections": 3})
+    idle = [connect(running) for _ in range(3)]
+    time.sleep(0.2)
+    with connect(running) as one_more:
+        answer = read_to_end(one_more)
+    assert answer.startswith(b"HTTP/1.1 503 ") and b'"connections"' in answer
+    for connection in idle:
+        connection.close()
+    until(lambda: running.generate(prompt="plain").status == 200)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x00\x05hello",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\nxyz",
+    ],
+)
+def test_what_is_not_http(stub_service: Running, sent: bytes) -> None:
+    with connect(stub_service) as connection:
+        connection.sendall(sent)
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b'"error"' in answer
+    assert stub_service.get("/health/live").status == 200
+
+
+def test_no_name_of_a_request_becomes_a_path(stub_service: Running, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(MASK)
+    for name in (str(secret), f"file://{secret}", "../../etc/passwd"):
+        assert stub_service.generate(prompt=name).status == 400
+        assert stub_service.generate(prompt="plain", preset=name[:100]).status == 400
+        assert stub_service.edit({"image": name.encode()}, prompt="plain").status == 400
+        assert stub_service.get(f"/{name}").status == 404
