@@ -23,6 +23,8 @@ VENV_HOLDS := flexvar-deploy and everything that its tests need (torch is large:
 DEMO_STAMP := $(DEMO_VENV)/.installed
 DEMO_EXTRAS := cpu,export
 DEMO_HOLDS := flexvar-deploy[$(DEMO_EXTRAS)]: ONNX Runtime to generate, torch and onnx to export (1.2 GB with torch for CPUs, more with CUDA; this takes minutes)
+SERVING_STAMP := $(VENV)/.installed-serving
+SERVING_HOLDS := openai, playwright and schemathesis, for the tests of the service
 LOWEST_STAMP := $(LOWEST_VENV)/.installed
 LOWEST_EXTRAS := cpu
 REQUIREMENTS := pyproject.toml constraints.txt runtime/_version.py
@@ -31,7 +33,7 @@ PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:expor
 LINKS := .mypy_cache/packages
 
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-slow test-kernels test-engines test-lowest fuzz demo bench gpu-rehearsal clean
+.PHONY: help venv lint test test-slow test-kernels test-engines test-serving test-lowest fuzz demo bench gpu-rehearsal clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -50,6 +52,11 @@ venv: $(STAMP) ## make the development environment .venv, again when its require
 
 $(STAMP): $(REQUIREMENTS)
 	$(call install,$(VENV),$(EXTRAS),$(VENV_HOLDS))
+
+$(SERVING_STAMP): $(STAMP)
+	@echo "==> $(VENV): installing $(SERVING_HOLDS)"
+	@"$(BIN)/python" -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[serve-dev]"
+	@touch "$@"
 
 $(DEMO_STAMP): $(REQUIREMENTS)
 	$(call install,$(DEMO_VENV),$(DEMO_EXTRAS),$(DEMO_HOLDS))
@@ -71,7 +78,7 @@ lint: venv ## run ruff, its formatter and mypy
 	@for pair in $(PACKAGES); do ln -sfn "../../$${pair#*:}" "$(LINKS)/$${pair%%:*}"; done
 	@"$(BIN)/mypy"
 
-test: lint ## run the linters, then every test without the marks slow, engines, kernels and fuzz
+test: lint ## run the linters, then every test without the marks slow, engines, kernels, serving and fuzz
 	@echo "==> pytest"
 	@OMP_NUM_THREADS=1 "$(BIN)/pytest" --quiet -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
@@ -83,6 +90,9 @@ test-kernels: venv ## run the tests marked kernels: more sizes of the GPU kernel
 
 test-engines: venv ## run the tests marked engines: they build d16 for every published schedule with TensorRT-RTX; no GPU needed
 	@"$(BIN)/pytest" --quiet -m engines $(PYTEST_ARGS)
+
+test-serving: $(SERVING_STAMP) ## run the tests marked serving: OpenAI's client, random requests, load, a browser (chromium, if it is there); a quarter of an hour
+	@"$(BIN)/pytest" --quiet -m serving $(PYTEST_ARGS)
 
 fuzz: venv ## run random command lines, calls, pictures and bundles: some 24,000 cases in about an hour
 	@"$(BIN)/pytest" --quiet -m fuzz -s tests/fuzz $(PYTEST_ARGS)
@@ -106,4 +116,4 @@ gpu-rehearsal: venv ## rehearse gpu_check.py on this CPU; results in REHEARSAL_O
 
 clean: ## remove what was generated, except the virtual environments
 	@rm -rf build dist demo/out flexvar_deploy.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find flexvar_ref runtime export benchmarks tests demo -type d -name __pycache__ -prune -exec rm -rf {} +
+	@find flexvar_ref runtime export serving benchmarks tests demo -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexvar_runtime.checks import check_whole
-from flexvar_runtime.cli.console import JsonOption, emit, out, say
+from flexvar_runtime.checks import check_choice, check_whole
+from flexvar_runtime.cli.console import JsonOption, emit, err, out, say
 from flexvar_runtime.cli.options import AllowUnproved
 from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.model.schedule import PUBLISHED
@@ -29,7 +29,7 @@ EACH = "Give it once for each bundle, in their order. A dash (-) means none."
 
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure latency and throughput, and compare runs.", no_args_is_help=True)
-    for command in (run, report, compare, model):
+    for command in (run, report, compare, model, load):
         bench.command()(command)
     app.add_typer(bench, name="bench")
 
@@ -222,7 +222,6 @@ def model(
     from rich.table import Table
 
     from flexvar_runtime import ScaleSchedule
-    from flexvar_runtime.checks import check_choice
     from flexvar_runtime.model.facts import ModelFacts
 
     from .time_model import DECODER, GPUS, SAMPLING, TRANSFORMER, Decoder, by_kind, generation, total
@@ -252,6 +251,38 @@ def model(
     total_ms = {"expected_ms": sums[-1].us / 1e3, "bound_ms": sums[-1].bound_us / 1e3}
     parts = {"kinds": [*map(asdict, kinds)], "sums": [*map(asdict, sums)]}
     emit({**request, **total_ms, **parts}, as_json, show)
+
+
+def load(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    *,
+    scenarios: Annotated[
+        str, typer.Option(help="Some of throughput, steady, overload, idle, loris and aborted, joined by commas.")
+    ] = "throughput",
+    clients: Annotated[int, typer.Option(min=1, help="Clients that send one request after another.")] = 16,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each part of a scenario.")] = 10.0,
+    turns: Annotated[int, typer.Option(min=1, help="How often service and bare pipeline take turns.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a service: start flexvar serve on this machine, and send it requests.
+
+    throughput compares it with a bare pipeline, in turns. The other scenarios send too many requests, hold idle and
+    slow connections, or close connections at random moments.
+    """
+    from .load import SCENARIOS, measure
+
+    wanted = [name.strip() for name in scenarios.split(",")]
+    for one in wanted:
+        check_choice("--scenarios", one, SCENARIOS)
+    found = measure(bundle, wanted, clients, seconds, turns, lambda line: say(line, err))
+
+    def show() -> None:
+        for one, values in found.items():
+            say(one)
+            for key, value in values.items():
+                say(f"  {key.replace('_', ' ')}: {value:.3g}" if isinstance(value, float) else f"  {key}: {value}")
+
+    emit(found, as_json, show)
 
 
 def _json_values(change: Change) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def start_logging(verbose: bool) -> None:
     """Send log messages to standard error."""
     level = logging.DEBUG if verbose else logging.INFO
     handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
-    for name in ("flexvar_runtime", "flexvar_export", "flexvar_bench", "flexvar_ref"):
+    for name in ("flexvar_runtime", "flexvar_export", "flexvar_serving", "flexvar_bench", "flexvar_ref"):
         root = logging.getLogger(name)
         root.handlers, root.propagate = [handler], False
         root.setLevel(level)

@@ -100,7 +100,8 @@ def _validated(kind: type[F], values: Mapping[str, Any], *, strict: bool) -> F:
             hint = f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(kind.model_fields)}."
             raise HTTPError(400, f"The field {shown(name)} is not known. {hint}", "unknown_field", name) from None
         reason = first["msg"][:1].lower() + first["msg"][1:]
-        raise HTTPError(400, f"{name} is {shown(first['input'])}: {reason}.", "invalid_value", name) from None
+        got = f"{name or 'The name of a field'} is {shown(first['input'])}: {reason}."
+        raise HTTPError(400, got, "invalid_value", name) from None
 
 
 def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: EditJob | None = None) -> Wanted:
@@ -171,8 +172,11 @@ def parse_edit(model: Model, fields: EditFields, image: bytes, mask: bytes | Non
                 400, f"mask cannot be used with task {task}. Leave out one of them.", "invalid_value", "mask"
             )
         task = "inpaint"
-    with blame(None):
+    try:
         Edit(**{**options, "task": task or _task_of(options)})
+    except InvalidInput as error:
+        option = error.got.partition(" ")[0]  # errors about one option begin with it
+        raise of_field(error, option if option in options else "task") from error
     return EditJob(image=image, mask=mask, task=task, steps=fields.steps, options=options)
 
 
@@ -182,7 +186,7 @@ def _task_of(options: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def blame(param: str | None) -> Iterator[None]:
+def blame(param: str) -> Iterator[None]:
     """Turn errors of the runtime into an answer that names the field at fault."""
     try:
         yield
@@ -198,7 +202,8 @@ def _label(model: Model, fields: Fields, edits: bool) -> int:
         if fields.prompt:
             raise _conflict("class_id", "prompt")
         if fields.class_id > facts.null_class:
-            raise HTTPError(400, f"class_id is {fields.class_id}, but it must be {known}.", "invalid_value", "class_id")
+            got = f"class_id is {shown(fields.class_id)}, but it must be {known}."
+            raise HTTPError(400, got, "invalid_value", "class_id")
         return fields.class_id
     prompt = (fields.prompt or "").strip()
     if not prompt:
@@ -241,22 +246,24 @@ def _schedule(model: Model, fields: Fields, start: ScaleSchedule, edit: EditJob 
         with blame("schedule"):
             chosen = ScaleSchedule.parse(fields.schedule)
         return _allowed(model, chosen, "schedule")
-    if edit is not None:
-        if sized:
-            h, w = (side // factor for side in _pixels(model, fields.size or ""))
-            _require_tokens(model, h * w, "size")
-        return None
     if not sized and fields.steps is None:
-        return _allowed(model, start, "preset")
-    last = start[-1]
+        return None if edit is not None else _allowed(model, start, "schedule" if fields.preset is None else "preset")
+    if edit is not None:
+        start = model.defaults.schedule  # the runtime derives the schedule of an edit from it
+    last, param = start[-1], "steps"
     if sized:
         height, width = _pixels(model, fields.size or "")
-        last = height // factor, width // factor
-    _require_tokens(model, last[0] * last[1], "size")
-    with blame("steps"):
-        steps = len(start) if fields.steps is None else fields.steps
-        chosen = ScaleSchedule.for_size(last, steps, max(model.defaults.schedule[-1]))
-    return _allowed(model, chosen, "size" if sized else "steps")
+        last, param = (height // factor, width // factor), "size"
+    _require_tokens(model, last[0] * last[1], param)
+    chosen = start
+    if edit is None or fields.steps is not None or last != start[-1]:
+        with blame("steps"):
+            steps = len(start) if fields.steps is None else fields.steps
+            chosen = ScaleSchedule.for_size(last, steps, max(model.defaults.schedule[-1]))
+    if edit is None:
+        return _allowed(model, chosen, param)
+    _require_tokens(model, chosen.tokens, param)  # that of the picture is near it
+    return None
 
 
 def _pixels(model: Model, size: str) -> tuple[int, int]:

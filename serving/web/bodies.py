@@ -19,6 +19,10 @@ class _InMemory(MultiPartParser):
     """A parser that keeps files in memory. The size of a body is limited before."""
 
     spool_max_size = 2**40
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 @dataclass
@@ -68,6 +72,8 @@ async def read_form(request: Request, limit: int) -> tuple[dict[str, str], dict[
         raise HTTPError(400, f"The form cannot be read: {error.message}", "invalid_form") from error
     except (KeyError, ValueError, AssertionError) as error:  # for headers of a part that mean nothing
         raise HTTPError(400, "The form cannot be read.", "invalid_form") from error
+    if not parser.ended:  # the last part would be missing
+        raise HTTPError(400, "The form is cut off: its last boundary is missing.", "invalid_form")
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, value in form.multi_items():

@@ -13,6 +13,7 @@ from flexvar_runtime.errors import InvalidInput
 from ..errors import HTTPError
 
 _KEY = re.compile(r"[!-~]{8,200}")
+_FORM = "8 to 200 printable characters without spaces"
 _MOST_BYTES = 2**20
 
 
@@ -20,18 +21,24 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """The keys of a file, one a line. Empty lines and lines that begin with # are skipped. Raises InvalidInput."""
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES).decode("ascii", "replace")
+            content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         got = f"--api-keys names {path}, which cannot be read ({error.strerror})."
         raise InvalidInput(got, expected="a file of keys", fix="Check the path and its permissions.") from error
-    keys = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    form = "8 to 200 printable characters without spaces"
-    if not keys or not all(map(_KEY.fullmatch, keys)):
-        problem = "has no keys" if not keys else f"has a line that is not {form}"
-        raise InvalidInput(
-            f"{path} {problem}.", expected="one key a line", fix=f"Write one key a line, each of {form}."
-        )
+    if len(content) > _MOST_BYTES:
+        raise _refusal(path, f"is larger than {_MOST_BYTES // 2**20} MiB")
+    lines = content.decode("ascii", "replace").splitlines()
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise _refusal(path, "has no keys")
+    if not all(map(_KEY.fullmatch, keys)):
+        raise _refusal(path, f"has a line that is not {_FORM}")
     return tuple(keys)
+
+
+def _refusal(path: Path, problem: str) -> InvalidInput:
+    fix = f"Write one key a line, each of {_FORM}."
+    return InvalidInput(f"--api-keys names {path}, which {problem}.", expected="one key a line", fix=fix)
 
 
 class Keys:

@@ -289,7 +289,7 @@ class _Worker:
 def preview_scales(scales: int, previews: int) -> tuple[int, ...]:
     """The indices of the scales to show, spread evenly over those before the last."""
     shown = min(previews, scales - 1)
-    return tuple(round((i + 1) * scales / (shown + 1)) - 1 for i in range(shown))
+    return tuple(-(-(i + 1) * scales // (shown + 1)) - 1 for i in range(shown))
 
 
 def _read(field: str, content: bytes) -> Photo:

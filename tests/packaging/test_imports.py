@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = {"flexvar_ref", "flexvar_runtime", "flexvar_export", "flexvar_bench"}
-FOLDER_NAMES = {"runtime", "export", "benchmarks", "tests"}  # names on disk that are no import names
-HEAVY = {"torch", "onnx", "onnxruntime", "safetensors", "typer"}
+OURS = {"flexvar_ref", "flexvar_runtime", "flexvar_export", "flexvar_serving", "flexvar_bench"}
+FOLDER_NAMES = {"runtime", "export", "serving", "benchmarks", "tests"}  # names on disk that are no import names
+HEAVY = {"torch", "onnx", "onnxruntime", "safetensors", "typer", "fastapi", "uvicorn", "pydantic"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ LAYERS = {
         ),
     ),
     "export": Layer("flexvar_export", frozenset({"flexvar_ref", "flexvar_runtime"})),
+    "serving": Layer(
+        "flexvar_serving",
+        frozenset({"flexvar_runtime"}),
+        frozenset({"numpy", "PIL", "typer"})
+        | {"fastapi", "isal", "prometheus_client", "pydantic", "starlette", "uvicorn"},  # the extra serve
+    ),
     "benchmarks": Layer("flexvar_bench", frozenset({"flexvar_ref", "flexvar_runtime", "flexvar_export"})),
 }
 
@@ -107,6 +113,7 @@ def test_import_directions(folder: str) -> None:
         ("runtime/bad.py", "import onnxruntime", "imports onnxruntime"),
         ("flexvar_ref/bad.py", "import flexvar_runtime", "may import nothing"),
         ("flexvar_ref/bad.py", "import onnx", "imports onnx"),
+        ("serving/bad.py", "import flexvar_export", "may import ['flexvar_runtime']"),
         ("export/bad.py", "from flexvar_bench import roofline", "['flexvar_ref', 'flexvar_runtime']"),
         ("benchmarks/bad.py", "from runtime.errors import FlexVARError", "a folder, not an import name"),
     ],

@@ -62,7 +62,7 @@ def test_the_runtime_has_lower_bounds() -> None:
 def test_the_test_environment_is_pinned() -> None:
     """Each of its requirements has one exact version, within the bounds declared for users."""
     pins = {canonicalize_name(name): Version(version) for name, version in PINS.items()}
-    extras = ("cpu", "export", "tensorrt-rtx", "dev")
+    extras = ("cpu", "export", "tensorrt-rtx", "serve", "dev", "serve-dev")
     declared = [*REQUIRED, *(line for extra in extras for line in EXTRAS[extra])]
     for requirement in map(Requirement, declared):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement

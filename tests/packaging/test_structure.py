@@ -16,6 +16,7 @@ PACKAGES = {
     "runtime": "flexvar_runtime",
     "export": "flexvar_export",
     "flexvar_ref": "flexvar_ref",
+    "serving": "flexvar_serving",
     "benchmarks": "flexvar_bench",
 }
 LAYERS = (  # as in CONTRIBUTING: a layer imports from its own row and the rows above it

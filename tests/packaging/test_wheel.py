@@ -19,12 +19,14 @@ FOLDERS = {
     "flexvar_ref": "flexvar_ref",
     "runtime": "flexvar_runtime",
     "export": "flexvar_export",
+    "serving": "flexvar_serving",
     "benchmarks": "flexvar_bench",
 }
 # Files other than modules that the packages read, as named in the wheel.
 KERNELS = {"attention.cu", "common.cu", "half.cu", "kernels.cu", "maps.cu", "rows.cu"}
 TIMES = "flexvar_bench/results/libraries_nvidia-h200_2026-11-28.json"  # the time model reads it
-DATA = {"flexvar_bench/report.html.j2", TIMES, *(f"flexvar_runtime/cuda/{name}" for name in KERNELS)}
+PAGE = "flexvar_serving/page/index.html"
+DATA = {"flexvar_bench/report.html.j2", TIMES, PAGE, *(f"flexvar_runtime/cuda/{name}" for name in KERNELS)}
 SOURCE_ONLY = {"py.typed", "ruff.toml"}  # py.typed is checked on its own
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 DEPENDENCIES = {
@@ -50,9 +52,12 @@ DEPENDENCIES = {
     "export": {"onnx", "onnxscript", "polygraphy", "safetensors", "torch"},
     "train": {"accelerate", "safetensors", "tensorboard", "torch"},
     "bench": {"jinja2", "matplotlib"},
+    "serve": {"fastapi", "httptools", "prometheus-client", "python-multipart", "uvicorn"},
+    "serve-dev": {"openai", "playwright", "schemathesis"},
     "dev": {
         "build",
         "hypothesis",
+        "isal",
         "mypy",
         "nvidia-cuda-nvdisasm",
         "nvidia-cudnn-frontend",
@@ -102,7 +107,7 @@ def test_contents(wheel: Path, metadata: Message) -> None:
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(FOLDERS.values())
 
 
-@pytest.mark.parametrize("folder", ["flexvar_ref", "runtime", "export"])
+@pytest.mark.parametrize("folder", ["flexvar_ref", "runtime", "export", "serving"])
 def test_no_data_file_is_left_behind(folder: str) -> None:
     """A file that a module reads must be in package-data, else it works in a checkout and nowhere else."""
     others = {
@@ -129,6 +134,7 @@ def test_entry_points(wheel: Path) -> None:
             "export": "flexvar_export.commands:register",
             "ref": "flexvar_ref.training.commands:register",
             "bench": "flexvar_bench.commands:register",
+            "serve": "flexvar_serving.command:register",
         },
     }
 

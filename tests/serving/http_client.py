@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from PIL import Image
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE, MASK = png(Image.new("RGB", (64, 64), "white")), png(Image.new("RGBA", (64, 64)))
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
 
@@ -148,3 +162,18 @@ def stub(**settings: Any) -> Running:
 def flexvar_serve(bundle: Path, *options: str) -> Running:
     program = Path(sys.executable).parent / "flexvar"
     return started([str(program), "serve", str(bundle), "--port", "0", "--json", *options])
+
+
+def connect(running: Running) -> socket.socket:
+    """A connection of which nothing has been sent yet."""
+    found = socket.create_connection(running.address, timeout=20)
+    found.settimeout(20)
+    return found
+
+
+def until(holds: Callable[[], bool], seconds: float = 15) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)

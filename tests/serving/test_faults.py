@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from test_limits import connect, until
+from http_client import connect, until
 
 if TYPE_CHECKING:
     from http_client import Running

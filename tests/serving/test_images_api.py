@@ -10,26 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from http_client import MASK, PICTURE, png
 from PIL import Image
 
 from flexvar_runtime.model.noise import fresh_seed
 
 if TYPE_CHECKING:
     from http_client import Answer, Running
-
-PNG = (
-    Image.new("RGB", (64, 64), "white"),
-    Image.new("RGBA", (64, 64), (0, 0, 0, 0)),
-)
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-PICTURE, MASK = map(png, PNG)
 
 
 def pixels(answer: Answer, image: int = 0) -> np.ndarray:

@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from test_images_api import MASK, PICTURE
+from http_client import MASK, PICTURE, connect, until
 
 if TYPE_CHECKING:
     from http_client import Running
 
 HEAD = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 Start = Callable[..., "Running"]
-
-
-def connect(running: Running) -> socket.socket:
-    found = socket.create_connection(running.address, timeout=20)
-    found.settimeout(20)
-    return found
 
 
 def read_to_end(connection: socket.socket) -> bytes:
@@ -65,13 +59,6 @@ def test_memory_for_uploads(start_stub: Start) -> None:
         full = running.edit({"image": PICTURE + bytes(1500)}, prompt="plain", task="refine")
         assert full.status == 429 and full.error["code"] == "uploads_full" and full.headers["retry-after"]
     until(lambda: running.edit({"image": PICTURE + bytes(1500)}, prompt="plain", task="refine").status == 200)
-
-
-def until(holds: Callable[[], bool], seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_a_full_queue(start_stub: Start) -> None:
