@@ -217,13 +217,13 @@ def aborted(service: ServedModel, clients: int, seconds: float) -> dict[str, Any
     growth and files: of the service, from after the first tenth of the time to the end.
     """
     rng = random.Random(0)
-    stream = {"accept": "text/event-stream", "stream": True, "partial_images": 3}
+    stream: dict[str, Any] = {"accept": "text/event-stream", "stream": True, "partial_images": 3}
 
     async def one(end: float, counts: Counter[str]) -> None:
         client = Client(service.address)
         while time.monotonic() < end:
             number = rng.randrange(2**32)
-            more = stream if number % 2 else {}
+            more: dict[str, Any] = stream if number % 2 else {}
             request = generation(class_id=number % service.classes, seed=number, **more)
             sending = asyncio.create_task(client.send(request))
             done, _ = await asyncio.wait({sending}, timeout=rng.expovariate(5.0))

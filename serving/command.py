@@ -94,7 +94,7 @@ def serve(
         )
     limits = Limits(queue=queue, max_tokens=max_tokens, connections=max_connections, receive_seconds=receive_timeout)
     with listen(host, port) as listener:
-        layout = _measured(model) if given is None else given
+        layout = _measured(model, device) if given is None else given
         settings = ServiceSettings(
             model=model,
             layout=layout,
@@ -146,16 +146,17 @@ def _layout(workers: int | None, threads: int | None, device: str | None, backen
         return Layout(devices=tuple(devices))
     if threads is not None and threads < 1:
         raise invalid(f"--threads is {threads}", "a whole number, 1 or more", "Pass the number of CPU threads.")
+    one = None if devices is None else "cpu"
     if workers is None:
-        return None if threads is None else Layout(threads=threads)
-    return Layout(devices=(None,) * max(1, workers), threads=threads, in_thread=workers == 0)
+        return None if threads is None else Layout(devices=(one,), threads=threads)
+    return Layout(devices=(one,) * max(1, workers), threads=threads, in_thread=workers == 0)
 
 
-def _measured(model: ModelSettings) -> Layout:
+def _measured(model: ModelSettings, device: str | None) -> Layout:
     from .sizing import choose_layout
 
     say("measuring which number of workers is fastest (--workers and --threads skip this)", err)
-    return choose_layout(model, lambda line: say(line, err))
+    return choose_layout(model, device, lambda line: say(line, err))
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:

@@ -43,10 +43,11 @@ def candidates(processors: int) -> tuple[int, ...]:
     return tuple(sorted({1, between, processors}))
 
 
-def choose_layout(model: ModelSettings, say: Callable[[str], None]) -> Layout:
+def choose_layout(model: ModelSettings, device: str | None, say: Callable[[str], None]) -> Layout:
     """The fastest layout on this machine. On a GPU it is one worker. Raises FlexVARError if the bundle does not open.
 
-    It measures for some seconds. Other programs that run at the same time spoil the result.
+    device: "cpu", or None for what the backend takes. It measures for some seconds. Other programs that run at the
+    same time spoil the result.
     """
     processors = default_threads()
     best: Measured | None = None
@@ -56,7 +57,9 @@ def choose_layout(model: ModelSettings, say: Callable[[str], None]) -> Layout:
         if best is not None and before is not None and taken * workers > before:
             say(f"{_workers(workers)} would not fit in memory")
             break
-        measured, on_cpu, left = _measure(model, workers, processors // workers)
+        measured, on_cpu, left = _measure(
+            WorkerSetup(model=model, device=device, threads=processors // workers), workers
+        )
         if not on_cpu:
             return Layout()
         if workers == 1 and before is not None and left is not None:
@@ -67,12 +70,11 @@ def choose_layout(model: ModelSettings, say: Callable[[str], None]) -> Layout:
         if processors == 1:
             break
     assert best is not None
-    return Layout(devices=(None,) * best.workers, threads=best.threads)
+    return Layout(devices=(device,) * best.workers, threads=best.threads)
 
 
-def _measure(model: ModelSettings, workers: int, threads: int) -> tuple[Measured, bool, int | None]:
+def _measure(setup: WorkerSetup, workers: int) -> tuple[Measured, bool, int | None]:
     """The speed of a layout, whether it runs on a CPU, and the memory that is left beside it."""
-    setup = WorkerSetup(model=model, threads=threads)
     connections, processes = [], []
     for _ in range(workers):
         near, far = Pipe()
@@ -83,7 +85,7 @@ def _measure(model: ModelSettings, workers: int, threads: int) -> tuple[Measured
         ready = [_ready(connection) for connection in connections]
         on_cpu = ready[0].backend in CPU_BACKENDS
         speed = _speed(connections, ready[0]) if on_cpu else 0.0
-        return Measured(workers, threads, speed), on_cpu, available_bytes()
+        return Measured(workers, setup.threads or 1, speed), on_cpu, available_bytes()
     finally:
         for connection in connections:
             try:

@@ -64,6 +64,13 @@ class Model:
         return cls(name=name, manifest=manifest, defaults=defaults, schedules=schedules, max_tokens=most)
 
     @property
+    def start(self) -> RequestDefaults:
+        """The defaults of the bundle. If its schedule is not allowed, the first that is takes its place."""
+        if self.schedules is None or self.defaults.schedule in self.schedules:
+            return self.defaults
+        return replace(self.defaults, schedule=self.schedules[0])
+
+    @property
     def order(self) -> tuple[ScaleSchedule, ...]:
         """The schedules from which a deadline chooses, best first."""
         named = quality_order(self.manifest)
@@ -118,12 +125,18 @@ def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: Edit
         got = "partial_images needs stream. Send stream true, or leave out partial_images."
         raise HTTPError(400, got, "invalid_value", "partial_images")
     label = _label(model, fields, edit is not None)
-    start = model.defaults
+    start = model.start
     if fields.preset is not None:
         with blame("preset"):
             chosen = preset(fields.preset)
         start = RequestDefaults(chosen.schedule, chosen.guidance, chosen.sampling)
-    schedule = _schedule(model, fields, start.schedule, edit)
+        if edit is not None and edit.steps is None and fields.schedule is None:
+            edit = replace(edit, steps=len(chosen.schedule))
+    first_choice = start.schedule if edit is None else model.start.schedule  # an edit takes its size from the picture
+    schedule, param = _schedule(model, fields, first_choice, edit is not None)
+    _require_tokens(model, schedule.tokens, param)
+    if edit is None:
+        _require_allowed(schedule, model.schedules, param)
     guidance, sampling = _guidance(model, fields, start.guidance, label, edit), start.sampling
     with blame("top_k"):
         sampling = sampling if fields.top_k is None else replace(sampling, top_k=fields.top_k)
@@ -139,8 +152,8 @@ def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: Edit
         images=images,
         seed=seed,
         first_index=first,
-        schedule=schedule,
-        forecast_schedule=start.schedule if schedule is None else schedule,
+        schedule=schedule if edit is None or fields.schedule is not None else None,
+        forecast_schedule=schedule,
         guidance=guidance,
         sampling=sampling,
         previews=fields.partial_images or 0,
@@ -236,34 +249,28 @@ def _guidance(model: Model, fields: Fields, start: Guidance, label: int, edit: E
         return replace(start, scale=fields.guidance)
 
 
-def _schedule(model: Model, fields: Fields, start: ScaleSchedule, edit: EditJob | None) -> ScaleSchedule | None:
-    """The schedule; None if an edit derives it from its picture. Raises HTTPError if it is not allowed."""
+def _schedule(model: Model, fields: Fields, start: ScaleSchedule, edits: bool) -> tuple[ScaleSchedule, str]:
+    """The schedule that the fields name, and the field that decides it. That of an edit is only near it, because the
+    picture has its own proportions. Raises HTTPError."""
     factor = model.manifest.model.downsampling
     sized = fields.size is not None and fields.size != "auto"
     if fields.schedule is not None:
-        if fields.steps is not None or (sized and edit is None):
+        if fields.steps is not None or (sized and not edits):
             raise _conflict("schedule", "steps or size")
         with blame("schedule"):
-            chosen = ScaleSchedule.parse(fields.schedule)
-        return _allowed(model, chosen, "schedule")
-    if not sized and fields.steps is None:
-        return None if edit is not None else _allowed(model, start, "schedule" if fields.preset is None else "preset")
-    if edit is not None:
-        start = model.defaults.schedule  # the runtime derives the schedule of an edit from it
-    last, param = start[-1], "steps"
+            return ScaleSchedule.parse(fields.schedule), "schedule"
+    last, param = start[-1], "schedule" if fields.preset is None else "preset"
+    if fields.steps is not None:
+        param = "steps"
     if sized:
         height, width = _pixels(model, fields.size or "")
         last, param = (height // factor, width // factor), "size"
+    if last == start[-1] and fields.steps in (None, len(start)):
+        return start, param
     _require_tokens(model, last[0] * last[1], param)
-    chosen = start
-    if edit is None or fields.steps is not None or last != start[-1]:
-        with blame("steps"):
-            steps = len(start) if fields.steps is None else fields.steps
-            chosen = ScaleSchedule.for_size(last, steps, max(model.defaults.schedule[-1]))
-    if edit is None:
-        return _allowed(model, chosen, param)
-    _require_tokens(model, chosen.tokens, param)  # that of the picture is near it
-    return None
+    with blame("steps"):
+        steps = len(start) if fields.steps is None else fields.steps
+        return ScaleSchedule.for_size(last, steps, max(model.defaults.schedule[-1])), param
 
 
 def _pixels(model: Model, size: str) -> tuple[int, int]:
@@ -278,13 +285,12 @@ def _pixels(model: Model, size: str) -> tuple[int, int]:
     return height, width
 
 
-def _allowed(model: Model, schedule: ScaleSchedule, param: str) -> ScaleSchedule:
-    _require_tokens(model, schedule.tokens, param)
-    if model.schedules is not None and schedule not in model.schedules:
-        names = ", ".join(map(str, model.schedules))
+def _require_allowed(schedule: ScaleSchedule, schedules: tuple[ScaleSchedule, ...] | None, param: str | None) -> None:
+    """Raise HTTPError unless a schedule is among those that are allowed; None allows any."""
+    if schedules is not None and schedule not in schedules:
+        names = ", ".join(map(str, schedules))
         got = f"The schedule {schedule} is not allowed here. This service runs {names}."
         raise HTTPError(400, got, "schedule_not_allowed", param)
-    return schedule
 
 
 def _require_tokens(model: Model, tokens: int, param: str) -> None:

@@ -323,7 +323,7 @@ def _described(service: Service) -> dict[str, Any]:
     """The model as an entry of /v1/models. What flexvar adds is under "flexvar"."""
     model, facts = service.opened_model(), service.dispatcher.facts
     assert facts is not None
-    sizes, defaults = model.manifest.model, model.defaults
+    sizes, defaults = model.manifest.model, model.start
     h, w = (side * sizes.downsampling for side in defaults.schedule[-1])
     return {
         "id": model.name,

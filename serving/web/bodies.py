@@ -47,7 +47,7 @@ class UploadSpace:
 def declared_bytes(request: Request, limit: int) -> int:
     """The length that a request declares for its body, or the limit if it declares none. Raises HTTPError."""
     text = request.headers.get("content-length", "")
-    size = int(text) if text.isascii() and text.isdecimal() else limit
+    size = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else limit
     if size > limit:
         raise _too_large(limit)
     return size

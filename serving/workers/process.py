@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flexvar_runtime import FlexVARError, FlexVARPipeline, OutOfMemory, ScaleSchedule
+from flexvar_runtime import FlexVARError, FlexVARPipeline, Guidance, OutOfMemory, ScaleSchedule
 from flexvar_runtime.deadlines.choice import quality_order
-from flexvar_runtime.editing.canvas import natural_size
+from flexvar_runtime.editing.options import Edit
+from flexvar_runtime.editing.plan import plan_edit
 from flexvar_runtime.generation.host import HostGenerator
 from flexvar_runtime.memory.available import available_bytes
+from flexvar_runtime.model.guidance import UNGUIDED
 from flexvar_runtime.output import GenerationOutput, ScaleStep
 from flexvar_runtime.pictures.photo import Photo, read_photo
 from flexvar_runtime.request import Shape
@@ -98,7 +100,7 @@ def run(connection: Connection, setup: WorkerSetup, opener: Opener = open_pipeli
                 connection.send(Refused(_sendable(error)))
                 return
             connection.send(ready)
-            _Worker(pipeline, connection, memory).serve()
+            _Worker(pipeline, connection, memory, setup.model.schedules).serve()
 
 
 def warm_schedules(pipeline: FlexVARPipeline, wanted: tuple[ScaleSchedule, ...] | None) -> tuple[ScaleSchedule, ...]:
@@ -109,20 +111,20 @@ def warm_schedules(pipeline: FlexVARPipeline, wanted: tuple[ScaleSchedule, ...] 
 def _warm(pipeline: FlexVARPipeline, model: ModelSettings) -> Ready:
     """Run what requests will need, and measure it.
 
-    A GPU keeps a captured generation for each shape, so each allowed one runs. A CPU keeps nothing for a shape: one
-    generation opens all graphs.
+    A GPU keeps a captured generation for each shape, so each allowed one runs, with and without guidance. A CPU keeps
+    nothing for a shape: one generation opens all graphs.
     """
     whole = pipeline.generator.runs_whole
     schedules = warm_schedules(pipeline, model.schedules)
-    shapes = itertools.product(schedules, model.batch_sizes) if whole else [(schedules[0], 1)]
-    guided = pipeline.guidance.scale if pipeline.guidance.acts(schedules[0]) else 2.5
+    shapes = itertools.product(schedules, model.batch_sizes, (True, False)) if whole else [(schedules[0], 1, True)]
+    guided = pipeline.guidance if pipeline.guidance.acts(schedules[-1]) else Guidance()
     measured = []
-    for schedule, images in shapes:
-        guidance = replace(pipeline.guidance, scale=guided)
+    for schedule, images, with_guidance in shapes:
+        guidance = guided if with_guidance else UNGUIDED
         pipeline.warmup(schedule, (images,), guidance)
         started = time.perf_counter()
         pipeline([0] * images, schedule, guidance, seed=0)
-        measured.append((schedule, True, images, time.perf_counter() - started))
+        measured.append((schedule, guidance.acts(schedule), images, time.perf_counter() - started))
     return Ready(
         bundle=pipeline.bundle.sha256,
         manifest=pipeline.bundle.manifest,
@@ -133,10 +135,19 @@ def _warm(pipeline: FlexVARPipeline, model: ModelSettings) -> Ready:
 
 
 class _Worker:
-    """The loop of a worker. memory: bytes that were available before the bundle was opened; None if unknown."""
+    """The loop of a worker.
 
-    def __init__(self, pipeline: FlexVARPipeline, connection: Connection, memory: int | None) -> None:
-        self._pipeline, self._connection, self._memory = pipeline, connection, memory
+    memory: bytes that were available before the bundle was opened; None if unknown. schedules: see `ModelSettings`.
+    """
+
+    def __init__(
+        self,
+        pipeline: FlexVARPipeline,
+        connection: Connection,
+        memory: int | None,
+        schedules: tuple[ScaleSchedule, ...] | None,
+    ) -> None:
+        self._pipeline, self._connection, self._memory, self._schedules = pipeline, connection, memory, schedules
         self._stopped = False
 
     def serve(self) -> None:
@@ -217,15 +228,23 @@ class _Worker:
     def _edit(self, batch: Batch, job: EditJob) -> GenerationOutput:
         photo, mask = self._pictures(job)
         task = job.task or ("inpaint" if mask is not None or photo.opacity is not None else "refine")
-        self._require_size(batch, job, photo)
-        items = batch.items
+        items, model = batch.items, self._pipeline.model
+        plan = plan_edit(
+            Edit(**{**job.options, "task": task}),
+            photo,
+            mask,
+            model,
+            self._pipeline.schedule,
+            batch.schedule,
+            job.steps,
+        )
+        self._require_allowed(plan.schedule, batch.max_tokens)
         return self._pipeline.edit(
             photo,
             task,
             mask=mask,
             labels=[item.label for item in items],
-            schedule=batch.schedule,
-            steps=job.steps,
+            schedule=plan.schedule,
             guidance=[item.guidance for item in items],
             sampling=batch.sampling,
             seed=[item.seed for item in items],
@@ -249,22 +268,15 @@ class _Worker:
             raise HTTPError(400, f"mask has {sizes}. Send a mask of the size of the image.", "invalid_value", "mask")
         return photo, 255 - mask.opacity
 
-    def _require_size(self, batch: Batch, job: EditJob, photo: Photo) -> None:
-        """Raise HTTPError if outpainting makes the image larger than allowed. Other tasks were checked before."""
-        up, right, down, left = job.options.get("sides", (0, 0, 0, 0))
-        if batch.max_tokens is None or not (up or right or down or left):
-            return
-        model, last = self._pipeline.model, self._pipeline.schedule[-1]
-        factor = model.downsampling
-        height, width = job.options.get("size") or natural_size(photo.size, factor, last[0] * last[1])
-        h, w = (height + up + down) // factor, (width + left + right) // factor
-        if h * w > batch.max_tokens:
-            raise HTTPError(
-                413,
-                f"The result has {h * w:,} tokens, but the limit is {batch.max_tokens:,}. Add fewer pixels.",
-                "too_large",
-                "sides",
-            )
+    def _require_allowed(self, schedule: ScaleSchedule, most: int | None) -> None:
+        """Raise HTTPError if the schedule that an edit takes from its picture is too long, or not allowed."""
+        if most is not None and schedule.tokens > most:
+            got = f"The image needs {schedule.tokens:,} tokens, but this service allows {most:,}."
+            raise HTTPError(413, f"{got} Ask for a smaller size or fewer steps.", "too_large", "size")
+        if self._schedules is not None and schedule not in self._schedules:
+            names = ", ".join(map(str, self._schedules))
+            got = f"This edit needs the schedule {schedule}, which is not allowed here. This service runs {names}."
+            raise HTTPError(400, got, "schedule_not_allowed", "image")
 
     def _on_scale(self, batch: Batch) -> Callable[[ScaleStep], None] | None:
         """What is called after every scale: it sends previews, shows that the worker is alive, and looks for Cancel.

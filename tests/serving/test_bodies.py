@@ -164,6 +164,7 @@ def test_an_end_of_the_form_without_a_line_end() -> None:
         ((part("prompt", b"cat") + part("seed", b"123"))[:-4], None),
         ((part("prompt", b"cat") + END)[:-4], None),
     ],
+    ids=lambda value: ascii(value)[:40],
 )
 def test_forms_that_are_refused(body: bytes, param: str | None) -> None:
     with pytest.raises(HTTPError) as refusal:

@@ -38,6 +38,7 @@ def test_batch_sizes(text: str, sizes: tuple[int, ...]) -> None:
         "1,²",
         "1," + "9" * 5000,
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 def test_batch_sizes_that_are_refused(text: str) -> None:
     with pytest.raises(InvalidInput, match="--batch-sizes") as refusal:

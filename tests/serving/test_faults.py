@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import pytest
 from http_client import connect, until
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def test_a_worker_that_hangs_is_replaced(start_stub: Start) -> None:
     assert running.workers != before and running.generate(prompt="plain").status == 200
 
 
+@pytest.mark.serving
 def test_an_idle_worker_that_is_stopped_is_replaced(start_stub: Start) -> None:
     running = start_stub(hang_seconds=1.0)
     [worker] = running.workers

@@ -23,6 +23,7 @@ KEY, OTHER = "sk-0123456789", "another!key~#1"
         (f"# a comment\n\n{KEY}\r\n   \n\t{OTHER}  \n#{KEY}x\n", (KEY, OTHER)),
         ("a" * 8 + "\n" + "b" * 200, ("a" * 8, "b" * 200)),
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 def test_a_file_of_keys(tmp_path: Path, content: str, keys: tuple[str, ...]) -> None:
     path = tmp_path / "keys.txt"
@@ -43,8 +44,9 @@ def test_a_file_of_keys(tmp_path: Path, content: str, keys: tuple[str, ...]) -> 
         "schlüssel-0123".encode(),
         b"sk-0123456789\0\n",
         b"\xff\xfes\0k\0-\x000\x001\x002\x003\0",  # UTF-16
-        b"sk-0123456789\n" * (2**20 // 14 + 1),  # larger than 1 MiB: its end would not be read
+        b"sk-0123456789ab\n" * (2**16 + 1),  # larger than 1 MiB: its end would not be read
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 def test_files_that_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "keys.txt"

@@ -74,6 +74,7 @@ def test_values_of_a_form_are_text(model: Model) -> None:
         *(("task", "paint"), ("anchor", "middle"), ("fit", "stretch"), ("preset", "x"), ("class_id", "4")),
         *(("steps", "0"), ("quality", "hd"), ("output_format", "gif"), ("output_compression", "50")),
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 def test_values_that_are_refused(model: Model, name: str, value: str) -> None:
     assert refusal(model, **{name: value}) == (400, "invalid_value", name)
