@@ -94,6 +94,7 @@ def serve(
         )
     limits = Limits(queue=queue, max_tokens=max_tokens, connections=max_connections, receive_seconds=receive_timeout)
     with listen(host, port) as listener:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the service takes requests
         layout = _measured(model, device) if given is None else given
         settings = ServiceSettings(
             model=model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from flexvar_runtime.errors import ArtifactRefused, FlexVARError, InvalidInput, OutOfMemory
+from flexvar_runtime.errors import DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 
 
 class WorkersKeepDying(FlexVARError):
@@ -68,9 +68,7 @@ def of_worker(error: Exception) -> HTTPError:
         return HTTPError(507, str(error), "out_of_memory", retry_after=5)
     if isinstance(error, InvalidInput):
         return of_field(error, None)
-    if isinstance(error, ArtifactRefused):
-        return HTTPError(400, str(error), "invalid_image", "image")
-    return internal()
+    return worker_lost() if isinstance(error, DeviceFailed) else internal()
 
 
 def internal() -> HTTPError:

@@ -30,8 +30,8 @@ class Interruption:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line. It always ends with SystemExit or by SIGINT. The exit codes:
 
-    0 ok, 1 a fault of this program, 2 usage, 3 parity failed, 4 environment, 5 artefact refused, 6 out of memory, 130
-    interrupted, 141 the reader of standard output is gone.
+    0 ok, 1 a fault of this program, 2 usage, 3 parity failed, 4 environment, 5 artefact refused, 6 out of memory, 7
+    workers of a service keep dying, 130 interrupted, 141 the reader of standard output is gone.
     """
     before, interruption = signal.getsignal(signal.SIGINT), Interruption()
     heeded = before is signal.default_int_handler  # a shell starts jobs in the background with SIGINT ignored

@@ -9,6 +9,8 @@ from flexvar_runtime import ScaleSchedule
 
 NEWEST = 0.2
 """Weight of the newest batch in a moving average."""
+MOST_KNOWN = 256
+"""Kinds of work that are remembered, the latest ones: clients may ask for any number of schedules."""
 SPREADS = 2.0
 """A careful forecast is the mean and this many mean deviations."""
 
@@ -65,7 +67,8 @@ class Costs:
         """The costs after one more batch. Its first time replaces the estimate."""
         known = self.known.get(work)
         updated = Seconds(seconds) if known is None else known.observed(seconds)
-        return replace(self, known={**self.known, work: updated})
+        others = [one for one in self.known if one != work][-(MOST_KNOWN - 1) :]
+        return replace(self, known={**{one: self.known[one] for one in others}, work: updated})
 
     def _of(self, work: Work) -> Seconds:
         if work in self.known:

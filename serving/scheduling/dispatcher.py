@@ -125,6 +125,8 @@ class Dispatcher:
         if self._watcher is not None:
             self._watcher.cancel()
         for worker in self._workers:
+            if worker.ready is None:
+                worker.kill()  # it opens the bundle, and would not listen
             worker.stop()
         await asyncio.gather(*(asyncio.to_thread(worker.join, 10.0) for worker in self._workers))
         for job in list(self._jobs.values()):
@@ -368,7 +370,6 @@ class Dispatcher:
 
     def _expire(self, now: float) -> None:
         for number in self.queue.expired(now):
-            self.metrics.rejected.labels("deadline").inc()
             got = "The deadline passed while the request waited."
             self._drop(self._jobs[number], HTTPError(504, got, "deadline_exceeded"))
 

@@ -41,7 +41,7 @@ PAGE_POLICY = (
 _OUTPUTS = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 _ERROR = {"description": "An error", "content": {"application/json": {"schema": {"type": "object"}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: _ERROR for status in (400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504, 507)
+    status: _ERROR for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504, 507)
 }
 
 
@@ -76,7 +76,7 @@ def create_application(service: Service) -> ASGIApp:
 
     @app.exception_handler(HTTPError)
     async def refused(request: Request, error: HTTPError) -> Response:
-        if error.status in (413, 429, 503, 504, 507) and error.code != "deadline_exceeded":
+        if error.status in (413, 429, 503, 504, 507):
             service.metrics.rejected.labels(error.code).inc()
         record_of(request.scope).values["error"] = error.code
         return Response(error.body(), error.status, error.all_headers())
@@ -100,6 +100,8 @@ def create_application(service: Service) -> ASGIApp:
         return Response(status_code=400)  # nobody reads it
 
     def authorized(request: Request) -> None:
+        if request.headers.get("sec-fetch-site") == "cross-site":  # browsers say so of pages of other sites
+            raise HTTPError(403, "Pages of other sites may not use this service.", "cross_site")
         service.keys.check(request.headers.get("authorization", ""))
 
     app.include_router(_status_routes(service))
@@ -116,10 +118,12 @@ def _status_routes(service: Service) -> APIRouter:
     async def index() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers={"content-security-policy": PAGE_POLICY})
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live", summary="Whether the process answers")
     async def live() -> dict[str, str]:
         return {"status": "live"}
 
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready", summary="Whether requests are taken", responses={503: _ERROR})
     async def ready() -> dict[str, str]:
         if service.ready:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flexvar_runtime import FlexVARError, FlexVARPipeline, Guidance, OutOfMemory, ScaleSchedule
+from flexvar_runtime import FlexVARError, FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, ScaleSchedule
 from flexvar_runtime.deadlines.choice import quality_order
 from flexvar_runtime.editing.options import Edit
 from flexvar_runtime.editing.plan import plan_edit
+from flexvar_runtime.errors import DeviceFailed
 from flexvar_runtime.generation.host import HostGenerator
 from flexvar_runtime.memory.available import available_bytes
 from flexvar_runtime.model.guidance import UNGUIDED
@@ -91,13 +92,13 @@ def run(connection: Connection, setup: WorkerSetup, opener: Opener = open_pipeli
         try:
             pipeline = opener(setup)
         except Exception as error:
-            connection.send(Refused(_sendable(error)))
+            connection.send(Refused(error if isinstance(error, FlexVARError) else _sendable(error)))
             return
         with pipeline:
             try:
                 ready = _warm(pipeline, setup.model)
             except Exception as error:
-                connection.send(Refused(_sendable(error)))
+                connection.send(Refused(error if isinstance(error, FlexVARError) else _sendable(error)))
                 return
             connection.send(ready)
             _Worker(pipeline, connection, memory, setup.model.schedules).serve()
@@ -178,6 +179,7 @@ class _Worker:
         except (EOFError, OSError):
             raise
         except Exception as error:
+            self._stopped = isinstance(error, DeviceFailed)  # only a new process can use the GPU again
             return Failed(batch.number, _sendable(error))
 
     def _run(self, batch: Batch) -> Done:
@@ -316,8 +318,7 @@ def _read(field: str, content: bytes) -> Photo:
 
 
 def _sendable(error: Exception) -> Exception:
-    """An error that can be pickled. What this program does not expect is logged here, and its text stays here."""
-    if isinstance(error, FlexVARError | HTTPError):
-        return error
-    log.error("a batch failed", exc_info=error)
-    return internal()
+    """An error that can be pickled. What the client is not at fault for is logged here."""
+    if not isinstance(error, InvalidInput | OutOfMemory | HTTPError):
+        log.error("a worker failed", exc_info=error)
+    return error if isinstance(error, FlexVARError | HTTPError) else internal()

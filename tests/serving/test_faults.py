@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import numpy as np
 import pytest
-from http_client import connect, until
+from http_client import Running, connect, png, until
+from PIL import Image
 
-if TYPE_CHECKING:
-    from http_client import Running
-
-Start = Callable[..., "Running"]
+Start = Callable[..., Running]
 SLOW = b'{"prompt": "slow", "n": 1}'
 
 
@@ -69,10 +71,6 @@ def test_exit_7_when_workers_keep_dying(start_stub: Start) -> None:
 
 
 def test_a_bundle_that_cannot_be_opened_ends_the_service() -> None:
-    import subprocess
-    import sys
-    from pathlib import Path
-
     program = Path(__file__).with_name("stub_service.py")
     settings = '{"layout": {"devices": ["refused"]}}'
     done = subprocess.run([sys.executable, str(program), settings], capture_output=True, text=True, timeout=60)
@@ -187,3 +185,33 @@ def test_one_of_two_clients_of_a_batch_goes_away(start_stub: Start) -> None:
         until(lambda: running.metric("flexvar_queue_seconds_count") == 3)
         leaving.close()
         assert stays.result().status == 200 and first.result().status == 200
+
+
+def test_a_full_disk(tiny_bundle: Path) -> None:
+    """Nothing can be written: neither the log, nor a temporary file of an upload."""
+    program = Path(sys.executable).parent / "flexvar"
+    command = [program, "serve", str(tiny_bundle), "--port", "0", "--json", "--workers", "0", "--threads", "1"]
+    with open("/dev/full", "w") as full:
+        environ = {**os.environ, "TMPDIR": "/dev/full", "XDG_CACHE_HOME": "/dev/full"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, text=True, env=environ)
+    try:
+        assert process.stdout is not None
+        running = Running(process, json.loads(process.stdout.readline()))
+        noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+        for _ in range(3):
+            assert running.generate(prompt="1").status == 200
+            assert running.edit({"image": png(Image.fromarray(noise))}, prompt="1").status == 200
+        assert running.stop() == 0
+    finally:
+        process.kill()
+
+
+def test_sigterm_while_a_worker_opens_the_bundle(tiny_bundle: Path) -> None:
+    program = Path(sys.executable).parent / "flexvar"
+    command = [program, "serve", str(tiny_bundle), "--port", "0", "--workers", "1"]
+    for seconds in (0.9, 1.5):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+        assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in log, log

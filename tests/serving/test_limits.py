@@ -193,3 +193,10 @@ def test_no_name_of_a_request_becomes_a_path(stub_service: Running, tmp_path: Pa
         assert stub_service.generate(prompt="plain", preset=name[:100]).status == 400
         assert stub_service.edit({"image": name.encode()}, prompt="plain").status == 400
         assert stub_service.get(f"/{name}").status == 404
+
+
+def test_pages_of_other_sites(stub_service: Running) -> None:
+    """A browser sends a form to any address. It says where the page comes from."""
+    for site, status in (("cross-site", 403), ("same-origin", 200), ("none", 200)):
+        answer = stub_service.edit({"image": PICTURE}, {"sec-fetch-site": site}, prompt="plain", task="refine")
+        assert answer.status == status
