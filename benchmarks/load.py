@@ -60,20 +60,18 @@ class ServedModel:
 
 @contextmanager
 def served(bundle: Path, options: Sequence[str] = ()) -> Iterator[ServedModel]:
-    """Run `flexvar serve` on a free port. Raises EnvironmentFailed if it does not start."""
+    """Run `flexvar serve` on a free port. Raises FlexVARError if the bundle or the service cannot be opened."""
+    with FlexVARPipeline.from_bundle(bundle) as pipeline:
+        classes = pipeline.model.classes
     script = "from flexvar_runtime.cli.main import main; main()"
     program = [sys.executable, "-c", script, "serve", str(bundle), "--port", "0", "--json", *options]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
+        parts = urlsplit(_address(process.stdout.readline()))
+        if parts.hostname is None or parts.port is None:
             got = f"flexvar serve ended with exit code {process.wait()}."
             raise EnvironmentFailed(got, expected="a service", fix=f"Run it alone to see why: flexvar serve {bundle}")
-        parts = urlsplit(json.loads(line)["url"])
-        assert parts.hostname is not None and parts.port is not None
-        with FlexVARPipeline.from_bundle(bundle) as pipeline:
-            classes = pipeline.model.classes
         yield ServedModel(Address(parts.hostname, parts.port), process.pid, classes)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -82,6 +80,15 @@ def served(bundle: Path, options: Sequence[str] = ()) -> Iterator[ServedModel]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _address(line: str) -> str:
+    """The address in the line that a ready service prints; "" for any other line."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return ""
+    return str(values.get("url", "")) if isinstance(values, dict) else ""
 
 
 def measure(

@@ -171,6 +171,7 @@ def test_a_bundle_of_other_sources_is_not_measured(
     assert result["options"] == used | {"tiny": "True"}
 
 
+@pytest.mark.kernels
 def test_both_decoders_are_timed(
     tiny_bundles: Callable[[str], Path],
     work: Path,

@@ -134,7 +134,11 @@ def test_excess_is_that_of_step_and_prefill_alone(rows: tuple[ParityRow, ...], e
 
 
 @pytest.mark.parametrize(
-    ("precision", "rounded"), [("bf16", onnx.TensorProto.BFLOAT16), ("int8", onnx.TensorProto.INT8)]
+    ("precision", "rounded"),
+    [
+        ("bf16", onnx.TensorProto.BFLOAT16),
+        pytest.param("int8", onnx.TensorProto.INT8, marks=pytest.mark.slow),
+    ],
 )
 def test_export_keeps_the_parts_that_the_gate_requires(
     sensitive_checkpoint: tuple[Path, Path],

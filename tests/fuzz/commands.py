@@ -10,7 +10,13 @@ from typing import Any
 
 FAST = {("edit",), ("generate",), ("inspect",)}  # six times as frequent as the others
 LONG = {("bench", "run"), ("export",)}  # a valid line takes some twenty seconds, so few are valid
-ENDLESS = ("build", "run", "train")  # words of commands that are interrupted, because a valid line may take hours
+ENDLESS = (
+    "build",
+    "run",
+    "train",
+    "serve",
+    "load",
+)  # words of commands that are interrupted, because a valid line may take hours
 SMALL = {"config": ("tokenizer.toml", "transformer.toml")}  # always given: without it, the published model is trained
 
 PICTURES = ("photo.jpg", "clear.png", "made.png", "edited.png", "mask.png")

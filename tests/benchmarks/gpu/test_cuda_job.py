@@ -60,6 +60,7 @@ def test_a_run_has_times_of_its_parts(work: Path, monkeypatch: pytest.MonkeyPatc
     assert found["substituted"] == [] and len(found["scales"]["step_s"]) == 5
 
 
+@pytest.mark.kernels
 def test_the_tiny_model_in_another_precision(work: Path) -> None:
     saved: Saved = []
     JOBS["tiny"](work, saved.append, backend="cuda", folder="tiny-bf16")
@@ -69,6 +70,7 @@ def test_the_tiny_model_in_another_precision(work: Path) -> None:
     assert "not measured: " in found["tokens_equal_to_ort_cpu"], "ort-cpu does not run bfloat16"
 
 
+@pytest.mark.kernels
 def test_convolutions_without_a_plan_are_listed(
     work: Path, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

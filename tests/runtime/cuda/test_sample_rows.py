@@ -200,6 +200,7 @@ def test_the_status_has_the_first_refused_scale(host_kernels: Build) -> None:
 # --- negative controls
 
 
+@pytest.mark.kernels
 def test_wrong_kernels_are_noticed(tmp_path: Path) -> None:
     """Some row and some order of threads needs every rule and every barrier."""
     if COMPILER is None:
