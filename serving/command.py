@@ -14,11 +14,12 @@ from typing import Annotated
 import typer
 
 from flexvar_runtime import ScaleSchedule
-from flexvar_runtime.backends import check_options
+from flexvar_runtime.backends import CPU_BACKENDS, check_options
 from flexvar_runtime.checks import conflict, invalid
 from flexvar_runtime.cli import options
 from flexvar_runtime.cli.console import JsonOption, err, say
 from flexvar_runtime.errors import EnvironmentFailed, InvalidInput
+from flexvar_runtime.machine.processors import default_threads
 
 from .settings import Layout, Limits, ModelSettings, ServiceSettings
 
@@ -38,38 +39,62 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 takes a free one.")] = 8000,
     workers: Annotated[
-        int | None, typer.Option(min=0, max=256, help="Worker processes on CPUs. 0: a thread. The default is measured.")
+        int | None,
+        typer.Option(
+            min=0,
+            max=256,
+            help="Worker processes on a CPU. 0 runs the model in a thread of the service. The default is measured.",
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker. The default is measured.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each worker. The default is measured, or follows from --workers.")
+    ] = None,
     backend: options.Backend = "auto",
-    device: Annotated[str | None, typer.Option(help="GPUs, one worker each, such as cuda:0,cuda:1.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="GPUs joined by commas, such as cuda:0,cuda:1. Each has one worker. cpu uses the CPU."),
+    ] = None,
     engines: options.Engines = None,
     allow_unproved: options.AllowUnproved = False,
     batch_sizes: Annotated[
-        str, typer.Option(help="Numbers of images that may run at once, with 1 among them.")
+        str, typer.Option(help="Numbers of images that may run in one batch, joined by commas. 1 must be one of them.")
     ] = "1,2,4,8",
     schedules: Annotated[
         str | None, typer.Option(help="Schedules that requests may use, joined by commas. The default is any.")
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens of one image, all scales together. The default is 4 times the bundle's."),
+        typer.Option(
+            min=1,
+            help="Largest number of tokens of one image, summed over all scales. The default is 4 times the bundle's.",
+        ),
     ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Images that may wait. Further requests get status 429.")] = 64,
+    queue: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Number of images that may wait. If the queue is full, further requests get status 429."
+        ),
+    ] = 64,
     max_connections: Annotated[int, typer.Option(min=1, help="Connections that may be open at once.")] = 2048,
-    receive_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request to arrive as a whole.")] = 30.0,
+    receive_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds within which a whole request must arrive.")
+    ] = 30.0,
     api_keys: Annotated[
         Path | None, typer.Option(help="File of API keys, one a line. Without it, every client may generate.")
     ] = None,
     drain_delay: Annotated[
-        float, typer.Option(min=0, help="Seconds to go on accepting requests after SIGTERM, while not ready.")
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds after SIGTERM in which new requests are still accepted. /health/ready is 503 meanwhile.",
+        ),
     ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a bundle over HTTP, with OpenAI's images API and a page to try it.
 
     The service runs until SIGTERM or Ctrl-C. It finishes the requests that it has accepted. The access log is one JSON
-    line for each request, on standard error.
+    line for each request, on standard error. With --json, the address is printed as one JSON line.
     """
     _require_packages()
     from .service import serve as run
@@ -147,9 +172,12 @@ def _layout(workers: int | None, threads: int | None, device: str | None, backen
         return Layout(devices=tuple(devices))
     if threads is not None and threads < 1:
         raise invalid(f"--threads is {threads}", "a whole number, 1 or more", "Pass the number of CPU threads.")
-    one = None if devices is None else "cpu"
+    one, processors = None if devices is None else "cpu", default_threads()
     if workers is None:
-        return None if threads is None else Layout(devices=(one,), threads=threads)
+        return None if threads is None else Layout(devices=(one,) * max(1, processors // threads), threads=threads)
+    on_gpu = backend != "auto" and backend not in CPU_BACKENDS
+    if threads is None and not on_gpu:
+        threads = max(1, processors // max(1, workers))
     return Layout(devices=(one,) * max(1, workers), threads=threads, in_thread=workers == 0)
 
 
@@ -165,12 +193,8 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     sizes = sorted({int(part) for part in parts if part.isascii() and part.isdecimal() and len(part) < 5})
     if len(sizes) != len(parts) or not sizes or sizes[0] != 1 or sizes[-1] > 1024:
-        fix = "Write them like 1,2,4,8."
-        raise InvalidInput(
-            f"--batch-sizes is {text[:100]!r}, but it must be numbers from 1 to 1024, 1 among them.",
-            expected="numbers with 1",
-            fix=fix,
-        )
+        got = f"--batch-sizes is {text[:100]!r}, but it must be different numbers from 1 to 1024, with 1 among them."
+        raise InvalidInput(got, expected="numbers with 1", fix="Write them like 1,2,4,8.")
     return tuple(sizes)
 
 

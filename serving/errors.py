@@ -15,7 +15,7 @@ class WorkersKeepDying(FlexVARError):
 
 
 class HTTPError(Exception):
-    """An answer that is not the wanted one.
+    """An error response of the API.
 
     status: of HTTP. message: sentences for the client. code: a word for programs, also the reason in the metrics.
     param: the field at fault. retry_after: seconds after which the request may succeed. headers: further ones.
@@ -72,9 +72,8 @@ def of_worker(error: Exception) -> HTTPError:
 
 
 def internal() -> HTTPError:
-    return HTTPError(
-        500, "The service failed on this request. Its log says more, under this request id.", "internal_error"
-    )
+    got = "The service failed on this request. Its log has the reason."
+    return HTTPError(500, f"{got} The id of the request is in the header x-request-id.", "internal_error")
 
 
 def worker_lost() -> HTTPError:

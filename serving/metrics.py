@@ -31,7 +31,12 @@ class Metrics:
         self.lag = histogram("loop_lag_seconds", "Delay of the event loop, measured twice a second")
         self.queued = Gauge("flexvar_queue_images", "Images that wait", registry=registry)
         self.cancelled = Counter("flexvar_cancelled", "Requests whose client went away", ("stage",), registry=registry)
-        self.rejected = Counter("flexvar_rejected", "Requests that were refused", ("reason",), registry=registry)
+        self.rejected = Counter(
+            "flexvar_rejected",
+            "Requests refused for lack of room, time, memory or workers",
+            ("reason",),
+            registry=registry,
+        )
         self.restarts = Counter("flexvar_worker_restarts", "Workers that ended and were replaced", registry=registry)
         self.build = Gauge(
             "flexvar_build_info",

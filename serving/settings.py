@@ -14,9 +14,10 @@ MIB = 2**20
 class Limits:
     """What a client may ask of the service.
 
-    queue: images that wait. max_tokens: of all scales of one image; None means 4 times those of the default schedule.
-    connections: open at once. json_bytes, edit_bytes: of one body. uploads_bytes: of all edits that are in the service.
-    receive_seconds: for a whole request to arrive. send_seconds: for which a client may take nothing of its answer.
+    queue: images that may wait. max_tokens: of all scales of one image; None means 4 times those of the default
+    schedule. connections: open at once. json_bytes, edit_bytes: of one body. uploads_bytes: of the bodies of all edits
+    being handled. receive_seconds: for a whole request to arrive. send_seconds: after which a connection ends if the
+    client reads nothing.
     """
 
     queue: int = 64
@@ -57,9 +58,12 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """Everything that `flexvar serve` is told. keys: API keys; empty means that none is asked for. drain_delay: seconds
-    between SIGTERM and the end of accepting connections. hang_seconds: for which a busy worker may be silent, besides
-    ten times the forecast of its batch."""
+    """All settings of a service.
+
+    name: of the model, in the API. keys: API keys; if there are none, no key is asked for. drain_delay: seconds between
+    SIGTERM and the end of accepting connections. hang_seconds: a busy worker is replaced if it sends nothing for this
+    time and ten times the forecast of its batch.
+    """
 
     model: ModelSettings
     layout: Layout = field(default_factory=Layout)

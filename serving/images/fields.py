@@ -36,7 +36,9 @@ class Fields(BaseModel):
     first_index: Annotated[_Seed, Field(description="Index of the first image in the stream of its seed.")] = None
     schedule: Annotated[str | None, Field(max_length=1000, description="Scales in tokens, such as 1_2_4_8_16.")] = None
     steps: Annotated[int | None, Field(ge=1, le=64, description="Number of scales, in place of schedule.")] = None
-    guidance: Annotated[float | None, Field(allow_inf_nan=False, description="Guidance scale.")] = None
+    guidance: Annotated[
+        float | None, Field(allow_inf_nan=False, description="Guidance scale, as --cfg of flexvar generate.")
+    ] = None
     top_k: Annotated[int | None, Field(ge=0)] = None
     top_p: Annotated[float | None, Field(allow_inf_nan=False)] = None
     preset: Annotated[str | None, Field(max_length=100, description="Published settings by name.")] = None

@@ -31,6 +31,14 @@ from .encoding import Output
 from .fields import EditFields, Fields
 
 F = TypeVar("F", bound=Fields)
+_WHOLE_64 = "it must be a whole number from 0 to 18446744073709551615, as a number or as text"
+_FORMS = {
+    "size": "it must be auto, or width x height in pixels such as 96x64",
+    "sides": "it must be the pixels to add above, right, below and left, such as 0,16,0,16",
+    "seed": _WHOLE_64,
+    "first_index": _WHOLE_64,
+}
+"""What the fields that have a form of their own must be."""
 _LARGER = 4
 """Without --max-tokens, an image may have this many times the tokens of the default schedule."""
 
@@ -106,8 +114,10 @@ def _validated(kind: type[F], values: Mapping[str, Any], *, strict: bool) -> F:
             close = get_close_matches(str(name), kind.model_fields, n=1)
             hint = f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(kind.model_fields)}."
             raise HTTPError(400, f"The field {shown(name)} is not known. {hint}", "unknown_field", name) from None
-        reason = first["msg"][:1].lower() + first["msg"][1:]
-        got = f"{name or 'The name of a field'} is {shown(first['input'])}: {reason}."
+        reason = _FORMS.get(name or "") or first["msg"].replace("Input should", "it must").replace(
+            "String should", "it must"
+        )
+        got = f"{name or 'The name of a field'} is {shown(first['input'])}, but {reason[:1].lower()}{reason[1:]}."
         raise HTTPError(400, got, "invalid_value", name) from None
 
 
@@ -185,6 +195,12 @@ def parse_edit(model: Model, fields: EditFields, image: bytes, mask: bytes | Non
                 400, f"mask cannot be used with task {task}. Leave out one of them.", "invalid_value", "mask"
             )
         task = "inpaint"
+    if task == "expand" and "size" not in options:
+        got = "task expand needs size. Send size as width x height in pixels, such as 320x192."
+        raise HTTPError(400, got, "missing_value", "size")
+    if task == "outpaint" and not any(options.get("sides", ())):
+        got = "task outpaint needs sides. Send the pixels to add above, right, below and left, such as 0,16,0,16."
+        raise HTTPError(400, got, "missing_value", "sides")
     try:
         Edit(**{**options, "task": task or _task_of(options)})
     except InvalidInput as error:
@@ -295,7 +311,7 @@ def _require_allowed(schedule: ScaleSchedule, schedules: tuple[ScaleSchedule, ..
 
 def _require_tokens(model: Model, tokens: int, param: str) -> None:
     if tokens > model.max_tokens:
-        got = f"The image needs {tokens:,} tokens, but this service allows {model.max_tokens:,}."
+        got = f"The scales of the image have {tokens:,} tokens together, but this service allows {model.max_tokens:,}."
         raise HTTPError(413, f"{got} Ask for a smaller size or fewer steps.", "too_large", param)
 
 

@@ -36,10 +36,13 @@ WATCH_SECONDS = 0.5
 
 
 class Job:
-    """An order on its way. `finished` gives its images; `scales` gives its previews and then None."""
+    """An order that waits or runs.
 
-    def __init__(self, number: int, order: Order, arrived: float, deadline: float | None) -> None:
-        self.number, self.order, self.arrived, self.deadline = number, order, arrived, deadline
+    finished: a future of its images. scales: a queue of its previews, ended by None. name: of its request, for the log.
+    """
+
+    def __init__(self, number: int, order: Order, arrived: float, deadline: float | None, name: str) -> None:
+        self.number, self.order, self.arrived, self.deadline, self.name = number, order, arrived, deadline, name
         self.finished: asyncio.Future[tuple[list[Image], Spent]] = asyncio.get_running_loop().create_future()
         self.finished.add_done_callback(lambda future: future.cancelled() or future.exception())  # it is seen
         self.scales: asyncio.Queue[Scale | None] = asyncio.Queue()
@@ -172,8 +175,13 @@ class Dispatcher:
         while self._deaths and self._deaths[0] < now - DEATHS_WITHIN:
             self._deaths.popleft()
         if len(self._deaths) > MOST_DEATHS or not worker.can_be_killed:
-            got = f"{len(self._deaths)} workers ended within {DEATHS_WITHIN:.0f} seconds."
-            fix = "Look for the reason in the log, such as too little memory."
+            got = f"{len(self._deaths)} worker processes ended within {DEATHS_WITHIN:.0f} seconds."
+            fix = "Look for the reason in the log on standard error. Too little memory is a common one."
+            if not worker.can_be_killed:
+                got, fix = (
+                    "The worker thread ended or did not answer.",
+                    "Pass --workers 1 or more: processes are replaced.",
+                )
             self._fail(WorkersKeepDying(got, expected="workers that keep running", fix=fix))
             return
         self._start_worker(worker.setup)
@@ -237,8 +245,9 @@ class Dispatcher:
 
     # Jobs
 
-    def submit(self, order: Order, deadline: float | None = None) -> Job:
-        """Put an order in the queue. deadline: on time.monotonic. Raises HTTPError if there is no room."""
+    def submit(self, order: Order, deadline: float | None, name: str) -> Job:
+        """Put an order in the queue. deadline: on time.monotonic. name: for the log. Raises HTTPError if there is no
+        room."""
         if not self.ready:
             raise HTTPError(503, "No worker is ready. Try again in a moment.", "not_ready", retry_after=2)
         if order.images > self.queue.limit:
@@ -248,7 +257,7 @@ class Dispatcher:
             wait = max(1, math.ceil(self.forecast(order)))
             got = f"{len(self.queue)} images wait, and there is no room for {order.images} more. Try again in {wait} s."
             raise HTTPError(429, got, "queue_full", retry_after=wait)
-        job = Job(next(self._numbers), order, time.monotonic(), deadline)
+        job = Job(next(self._numbers), order, time.monotonic(), deadline, name)
         self._jobs[job.number] = job
         self.queue = self.queue.with_entries(job.entries(self.seconds(order)))
         self._dispatch()
@@ -292,7 +301,7 @@ class Dispatcher:
         return sum(self.costs.careful(Work.of(schedule, guided, images)) for images in sizes)
 
     def _batch_sizes(self, images: int) -> list[int]:
-        """The batches of `images` that have the workers to themselves."""
+        """The sizes of the batches in which `images` run when nothing else waits."""
         sizes: list[int] = []
         while images:
             sizes.append(max(size for size in self.settings.model.batch_sizes if size <= images))
@@ -364,13 +373,16 @@ class Dispatcher:
 
     def _give_up(self, number: int, error: HTTPError) -> None:
         """Fail every job of a batch."""
-        for job_number in {entry.job for entry in self._batches.pop(number, ())}:
-            if (job := self._jobs.get(job_number)) is not None:
-                self._drop(job, error)
+        numbers = {entry.job for entry in self._batches.pop(number, ())}
+        jobs = [self._jobs[number] for number in numbers if number in self._jobs]
+        if error.status in (500, 503):
+            log.error("a worker failed on these requests: %s", ", ".join(job.name for job in jobs) or "none that waits")
+        for job in jobs:
+            self._drop(job, error)
 
     def _expire(self, now: float) -> None:
         for number in self.queue.expired(now):
-            got = "The deadline passed while the request waited."
+            got = "The deadline passed while the request waited in the queue. Try again later, or allow more time."
             self._drop(self._jobs[number], HTTPError(504, got, "deadline_exceeded"))
 
     def _drop(self, job: Job, error: HTTPError) -> None:

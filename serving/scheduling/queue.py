@@ -63,8 +63,8 @@ class Queue:
         return {entry.job for entry in self.entries if entry.deadline is not None and entry.deadline < now}
 
     def seconds(self, cost: float) -> float:
-        """Forecast of the work that a new job of `cost` seconds will find before it: of jobs that are not longer, and
-        of longer ones as much as the new job could itself wait for them."""
+        """Estimated seconds of work that runs before a new job of `cost` seconds: all of each job that is not longer,
+        and at most 2 · cost of each longer one."""
         jobs = {entry.job: entry.seconds for entry in self.entries}
         return sum(min(seconds, 2 * cost) if seconds > cost else seconds for seconds in jobs.values())
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from flexvar_runtime import __version__
+from flexvar_runtime.checks import shown
 from flexvar_runtime.deadlines.choice import choose, seconds_of
 from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.model.presets import PRESETS
@@ -25,7 +26,7 @@ from flexvar_runtime.model.presets import PRESETS
 from ..errors import HTTPError
 from ..images.answers import Encoder, base_headers, events, json_body, result_headers
 from ..images.fields import EditFields, GenerationFields
-from ..images.parsing import Model, Wanted, blame, parse_edit, parse_form, parse_json, parse_order
+from ..images.parsing import Model, Wanted, parse_edit, parse_form, parse_json, parse_order
 from ..metrics import Metrics
 from ..scheduling.dispatcher import Dispatcher, Job
 from ..scheduling.orders import Order
@@ -83,10 +84,8 @@ def create_application(service: Service) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        texts = {
-            404: "There is no such page. GET / is the page of this service.",
-            405: "This path does not take that method.",
-        }
+        path, fix = shown(request.url.path), "GET /openapi.json lists the paths and methods of this service."
+        texts = {404: f"There is nothing at {path}. {fix}", 405: f"{path} does not take {request.method[:20]}. {fix}"}
         text, code = texts.get(error.status_code, error.detail), {404: "not_found", 405: "method_not_allowed"}
         own = HTTPError(
             error.status_code, text, code.get(error.status_code, "http_error"), headers=dict(error.headers or {})
@@ -101,7 +100,9 @@ def create_application(service: Service) -> ASGIApp:
 
     def authorized(request: Request) -> None:
         if request.headers.get("sec-fetch-site") == "cross-site":  # browsers say so of pages of other sites
-            raise HTTPError(403, "Pages of other sites may not use this service.", "cross_site")
+            raise HTTPError(
+                403, "Web pages of other sites may not use this service. Call it from your own server.", "cross_site"
+            )
         service.keys.check(request.headers.get("authorization", ""))
 
     app.include_router(_status_routes(service))
@@ -199,7 +200,7 @@ async def _answer(service: Service, request: Request, wanted: Wanted, deadline: 
     if picture and (order.images > 1 or wanted.streamed):
         got = "Accept: image/... answers with one picture. Leave out n and stream, or accept application/json."
         raise HTTPError(400, got, "invalid_value", "n" if order.images > 1 else "stream")
-    job = service.dispatcher.submit(order, deadline)
+    job = service.dispatcher.submit(order, deadline, record.request_id)
     headers = base_headers(order, facts.bundle, facts.backend)
     record.values |= {"seed": str(order.seed), "class": order.label, "images": order.images}
     if wanted.user is not None:
@@ -274,7 +275,7 @@ def _deadline(
             raise HTTPError(400, got, "invalid_value", name)
     try:
         seconds = seconds_of(float(text))
-    except ValueError:
+    except ValueError:  # also InvalidInput
         got = f"{name} must be a number of milliseconds above 0, such as 250."
         raise HTTPError(400, got, "invalid_value", name) from None
     order, model, dispatcher = wanted.order, service.opened_model(), service.dispatcher
@@ -284,8 +285,10 @@ def _deadline(
         chosen = choose(model.order, lambda one: dispatcher.careful_seconds(order, one), left).schedule
         return replace(order, schedule=chosen, forecast_schedule=chosen)
 
-    with blame(name):
+    try:
         choice(seconds)  # on an idle service
+    except InvalidInput as error:
+        raise HTTPError(400, f"{error.got} Send a larger {name}.", "invalid_value", name) from error
     try:
         return time.monotonic() + seconds, replace(wanted, order=choice(seconds - wait))
     except InvalidInput:
@@ -356,14 +359,10 @@ def _described(service: Service) -> dict[str, Any]:
 
 
 def _body(media_type: str, kind: type[GenerationFields] | type[EditFields]) -> dict[str, Any]:
-    """The description of a body in the OpenAPI schema, and of the headers that the routes read."""
-    schema = kind.model_json_schema()
-    return {
-        "requestBody": {"required": True, "content": {media_type: {"schema": schema}}},
-        "parameters": [
-            {"name": "x-flexvar-exact", "in": "header", "schema": {"type": "string", "enum": ["0", "1"]}},
-        ],
-    }
+    """The description of a body in the OpenAPI schema, and of the header that both routes read."""
+    exact = {"name": "x-flexvar-exact", "in": "header", "schema": {"type": "string", "enum": ["0", "1"]}}
+    content = {media_type: {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [exact]}
 
 
 def _form(kind: type[EditFields]) -> dict[str, Any]:

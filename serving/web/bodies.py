@@ -71,7 +71,9 @@ async def read_form(request: Request, limit: int) -> tuple[dict[str, str], dict[
     except MultiPartException as error:
         raise HTTPError(400, f"The form cannot be read: {error.message}", "invalid_form") from error
     except (KeyError, ValueError, AssertionError) as error:  # for headers of a part that mean nothing
-        raise HTTPError(400, "The form cannot be read.", "invalid_form") from error
+        raise HTTPError(
+            400, "The form cannot be read. Send multipart/form-data as curl -F does.", "invalid_form"
+        ) from error
     if not parser.ended:  # the last part would be missing
         raise HTTPError(400, "The form is cut off: its last boundary is missing.", "invalid_form")
     fields: dict[str, str] = {}

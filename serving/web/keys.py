@@ -1,4 +1,4 @@
-"""API keys: read from a file, and compared without telling how much of a key is right."""
+"""API keys: read from a file, and compared in constant time."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ CLIENT_GONE = 499
 
 @dataclass
 class Record:
-    """One request. values: what the log says of it besides the common."""
+    """One request. values: further entries of its log line. gone: whether the client closed the connection."""
 
     request_id: str
     traceparent: str | None
@@ -71,7 +71,7 @@ class AccessLog:
 
 
 class Observed:
-    """The outermost part of the application."""
+    """ASGI middleware: gives each request an id, and writes its log line and its metrics."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: AccessLog) -> None:
         self._app, self._metrics, self._log = app, metrics, access_log

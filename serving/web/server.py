@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, with limits on every connection, and an end that loses no request."""
+"""The HTTP server: uvicorn, with limits on every connection."""
 
 from __future__ import annotations
 
@@ -38,7 +38,14 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
             self.metrics.rejected.labels("connections").inc()
-            self._refuse(HTTPError(503, "Too many connections are open.", "connections", retry_after=1))
+            self._refuse(
+                HTTPError(
+                    503,
+                    "Too many connections are open. Close idle ones, or try again in a second.",
+                    "connections",
+                    retry_after=1,
+                )
+            )
             return
         self._expect_request()
 
@@ -88,7 +95,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self._abort()
             return
         seconds = f"{self.limits.receive_seconds:g}"
-        self._refuse(HTTPError(408, f"The request did not arrive within {seconds} seconds.", "receive_timeout"))
+        self._refuse(
+            HTTPError(408, f"The request did not arrive within {seconds} seconds. Send it faster.", "receive_timeout")
+        )
 
     def _refuse(self, error: HTTPError) -> None:
         """Answer without the application, and close the connection."""

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """Who is told what a worker says. The calls come in the event loop."""
+    """Receives the messages of a worker, in the event loop."""
 
     def heard(self, worker: WorkerHandle, message: Any) -> None:
         """A message came."""

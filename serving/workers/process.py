@@ -273,7 +273,7 @@ class _Worker:
     def _require_allowed(self, schedule: ScaleSchedule, most: int | None) -> None:
         """Raise HTTPError if the schedule that an edit takes from its picture is too long, or not allowed."""
         if most is not None and schedule.tokens > most:
-            got = f"The image needs {schedule.tokens:,} tokens, but this service allows {most:,}."
+            got = f"The scales of the image have {schedule.tokens:,} tokens together, but this service allows {most:,}."
             raise HTTPError(413, f"{got} Ask for a smaller size or fewer steps.", "too_large", "size")
         if self._schedules is not None and schedule not in self._schedules:
             names = ", ".join(map(str, self._schedules))
@@ -283,7 +283,7 @@ class _Worker:
     def _on_scale(self, batch: Batch) -> Callable[[ScaleStep], None] | None:
         """What is called after every scale: it sends previews, shows that the worker is alive, and looks for Cancel.
 
-        A GPU runs all scales as one, so without previews there is nothing to call.
+        A GPU runs all scales in one call, so it can call this only if previews are asked for.
         """
         if self._pipeline.generator.runs_whole and not batch.previews:
             return None

@@ -63,19 +63,30 @@ def test_what_is_not_named_is_measured() -> None:
 @pytest.mark.parametrize(
     ("workers", "threads", "device", "expected"),
     [
-        (1, None, None, Layout()),
+        (1, None, None, Layout(threads=8)),
+        (3, None, None, Layout(devices=(None, None, None), threads=2)),
+        (16, None, None, Layout(devices=(None,) * 16, threads=1)),
         (3, 2, None, Layout(devices=(None, None, None), threads=2)),
-        (0, None, None, Layout(in_thread=True)),
+        (0, None, None, Layout(threads=8, in_thread=True)),
         (0, 4, None, Layout(threads=4, in_thread=True)),
-        (None, 4, None, Layout(threads=4)),
+        (None, 4, None, Layout(devices=(None, None), threads=4)),
+        (None, 16, None, Layout(threads=16)),
         (None, None, "cuda:0", Layout(devices=("cuda:0",))),
         (None, None, "cuda:0, cuda:1", Layout(devices=("cuda:0", "cuda:1"))),
         (2, 1, "cpu", Layout(devices=("cpu", "cpu"), threads=1)),  # else a worker might take a GPU
-        (None, 4, "cpu", Layout(devices=("cpu",), threads=4)),
-        (0, None, "cpu", Layout(devices=("cpu",), in_thread=True)),
+        (None, 4, "cpu", Layout(devices=("cpu", "cpu"), threads=4)),
+        (0, None, "cpu", Layout(devices=("cpu",), threads=8, in_thread=True)),
     ],
 )
-def test_layouts(workers: int | None, threads: int | None, device: str | None, expected: Layout) -> None:
+def test_layouts(
+    workers: int | None,
+    threads: int | None,
+    device: str | None,
+    expected: Layout,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine of 8 processors."""
+    monkeypatch.setattr(command, "default_threads", lambda: 8)
     layout = _layout(workers, threads, device, "auto")
     assert layout == expected and layout.workers == len(expected.devices)
 

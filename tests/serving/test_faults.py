@@ -67,7 +67,7 @@ def test_exit_7_when_workers_keep_dying(start_stub: Start) -> None:
         except OSError:
             continue
     assert running.process.wait(10) == 7
-    assert "workers ended within" in "".join(running.log)
+    assert "worker processes ended within" in "".join(running.log)
 
 
 def test_a_bundle_that_cannot_be_opened_ends_the_service() -> None:

@@ -129,9 +129,6 @@ def test_an_edit_without_a_class_has_no_guidance_unless_it_is_given(model: Model
         ({"task": "inpaint", "feather": "8"}, "feather"),
         ({"task": "inpaint", "paste": "true", "feather": "-1"}, "feather"),
         ({"task": "inpaint", "paste": "true", "feather": "1025"}, "feather"),
-        ({"task": "outpaint"}, "task"),
-        ({"task": "outpaint", "sides": "0,0,0,0"}, "task"),
-        ({"task": "expand"}, "task"),
         ({"schedule": "1_2_4", "steps": "3"}, "steps"),
         ({"partial_images": "1"}, "partial_images"),
         ({"stream": "true", "n": "2"}, "n"),
@@ -139,6 +136,18 @@ def test_an_edit_without_a_class_has_no_guidance_unless_it_is_given(model: Model
 )
 def test_options_that_do_not_go_together(model: Model, values: dict[str, str], named: str) -> None:
     assert refusal(model, **values) == (400, "invalid_value", named)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"task": "outpaint"}, "sides"),
+        ({"task": "outpaint", "sides": "0,0,0,0"}, "sides"),
+        ({"task": "expand"}, "size"),
+    ],
+)
+def test_options_that_a_task_needs(model: Model, values: dict[str, str], named: str) -> None:
+    assert refusal(model, **values) == (400, "missing_value", named)
 
 
 def test_a_mask_is_for_inpainting(model: Model) -> None:
