@@ -150,3 +150,25 @@ def test_masks() -> None:
     white[0, 1, 3] = 0
     assert read_mask(white).tolist() == [[255, 0]]  # drawn on a transparent layer
     assert read_mask(Image.new("1", (2, 1), 1)).tolist() == [[255, 255]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_the_content_of_a_file_is_read_as_the_file(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "picture"
+    Image.fromarray(rng.integers(0, 256, (9, 14, 3), np.uint8)).save(path, kind)
+    whole = read_photo(path)
+    assert np.array_equal(read_photo(path.read_bytes()).pixels, whole.pixels)
+    assert np.array_equal(read_mask(path.read_bytes()), read_mask(path))
+    assert read_photo(whole) is whole
+    assert np.array_equal(read_mask(whole), read_mask(whole.pixels))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"/etc/passwd", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff" + bytes(99)]
+)
+def test_content_that_is_no_picture(content: bytes) -> None:
+    """It is never taken for a path."""
+    for read in (read_photo, read_mask):
+        with pytest.raises(ArtifactRefused, match=r"^The picture"):
+            read(content)
