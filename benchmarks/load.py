@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from flexvar_runtime.errors import EnvironmentFailed
 from .load_client import Address, Client, Request, closed_loop, generation, hold, meanwhile, open_loop
 from .timing import quantiles
 
+MOST_RECOVERY = 60.0
 SCENARIOS = ("throughput", "steady", "overload", "idle", "loris", "aborted")
 BATCH, QUEUE, DEADLINE = 8, 64, 10.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -158,23 +160,29 @@ def steady(service: ServedModel, clients: int, seconds: float, queue: int) -> di
         "images_per_second": rate,
         "p50_ms": times["median"] * 1e3,
         "p99_ms": _p99(done) * 1e3,
-        "p99_bound_ms": (queue + 2 * BATCH) / rate * 1e3,
+        "p99_bound_ms": (queue + 2 * BATCH) / rate * 1e3 if rate else math.nan,
         "growth_mb": (service.resident_bytes - before) / 1e6,
     }
 
 
 def overload(service: ServedModel, rate: float, times: float, seconds: float) -> dict[str, Any]:
-    """Requests at several times the rate of the service, then the time until a single request is quick again."""
+    """Requests at several times the rate of the service, then the time until a single request is quick again.
 
-    async def run() -> tuple[list[Request], float, float]:
+    recovery_seconds: None if it was not quick within a minute.
+    """
+
+    async def run() -> tuple[list[Request], float | None, float]:
         client = Client(service.address)
         alone = statistics.median([(await client.send(service.request(i))).seconds for i in range(10)])
         done = await open_loop(service.address, times * rate, seconds, service.request)
         ended = max(request.started for request in done)
-        while (await client.send(service.request(0))).seconds > 2 * alone:
-            continue
+        recovery = None
+        while recovery is None and time.monotonic() < ended + MOST_RECOVERY:
+            again = await client.send(service.request(0))
+            if again.status == 200 and again.seconds <= 2 * alone:
+                recovery = time.monotonic() - ended
         client.close()
-        return done, time.monotonic() - ended, alone
+        return done, recovery, alone
 
     before = service.resident_bytes
     done, recovery, alone = asyncio.run(run())
@@ -291,11 +299,11 @@ def images_per_second(done: Sequence[Request]) -> float:
 
 
 def _times(done: Sequence[Request]) -> dict[str, float]:
-    return quantiles([request.seconds for request in done if request.status == 200])
+    return quantiles([request.seconds for request in done if request.status == 200] or [math.nan])
 
 
 def _p99(done: Sequence[Request]) -> float:
-    times = sorted(request.seconds for request in done if request.status == 200)
+    times = sorted(request.seconds for request in done if request.status == 200) or [math.nan]
     return times[max(0, -(-99 * len(times) // 100) - 1)]
 
 

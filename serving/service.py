@@ -29,6 +29,8 @@ from .workers.process import Opener, open_pipeline
 log = logging.getLogger(__name__)
 
 _MOST_ENCODERS = 4
+_LAST_ANSWERS = 0.1
+"""Seconds in which requests that were dropped are still answered."""
 
 
 async def serve(
@@ -40,8 +42,8 @@ async def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT, and return the signal. on_ready: called when requests are taken.
 
-    Requests that were accepted are finished first. A second signal ends them. Raises FlexVARError if a worker cannot
-    open the bundle, or if workers keep dying.
+    Requests that were accepted are finished first. A second signal ends them, and then SIGINT is returned. Raises
+    FlexVARError if a worker cannot open the bundle, or if workers keep dying.
     """
     limits = replace(settings.limits, connections=raise_file_limit(settings.limits.connections))
     metrics, access_log = Metrics(), AccessLog()
@@ -71,16 +73,18 @@ async def serve(
         if signals.first.done() and not dispatcher.failed.done():
             await _drain(service, server, settings.drain_delay)
         server.should_exit = True
-        server.force_exit = dispatcher.failed.done()
+        server.force_exit |= dispatcher.failed.done()
         await serving
         if dispatcher.failed.done():
             dispatcher.failed.result()
-        return signals.first.result() if signals.first.done() else signal.SIGTERM
+        return signal.SIGINT if signals.second or not signals.first.done() else signals.first.result()
     finally:
         server.should_exit = server.force_exit = True
-        await dispatcher.stop()
+        dispatcher.drop_all()
         with suppress(Exception):
             await serving
+        await asyncio.sleep(_LAST_ANSWERS)
+        await dispatcher.stop()
         executor.shutdown(wait=False, cancel_futures=True)
         access_log.close()
         signals.restore()
@@ -116,6 +120,7 @@ class _Signals:
     def __init__(self, server: Server) -> None:
         self._loop, self._server = asyncio.get_running_loop(), server
         self.first: asyncio.Future[int] = self._loop.create_future()
+        self.second = False
         self._numbers = (signal.SIGTERM, signal.SIGINT)
         for number in self._numbers:
             self._loop.add_signal_handler(number, self._came, number)
@@ -124,7 +129,7 @@ class _Signals:
         if not self.first.done():
             self.first.set_result(number)
             return
-        self._server.should_exit = self._server.force_exit = True
+        self.second = self._server.should_exit = self._server.force_exit = True
 
     def restore(self) -> None:
         for number in self._numbers:

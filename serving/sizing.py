@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
-from flexvar_runtime import Guidance, Sampling, ScaleSchedule
+from flexvar_runtime import FlexVARError, Guidance, Sampling, ScaleSchedule
 from flexvar_runtime.backends import CPU_BACKENDS
 from flexvar_runtime.errors import EnvironmentFailed
 from flexvar_runtime.machine.processors import default_threads
@@ -16,11 +16,13 @@ from flexvar_runtime.memory.available import available_bytes
 
 from .settings import Layout, ModelSettings
 from .workers.handle import start_process
-from .workers.messages import Batch, Done, Item, Ready, Refused, Stop
+from .workers.messages import Batch, Done, Failed, Item, Ready, Refused, Stop
 from .workers.process import WorkerSetup, open_pipeline
 
 SECONDS = 2.0
 """How long each layout is measured, at least. One batch of each worker is always measured."""
+TOO_LONG = 120.0
+"""Seconds without any message after which a measurement is given up."""
 GAIN = 1.05
 """More workers, which take more memory, must be this much faster."""
 
@@ -57,9 +59,14 @@ def choose_layout(model: ModelSettings, device: str | None, say: Callable[[str],
         if best is not None and before is not None and taken * workers > before:
             say(f"{_workers(workers)} would not fit in memory")
             break
-        measured, on_cpu, left = _measure(
-            WorkerSetup(model=model, device=device, threads=processors // workers), workers
-        )
+        setup = WorkerSetup(model=model, device=device, threads=processors // workers)
+        try:
+            measured, on_cpu, left = _measure(setup, workers)
+        except FlexVARError as error:
+            if best is None:
+                raise
+            say(f"{_workers(workers)} cannot be measured: {error.got}")
+            break
         if not on_cpu:
             return Layout()
         if workers == 1 and before is not None and left is not None:
@@ -111,8 +118,15 @@ def _speed(connections: list[Connection], ready: Ready) -> float:
     for connection in connections:
         connection.send(batch)
     while busy:
-        for connection in [one for one in busy if one in wait(busy)]:
-            if not isinstance(_received(connection), Done):
+        answered = wait(busy, TOO_LONG)
+        if not answered:
+            got, fix = "A worker did not answer while it was measured.", "Pass --workers and --threads."
+            raise EnvironmentFailed(got, expected="a worker that answers", fix=fix)
+        for connection in busy.intersection(answered):
+            message = _received(connection)
+            if isinstance(message, Failed):
+                raise message.error
+            if not isinstance(message, Done):
                 continue
             images += 1
             if time.monotonic() - started < SECONDS:

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import HTTPError, of_worker
+from ..errors import HTTPError
 from ..scheduling.dispatcher import Job
 from ..scheduling.orders import Image, Order, Spent
 from .encoding import Output, Pixels
@@ -89,40 +89,34 @@ def _usage(images: Sequence[Image]) -> dict[str, Any]:
     return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": made, "total_tokens": made}
 
 
-async def events(job: Job, output: Output, encoder: Encoder, name: str) -> AsyncIterator[bytes]:
-    """The events of a streamed image: its previews, then the image, or an error. name: the first part of their type.
+OnImages = Callable[[Sequence[Image], Spent, float], object]
 
-    partial images have the size of their scale, which is smaller than that of the image.
+
+async def events(job: Job, output: Output, encoder: Encoder, name: str, on_images: OnImages) -> AsyncIterator[bytes]:
+    """The events of a streamed image: its previews, then the image. name: the first part of their type.
+
+    A partial image has the size of its scale, which is smaller than that of the image. on_images: called with the
+    images, and with the seconds of the job and of the encoder. Raises what the job raises.
     """
     shown = 0
-    try:
-        while (scale := await job.scales.get()) is not None:
-            file = await encoder.preview(output, scale.pixels)
-            yield _event(
-                f"{name}.partial_image",
-                file,
-                {
-                    **_of_event(output, size_text(scale.pixels)),
-                    "partial_image_index": shown,
-                    "scale": {
-                        "index": scale.index,
-                        "count": scale.count,
-                        "height": scale.size[0],
-                        "width": scale.size[1],
-                    },
-                },
-            )
-            shown += 1
-        images, _ = await job.finished
-        files, _ = await encoder.images(output, images)
-        common = _common(job.order, output, images)
-        own = {"index": str(images[0].settings.index), "class_id": images[0].settings.label}
-        yield _event(f"{name}.completed", files[0], {**_of_event(output, common["size"]), **common, **own})
-    except HTTPError as error:
-        yield b"event: error\ndata: " + error.body() + b"\n\n"
-    except Exception as error:
-        yield b"event: error\ndata: " + of_worker(error).body() + b"\n\n"
-        raise
+    while (scale := await job.scales.get()) is not None:
+        file = await encoder.preview(output, scale.pixels)
+        h, w = scale.size
+        place = {"index": scale.index, "count": scale.count, "height": h, "width": w}
+        own: dict[str, Any] = {"partial_image_index": shown, "scale": place}
+        yield _event(f"{name}.partial_image", file, _of_event(output, size_text(scale.pixels)) | own)
+        shown += 1
+    images, spent = await job.finished
+    files, encode = await encoder.images(output, images)
+    on_images(images, spent, encode)
+    common = _common(job.order, output, images)
+    own = {"index": str(images[0].settings.index), "class_id": images[0].settings.label}
+    yield _event(f"{name}.completed", files[0], _of_event(output, common["size"]) | common | own)
+
+
+def error_event(error: HTTPError) -> bytes:
+    """The event of a stream that fails."""
+    return b"event: error\ndata: " + error.body() + b"\n\n"
 
 
 def _of_event(output: Output, size: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Job:
         self.started: float | None = None
         self.decode = 0.0
         self.running = False
+        self.shown = -1  # the last scale of a stream, which has one image
 
     @property
     def over(self) -> bool:
@@ -122,18 +123,23 @@ class Dispatcher:
     def pids(self) -> list[int | None]:
         return [worker.pid for worker in self._workers]
 
+    def drop_all(self) -> None:
+        """Fail every job, because the service ends."""
+        error = HTTPError(503, "The service is stopping. Send the request again.", "stopping", retry_after=5)
+        for job in list(self._jobs.values()):
+            self._drop(job, error)
+
     async def stop(self) -> None:
         """End all workers. What still runs is dropped."""
         self._stopping = True
         if self._watcher is not None:
             self._watcher.cancel()
+        self.drop_all()
         for worker in self._workers:
-            if worker.ready is None:
-                worker.kill()  # it opens the bundle, and would not listen
+            if not worker.idle:
+                worker.kill()  # it would not listen at once
             worker.stop()
         await asyncio.gather(*(asyncio.to_thread(worker.join, 10.0) for worker in self._workers))
-        for job in list(self._jobs.values()):
-            job.fail(HTTPError(503, "The service is stopping.", "stopping", retry_after=5))
 
     def _start_worker(self, setup: WorkerSetup) -> None:
         in_thread = self.settings.layout.in_thread
@@ -153,8 +159,8 @@ class Dispatcher:
             case Done():
                 self._done(worker, message)
             case Failed(number=number, error=error):
+                worker.batch, worker.ends = None, message.ends
                 self._give_up(number, of_worker(error))
-                worker.batch = None
             case Cancelled(number=number):
                 self._batches.pop(number, None)
                 worker.batch = None
@@ -166,10 +172,9 @@ class Dispatcher:
             return
         self._workers.remove(worker)
         now = time.monotonic()
-        log.warning("a worker has ended%s", "" if worker.batch is None else " while it ran a batch")
+        asyncio.get_running_loop().run_in_executor(None, _end, worker)
         if worker.batch is not None:
             self._give_up(worker.batch.number, worker_lost())
-        asyncio.get_running_loop().run_in_executor(None, worker.join, 1.0)
         self.metrics.restarts.inc()
         self._deaths.append(now)
         while self._deaths and self._deaths[0] < now - DEATHS_WITHIN:
@@ -209,8 +214,7 @@ class Dispatcher:
         self._stopping = True
         if not self.failed.done():
             self.failed.set_exception(error)
-        for job in list(self._jobs.values()):
-            self._drop(job, worker_lost())
+        self.drop_all()
 
     async def _watch(self) -> None:
         """Expire deadlines and notice workers that hang."""
@@ -230,12 +234,7 @@ class Dispatcher:
         """Seconds for which a worker may be silent."""
         if worker.ready is None:
             return START_SECONDS
-        hang = self.settings.hang_seconds
-        if worker.batch is None:
-            return hang + PING_SECONDS
-        entries = self._batches.get(worker.batch.number, ())
-        job = next((self._jobs[entry.job] for entry in entries if entry.job in self._jobs), None)
-        return hang + (0.0 if job is None else 10 * self.costs.careful(job.order.work(len(entries))))
+        return self.settings.hang_seconds + (PING_SECONDS if worker.batch is None else 10 * worker.expected)
 
     def _end_hung(self, worker: WorkerHandle) -> None:
         log.error("a worker was silent for %.0f seconds and is ended", time.monotonic() - worker.heard_at)
@@ -270,21 +269,20 @@ class Dispatcher:
         self.metrics.cancelled.labels("running" if job.running else "queued").inc()
         job.finished.cancel()
         self._forget(job)
+        self._cancel_unwanted()
+        self._dispatch()
+
+    def _cancel_unwanted(self) -> None:
+        """End batches for which nobody waits."""
         for worker in self._workers:
             if worker.batch is not None and not self._wanted(worker.batch.number):
                 worker.cancel()
-        self._dispatch()
 
     def forecast(self, order: Order) -> float:
         """Seconds until a worker would begin with an order."""
         now, workers = time.monotonic(), max(1, sum(worker.ready is not None for worker in self._workers))
-        running = 0.0
-        for worker in self._workers:
-            if worker.batch is not None and (entries := self._batches.get(worker.batch.number)):
-                job = self._jobs.get(entries[0].job)
-                if job is not None:
-                    expected = self.costs.careful(job.order.work(len(entries)))
-                    running += max(0.0, expected - (now - worker.started))
+        busy = [worker for worker in self._workers if worker.batch is not None]
+        running = sum(max(0.0, worker.expected - (now - worker.started)) for worker in busy)
         idle = any(worker.idle for worker in self._workers)
         if idle and not len(self.queue):
             return 0.0
@@ -330,6 +328,7 @@ class Dispatcher:
                 self.metrics.queue.observe(now - job.arrived)
         first = jobs[0].order
         self._batches[number] = tuple(entries)
+        expected = self.costs.careful(first.work(len(entries)))
         worker.start(
             Batch(
                 number=number,
@@ -339,13 +338,16 @@ class Dispatcher:
                 previews=first.previews,
                 edit=first.edit,
                 max_tokens=first.max_tokens,
-            )
+            ),
+            expected,
         )
 
     def _show(self, preview: Preview) -> None:
-        for entry, pixels in zip(self._batches.get(preview.number, ()), preview.pixels, strict=False):
+        entries = self._batches.get(preview.number, ())[preview.first : preview.first + len(preview.pixels)]
+        for entry, pixels in zip(entries, preview.pixels, strict=True):
             job = self._jobs.get(entry.job)
-            if job is not None and not job.over:
+            if job is not None and not job.over and preview.scale > job.shown:  # a batch may begin again in parts
+                job.shown = preview.scale
                 job.scales.put_nowait(Scale(entry.index, pixels, preview.scale, preview.scales, preview.size))
 
     def _done(self, worker: WorkerHandle, done: Done) -> None:
@@ -379,6 +381,7 @@ class Dispatcher:
             log.error("a worker failed on these requests: %s", ", ".join(job.name for job in jobs) or "none that waits")
         for job in jobs:
             self._drop(job, error)
+        self._cancel_unwanted()
 
     def _expire(self, now: float) -> None:
         for number in self.queue.expired(now):
@@ -393,6 +396,14 @@ class Dispatcher:
         self._jobs.pop(job.number, None)
         self.queue = self.queue.without({job.number})
         self.metrics.queued.set(len(self.queue))
+
+
+def _end(worker: WorkerHandle) -> None:
+    """Wait for the end of a lost worker, and log it."""
+    running = worker.batch is not None
+    worker.join(1.0)
+    code = "" if worker.exit_code is None else f" with exit code {worker.exit_code}"
+    log.warning("a worker has ended%s%s", code, " while it ran a batch" if running else "")
 
 
 def _runs(together: Sequence[int]) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -23,17 +25,19 @@ from flexvar_runtime.deadlines.choice import choose, seconds_of
 from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.model.presets import PRESETS
 
-from ..errors import HTTPError
-from ..images.answers import Encoder, base_headers, events, json_body, result_headers
+from ..errors import HTTPError, internal, of_worker
+from ..images.answers import Encoder, base_headers, error_event, events, json_body, result_headers
 from ..images.fields import EditFields, GenerationFields
 from ..images.parsing import Model, Wanted, parse_edit, parse_form, parse_json, parse_order
 from ..metrics import Metrics
 from ..scheduling.dispatcher import Dispatcher, Job
-from ..scheduling.orders import Order
+from ..scheduling.orders import Image, Order, Spent
 from ..settings import Limits
 from .bodies import UploadSpace, declared_bytes, read_body, read_form
 from .keys import Keys
-from .observing import AccessLog, Observed, record_of
+from .observing import AccessLog, Observed, Record, record_of
+
+log = logging.getLogger(__name__)
 
 PAGE_POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -77,10 +81,12 @@ def create_application(service: Service) -> ASGIApp:
 
     @app.exception_handler(HTTPError)
     async def refused(request: Request, error: HTTPError) -> Response:
-        if error.status in (413, 429, 503, 504, 507):
-            service.metrics.rejected.labels(error.code).inc()
-        record_of(request.scope).values["error"] = error.code
+        _record_refusal(service, record_of(request.scope), error)
         return Response(error.body(), error.status, error.all_headers())
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return await refused(request, internal())
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -98,7 +104,7 @@ def create_application(service: Service) -> ASGIApp:
         service.metrics.cancelled.labels("receiving").inc()
         return Response(status_code=400)  # nobody reads it
 
-    def authorized(request: Request) -> None:
+    async def authorized(request: Request) -> None:
         if request.headers.get("sec-fetch-site") == "cross-site":  # browsers say so of pages of other sites
             raise HTTPError(
                 403, "Web pages of other sites may not use this service. Call it from your own server.", "cross_site"
@@ -110,11 +116,19 @@ def create_application(service: Service) -> ASGIApp:
     return Observed(app, service.metrics, service.access_log)
 
 
+def _record_refusal(service: Service, record: Record, error: HTTPError) -> None:
+    """Write an error to the log line of its request and, if it is for lack of something, to the metrics."""
+    record.values["error"] = error.code
+    if error.status in (413, 429, 503, 504, 507):
+        service.metrics.rejected.labels(error.code).inc()
+
+
 def _status_routes(service: Service) -> APIRouter:
     """The page, the health of the service and its metrics. They ask for no key."""
     router = APIRouter()
     page = files("flexvar_serving").joinpath("page/index.html").read_bytes()
 
+    @router.head("/", include_in_schema=False)
     @router.get("/", response_class=Response, include_in_schema=False)
     async def index() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers={"content-security-policy": PAGE_POLICY})
@@ -132,6 +146,7 @@ def _status_routes(service: Service) -> APIRouter:
         reason = "The service is stopping." if service.draining else "No worker is ready."
         raise HTTPError(503, reason, "stopping" if service.draining else "not_ready", retry_after=2)
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=Response, summary="Prometheus metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -143,6 +158,7 @@ def _image_routes(service: Service) -> APIRouter:
     """OpenAI's API."""
     router = APIRouter(prefix="/v1", responses=_ERRORS)
 
+    @router.head("/models", include_in_schema=False)
     @router.get("/models", summary="The model, its classes and defaults")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_described(service)]}
@@ -165,12 +181,13 @@ def _image_routes(service: Service) -> APIRouter:
         fields = parse_json(GenerationFields, body)
         wanted = parse_order(service.opened_model(), _accepted(request, fields), exact=_exact(request))
         deadline, wanted = _deadline(service, request, fields, wanted)
-        return await _answer(service, request, wanted, deadline, "image_generation")
+        return await _answer(service, request, wanted, deadline, "image_generation", ExitStack())
 
     @router.post("/images/edits", summary="Edit an image", openapi_extra=_form(EditFields))
     async def edits(request: Request) -> Response:
         limit = service.limits.edit_bytes
-        with service.uploads.taken(declared_bytes(request, limit)):
+        with ExitStack() as held:
+            held.enter_context(service.uploads.taken(declared_bytes(request, limit)))
             values, sent = await read_form(request, limit)
             image = sent.pop("image", None) or sent.pop("image[]", None)
             mask = sent.pop("mask", None)
@@ -187,29 +204,31 @@ def _image_routes(service: Service) -> APIRouter:
                 raise HTTPError(400, got, "invalid_value", "x-flexvar-deadline-ms")
             job = parse_edit(model, fields, image, mask or None)
             wanted = parse_order(model, _accepted(request, fields), exact=_exact(request), edit=job)
-            return await _answer(service, request, wanted, None, "image_edit")
+            return await _answer(service, request, wanted, None, "image_edit", held)
 
     return router
 
 
-async def _answer(service: Service, request: Request, wanted: Wanted, deadline: float | None, name: str) -> Response:
-    """Run an order and answer it. A client that goes away cancels it."""
+async def _answer(
+    service: Service, request: Request, wanted: Wanted, deadline: float | None, name: str, held: ExitStack
+) -> Response:
+    """Run an order and answer it. A client that goes away cancels it. held: is closed when the job is over."""
     record, order, facts = record_of(request.scope), wanted.order, service.dispatcher.facts
     assert facts is not None
-    picture = _wants_picture(request)
+    picture = _accepts(request) is not None
     if picture and (order.images > 1 or wanted.streamed):
         got = "Accept: image/... answers with one picture. Leave out n and stream, or accept application/json."
         raise HTTPError(400, got, "invalid_value", "n" if order.images > 1 else "stream")
     job = service.dispatcher.submit(order, deadline, record.request_id)
+    until_over = held.pop_all()
+    job.finished.add_done_callback(lambda _: until_over.close())
     headers = base_headers(order, facts.bundle, facts.backend)
     record.values |= {"seed": str(order.seed), "class": order.label, "images": order.images}
     if wanted.user is not None:
         record.values["user"] = wanted.user
     if wanted.streamed:
-        stream = _cancelling(service, job, record, events(job, wanted.output, service.encoder, name))
-        return StreamingResponse(
-            stream, headers={**headers, "cache-control": "no-store"}, media_type="text/event-stream"
-        )
+        headers |= {"cache-control": "no-store", "x-accel-buffering": "no"}  # a proxy must not hold events back
+        return StreamingResponse(_stream(service, job, record, wanted, name), 200, headers, "text/event-stream")
     try:
         images, spent = await _unless_gone(request, job.finished)
     except ClientDisconnect:
@@ -218,16 +237,41 @@ async def _answer(service: Service, request: Request, wanted: Wanted, deadline: 
     finally:
         service.dispatcher.cancel(job)
     encoded, encode = await service.encoder.images(wanted.output, images)
-    headers |= result_headers(images, spent, encode)
+    headers |= _noted(record, images, spent, encode)
+    if picture:
+        return Response(encoded[0], headers=headers, media_type=wanted.output.media_type)
+    return Response(json_body(order, wanted.output, images, encoded), headers=headers, media_type="application/json")
+
+
+def _noted(record: Record, images: Sequence[Image], spent: Spent, encode: float) -> dict[str, str]:
+    """The headers of finished images. They are noted for the log, too."""
+    headers = result_headers(images, spent, encode)
     record.values |= {
         "schedule": headers["x-flexvar-schedule"],
         "batch": headers["x-flexvar-batch"],
         "queue_ms": round(spent.queue * 1e3, 1),
         "generate_ms": round(spent.generate * 1e3, 1),
     }
-    if picture:
-        return Response(encoded[0], headers=headers, media_type=wanted.output.media_type)
-    return Response(json_body(order, wanted.output, images, encoded), headers=headers, media_type="application/json")
+    return headers
+
+
+async def _stream(service: Service, job: Job, record: Record, wanted: Wanted, name: str) -> AsyncIterator[bytes]:
+    """The events of a job. An error is the last one. If they are not read to their end, the job is cancelled."""
+    record.gone = True  # until the end
+    try:
+        note = partial(_noted, record)
+        async for event in events(job, wanted.output, service.encoder, name, note):
+            yield event
+        record.gone = False
+    except Exception as error:
+        own = of_worker(error)
+        if own is not error and own.status == 500:
+            log.error("request %s failed", record.request_id, exc_info=error)
+        record.gone, record.status = False, own.status
+        _record_refusal(service, record, own)
+        yield error_event(own)
+    finally:
+        service.dispatcher.cancel(job)
 
 
 async def _unless_gone(request: Request, finished: asyncio.Future[Any]) -> Any:
@@ -247,18 +291,6 @@ async def _unless_gone(request: Request, finished: asyncio.Future[Any]) -> Any:
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
-
-
-async def _cancelling(service: Service, job: Job, record: Any, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The stream. If it is not read to its end, its job is cancelled."""
-    ended = False
-    try:
-        async for part in stream:
-            yield part
-        ended = True
-    finally:
-        record.gone = not ended
-        service.dispatcher.cancel(job)
 
 
 def _deadline(
@@ -301,10 +333,6 @@ def _exact(request: Request) -> bool:
     if text not in ("0", "1"):
         raise HTTPError(400, "x-flexvar-exact must be 0 or 1.", "invalid_value", "x-flexvar-exact")
     return text == "1"
-
-
-def _wants_picture(request: Request) -> bool:
-    return _accepts(request) is not None
 
 
 def _accepts(request: Request) -> str | None:

@@ -10,13 +10,13 @@ import secrets
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import HTTPError, internal
 from ..metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -29,12 +29,14 @@ CLIENT_GONE = 499
 
 @dataclass
 class Record:
-    """One request. values: further entries of its log line. gone: whether the client closed the connection."""
+    """One request. values: further entries of its log line. gone: whether the client closed the connection.
+    status: of a stream that failed after its head was sent."""
 
     request_id: str
     traceparent: str | None
     values: dict[str, Any] = field(default_factory=dict)
     gone: bool = False
+    status: int | None = None
 
 
 def record_of(scope: Scope) -> Record:
@@ -57,8 +59,9 @@ class AccessLog:
             self._lines.put(json.dumps(values))
 
     def close(self) -> None:
-        self._lines.put(None)
-        self._writer.join(2)
+        with suppress(queue.Full):  # nobody reads the log; the thread ends with the process
+            self._lines.put_nowait(None)
+            self._writer.join(2)
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
@@ -99,11 +102,10 @@ class Observed:
         try:
             await self._app(scope, receive, send_marked)
         except Exception as error:
-            log.error("request %s failed", record.request_id, exc_info=error)
-            if not status:
-                await respond(send_marked, internal())
+            log.error("request %s failed", record.request_id, exc_info=error)  # the application has answered 500
         finally:
-            self._observe(scope, record, CLIENT_GONE if record.gone else status or 500, time.monotonic() - started)
+            shown = CLIENT_GONE if record.gone else record.status or status or 500
+            self._observe(scope, record, shown, time.monotonic() - started)
 
     def _observe(self, scope: Scope, record: Record, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
@@ -123,15 +125,6 @@ class Observed:
                 **record.values,
             }
         )
-
-
-async def respond(send: Send, error: HTTPError) -> None:
-    """Send an error as the whole answer."""
-    body = error.body()
-    headers = {**error.all_headers(), "content-length": str(len(body))}
-    raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _method(scope: Scope) -> str:

@@ -34,8 +34,9 @@ class Owner(Protocol):
 class WorkerHandle:
     """A started worker.
 
-    ready: what it said when it had opened the bundle; None until then. batch: the one that it runs, since `started`.
-    heard_at: when its last message came. Both times are of `time.monotonic`.
+    ready: what it said when it had opened the bundle; None until then. batch: the one that it runs, since `started`,
+    and for which `expected` seconds are forecast. heard_at: when its last message came. Both times are of
+    `time.monotonic`. ends: whether it has said that it ends.
     """
 
     def __init__(self, setup: WorkerSetup, owner: Owner, *, in_thread: bool, opener: Opener = open_pipeline) -> None:
@@ -43,7 +44,8 @@ class WorkerHandle:
         self.ready: Ready | None = None
         self.batch: Batch | None = None
         self.started = self.heard_at = time.monotonic()
-        self.pinged = False
+        self.expected = 0.0
+        self.pinged = self.ends = False
         self._owner, self._loop = owner, asyncio.get_running_loop()
         self._connection, far = mp.Pipe()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="flexvar-send")
@@ -63,15 +65,20 @@ class WorkerHandle:
     @property
     def idle(self) -> bool:
         """Whether it can take a batch now."""
-        return self.ready is not None and self.batch is None
+        return self.ready is not None and self.batch is None and not self.ends
 
     @property
     def can_be_killed(self) -> bool:
         return self._process is not None
 
-    def start(self, batch: Batch) -> None:
+    @property
+    def exit_code(self) -> int | None:
+        """That of its process; negative for a signal. None while it runs, and for a thread."""
+        return None if self._process is None else self._process.exitcode
+
+    def start(self, batch: Batch, expected: float) -> None:
         """Send a batch. The worker must be idle."""
-        self.batch, self.started = batch, time.monotonic()
+        self.batch, self.expected, self.started = batch, expected, time.monotonic()
         self.heard_at = self.started
         self._send(batch)
 
@@ -117,7 +124,10 @@ class WorkerHandle:
                 while True:
                     message = self._connection.recv()
                     self._loop.call_soon_threadsafe(self._heard, message)
-            except (EOFError, OSError):
+            except Exception as error:
+                if not isinstance(error, EOFError | OSError):
+                    log.error("a message of a worker cannot be read", exc_info=error)
+                    self.kill()
                 self._loop.call_soon_threadsafe(self._owner.lost, self)
 
     def _heard(self, message: Any) -> None:

@@ -39,7 +39,11 @@ class EditJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Images that run at once. schedule None: the edit chooses it. previews: number of scales to send while it runs."""
+    """Images that run at once.
+
+    schedule None: the edit chooses it. previews: number of scales to send while it runs. first: if these are a part of
+    a batch, the place of its first image there.
+    """
 
     number: int
     items: tuple[Item, ...]
@@ -48,6 +52,7 @@ class Batch:
     previews: int = 0
     edit: EditJob | None = None
     max_tokens: int | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,10 @@ class Beat:
 
 @dataclass(frozen=True)
 class Preview:
-    """The images of one scale of a running batch. size: (h, w) in tokens."""
+    """The images of one scale of a running batch, from its image `first` on. size: (h, w) in tokens."""
 
     number: int
+    first: int
     pixels: Pixels
     scale: int
     scales: int
@@ -118,10 +124,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A batch that was refused or went wrong. error: one that can be pickled."""
+    """A batch that was refused or went wrong. error: one that can be pickled. ends: whether the worker ends now."""
 
     number: int
     error: Exception
+    ends: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -68,6 +68,37 @@ class BatchCancelled(Exception):
     """Nobody waits for the batch."""
 
 
+class ConnectionEnded(Exception):
+    """The service has ended."""
+
+
+class _Line:
+    """A connection whose end raises ConnectionEnded. So it is not taken for an error of the model, or the reverse."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def send(self, message: object) -> None:
+        with _ends():
+            self._connection.send(message)
+
+    def receive(self) -> object:
+        with _ends():
+            return self._connection.recv()
+
+    def poll(self) -> bool:
+        with _ends():
+            return self._connection.poll()
+
+
+@contextmanager
+def _ends() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise ConnectionEnded from error
+
+
 def open_pipeline(setup: WorkerSetup) -> FlexVARPipeline:
     model = setup.model
     return FlexVARPipeline.from_bundle(
@@ -87,21 +118,17 @@ def run(connection: Connection, setup: WorkerSetup, opener: Opener = open_pipeli
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    with suppress(EOFError, OSError):  # the service has ended
+    line = _Line(connection)
+    with suppress(ConnectionEnded), ExitStack() as stack:
         memory = available_bytes()
         try:
-            pipeline = opener(setup)
+            pipeline = stack.enter_context(opener(setup))
+            ready = _warm(pipeline, setup.model)
         except Exception as error:
-            connection.send(Refused(error if isinstance(error, FlexVARError) else _sendable(error)))
+            line.send(Refused(error if isinstance(error, FlexVARError) else _sendable(error)))
             return
-        with pipeline:
-            try:
-                ready = _warm(pipeline, setup.model)
-            except Exception as error:
-                connection.send(Refused(error if isinstance(error, FlexVARError) else _sendable(error)))
-                return
-            connection.send(ready)
-            _Worker(pipeline, connection, memory, setup.model.schedules).serve()
+        line.send(ready)
+        _Worker(pipeline, line, memory, setup.model.schedules).serve()
 
 
 def warm_schedules(pipeline: FlexVARPipeline, wanted: tuple[ScaleSchedule, ...] | None) -> tuple[ScaleSchedule, ...]:
@@ -144,11 +171,11 @@ class _Worker:
     def __init__(
         self,
         pipeline: FlexVARPipeline,
-        connection: Connection,
+        line: _Line,
         memory: int | None,
         schedules: tuple[ScaleSchedule, ...] | None,
     ) -> None:
-        self._pipeline, self._connection, self._memory, self._schedules = pipeline, connection, memory, schedules
+        self._pipeline, self._line, self._memory, self._schedules = pipeline, line, memory, schedules
         self._stopped = False
 
     def serve(self) -> None:
@@ -157,12 +184,12 @@ class _Worker:
 
     def _receive(self, running: int | None = None) -> None:
         """Handle one message. running: number of the batch that runs."""
-        message = self._connection.recv()
+        message = self._line.receive()
         match message:
             case Batch():
-                self._connection.send(self._answer(message))
+                self._line.send(self._answer(message))
             case Ping():
-                self._connection.send(Beat())
+                self._line.send(Beat())
             case Cancel(number=number):
                 if number == running:
                     raise BatchCancelled
@@ -176,11 +203,11 @@ class _Worker:
             return self._run(batch)
         except BatchCancelled:
             return Cancelled(batch.number)
-        except (EOFError, OSError):
+        except ConnectionEnded:
             raise
         except Exception as error:
             self._stopped = isinstance(error, DeviceFailed)  # only a new process can use the GPU again
-            return Failed(batch.number, _sendable(error))
+            return Failed(batch.number, _sendable(error), ends=self._stopped)
 
     def _run(self, batch: Batch) -> Done:
         """Run a batch. If it does not fit in memory, run its halves one after the other."""
@@ -204,8 +231,8 @@ class _Worker:
                 raise HTTPError(413, str(error), "too_large", "size") from error
             if half == 0:
                 raise
-            for items in (batch.items[:half], batch.items[half:]):
-                yield from self._outputs(replace(batch, items=items))
+            for start, items in ((0, batch.items[:half]), (half, batch.items[half:])):
+                yield from self._outputs(replace(batch, items=items, first=batch.first + start))
 
     def _never_fits(self, batch: Batch) -> bool:
         """Whether one image needs more memory than this machine had before the bundle was opened."""
@@ -289,13 +316,13 @@ class _Worker:
             return None
 
         def on_scale(step: ScaleStep) -> None:
-            while self._connection.poll():
+            while self._line.poll():
                 self._receive(batch.number)
             if step.index in preview_scales(step.count, batch.previews):
-                message = Preview(batch.number, step.preview(), step.index, step.count, step.size)
-                self._connection.send(message)
+                message = Preview(batch.number, batch.first, step.preview(), step.index, step.count, step.size)
+                self._line.send(message)
             else:
-                self._connection.send(Beat())
+                self._line.send(Beat())
 
         return on_scale
 

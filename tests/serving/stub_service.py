@@ -20,6 +20,7 @@ import numpy as np
 
 from flexvar_runtime import OutOfMemory
 from flexvar_runtime.bundle.manifest import Defaults, Manifest, ParityRecord, Provenance
+from flexvar_runtime.errors import DeviceFailed
 from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.signatures import SCHEMA_VERSION
 from flexvar_runtime.output import GenerationOutput, ScaleStep, ScaleTime, Timings, settings_of
@@ -27,9 +28,25 @@ from flexvar_runtime.request import Request, RequestDefaults, parse_request
 from flexvar_serving.settings import Layout, Limits, ModelSettings, ServiceSettings
 from flexvar_serving.workers.process import WorkerSetup
 
-PLAIN, SLOW, NO_MEMORY, BROKEN, DIES, HANGS, CROWDED = range(7)
-"""Classes: quick; 40 ms a scale; OutOfMemory; RuntimeError; the process ends; no answer; no memory for two at once."""
-CLASSES = ("plain", "slow", "no memory", "broken", "dies", "hangs", "crowded", "other")
+PLAIN, SLOW, NO_MEMORY, BROKEN, DIES, HANGS, CROWDED, OTHER, NOISE, NO_GPU, NO_FILE, LONG = range(12)
+"""Classes: quick; 40 ms a scale; OutOfMemory; RuntimeError; the process ends; no answer; no memory for two at once;
+quick; an image that cannot be compressed; DeviceFailed; OSError; 1.5 s for the second scale."""
+CLASSES = (
+    *(
+        "plain",
+        "slow",
+        "no memory",
+        "broken",
+        "dies",
+        "hangs",
+        "crowded",
+        "other",
+        "noise",
+        "no gpu",
+        "no file",
+        "long",
+    ),
+)
 SCHEDULE, SIDE = "1_2_3_4", 4
 SLOW_SCALE = 0.04
 
@@ -71,6 +88,8 @@ def manifest() -> Manifest:
 
 
 def pixels_of(label: int, seed: int, index: int, height: int, width: int) -> np.ndarray:
+    if label == NOISE:
+        return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     digest = hashlib.sha256(f"{label} {seed} {index}".encode()).digest()
     colours = np.frombuffer(digest, np.uint8)[:27].reshape(3, 3, 3)
     return np.kron(colours, np.ones((-(-height // 3), -(-width // 3), 1), np.uint8))[:height, :width]
@@ -130,6 +149,10 @@ class StubPipeline:
             raise OutOfMemory(
                 "A batch needs 9 GiB, but only 1 GiB is available.", expected="less", fix="Use a smaller one."
             )
+        if NO_GPU in labels:
+            raise DeviceFailed("The GPU reported an error.", expected="a GPU that works", fix="Restart.")
+        if NO_FILE in labels:
+            raise FileNotFoundError("weights.bin")
         if BROKEN in labels:
             raise RuntimeError("secret /etc/passwd")
         factor = self.model.downsampling
@@ -138,6 +161,8 @@ class StubPipeline:
                 time.sleep(SLOW_SCALE)
             if DIES in labels and i == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if LONG in labels and i == 1:
+                time.sleep(1.5)
             if HANGS in labels and i == 1:
                 time.sleep(3600)
             if on_scale is not None:

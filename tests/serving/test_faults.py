@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from http_client import Running, connect, png, until
 from PIL import Image
+from stub_service import CROWDED, pixels_of
 
 Start = Callable[..., Running]
 SLOW = b'{"prompt": "slow", "n": 1}'
@@ -77,6 +80,71 @@ def test_a_bundle_that_cannot_be_opened_ends_the_service() -> None:
     assert done.returncode == 6 and "It does not fit" in done.stderr and not done.stdout
 
 
+def test_a_worker_whose_gpu_failed_gets_no_other_request(start_stub: Start) -> None:
+    running = start_stub()
+    [before] = running.workers
+    with ThreadPoolExecutor(6) as pool:
+        busy = pool.submit(running.generate, prompt="slow")
+        until(lambda: running.metric("flexvar_queue_seconds_count") == 1)
+        failing = pool.submit(running.generate, {"x-flexvar-exact": "1"}, prompt="no gpu")
+        until(lambda: running.metric("flexvar_queue_images") == 1)
+        others = [pool.submit(running.generate, prompt="plain") for _ in range(4)]
+        assert busy.result().status == 200 and failing.result().status == 503
+        assert {job.result().status for job in others} == {200}
+    assert running.workers != [before]
+
+
+def test_an_error_of_the_system_in_the_model_is_not_the_end_of_the_worker(start_stub: Start) -> None:
+    running = start_stub()
+    before = running.workers
+    name = {"x-request-id": "the-one-that-fails"}
+    assert running.generate(name, prompt="no file").status == 500
+    assert running.generate(prompt="plain").status == 200 and running.workers == before
+    until(lambda: "the-one-that-fails" in "".join(line for line in running.log if "worker failed on" in line))
+    assert "FileNotFoundError: weights.bin" in "".join(running.log)
+
+
+def test_a_worker_without_clients_is_given_as_much_time(start_stub: Start) -> None:
+    running = start_stub(hang_seconds=0.5)
+    assert running.generate(prompt="slow").status == 200  # from now on such a batch is expected to take 0.16 s
+    connection = connect(running)
+    send(connection, b'{"prompt": "long"}')
+    until(lambda: running.metric("flexvar_queue_seconds_count") == 2)
+    connection.close()
+    time.sleep(2)
+    assert running.metric("flexvar_worker_restarts_total") == 0
+
+
+def test_a_stream_whose_worker_ends(start_stub: Start) -> None:
+    running = start_stub()
+    [*_, (kind, data)] = running.generate(prompt="dies", stream=True, partial_images=3).events()
+    assert kind == "error" and data["error"]["code"] == "worker_lost"
+    counted = 'flexvar_requests_total{method="POST",route="/v1/images/generations",status="503"}'
+    until(lambda: running.metric(counted) == 1)
+    assert running.metric('flexvar_rejected_total{reason="worker_lost"}') == 1
+
+
+def test_streams_that_share_a_batch_which_runs_in_parts(start_stub: Start) -> None:
+    """Each client gets the scales of its own image, once."""
+    running = start_stub()
+    with ThreadPoolExecutor(3) as pool:
+        busy = pool.submit(running.generate, prompt="slow")
+        until(lambda: running.metric("flexvar_queue_seconds_count") == 1)
+        streams = [
+            pool.submit(running.generate, prompt="crowded", seed=seed, stream=True, partial_images=3) for seed in (1, 2)
+        ]
+        until(lambda: running.metric("flexvar_queue_images") == 2)
+        assert busy.result().status == 200
+        for seed, stream in zip((1, 2), streams, strict=True):
+            events = [data for _, data in stream.result().events()]
+            sides = [int(data["size"].split("x")[0]) for data in events]
+            assert sides == [16, 32, 48, 64]
+            for data, side in zip(events, sides, strict=True):
+                found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))))
+                assert np.array_equal(found, pixels_of(CROWDED, seed, 0, side, side))
+    assert running.metric("flexvar_batch_images_count") == 3
+
+
 def test_sigterm_finishes_what_was_accepted(start_stub: Start) -> None:
     running = start_stub()
     with ThreadPoolExecutor(12) as pool:
@@ -97,16 +165,23 @@ def test_a_draining_service_is_not_ready_but_still_answers(start_stub: Start) ->
 
 
 def test_a_second_signal_ends_at_once(start_stub: Start) -> None:
+    """Also while a worker is busy. Its client is answered."""
     running = start_stub(drain_delay=60.0)
-    running.process.send_signal(signal.SIGINT)
-    until(lambda: running.get("/health/ready").status == 503)
-    running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(10) == 130
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(running.generate, prompt="hangs")
+        until(lambda: running.metric("flexvar_queue_seconds_count") == 1)
+        running.process.send_signal(signal.SIGTERM)
+        until(lambda: running.get("/health/ready").status == 503)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(8) == 130
+        assert busy.result().status == 503
+    assert "Traceback" not in "".join(running.log)
 
 
 def test_workers_end_with_the_service(start_stub: Start) -> None:
     running = start_stub(layout={"devices": [None, None]})
     workers = running.workers
+    assert len(workers) == 2
     running.process.kill()
     running.process.wait(10)
     until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") and _alive(pid) for pid in workers))
@@ -123,6 +198,7 @@ def _alive(pid: int) -> bool:
 def test_ctrl_c_reaches_only_the_service(start_stub: Start) -> None:
     """A terminal sends it to the workers too."""
     running = start_stub(layout={"devices": [None, None]})
+    assert len(running.workers) == 2
     for worker in running.workers:
         os.kill(worker, signal.SIGINT)
         os.kill(worker, signal.SIGTERM)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from http_client import MASK, PICTURE, png
+from http_client import MASK, PICTURE, png, until
 from PIL import Image
 
 from flexvar_runtime.model.noise import fresh_seed
@@ -231,8 +231,7 @@ def test_health_metrics_and_page(stub_service: Running) -> None:
 def test_every_request_is_one_line_of_the_log(stub_service: Running) -> None:
     name = f"line-{fresh_seed()}"
     stub_service.generate({"x-request-id": name}, prompt="plain", user="someone")
+    until(lambda: any(name in line for line in list(stub_service.log)))
     lines = [json.loads(line) for line in list(stub_service.log) if name in line]
-    while not lines:
-        lines = [json.loads(line) for line in list(stub_service.log) if name in line]
     [line] = lines
     assert line["status"] == 200 and line["user"] == "someone" and line["path"] == "/v1/images/generations"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,24 +137,114 @@ def test_a_request_may_be_slow_within_the_deadline(start_stub: Start) -> None:
         assert b" 200 " in connection.recv(65536).split(b"\r\n")[0]
 
 
-def test_an_answer_that_nobody_takes(start_stub: Start) -> None:
-    running = start_stub(layout={"in_thread": True}, limits={"send_seconds": 1.0})
-    body = json.dumps({"class_id": 0, "n": 10, "output_format": "png"}).encode()
-    request = HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(running.address)
-        connection.setblocking(False)
-        end, ended = time.monotonic() + 30, False
-        while not ended:  # many requests on one connection, and no answer is read
-            assert time.monotonic() < end, "the service keeps a client that reads nothing"
-            try:
-                connection.send(request)
-            except BlockingIOError:
-                time.sleep(0.05)
-            except (BrokenPipeError, ConnectionResetError):
-                ended = True
-    assert running.generate(prompt="plain").status == 200
+def open_files(running: Running) -> int:
+    return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
+def ask_for_much(running: Running) -> socket.socket:
+    """A connection on which 12 MB will be sent, more than the system keeps for it."""
+    body = json.dumps({"prompt": "noise", "schedule": "1_128"}).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    connection.settimeout(20)
+    connection.connect(running.address)
+    connection.sendall(HEAD + b"accept: image/png\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    return connection
+
+
+@pytest.mark.parametrize("seconds", [1.0, 60.0])
+def test_an_answer_that_nobody_takes(start_stub: Start, seconds: float) -> None:
+    """Its connection ends at the limit, and not before. Then the service can stop."""
+    running = start_stub(layout={"in_thread": True}, limits={"send_seconds": seconds, "max_tokens": 20_000})
+    before = open_files(running)
+    with ask_for_much(running):
+        until(lambda: running.metric("flexvar_encode_seconds_count") == 1)
+        if seconds > 1:
+            time.sleep(3)
+            assert open_files(running) == before + 1
+            return
+        until(lambda: open_files(running) == before)
+        assert running.stop(timeout=10) == 0
+
+
+def test_an_answer_that_is_read_slowly(start_stub: Start) -> None:
+    """It takes longer than `send_seconds`, but some of it goes all the time."""
+    running = start_stub(layout={"in_thread": True}, limits={"send_seconds": 1.0, "max_tokens": 20_000})
+    with ask_for_much(running) as connection:
+        parts, end = [connection.recv(4096)], time.monotonic() + 3
+        while part := connection.recv(4096):
+            parts.append(part)
+            time.sleep(0.01 if time.monotonic() < end else 0)
+            if len(part) < 4096 and sum(map(len, parts)) > 12 * 2**20:
+                break
+    assert sum(map(len, parts)) > 12 * 2**20
+
+
+def test_a_request_that_begins_behind_another_one(start_stub: Start) -> None:
+    """In one packet: a whole request, and half of the next, which ends at the deadline."""
+    running = start_stub(layout={"in_thread": True}, limits={"receive_seconds": 1.0, "uploads_bytes": 3000})
+    edit = HEAD.replace(b"generations", b"edits").replace(b"application/json", b"multipart/form-data; boundary=x")
+    half = edit + b"content-length: 2000\r\n\r\n--x\r\ncontent-disposition: form-data"
+    with connect(running) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n" + half)
+        answer = read_to_end(connection)
+    assert answer.count(b"HTTP/1.1 200 ") == 1 and answer.count(b"HTTP/1.1 408 ") == 1
+    until(lambda: running.edit({"image": PICTURE + bytes(1500)}, prompt="plain", task="refine").status == 200)
+
+
+def test_a_refusal_before_the_body_came(start_stub: Start) -> None:
+    """The connection ends at the deadline, without a second answer."""
+    running = start_stub(layout={"in_thread": True}, limits={"receive_seconds": 1.0}, keys=["a-long-enough-key"])
+    with connect(running) as connection:
+        connection.sendall(HEAD + b"content-length: 100\r\n\r\nabc")
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 401 ") and answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("head", [b"x: " + b"y" * 80_000, b"a:b\r\n" * 20_000, b"GET /" + b"z" * 80_000])
+def test_a_long_head(stub_service: Running, head: bytes) -> None:
+    with connect(stub_service) as connection:
+        connection.sendall(head if head.startswith(b"GET") else HEAD + head)
+        assert read_to_end(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_many_requests_behind_another_one(start_stub: Start) -> None:
+    """They do not pile up, and the service goes on."""
+    running = start_stub(layout={"in_thread": True})
+    with connect(running) as connection, suppress(ConnectionError):
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 100_000)
+        read_to_end(connection)
+    assert running.get("/health/live").status == 200
+    assert running.metric('flexvar_requests_total{method="GET",route="/",status="200"}') < 1000
+
+
+def test_a_client_that_offers_http_2(stub_service: Running) -> None:
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAEAAEAAAAIAAAAA"}
+    assert stub_service.generate(offer, prompt="plain").status == 200
+
+
+def test_streams_hold_their_uploads(start_stub: Start) -> None:
+    running = start_stub(layout={"in_thread": True}, limits={"uploads_bytes": 4000}, model={"batch_sizes": [1]})
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(running.edit, {"image": PICTURE}, prompt="slow", task="refine", stream="true", user="x" * 150)
+            for _ in range(12)
+        ]
+        statuses = {job.result().status for job in jobs}
+    assert statuses == {200, 429}
+    until(lambda: running.edit({"image": PICTURE + bytes(3000)}, prompt="plain", task="refine").status == 200)
+
+
+def test_a_deadline_that_passes_in_the_queue(start_stub: Start) -> None:
+    running = start_stub(model={"batch_sizes": [1]})
+    running.generate(prompt="plain")
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(running.generate, prompt="long")  # it takes much longer than forecast
+        until(lambda: running.metric("flexvar_queue_seconds_count") == 2)
+        late = running.generate({"x-flexvar-deadline-ms": "300"}, prompt="plain")
+        assert late.status == 504 and late.error["code"] == "deadline_exceeded"
+        assert busy.result().status == 200
+    assert running.metric('flexvar_rejected_total{reason="deadline_exceeded"}') == 1
 
 
 def test_connections(start_stub: Start) -> None:

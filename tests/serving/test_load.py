@@ -46,6 +46,7 @@ def test_three_times_too_much(service: ServedModel) -> None:
     rate = steady(service, 16, 3.0, QUEUE)["images_per_second"]
     found = shown(overload(service, rate, 3.0, 10.0))
     assert set(found["statuses"]) == {"200", "429"} and found["growth_mb"] <= MEGABYTES
+    assert found["recovery_seconds"] is not None
 
 
 def test_idle_and_slow_connections(service: ServedModel) -> None:
