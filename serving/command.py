@@ -98,9 +98,9 @@ def serve(
     """
     _require_packages()
     from .service import serve as run
-    from .web.application import Service
     from .web.keys import read_keys
     from .web.server import listen, url
+    from .web.state import Service
 
     model = ModelSettings(
         bundle=bundle,
@@ -131,18 +131,18 @@ def serve(
         )
 
         def on_ready(service: Service) -> None:
-            facts, address = service.dispatcher.facts, url(listener)
-            assert facts is not None
+            pool, address = service.dispatcher.pool, url(listener)
+            assert pool.facts is not None
             ready = {
                 "url": address,
                 "model": settings.name,
-                "backend": facts.backend,
+                "backend": pool.facts.backend,
                 "workers": 0 if layout.in_thread else layout.workers,
                 "threads": layout.threads,
-                "pids": [pid for pid in service.dispatcher.pids if pid is not None],
+                "pids": pool.pids,
             }
             how = "one thread" if layout.in_thread else f"{layout.workers} worker{'s' * (layout.workers > 1)}"
-            say(f"{settings.name} on {facts.backend}, {how}. Press Ctrl-C to stop.", err)
+            say(f"{settings.name} on {pool.facts.backend}, {how}. Press Ctrl-C to stop.", err)
             if as_json:
                 sys.stdout.write(json.dumps(ready) + "\n")
             else:

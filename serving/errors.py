@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from flexvar_runtime.errors import DeviceFailed, FlexVARError, InvalidInput, OutOfMemory
 
@@ -80,3 +81,16 @@ def worker_lost() -> HTTPError:
     return HTTPError(
         503, "The process that ran this request has ended. Send the request again.", "worker_lost", retry_after=1
     )
+
+
+def conflict(one: str, other: str) -> HTTPError:
+    return HTTPError(400, f"{one} cannot be combined with {other}. Send one of them.", "invalid_value", one)
+
+
+@contextmanager
+def blame(param: str) -> Iterator[None]:
+    """Turn errors of the runtime into an answer that names the field at fault."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise of_field(error, param) from error

@@ -15,15 +15,16 @@ from dataclasses import replace
 from flexvar_runtime.machine.processors import default_threads
 
 from .images.answers import Encoder
-from .images.parsing import Model
+from .images.model import Model
 from .metrics import Metrics
 from .scheduling.dispatcher import Dispatcher
 from .settings import ServiceSettings
-from .web.application import Service, create_application
+from .web.application import create_application
 from .web.bodies import UploadSpace
 from .web.keys import Keys
 from .web.observing import AccessLog
 from .web.server import Server, create_server, raise_file_limit
+from .web.state import Service
 from .workers.process import Opener, open_pipeline
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ async def serve(
     )
     server = create_server(create_application(service), limits, metrics)
     signals = _Signals(server)
+    watching = asyncio.create_task(dispatcher.watch())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         starting = asyncio.create_task(_open(service, settings))
@@ -67,16 +69,16 @@ async def serve(
         if starting.done():
             starting.result()
             on_ready(service)
-            await _first(signals.first, dispatcher.failed, serving)
+            await _first(signals.first, dispatcher.pool.failed, serving)
         else:
             starting.cancel()
-        if signals.first.done() and not dispatcher.failed.done():
+        if signals.first.done() and not dispatcher.pool.failed.done():
             await _drain(service, server, settings.drain_delay)
         server.should_exit = True
-        server.force_exit |= dispatcher.failed.done()
+        server.force_exit |= dispatcher.pool.failed.done()
         await serving
-        if dispatcher.failed.done():
-            dispatcher.failed.result()
+        if dispatcher.pool.failed.done():
+            dispatcher.pool.failed.result()
         return signal.SIGINT if signals.second or not signals.first.done() else signals.first.result()
     finally:
         server.should_exit = server.force_exit = True
@@ -84,7 +86,8 @@ async def serve(
         with suppress(Exception):
             await serving
         await asyncio.sleep(_LAST_ANSWERS)
-        await dispatcher.stop()
+        watching.cancel()
+        await dispatcher.pool.stop()
         executor.shutdown(wait=False, cancel_futures=True)
         access_log.close()
         signals.restore()
@@ -92,7 +95,7 @@ async def serve(
 
 async def _open(service: Service, settings: ServiceSettings) -> None:
     """Wait for the workers, and take the facts of the model from them."""
-    ready = await service.dispatcher.start()
+    ready = await service.dispatcher.pool.start()
     service.model = Model.of(settings.name, ready.manifest, settings.model.schedules, settings.limits.max_tokens)
     service.opened = time.time()
     service.metrics.describe(ready.bundle, ready.backend, str(ready.manifest.precision))
@@ -106,7 +109,7 @@ async def _drain(service: Service, server: Server, delay: float) -> None:
     service.draining = True
     log.info("stopping: requests that were accepted are finished")
     end = time.monotonic() + delay
-    while time.monotonic() < end and not server.force_exit and not service.dispatcher.failed.done():
+    while time.monotonic() < end and not server.force_exit and not service.dispatcher.pool.failed.done():
         await asyncio.sleep(0.05)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HTTPError
-from ..scheduling.dispatcher import Job
+from ..scheduling.jobs import Job
 from ..scheduling.orders import Image, Order, Spent
 from .encoding import Output, Pixels
 

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from flexvar_runtime import FlexVARError, Guidance, ScaleSchedule
-from flexvar_runtime.bundle.manifest import Manifest
+from flexvar_runtime import FlexVARError, Guidance
 from flexvar_runtime.checks import check_index, check_seed, shown
-from flexvar_runtime.deadlines.choice import quality_order
-from flexvar_runtime.editing.canvas import check_sides
 from flexvar_runtime.editing.options import Edit
 from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.files.strict_json import loads
-from flexvar_runtime.model.class_names import labels_named
 from flexvar_runtime.model.guidance import UNGUIDED
 from flexvar_runtime.model.noise import fresh_seed
 from flexvar_runtime.model.presets import preset
 from flexvar_runtime.request import RequestDefaults
 
-from ..errors import HTTPError, of_field
+from ..errors import HTTPError, blame, conflict, of_field
 from ..scheduling.orders import Order
 from ..workers.messages import EditJob
+from .classes import parse_class
 from .encoding import Output
 from .fields import EditFields, Fields
+from .model import Model
+from .sizes import parse_pixels, parse_schedule, require_allowed, require_tokens
 
 F = TypeVar("F", bound=Fields)
 _WHOLE_64 = "it must be a whole number from 0 to 18446744073709551615, as a number or as text"
@@ -39,8 +37,6 @@ _FORMS = {
     "first_index": _WHOLE_64,
 }
 """What the fields that have a form of their own must be."""
-_LARGER = 4
-"""Without --max-tokens, an image may have this many times the tokens of the default schedule."""
 
 
 @dataclass(frozen=True)
@@ -51,40 +47,6 @@ class Wanted:
     output: Output
     streamed: bool
     user: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What the service knows of its model. name: in the API. schedules: those that are allowed; None means any."""
-
-    name: str
-    manifest: Manifest
-    defaults: RequestDefaults
-    schedules: tuple[ScaleSchedule, ...] | None
-    max_tokens: int
-
-    @classmethod
-    def of(
-        cls, name: str, manifest: Manifest, schedules: tuple[ScaleSchedule, ...] | None, max_tokens: int | None
-    ) -> Model:
-        defaults = RequestDefaults.of(manifest.defaults)
-        most = max_tokens or _LARGER * max(one.tokens for one in (defaults.schedule, *(schedules or ())))
-        return cls(name=name, manifest=manifest, defaults=defaults, schedules=schedules, max_tokens=most)
-
-    @property
-    def start(self) -> RequestDefaults:
-        """The defaults of the bundle. If its schedule is not allowed, the first that is takes its place."""
-        if self.schedules is None or self.defaults.schedule in self.schedules:
-            return self.defaults
-        return replace(self.defaults, schedule=self.schedules[0])
-
-    @property
-    def order(self) -> tuple[ScaleSchedule, ...]:
-        """The schedules from which a deadline chooses, best first."""
-        named = quality_order(self.manifest)
-        if self.schedules is None:
-            return named
-        return tuple(one for one in named if one in self.schedules) or self.schedules
 
 
 def parse_json(kind: type[F], body: bytes) -> F:
@@ -134,7 +96,7 @@ def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: Edit
     if fields.partial_images and not streamed:
         got = "partial_images needs stream. Send stream true, or leave out partial_images."
         raise HTTPError(400, got, "invalid_value", "partial_images")
-    label = _label(model, fields, edit is not None)
+    label = parse_class(model, fields, edit is not None)
     start = model.start
     if fields.preset is not None:
         with blame("preset"):
@@ -143,10 +105,10 @@ def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: Edit
         if edit is not None and edit.steps is None and fields.schedule is None:
             edit = replace(edit, steps=len(chosen.schedule))
     first_choice = start.schedule if edit is None else model.start.schedule  # an edit takes its size from the picture
-    schedule, param = _schedule(model, fields, first_choice, edit is not None)
-    _require_tokens(model, schedule.tokens, param)
+    schedule, param = parse_schedule(model, fields, first_choice, edit is not None)
+    require_tokens(model, schedule.tokens, param)
     if edit is None:
-        _require_allowed(schedule, model.schedules, param)
+        require_allowed(schedule, model.schedules, param)
     guidance, sampling = _guidance(model, fields, start.guidance, label, edit), start.sampling
     with blame("top_k"):
         sampling = sampling if fields.top_k is None else replace(sampling, top_k=fields.top_k)
@@ -185,9 +147,9 @@ def parse_edit(model: Model, fields: EditFields, image: bytes, mask: bytes | Non
     if fields.sides is not None:
         options["sides"] = tuple(map(int, fields.sides.split(",")))
     if fields.size is not None and fields.size != "auto":
-        options["size"] = _pixels(model, fields.size)
+        options["size"] = parse_pixels(model, fields.size)
     if fields.steps is not None and fields.schedule is not None:
-        raise _conflict("steps", "schedule")
+        raise conflict("steps", "schedule")
     task = fields.task
     if mask is not None:
         if task not in (None, "inpaint"):
@@ -214,106 +176,9 @@ def _task_of(options: Mapping[str, Any]) -> str:
     return "refine" if "strength" in options else "inpaint"
 
 
-@contextmanager
-def blame(param: str) -> Iterator[None]:
-    """Turn errors of the runtime into an answer that names the field at fault."""
-    try:
-        yield
-    except InvalidInput as error:
-        raise of_field(error, param) from error
-
-
-def _label(model: Model, fields: Fields, edits: bool) -> int:
-    """The class: class_id, or prompt as a number or a name. An edit with an empty prompt has no class."""
-    facts = model.manifest.model
-    known = f"a whole number from 0 to {facts.null_class} ({facts.null_class} means no class)"
-    if fields.class_id is not None:
-        if fields.prompt:
-            raise _conflict("class_id", "prompt")
-        if fields.class_id > facts.null_class:
-            got = f"class_id is {shown(fields.class_id)}, but it must be {known}."
-            raise HTTPError(400, got, "invalid_value", "class_id")
-        return fields.class_id
-    prompt = (fields.prompt or "").strip()
-    if not prompt:
-        if edits:
-            return facts.null_class
-        got = "prompt is missing. Send the name or number of a class. GET /v1/models lists them."
-        raise HTTPError(400, got, "missing_value", "prompt")
-    if prompt.isascii() and prompt.isdecimal() and len(prompt) < 10 and int(prompt) <= facts.null_class:
-        return int(prompt)
-    names = facts.class_names or ()
-    found = labels_named(prompt, names)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        got = f"prompt is {shown(prompt)}, and {len(found)} classes have this name. Send one of their numbers: {found}."
-        raise HTTPError(400, got, "invalid_value", "prompt")
-    lower = {name.casefold(): name for name in names}
-    close = [lower[name] for name in get_close_matches(prompt.casefold(), lower, n=3)] or list(names[:3])
-    examples = f", or a name such as {', '.join(map(repr, close))}" if close else ""
-    got = f"prompt is {shown(prompt)}, which is not a class of this model."
-    fix = f"Send {known}{examples}. GET /v1/models lists them."
-    raise HTTPError(400, f"{got} {fix}", "unknown_class", "prompt")
-
-
 def _guidance(model: Model, fields: Fields, start: Guidance, label: int, edit: EditJob | None) -> Guidance:
     """The guidance. As in the runtime, an edit without a class has none unless it is given."""
     if fields.guidance is None:
         return UNGUIDED if edit is not None and label == model.manifest.model.null_class else start
     with blame("guidance"):
         return replace(start, scale=fields.guidance)
-
-
-def _schedule(model: Model, fields: Fields, start: ScaleSchedule, edits: bool) -> tuple[ScaleSchedule, str]:
-    """The schedule that the fields name, and the field that decides it. That of an edit is only near it, because the
-    picture has its own proportions. Raises HTTPError."""
-    factor = model.manifest.model.downsampling
-    sized = fields.size is not None and fields.size != "auto"
-    if fields.schedule is not None:
-        if fields.steps is not None or (sized and not edits):
-            raise _conflict("schedule", "steps or size")
-        with blame("schedule"):
-            return ScaleSchedule.parse(fields.schedule), "schedule"
-    last, param = start[-1], "schedule" if fields.preset is None else "preset"
-    if fields.steps is not None:
-        param = "steps"
-    if sized:
-        height, width = _pixels(model, fields.size or "")
-        last, param = (height // factor, width // factor), "size"
-    if last == start[-1] and fields.steps in (None, len(start)):
-        return start, param
-    _require_tokens(model, last[0] * last[1], param)
-    with blame("steps"):
-        steps = len(start) if fields.steps is None else fields.steps
-        return ScaleSchedule.for_size(last, steps, max(model.defaults.schedule[-1])), param
-
-
-def _pixels(model: Model, size: str) -> tuple[int, int]:
-    """(height, width) of a size in OpenAI's form, width x height. Raises HTTPError."""
-    width, height = map(int, size.split("x"))
-    factor = model.manifest.model.downsampling
-    try:
-        check_sides((height, width), factor)
-    except InvalidInput:
-        got = f"size is {size}, but width and height must be multiples of {factor} from {factor} to {128 * factor}."
-        raise HTTPError(400, f"{got} Send another size.", "invalid_value", "size") from None
-    return height, width
-
-
-def _require_allowed(schedule: ScaleSchedule, schedules: tuple[ScaleSchedule, ...] | None, param: str | None) -> None:
-    """Raise HTTPError unless a schedule is among those that are allowed; None allows any."""
-    if schedules is not None and schedule not in schedules:
-        names = ", ".join(map(str, schedules))
-        got = f"The schedule {schedule} is not allowed here. This service runs {names}."
-        raise HTTPError(400, got, "schedule_not_allowed", param)
-
-
-def _require_tokens(model: Model, tokens: int, param: str) -> None:
-    if tokens > model.max_tokens:
-        got = f"The scales of the image have {tokens:,} tokens together, but this service allows {model.max_tokens:,}."
-        raise HTTPError(413, f"{got} Ask for a smaller size or fewer steps.", "too_large", param)
-
-
-def _conflict(one: str, other: str) -> HTTPError:
-    return HTTPError(400, f"{one} cannot be combined with {other}. Send one of them.", "invalid_value", one)

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -19,19 +18,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flexvar_runtime import FlexVARError, FlexVARPipeline, Guidance, InvalidInput, OutOfMemory, ScaleSchedule
-from flexvar_runtime.deadlines.choice import quality_order
+from flexvar_runtime import FlexVARError, FlexVARPipeline, InvalidInput, OutOfMemory, ScaleSchedule
 from flexvar_runtime.editing.options import Edit
 from flexvar_runtime.editing.plan import plan_edit
 from flexvar_runtime.errors import DeviceFailed
 from flexvar_runtime.generation.host import HostGenerator
 from flexvar_runtime.memory.available import available_bytes
-from flexvar_runtime.model.guidance import UNGUIDED
 from flexvar_runtime.output import GenerationOutput, ScaleStep
 from flexvar_runtime.pictures.photo import Photo, read_photo
 from flexvar_runtime.request import Shape
 
 from ..errors import HTTPError, internal
+from .line import ConnectionEnded, Line
 from .messages import (
     Batch,
     Beat,
@@ -42,10 +40,10 @@ from .messages import (
     Failed,
     Ping,
     Preview,
-    Ready,
     Refused,
     Stop,
 )
+from .warmup import warm_up
 
 if TYPE_CHECKING:
     from ..settings import ModelSettings
@@ -68,37 +66,6 @@ class BatchCancelled(Exception):
     """Nobody waits for the batch."""
 
 
-class ConnectionEnded(Exception):
-    """The service has ended."""
-
-
-class _Line:
-    """A connection whose end raises ConnectionEnded. So it is not taken for an error of the model, or the reverse."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def send(self, message: object) -> None:
-        with _ends():
-            self._connection.send(message)
-
-    def receive(self) -> object:
-        with _ends():
-            return self._connection.recv()
-
-    def poll(self) -> bool:
-        with _ends():
-            return self._connection.poll()
-
-
-@contextmanager
-def _ends() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        raise ConnectionEnded from error
-
-
 def open_pipeline(setup: WorkerSetup) -> FlexVARPipeline:
     model = setup.model
     return FlexVARPipeline.from_bundle(
@@ -118,48 +85,17 @@ def run(connection: Connection, setup: WorkerSetup, opener: Opener = open_pipeli
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    line = _Line(connection)
+    line = Line(connection)
     with suppress(ConnectionEnded), ExitStack() as stack:
         memory = available_bytes()
         try:
             pipeline = stack.enter_context(opener(setup))
-            ready = _warm(pipeline, setup.model)
+            ready = warm_up(pipeline, setup.model)
         except Exception as error:
             line.send(Refused(error if isinstance(error, FlexVARError) else _sendable(error)))
             return
         line.send(ready)
         _Worker(pipeline, line, memory, setup.model.schedules).serve()
-
-
-def warm_schedules(pipeline: FlexVARPipeline, wanted: tuple[ScaleSchedule, ...] | None) -> tuple[ScaleSchedule, ...]:
-    """The schedules that are warm before the service is ready: the allowed ones, or those of the quality order."""
-    return quality_order(pipeline.bundle.manifest) if wanted is None else wanted
-
-
-def _warm(pipeline: FlexVARPipeline, model: ModelSettings) -> Ready:
-    """Run what requests will need, and measure it.
-
-    A GPU keeps a captured generation for each shape, so each allowed one runs, with and without guidance. A CPU keeps
-    nothing for a shape: one generation opens all graphs.
-    """
-    whole = pipeline.generator.runs_whole
-    schedules = warm_schedules(pipeline, model.schedules)
-    shapes = itertools.product(schedules, model.batch_sizes, (True, False)) if whole else [(schedules[0], 1, True)]
-    guided = pipeline.guidance if pipeline.guidance.acts(schedules[-1]) else Guidance()
-    measured = []
-    for schedule, images, with_guidance in shapes:
-        guidance = guided if with_guidance else UNGUIDED
-        pipeline.warmup(schedule, (images,), guidance)
-        started = time.perf_counter()
-        pipeline([0] * images, schedule, guidance, seed=0)
-        measured.append((schedule, guidance.acts(schedule), images, time.perf_counter() - started))
-    return Ready(
-        bundle=pipeline.bundle.sha256,
-        manifest=pipeline.bundle.manifest,
-        backend=pipeline.backend.name,
-        hardware=pipeline.generator.hardware,
-        measured=tuple(measured),
-    )
 
 
 class _Worker:
@@ -171,7 +107,7 @@ class _Worker:
     def __init__(
         self,
         pipeline: FlexVARPipeline,
-        line: _Line,
+        line: Line,
         memory: int | None,
         schedules: tuple[ScaleSchedule, ...] | None,
     ) -> None:

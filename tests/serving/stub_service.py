@@ -202,7 +202,7 @@ def main() -> None:
     with listen("127.0.0.1", 0) as listener:
 
         def on_ready(service: Any) -> None:
-            print(json.dumps({"url": url(listener), "pids": service.dispatcher.pids}), flush=True)
+            print(json.dumps({"url": url(listener), "pids": service.dispatcher.pool.pids}), flush=True)
 
         ended = asyncio.run(
             serve(settings_from(json.loads(sys.argv[1])), listener, on_ready=on_ready, opener=open_stub)

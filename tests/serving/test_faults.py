@@ -6,18 +6,19 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from http_client import Running, connect, png, until
+from http_client import Running, connect, flexvar_serve, png, until
 from PIL import Image
 from stub_service import CROWDED, pixels_of
 
@@ -291,3 +292,18 @@ def test_sigterm_while_a_worker_opens_the_bundle(tiny_bundle: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
         assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in log, log
+
+
+def test_a_bundle_that_is_replaced(bundle_copy: Path, ordered_bundle: Callable[[str, Sequence[str]], Path]) -> None:
+    """A new worker would serve another bundle under the name of the old one, so the service ends."""
+    running = flexvar_serve(bundle_copy, "--workers", "1", "--threads", "1")
+    try:
+        assert running.generate(prompt="1").status == 200
+        shutil.rmtree(bundle_copy)
+        shutil.copytree(ordered_bundle("1_2_4", ["1_2_4"]), bundle_copy)
+        [worker] = running.workers
+        os.kill(worker, signal.SIGKILL)
+        assert running.process.wait(20) == 5
+        assert "replaced" in "".join(running.log)
+    finally:
+        running.process.kill()

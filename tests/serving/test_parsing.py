@@ -17,7 +17,8 @@ from flexvar_runtime.model.presets import PRESETS
 from flexvar_serving.errors import HTTPError
 from flexvar_serving.images.encoding import Output
 from flexvar_serving.images.fields import GenerationFields
-from flexvar_serving.images.parsing import Model, Wanted, parse_json, parse_order
+from flexvar_serving.images.model import Model
+from flexvar_serving.images.parsing import Wanted, parse_json, parse_order
 from flexvar_serving.scheduling.orders import Order
 
 INVALID = (400, "invalid_value")

@@ -12,7 +12,8 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_serving.errors import HTTPError
 from flexvar_serving.images.fields import GenerationFields
-from flexvar_serving.images.parsing import Model, parse_json, parse_order
+from flexvar_serving.images.model import Model
+from flexvar_serving.images.parsing import parse_json, parse_order
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from flexvar_runtime.model.presets import PRESETS
 from flexvar_serving.errors import HTTPError
 from flexvar_serving.images.encoding import Output
 from flexvar_serving.images.fields import EditFields
-from flexvar_serving.images.parsing import Model, Wanted, parse_edit, parse_form, parse_order
+from flexvar_serving.images.model import Model
+from flexvar_serving.images.parsing import Wanted, parse_edit, parse_form, parse_order
 from flexvar_serving.scheduling.orders import Order
 from flexvar_serving.workers.messages import EditJob
 

@@ -53,7 +53,7 @@ def test_its_tables_name_every_field_metric_and_status() -> None:
     pytest.importorskip("fastapi")
     from flexvar_serving.images.fields import EditFields
     from flexvar_serving.metrics import Metrics
-    from flexvar_serving.web.application import _ERRORS
+    from flexvar_serving.web.schema import ERRORS
 
     for name in EditFields.model_fields:
         assert f"`{name}`" in PAGE, name
@@ -62,4 +62,4 @@ def test_its_tables_name_every_field_metric_and_status() -> None:
     for name in families:
         assert f"`{name}" in PAGE, name
     rows = re.findall(r"^\| ([0-9, ]+) \|", PAGE, flags=re.MULTILINE)
-    assert {int(status) for row in rows for status in row.split(",")} == set(_ERRORS)
+    assert {int(status) for row in rows for status in row.split(",")} == set(ERRORS)

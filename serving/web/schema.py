@@ -1,0 +1,28 @@
+"""What the OpenAPI schema says of bodies, headers and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..images.fields import EditFields, GenerationFields
+
+ERROR = {"description": "An error", "content": {"application/json": {"schema": {"type": "object"}}}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: ERROR for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504, 507)
+}
+
+
+def json_request(media_type: str, kind: type[GenerationFields] | type[EditFields]) -> dict[str, Any]:
+    """The description of a body in the OpenAPI schema, and of the header that both routes read."""
+    exact = {"name": "x-flexvar-exact", "in": "header", "schema": {"type": "string", "enum": ["0", "1"]}}
+    content = {media_type: {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [exact]}
+
+
+def form_request(kind: type[EditFields]) -> dict[str, Any]:
+    described = json_request("multipart/form-data", kind)
+    schema = described["requestBody"]["content"]["multipart/form-data"]["schema"]
+    file = {"type": "string", "format": "binary"}
+    schema["properties"] = {"image": file, "mask": file, **schema["properties"]}
+    schema["required"] = ["image"]
+    return described
