@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flexvar_runtime import ScaleSchedule
+from flexvar_runtime import Bundle, ScaleSchedule
 from flexvar_runtime.backends import CPU_BACKENDS, check_options
 from flexvar_runtime.checks import conflict, invalid
 from flexvar_runtime.cli import options
@@ -38,6 +38,9 @@ def serve(
         str, typer.Option(help="Address to listen on. 0.0.0.0 takes requests from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the API. The default is that of the directory.")
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -120,12 +123,15 @@ def serve(
     limits = Limits(queue=queue, max_tokens=max_tokens, connections=max_connections, receive_seconds=receive_timeout)
     with listen(host, port) as listener:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the service takes requests
+        if not bundle.is_dir():
+            Bundle.open(bundle)  # says why
         layout = _measured(model, device) if given is None else given
+        say(f"opening {bundle} in {_how(layout)}", err)
         settings = ServiceSettings(
             model=model,
             layout=layout,
             limits=limits,
-            name=_NAME.sub("-", bundle.resolve().name.removesuffix(".bundle")).strip("-") or "flexvar",
+            name=name or _NAME.sub("-", bundle.resolve().name.removesuffix(".bundle")).strip("-") or "flexvar",
             keys=keys,
             drain_delay=drain_delay,
         )
@@ -141,8 +147,7 @@ def serve(
                 "threads": layout.threads,
                 "pids": pool.pids,
             }
-            how = "one thread" if layout.in_thread else f"{layout.workers} worker{'s' * (layout.workers > 1)}"
-            say(f"{settings.name} on {pool.facts.backend}, {how}. Press Ctrl-C to stop.", err)
+            say(f"{settings.name} on {pool.facts.backend}, {_how(layout)}. Press Ctrl-C to stop.", err)
             if as_json:
                 sys.stdout.write(json.dumps(ready) + "\n")
             else:
@@ -152,6 +157,10 @@ def serve(
         ended_by = asyncio.run(run(settings, listener, on_ready=on_ready))
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+def _how(layout: Layout) -> str:
+    return "a thread" if layout.in_thread else f"{layout.workers} worker{'s' * (layout.workers > 1)}"
 
 
 def _require_packages() -> None:
@@ -199,4 +208,11 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def _schedules(text: str | None) -> tuple[ScaleSchedule, ...] | None:
-    return None if text is None else tuple(ScaleSchedule.parse(part.strip()) for part in text.split(","))
+    """ "1_2_4,1_4" as schedules. Raises InvalidInput."""
+    try:
+        return None if text is None else tuple(ScaleSchedule.parse(part.strip()) for part in text.split(","))
+    except InvalidInput as error:
+        got = error.got.replace("schedule", "A schedule of --schedules", 1)
+        raise InvalidInput(
+            got, expected=error.expected, fix="Join schedules by commas, such as 1_2_4_8_16,1_4_16."
+        ) from None

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
+from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.machine.processors import default_threads
 
 from .images.answers import Encoder
@@ -96,7 +97,12 @@ async def serve(
 async def _open(service: Service, settings: ServiceSettings) -> None:
     """Wait for the workers, and take the facts of the model from them."""
     ready = await service.dispatcher.pool.start()
-    service.model = Model.of(settings.name, ready.manifest, settings.model.schedules, settings.limits.max_tokens)
+    model = Model.of(settings.name, ready.manifest, settings.model.schedules, settings.limits.max_tokens)
+    least = model.start.schedule.tokens
+    if least > model.max_tokens:
+        got = f"--max-tokens is {model.max_tokens}, but an image of the default schedule has {least}."
+        raise InvalidInput(got, expected="at least that many", fix="Pass a larger number, or --schedules.")
+    service.model = model
     service.opened = time.time()
     service.metrics.describe(ready.bundle, ready.backend, str(ready.manifest.precision))
 

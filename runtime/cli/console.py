@@ -25,11 +25,20 @@ _CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 1
 def start_logging(verbose: bool) -> None:
     """Send log messages to standard error."""
     level = logging.DEBUG if verbose else logging.INFO
-    handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
+    handler: logging.Handler = _PlainHandler()
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
     for name in ("flexvar_runtime", "flexvar_export", "flexvar_serving", "flexvar_bench", "flexvar_ref"):
         root = logging.getLogger(name)
         root.handlers, root.propagate = [handler], False
         root.setLevel(level)
+
+
+class _PlainHandler(logging.Handler):
+    """Writes each message as one line, as it is read from files. Tracebacks follow it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname:<8} {self.format(record)}", err)
 
 
 def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

@@ -16,7 +16,9 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Annotated[str | None, Field(max_length=200, description="The name in /v1/models.")] = None
-    prompt: Annotated[str | None, Field(max_length=1000, description="A class, by name or number.")] = None
+    prompt: Annotated[
+        Annotated[str, Field(max_length=1000)] | int | None, Field(description="A class, by name or number.")
+    ] = None
     n: Annotated[int | None, Field(ge=1, le=MOST_IMAGES, description="Number of images.")] = None
     size: Annotated[
         str | None, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="Width x height in pixels, or auto.")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from flexvar_runtime import ScaleSchedule
 from flexvar_runtime.bundle.manifest import Manifest
 from flexvar_runtime.deadlines.choice import quality_order
+from flexvar_runtime.errors import InvalidInput
+from flexvar_runtime.model.schedule import MAX_SIDE
 from flexvar_runtime.request import RequestDefaults
 
 _LARGER = 4
@@ -37,6 +41,22 @@ class Model:
         if self.schedules is None or self.defaults.schedule in self.schedules:
             return self.defaults
         return replace(self.defaults, schedule=self.schedules[0])
+
+    @cached_property
+    def largest_side(self) -> int:
+        """Side in pixels of the largest square with as many steps as the default. 0 if there is none."""
+        steps, trained = len(self.start.schedule), max(self.defaults.schedule[-1])
+        side = 0
+        for tokens in range(1, MAX_SIDE + 1):
+            with suppress(InvalidInput):  # more steps than the size needs, or fewer
+                if ScaleSchedule.for_size((tokens, tokens), steps, trained).tokens <= self.max_tokens:
+                    side = tokens
+        return side * self.manifest.model.downsampling
+
+    @property
+    def largest_text(self) -> str:
+        """A sentence that says which sizes are possible."""
+        return f"The largest square is {self.largest_side}x{self.largest_side}."
 
     @property
     def order(self) -> tuple[ScaleSchedule, ...]:

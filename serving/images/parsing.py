@@ -20,13 +20,14 @@ from flexvar_runtime.model.presets import preset
 from flexvar_runtime.request import RequestDefaults
 
 from ..errors import HTTPError, blame, conflict, of_field
+from ..schedules import nearest_allowed, not_allowed
 from ..scheduling.orders import Order
 from ..workers.messages import EditJob
 from .classes import parse_class
 from .encoding import Output
 from .fields import EditFields, Fields
 from .model import Model
-from .sizes import parse_pixels, parse_schedule, require_allowed, require_tokens
+from .sizes import parse_pixels, parse_schedule, require_tokens
 
 F = TypeVar("F", bound=Fields)
 _WHOLE_64 = "it must be a whole number from 0 to 18446744073709551615, as a number or as text"
@@ -37,6 +38,13 @@ _FORMS = {
     "first_index": _WHOLE_64,
 }
 """What the fields that have a form of their own must be."""
+_KINDS = {
+    **dict.fromkeys(("bool_type", "bool_parsing"), "it must be true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "it must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "it must be a number such as 0.5"),
+    "string_type": "it must be text",
+}
+"""What a value of the wrong kind must be."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,11 @@ def _validated(kind: type[F], values: Mapping[str, Any], *, strict: bool) -> F:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "extra_forbidden":
-            close = get_close_matches(str(name), kind.model_fields, n=1)
+            close = get_close_matches(str(name), kind.model_fields, n=1, cutoff=0.75)
             hint = f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(kind.model_fields)}."
             raise HTTPError(400, f"The field {shown(name)} is not known. {hint}", "unknown_field", name) from None
-        reason = _FORMS.get(name or "") or first["msg"].replace("Input should", "it must").replace(
-            "String should", "it must"
-        )
+        reason = _FORMS.get(name or "") or _KINDS.get(first["type"]) or first["msg"]
+        reason = reason.replace("Input should", "it must").replace("String should", "it must")
         got = f"{name or 'The name of a field'} is {shown(first['input'])}, but {reason[:1].lower()}{reason[1:]}."
         raise HTTPError(400, got, "invalid_value", name) from None
 
@@ -107,8 +114,10 @@ def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: Edit
     first_choice = start.schedule if edit is None else model.start.schedule  # an edit takes its size from the picture
     schedule, param = parse_schedule(model, fields, first_choice, edit is not None)
     require_tokens(model, schedule.tokens, param)
+    if model.schedules is not None and param == "schedule" and schedule not in model.schedules:
+        raise not_allowed(schedule, model.schedules, param)
     if edit is None:
-        require_allowed(schedule, model.schedules, param)
+        schedule = nearest_allowed(schedule, fields.steps, model.schedules, param)
     guidance, sampling = _guidance(model, fields, start.guidance, label, edit), start.sampling
     with blame("top_k"):
         sampling = sampling if fields.top_k is None else replace(sampling, top_k=fields.top_k)

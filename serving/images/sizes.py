@@ -42,20 +42,12 @@ def parse_pixels(model: Model, size: str) -> tuple[int, int]:
     try:
         check_sides((height, width), factor)
     except InvalidInput:
-        got = f"size is {size}, but width and height must be multiples of {factor} from {factor} to {128 * factor}."
-        raise HTTPError(400, f"{got} Send another size.", "invalid_value", "size") from None
+        got = f"size is {size}, but width and height must be multiples of {factor}. {model.largest_text}"
+        raise HTTPError(400, got, "invalid_value", "size") from None
     return height, width
-
-
-def require_allowed(schedule: ScaleSchedule, schedules: tuple[ScaleSchedule, ...] | None, param: str | None) -> None:
-    """Raise HTTPError unless a schedule is among those that are allowed; None allows any."""
-    if schedules is not None and schedule not in schedules:
-        names = ", ".join(map(str, schedules))
-        got = f"The schedule {schedule} is not allowed here. This service runs {names}."
-        raise HTTPError(400, got, "schedule_not_allowed", param)
 
 
 def require_tokens(model: Model, tokens: int, param: str) -> None:
     if tokens > model.max_tokens:
         got = f"The scales of the image have {tokens:,} tokens together, but this service allows {model.max_tokens:,}."
-        raise HTTPError(413, f"{got} Ask for a smaller size or fewer steps.", "too_large", param)
+        raise HTTPError(413, f"{got} {model.largest_text}", "too_large", param)

@@ -13,12 +13,13 @@ from flexvar_runtime.checks import shown
 from ..errors import HTTPError, internal
 from .image_routes import image_routes
 from .observing import Observed, record_of
+from .schema import describe
 from .state import Service
 from .status_routes import status_routes
 
 
 def create_application(service: Service) -> ASGIApp:
-    app = FastAPI(title="flexvar serve", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="flexvar serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     @app.exception_handler(HTTPError)
     async def refused(request: Request, error: HTTPError) -> Response:
@@ -31,7 +32,7 @@ def create_application(service: Service) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        path, fix = shown(request.url.path), "GET /openapi.json lists the paths and methods of this service."
+        path, fix = shown(request.url.path), "The API is under /v1, and GET /openapi.json lists it."
         texts = {404: f"There is nothing at {path}. {fix}", 405: f"{path} does not take {request.method[:20]}. {fix}"}
         text, code = texts.get(error.status_code, error.detail), {404: "not_found", 405: "method_not_allowed"}
         own = HTTPError(
@@ -54,4 +55,5 @@ def create_application(service: Service) -> ASGIApp:
 
     app.include_router(status_routes(service))
     app.include_router(image_routes(service), dependencies=[Depends(authorized)])
+    describe(app, keys=service.keys.asked)
     return Observed(app, service.metrics, service.access_log)

@@ -67,6 +67,10 @@ def image_routes(service: Service) -> APIRouter:
         with ExitStack() as held:
             held.enter_context(service.uploads.taken(declared_bytes(request, limit)))
             values, sent = await read_form(request, limit)
+            for name in ("image", "mask"):
+                if name in values:
+                    got = f"{name} must be a file. With curl, write -F {name}=@FILE."
+                    raise HTTPError(400, got, "invalid_value", name)
             image = sent.pop("image", None) or sent.pop("image[]", None)
             mask = sent.pop("mask", None)
             if sent:
@@ -192,6 +196,8 @@ def _described(service: Service) -> dict[str, Any]:
             "size": f"{w}x{h}",
             "size_multiple": sizes.downsampling,
             "max_tokens": model.max_tokens,
+            "largest_square": f"{model.largest_side}x{model.largest_side}",
+            "other_schedules": model.schedules is None,
             "schedule": str(defaults.schedule),
             "steps": len(defaults.schedule),
             "guidance": defaults.guidance.scale,

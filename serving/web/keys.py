@@ -27,13 +27,14 @@ def read_keys(path: Path) -> tuple[str, ...]:
         raise InvalidInput(got, expected="a file of keys", fix="Check the path and its permissions.") from error
     if len(content) > _MOST_BYTES:
         raise _refusal(path, f"is larger than {_MOST_BYTES // 2**20} MiB")
-    lines = content.decode("ascii", "replace").splitlines()
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = enumerate(content.decode("ascii", "replace").splitlines(), 1)
+    keys = [(number, line.strip()) for number, line in lines if line.strip() and not line.startswith("#")]
     if not keys:
         raise _refusal(path, "has no keys")
-    if not all(map(_KEY.fullmatch, keys)):
-        raise _refusal(path, f"has a line that is not {_FORM}")
-    return tuple(keys)
+    for number, key in keys:
+        if not _KEY.fullmatch(key):
+            raise _refusal(path, f"has a line {number} that is not {_FORM}")
+    return tuple(key for _, key in keys)
 
 
 def _refusal(path: Path, problem: str) -> InvalidInput:
@@ -47,9 +48,14 @@ class Keys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._hashes = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a key is asked for."""
+        return bool(self._hashes)
+
     def check(self, authorization: str) -> None:
         """Raise HTTPError unless the header names an allowed key, or no keys are asked for."""
-        if not self._hashes:
+        if not self.asked:
             return
         scheme, _, key = authorization.partition(" ")
         given = hashlib.sha256(key.strip().encode()).digest()

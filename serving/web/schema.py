@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
+
 from ..images.fields import EditFields, GenerationFields
 
-ERROR = {"description": "An error", "content": {"application/json": {"schema": {"type": "object"}}}}
+_TEXT = {"type": ["string", "null"]}
+_FIELDS = {"message": {"type": "string"}, "type": _TEXT, "param": _TEXT, "code": _TEXT}
+_BODY = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "properties": _FIELDS}}}
+ERROR: dict[str, Any] = {"description": "An error", "content": {"application/json": {"schema": _BODY}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: ERROR for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504, 507)
 }
@@ -26,3 +31,18 @@ def form_request(kind: type[EditFields]) -> dict[str, Any]:
     schema["properties"] = {"image": file, "mask": file, **schema["properties"]}
     schema["required"] = ["image"]
     return described
+
+
+def describe(app: FastAPI, *, keys: bool) -> None:
+    """Correct what FastAPI says of the application. keys: whether it asks for API keys.
+
+    FastAPI lists answers with status 422, which this service never sends.
+    """
+    described = app.openapi()
+    for path in described["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    described.get("components", {}).pop("schemas", None)
+    if keys:
+        described.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        described["security"] = [{"key": []}]

@@ -29,6 +29,7 @@ from flexvar_runtime.pictures.photo import Photo, read_photo
 from flexvar_runtime.request import Shape
 
 from ..errors import HTTPError, internal
+from ..schedules import nearest_allowed
 from .line import ConnectionEnded, Line
 from .messages import (
     Batch,
@@ -193,6 +194,9 @@ class _Worker:
     def _edit(self, batch: Batch, job: EditJob) -> GenerationOutput:
         photo, mask = self._pictures(job)
         task = job.task or ("inpaint" if mask is not None or photo.opacity is not None else "refine")
+        if task == "inpaint" and mask is None and photo.opacity is None:
+            got = "task inpaint needs mask, or an image with transparency. Transparent pixels are repainted."
+            raise HTTPError(400, got, "missing_value", "mask")
         items, model = batch.items, self._pipeline.model
         plan = plan_edit(
             Edit(**{**job.options, "task": task}),
@@ -203,13 +207,14 @@ class _Worker:
             batch.schedule,
             job.steps,
         )
-        self._require_allowed(plan.schedule, batch.max_tokens)
+        self._require_tokens(plan.schedule, batch.max_tokens)
+        schedule = nearest_allowed(plan.schedule, job.steps, self._schedules, "image")
         return self._pipeline.edit(
             photo,
             task,
             mask=mask,
             labels=[item.label for item in items],
-            schedule=plan.schedule,
+            schedule=schedule,
             guidance=[item.guidance for item in items],
             sampling=batch.sampling,
             seed=[item.seed for item in items],
@@ -233,15 +238,11 @@ class _Worker:
             raise HTTPError(400, f"mask has {sizes}. Send a mask of the size of the image.", "invalid_value", "mask")
         return photo, 255 - mask.opacity
 
-    def _require_allowed(self, schedule: ScaleSchedule, most: int | None) -> None:
-        """Raise HTTPError if the schedule that an edit takes from its picture is too long, or not allowed."""
+    def _require_tokens(self, schedule: ScaleSchedule, most: int | None) -> None:
+        """Raise HTTPError if the schedule that an edit takes from its picture is too long."""
         if most is not None and schedule.tokens > most:
             got = f"The scales of the image have {schedule.tokens:,} tokens together, but this service allows {most:,}."
             raise HTTPError(413, f"{got} Ask for a smaller size or fewer steps.", "too_large", "size")
-        if self._schedules is not None and schedule not in self._schedules:
-            names = ", ".join(map(str, self._schedules))
-            got = f"This edit needs the schedule {schedule}, which is not allowed here. This service runs {names}."
-            raise HTTPError(400, got, "schedule_not_allowed", "image")
 
     def _on_scale(self, batch: Batch) -> Callable[[ScaleStep], None] | None:
         """What is called after every scale: it sends previews, shows that the worker is alive, and looks for Cancel.

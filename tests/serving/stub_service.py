@@ -25,6 +25,7 @@ from flexvar_runtime.model.facts import ModelFacts
 from flexvar_runtime.model.signatures import SCHEMA_VERSION
 from flexvar_runtime.output import GenerationOutput, ScaleStep, ScaleTime, Timings, settings_of
 from flexvar_runtime.request import Request, RequestDefaults, parse_request
+from flexvar_serving.command import _schedules
 from flexvar_serving.settings import Layout, Limits, ModelSettings, ServiceSettings
 from flexvar_serving.workers.process import WorkerSetup
 
@@ -190,7 +191,8 @@ def open_stub(setup: WorkerSetup) -> StubPipeline:
 
 
 def settings_from(given: dict[str, Any]) -> ServiceSettings:
-    model = ModelSettings(bundle=Path("stub.bundle"), **given.pop("model", {}))
+    schedules = _schedules(given.pop("command", {}).get("schedules"))  # as text, like an option
+    model = ModelSettings(bundle=Path("stub.bundle"), schedules=schedules, **given.pop("model", {}))
     layout, limits = Layout(**given.pop("layout", {})), Limits(**given.pop("limits", {}))
     return ServiceSettings(model=model, layout=layout, limits=limits, name="stub", **given)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,39 @@ def test_edits_that_are_refused(stub_service: Running, files: Any, fields: Any, 
     answer = stub_service.edit(files, prompt="plain", **fields)
     assert answer.status == 400 and answer.error["param"] == param, answer.body
     assert "passwd" not in answer.error["message"]
+
+
+def test_an_edit_without_what_it_needs(stub_service: Running) -> None:
+    missing = stub_service.edit({"image": PICTURE}, prompt="plain", task="inpaint")
+    assert missing.status == 400 and missing.error["param"] == "mask" and "ransparent" in missing.error["message"]
+    text = stub_service.edit({"image": PICTURE}, prompt="plain", mask="mask.png")
+    assert text.status == 400 and text.error["param"] == "mask" and "-F mask=@FILE" in text.error["message"]
+
+
+def test_paths_that_are_nearly_right(stub_service: Running) -> None:
+    for path in ("/images/generations", "/v1/images/generations/"):
+        answer = stub_service.request("POST", path, {"prompt": "plain"})
+        assert answer.status == 404 and "under /v1" in answer.error["message"]
+
+
+def test_the_schema_lists_what_is_sent(stub_service: Running) -> None:
+    schema = stub_service.get("/openapi.json").json
+    statuses = {status for path in schema["paths"].values() for one in path.values() for status in one["responses"]}
+    assert "422" not in statuses and {"200", "400", "429"} <= statuses
+    assert set(schema["paths"]) >= {"/v1/images/generations", "/v1/images/edits", "/v1/models", "/health/ready"}
+
+
+def test_allowed_schedules(start_stub: Callable[..., Running]) -> None:
+    """Size and steps choose among them, in generations and in edits."""
+    running = start_stub(layout={"in_thread": True}, command={"schedules": "1_2_4,1_4,1_2_3x5"})
+    assert running.generate(prompt="plain").headers["x-flexvar-schedule"] == "1_2_4"
+    assert running.generate(prompt="plain", steps=2).headers["x-flexvar-schedule"] == "1_4"
+    assert running.generate(prompt="plain", size="80x48").headers["x-flexvar-schedule"] == "1_2_3x5"
+    assert running.generate(prompt="plain", steps=10).error["code"] == "schedule_not_allowed"
+    assert running.generate(prompt="plain", schedule="1_2_3_4").error["param"] == "schedule"
+    assert running.edit({"image": PICTURE}, prompt="plain", task="refine").headers["x-flexvar-schedule"] == "1_2_4"
+    refused = running.edit({"image": PICTURE}, prompt="plain", task="refine", size="32x32")
+    assert refused.error["code"] == "schedule_not_allowed"
 
 
 def test_models(stub_service: Running) -> None:

@@ -91,9 +91,12 @@ def test_deadlines_in_a_queue(start_stub: Start) -> None:
 def test_tokens_and_schedules(start_stub: Start, stub_service: Running) -> None:
     answer = stub_service.generate(prompt="plain", size="160x160")
     assert answer.status == 413 and answer.error["code"] == "too_large"
-    running = start_stub(layout={"in_thread": True}, limits={"max_tokens": 20})
-    assert running.generate(prompt="plain").status == 413
-    assert running.generate(prompt="plain", schedule="1_2_3").status == 200
+    assert "The largest square is 128x128." in answer.error["message"]
+    running = start_stub(layout={"in_thread": True}, limits={"max_tokens": 30})
+    assert running.generate(prompt="plain").status == 200
+    assert running.generate(prompt="plain", schedule="1_2_3_4_4").status == 413
+    with pytest.raises(AssertionError, match="ended with 2: error: --max-tokens is 20"):
+        start_stub(layout={"in_thread": True}, limits={"max_tokens": 20})  # every request would be refused
 
 
 def test_keys(start_stub: Start) -> None:

@@ -26,12 +26,11 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTA
 def test_its_commands_run(tiny_service: Running, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "photo.png")
-    Image.fromarray(rng.integers(0, 2, (64, 64, 4), np.uint8) * np.uint8(255)).save(tmp_path / "mask.png")
     ran = 0
     for language, text in BLOCK.findall(PAGE):
         # the names are those of the demo model, and its port is free only by chance
         text = text.replace("rainbow over hills", "8").replace("http://127.0.0.1:8000/", tiny_service.ready["url"])
-        if language == "python" and find_spec("openai") is None:
+        if "openai" in text and language == "python" and find_spec("openai") is None:
             continue
         command = (
             ["bash", "-euc", text.replace("curl -s", "curl -sf")]
