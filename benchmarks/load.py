@@ -46,8 +46,13 @@ class ServedModel:
     @property
     def resident_bytes(self) -> int:
         """Memory of the service without its workers."""
-        rows = Path(f"/proc/{self.process}/status").read_text().splitlines()
-        return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("VmRSS:"))
+        return _resident_bytes(self.process)
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory of all workers."""
+        listed = Path(f"/proc/{self.process}/task/{self.process}/children").read_text().split()
+        return sum(_resident_bytes(int(child)) for child in listed)
 
     @property
     def open_files(self) -> int:
@@ -58,6 +63,11 @@ class ServedModel:
         """Processor time of the service without its workers."""
         values = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
         return (int(values[11]) + int(values[12])) / _TICKS
+
+
+def _resident_bytes(process: int) -> int:
+    rows = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(row.split()[1]) * 1024 for row in rows if row.startswith("VmRSS:")), 0)
 
 
 @contextmanager
@@ -149,8 +159,12 @@ def beside_the_pipeline(
 
 
 def steady(service: ServedModel, clients: int, seconds: float, queue: int) -> dict[str, Any]:
-    """A closed loop of more clients than workers, with the 99th percentile beside its bound."""
-    before = service.resident_bytes
+    """A closed loop of more clients than workers, with the 99th percentile beside its bound.
+
+    Growth is that after the first tenth of the time.
+    """
+    asyncio.run(closed_loop(service.address, clients, seconds / 10, service.request))
+    before, workers = service.resident_bytes, service.worker_bytes
     done = asyncio.run(closed_loop(service.address, clients, seconds, service.request))
     rate, times = images_per_second(done), _times(done)
     return {
@@ -162,6 +176,8 @@ def steady(service: ServedModel, clients: int, seconds: float, queue: int) -> di
         "p99_ms": _p99(done) * 1e3,
         "p99_bound_ms": (queue + 2 * BATCH) / rate * 1e3 if rate else math.nan,
         "growth_mb": (service.resident_bytes - before) / 1e6,
+        "workers_mb": workers / 1e6,
+        "workers_growth_mb": (service.worker_bytes - workers) / 1e6,
     }
 
 
@@ -258,7 +274,7 @@ def aborted(service: ServedModel, clients: int, seconds: float) -> dict[str, Any
 
     asyncio.run(run(seconds / 10))
     time.sleep(1)
-    memory, files = service.resident_bytes, service.open_files
+    memory, workers, files = service.resident_bytes, service.worker_bytes, service.open_files
     counts = asyncio.run(run(seconds * 9 / 10))
     time.sleep(1)
     last = asyncio.run(closed_loop(service.address, 1, 1.0, service.request))
@@ -267,6 +283,8 @@ def aborted(service: ServedModel, clients: int, seconds: float) -> dict[str, Any
         "seconds": seconds,
         **counts,
         "growth_mb": (service.resident_bytes - memory) / 1e6,
+        "workers_mb": workers / 1e6,
+        "workers_growth_mb": (service.worker_bytes - workers) / 1e6,
         "files_before": files,
         "files_after": service.open_files,
         "statuses_afterwards": _by_name(Counter(request.status for request in last)),
