@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -67,28 +67,31 @@ def image_routes(service: Service) -> APIRouter:
         with ExitStack() as held:
             held.enter_context(service.uploads.taken(declared_bytes(request, limit)))
             values, sent = await read_form(request, limit)
-            for name in ("image", "mask"):
-                if name in values:
-                    got = f"{name} must be a file. With curl, write -F {name}=@FILE."
-                    raise HTTPError(400, got, "invalid_value", name)
-            image = sent.pop("image", None) or sent.pop("image[]", None)
-            mask = sent.pop("mask", None)
-            if sent:
-                name = next(iter(sent))[:100]
-                raise HTTPError(400, f"The file {name!r} is not known. Send image and mask.", "unknown_field", name)
-            if not image:
-                raise HTTPError(
-                    400, "image is missing. Send a picture file as the field image.", "missing_value", "image"
-                )
+            image, mask = _picture_files(values, sent)
             model, fields = service.opened_model(), parse_form(EditFields, values)
             if "x-flexvar-deadline-ms" in request.headers:
                 got = "x-flexvar-deadline-ms works with generations. Leave it out."
                 raise HTTPError(400, got, "invalid_value", "x-flexvar-deadline-ms")
-            job = parse_edit(model, fields, image, mask or None)
+            job = parse_edit(model, fields, image, mask)
             wanted = parse_order(model, with_accepted(request, fields), exact=asks_exact(request), edit=job)
             return await _answer(service, request, wanted, None, "image_edit", held)
 
     return router
+
+
+def _picture_files(values: Mapping[str, str], files: Mapping[str, bytes]) -> tuple[bytes, bytes | None]:
+    """The picture and the mask in the fields and files of a form. Raises HTTPError."""
+    for name in ("image", "mask"):
+        if name in values:
+            got = f"{name} must be a file. With curl, write -F {name}=@FILE."
+            raise HTTPError(400, got, "invalid_value", name)
+    if unknown := set(files) - {"image", "image[]", "mask"}:
+        name = min(unknown)[:100]
+        raise HTTPError(400, f"The file {name!r} is not known. Send image and mask.", "unknown_field", name)
+    image = files.get("image") or files.get("image[]")
+    if not image:
+        raise HTTPError(400, "image is missing. Send a picture file as the field image.", "missing_value", "image")
+    return image, files.get("mask") or None
 
 
 async def _answer(

@@ -18,10 +18,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def json_request(media_type: str, kind: type[GenerationFields] | type[EditFields]) -> dict[str, Any]:
-    """The description of a body in the OpenAPI schema, and of the header that both routes read."""
-    exact = {"name": "x-flexvar-exact", "in": "header", "schema": {"type": "string", "enum": ["0", "1"]}}
+    """The description of a body in the OpenAPI schema, and of the headers that its route reads."""
+    headers = [{"name": "x-flexvar-exact", "in": "header", "schema": {"type": "string", "enum": ["0", "1"]}}]
+    if kind is GenerationFields:
+        headers.append({"name": "x-flexvar-deadline-ms", "in": "header", "schema": {"type": "number", "minimum": 1}})
     content = {media_type: {"schema": kind.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}, "parameters": [exact]}
+    others = ("text/event-stream", "image/png", "image/jpeg", "image/webp")
+    answers: dict[str, Any] = {other: {"schema": {"type": "string"}} for other in others}
+    done = {"description": "The images, their events, or one picture", "content": answers}
+    return {"requestBody": {"required": True, "content": content}, "parameters": headers, "responses": {"200": done}}
 
 
 def form_request(kind: type[EditFields]) -> dict[str, Any]:
