@@ -113,7 +113,7 @@ async def _drain(service: Service, server: Server, delay: float) -> None:
     So a load balancer notices before connections are refused.
     """
     service.draining = True
-    log.info("stopping: requests that were accepted are finished")
+    log.info("stopping: the accepted requests are being finished")
     end = time.monotonic() + delay
     while time.monotonic() < end and not server.force_exit and not service.dispatcher.pool.failed.done():
         await asyncio.sleep(0.05)
