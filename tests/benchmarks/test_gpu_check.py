@@ -108,6 +108,7 @@ def check_run(result: dict[str, Any]) -> None:
     ]
 
 
+@pytest.mark.kernels
 def test_parts_of_a_run(checkout: Path, work: Path, tmp_path: Path) -> None:
     result, printed = run(
         checkout, tmp_path, "--backends", "ort-cpu,tensorrt", "--work", str(work), "--minutes", "3", "--only", "run"

@@ -105,6 +105,7 @@ def test_an_error_of_the_system_in_the_model_is_not_the_end_of_the_worker(start_
     assert "FileNotFoundError: weights.bin" in "".join(running.log)
 
 
+@pytest.mark.serving
 def test_a_worker_without_clients_is_given_as_much_time(start_stub: Start) -> None:
     running = start_stub(hang_seconds=0.5)
     assert running.generate(prompt="slow").status == 200  # from now on such a batch is expected to take 0.16 s
@@ -283,6 +284,7 @@ def test_a_full_disk(tiny_bundle: Path) -> None:
         process.kill()
 
 
+@pytest.mark.serving
 def test_sigterm_while_a_worker_opens_the_bundle(tiny_bundle: Path) -> None:
     program = Path(sys.executable).parent / "flexvar"
     command = [program, "serve", str(tiny_bundle), "--port", "0", "--workers", "1"]

@@ -155,7 +155,7 @@ def ask_for_much(running: Running) -> socket.socket:
     return connection
 
 
-@pytest.mark.parametrize("seconds", [1.0, 60.0])
+@pytest.mark.parametrize("seconds", [1.0, pytest.param(60.0, marks=pytest.mark.serving)])
 def test_an_answer_that_nobody_takes(start_stub: Start, seconds: float) -> None:
     """Its connection ends at the limit, and not before. Then the service can stop."""
     running = start_stub(layout={"in_thread": True}, limits={"send_seconds": seconds, "max_tokens": 20_000})

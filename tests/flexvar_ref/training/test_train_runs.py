@@ -248,6 +248,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float((a[name] - b[name]).double().square().sum()) for name in a)) / norm
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_good_as_one(folder: Path, trained: Result) -> None:
     """20 steps of the same global batch agree to float32 noise. The weights differed by 2e-6 of their norm."""
     loop = {"steps": 20, "batch": 8, "log": 4, "save": 0, "evaluate": 0, "sample": 0}
