@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import re
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,9 +14,9 @@ from urllib.parse import quote
 from flexvar_export.quality import best_first, read_quality
 from flexvar_runtime import ScaleSchedule
 from flexvar_runtime.errors import BackendUnavailable, InvalidInput, OutOfMemory
+from flexvar_runtime.machine.signals import blocked_in_children
 
 from .suite import Entry
-from .workers import without_interrupts
 from .workload import Model
 
 TINY = "tiny"
@@ -53,7 +54,7 @@ def make(entry: Entry, model: Model, threads: int, progress: Progress = lambda _
     model.bundle.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(1, mp_context=mp.get_context("spawn")) as pool:
         try:
-            with without_interrupts():
+            with blocked_in_children({signal.SIGINT}):
                 made = pool.submit(_make, entry, model, threads)
             made.result()
         except KeyboardInterrupt:

@@ -7,12 +7,12 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from flexvar_runtime.errors import FlexVARError
+from flexvar_runtime.machine.signals import blocked_in_children
 
 from .variants import Caller, CostWork, PlainCaller, RuntimeCaller, Sample, SavedCosts, Subject, Work, opened
 
@@ -82,7 +82,7 @@ def started(subjects: Sequence[Subject]) -> Iterator[list[Worker]]:
         for subject in subjects:
             near, far = context.Pipe()
             process = context.Process(target=_serve, args=(far, subject), daemon=True)
-            with without_interrupts():
+            with blocked_in_children({signal.SIGINT}):
                 process.start()
             far.close()  # so that the end of a process is noticed
             stack.callback(_end, process, near)
@@ -92,21 +92,6 @@ def started(subjects: Sequence[Subject]) -> Iterator[list[Worker]]:
                 refusal, precision = "the process ended while it opened", None
             workers.append(Worker(subject, near, refusal, precision))
         yield workers
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Processes that are started in the body do not notice Ctrl-C. A terminal sends it to all of them, but only their
-    parent must answer it: it ends them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # its first start would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(process: mp.process.BaseProcess, connection: Connection) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from flexvar_runtime import Bundle, ScaleSchedule
-from flexvar_runtime.backends import CPU_BACKENDS, check_options
+from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS, check_options, probe
 from flexvar_runtime.checks import conflict, invalid
 from flexvar_runtime.cli import options
 from flexvar_runtime.cli.console import JsonOption, err, say
@@ -182,12 +182,21 @@ def _layout(workers: int | None, threads: int | None, device: str | None, backen
     if threads is not None and threads < 1:
         raise invalid(f"--threads is {threads}", "a whole number, 1 or more", "Pass the number of CPU threads.")
     one, processors = None if devices is None else "cpu", default_threads()
+    on_gpu = devices is None and _runs_on_gpu(backend)
+    if workers is None and threads is None:
+        return Layout() if on_gpu else None
     if workers is None:
-        return None if threads is None else Layout(devices=(one,) * max(1, processors // threads), threads=threads)
-    on_gpu = backend != "auto" and backend not in CPU_BACKENDS
+        return Layout(devices=(one,) * max(1, processors // (threads or 1)), threads=threads)
     if threads is None and not on_gpu:
         threads = max(1, processors // max(1, workers))
     return Layout(devices=(one,) * max(1, workers), threads=threads, in_thread=workers == 0)
+
+
+def _runs_on_gpu(backend: str) -> bool:
+    """Whether a backend runs on a GPU. "auto" is taken to do so if one of those works here."""
+    if backend != "auto":
+        return backend not in CPU_BACKENDS
+    return any(probe(name).available for name in BACKENDS if name not in CPU_BACKENDS)
 
 
 def _measured(model: ModelSettings, device: str | None) -> Layout:

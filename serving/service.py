@@ -50,7 +50,7 @@ async def serve(
     limits = replace(settings.limits, connections=raise_file_limit(settings.limits.connections))
     metrics, access_log = Metrics(), AccessLog()
     executor = ThreadPoolExecutor(min(_MOST_ENCODERS, default_threads()), thread_name_prefix="flexvar-encode")
-    dispatcher = Dispatcher(replace(settings, limits=limits), metrics, opener)
+    dispatcher = Dispatcher(settings, metrics, opener)
     service = Service(
         dispatcher=dispatcher,
         metrics=metrics,

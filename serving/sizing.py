@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
-from flexvar_runtime import FlexVARError, Guidance, Sampling, ScaleSchedule
-from flexvar_runtime.backends import CPU_BACKENDS
+from flexvar_runtime import FlexVARError
 from flexvar_runtime.errors import EnvironmentFailed
 from flexvar_runtime.machine.processors import default_threads
 from flexvar_runtime.memory.available import available_bytes
+from flexvar_runtime.request import RequestDefaults
 
 from .settings import Layout, ModelSettings
 from .workers.handle import start_process
@@ -46,9 +46,9 @@ def candidates(processors: int) -> tuple[int, ...]:
 
 
 def choose_layout(model: ModelSettings, device: str | None, say: Callable[[str], None]) -> Layout:
-    """The fastest layout on this machine. On a GPU it is one worker. Raises FlexVARError if the bundle does not open.
+    """The fastest layout on this CPU. Raises FlexVARError if the bundle does not open.
 
-    device: "cpu", or None for what the backend takes. It measures for some seconds. Other programs that run at the
+    device: "cpu" or None. It measures for some seconds. Other programs that run at the
     same time spoil the result.
     """
     processors = default_threads()
@@ -61,14 +61,12 @@ def choose_layout(model: ModelSettings, device: str | None, say: Callable[[str],
             break
         setup = WorkerSetup(model=model, device=device, threads=processors // workers)
         try:
-            measured, on_cpu, left = _measure(setup, workers)
+            measured, left = _measure(setup, workers)
         except FlexVARError as error:
             if best is None:
                 raise
             say(f"{_workers(workers)} cannot be measured: {error.got}")
             break
-        if not on_cpu:
-            return Layout()
         if workers == 1 and before is not None and left is not None:
             taken = max(0, before - left)
         say(str(measured))
@@ -80,8 +78,8 @@ def choose_layout(model: ModelSettings, device: str | None, say: Callable[[str],
     return Layout(devices=(device,) * best.workers, threads=best.threads)
 
 
-def _measure(setup: WorkerSetup, workers: int) -> tuple[Measured, bool, int | None]:
-    """The speed of a layout, whether it runs on a CPU, and the memory that is left beside it."""
+def _measure(setup: WorkerSetup, workers: int) -> tuple[Measured, int | None]:
+    """The speed of a layout, and the memory that is left beside it."""
     connections, processes = [], []
     for _ in range(workers):
         near, far = Pipe()
@@ -90,9 +88,7 @@ def _measure(setup: WorkerSetup, workers: int) -> tuple[Measured, bool, int | No
         connections.append(near)
     try:
         ready = [_ready(connection) for connection in connections]
-        on_cpu = ready[0].backend in CPU_BACKENDS
-        speed = _speed(connections, ready[0]) if on_cpu else 0.0
-        return Measured(workers, setup.threads or 1, speed), on_cpu, available_bytes()
+        return Measured(workers, setup.threads or 1, _speed(connections, ready[0])), available_bytes()
     finally:
         for connection in connections:
             try:
@@ -107,13 +103,9 @@ def _measure(setup: WorkerSetup, workers: int) -> tuple[Measured, bool, int | No
 
 def _speed(connections: list[Connection], ready: Ready) -> float:
     """Images a second while every connection runs one image after another."""
-    defaults = ready.manifest.defaults
-    batch = Batch(
-        number=0,
-        items=(Item(0, 0, 0, Guidance(defaults.guidance_scale, defaults.guidance_rule, defaults.max_side)),),
-        schedule=ScaleSchedule.parse(defaults.schedule),
-        sampling=Sampling(defaults.top_k, defaults.top_p, defaults.greedy_scales, defaults.max_side),
-    )
+    defaults = RequestDefaults.of(ready.manifest.defaults)
+    items = (Item(0, 0, 0, defaults.guidance),)
+    batch = Batch(number=0, items=items, schedule=defaults.schedule, sampling=defaults.sampling)
     started, images, busy = time.monotonic(), 0, set(connections)
     for connection in connections:
         connection.send(batch)

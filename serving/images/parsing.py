@@ -49,11 +49,10 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request: its order, the form of its answer, and what goes to the log."""
+    """A request: its order, the form of its images, and what goes to the log."""
 
     order: Order
     output: Output
-    streamed: bool
     user: str | None
 
 
@@ -143,7 +142,7 @@ def parse_order(model: Model, fields: Fields, *, exact: bool = False, edit: Edit
         edit=edit,
         max_tokens=model.max_tokens,
     )
-    return Wanted(order, Output.of(fields.output_format, fields.output_compression), streamed, fields.user)
+    return Wanted(order, Output.of(fields.output_format, fields.output_compression), fields.user)
 
 
 def parse_edit(model: Model, fields: EditFields, image: bytes, mask: bytes | None) -> EditJob:

@@ -182,7 +182,7 @@ class Dispatcher:
             job = self._jobs.get(entry.job)
             if job is not None and not job.over and preview.scale > job.shown:  # a batch may begin again in parts
                 job.shown = preview.scale
-                job.scales.put_nowait(Scale(entry.index, pixels, preview.scale, preview.scales, preview.size))
+                job.scales.put_nowait(Scale(pixels, preview.scale, preview.scales, preview.size))
 
     def _done(self, worker: WorkerHandle, done: Done) -> None:
         worker.batch = None

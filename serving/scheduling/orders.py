@@ -69,7 +69,6 @@ class Image:
 class Scale:
     """One scale of an image while it is generated. size: (h, w) in tokens."""
 
-    image: int
     pixels: Pixels
     index: int
     count: int

@@ -24,7 +24,7 @@ from ..scheduling.orders import Image, Spent
 from .bodies import declared_bytes, read_body, read_form
 from .observing import Record, record_of
 from .request_headers import accepted_picture, asks_exact, with_accepted, with_deadline
-from .schema import ERRORS, form_request, json_request
+from .schema import ERRORS, body_schema, form_schema
 from .state import Service
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def image_routes(service: Service) -> APIRouter:
     @router.post(
         "/images/generations",
         summary="Generate images",
-        openapi_extra=json_request("application/json", GenerationFields),
+        openapi_extra=body_schema("application/json", GenerationFields),
     )
     async def generations(request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -61,7 +61,7 @@ def image_routes(service: Service) -> APIRouter:
         deadline, wanted = with_deadline(service, request, fields, wanted)
         return await _answer(service, request, wanted, deadline, "image_generation", ExitStack())
 
-    @router.post("/images/edits", summary="Edit an image", openapi_extra=form_request(EditFields))
+    @router.post("/images/edits", summary="Edit an image", openapi_extra=form_schema(EditFields))
     async def edits(request: Request) -> Response:
         limit = service.limits.edit_bytes
         with ExitStack() as held:
@@ -101,7 +101,7 @@ async def _answer(
     record, order, facts = record_of(request.scope), wanted.order, service.dispatcher.pool.facts
     assert facts is not None
     picture = accepted_picture(request) is not None
-    if picture and (order.images > 1 or wanted.streamed):
+    if picture and (order.images > 1 or order.streamed):
         got = "Accept: image/... answers with one picture. Leave out n and stream, or accept application/json."
         raise HTTPError(400, got, "invalid_value", "n" if order.images > 1 else "stream")
     job = service.dispatcher.submit(order, deadline, record.request_id)
@@ -111,7 +111,7 @@ async def _answer(
     record.values |= {"seed": str(order.seed), "class": order.label, "images": order.images}
     if wanted.user is not None:
         record.values["user"] = wanted.user
-    if wanted.streamed:
+    if order.streamed:
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"}  # a proxy must not hold events back
         return StreamingResponse(_stream(service, job, record, wanted, name), 200, headers, "text/event-stream")
     try:

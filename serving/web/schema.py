@@ -17,7 +17,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def json_request(media_type: str, kind: type[GenerationFields] | type[EditFields]) -> dict[str, Any]:
+def body_schema(media_type: str, kind: type[GenerationFields] | type[EditFields]) -> dict[str, Any]:
     """The description of a body in the OpenAPI schema, and of the headers that its route reads."""
     headers = [{"name": "x-flexvar-exact", "in": "header", "schema": {"type": "string", "enum": ["0", "1"]}}]
     if kind is GenerationFields:
@@ -29,8 +29,8 @@ def json_request(media_type: str, kind: type[GenerationFields] | type[EditFields
     return {"requestBody": {"required": True, "content": content}, "parameters": headers, "responses": {"200": done}}
 
 
-def form_request(kind: type[EditFields]) -> dict[str, Any]:
-    described = json_request("multipart/form-data", kind)
+def form_schema(kind: type[EditFields]) -> dict[str, Any]:
+    described = body_schema("multipart/form-data", kind)
     schema = described["requestBody"]["content"]["multipart/form-data"]["schema"]
     file = {"type": "string", "format": "binary"}
     schema["properties"] = {"image": file, "mask": file, **schema["properties"]}

@@ -6,13 +6,13 @@ import asyncio
 import fcntl
 import logging
 import re
+import resource
 import socket
 import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -31,6 +31,8 @@ _HEADER_BYTES = 64
 """What a header counts besides its text, because many short ones take memory too."""
 _MOST_PIPELINED = 8
 _LEAST_READ = 16 * 1024
+_OTHER_FILES = 256
+"""Files that may be open besides the connections."""
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 
@@ -254,12 +256,9 @@ def url(bound: socket.socket) -> str:
 
 def raise_file_limit(connections: int) -> int:
     """Raise the limit of open files to what the connections need. Returns how many connections the system allows."""
-    import resource
-
-    spare = 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted: Any = connections + spare
+    wanted = connections + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - spare))
+    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - _OTHER_FILES))

@@ -8,12 +8,12 @@ import multiprocessing as mp
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
+
+from flexvar_runtime.machine.signals import blocked_in_children
 
 from .messages import Batch, Cancel, Ping, Ready, Stop
 from .process import Opener, WorkerSetup, open_pipeline, run
@@ -141,19 +141,8 @@ def run_in_thread(connection: Connection, setup: WorkerSetup, opener: Opener) ->
 
 
 def start_process(far: Connection, setup: WorkerSetup, opener: Opener) -> mp.process.BaseProcess:
-    """A new worker process that answers the other end of `far`. A terminal does not interrupt it."""
+    """A new worker process that answers the other end of `far`. It ignores SIGINT and SIGTERM from its start."""
     process = mp.get_context("spawn").Process(target=run, args=(far, setup, opener), daemon=True, name="flexvar-worker")
-    with _signals_blocked():
+    with blocked_in_children({signal.SIGINT, signal.SIGTERM}):
         process.start()
     return process
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A process that is started in the body ignores SIGINT and SIGTERM until it has set its own handlers."""
-    resource_tracker.ensure_running()  # its first start would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

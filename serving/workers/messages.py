@@ -82,7 +82,6 @@ class Ready:
     bundle: str
     manifest: Manifest
     backend: str
-    hardware: str
     measured: tuple[tuple[ScaleSchedule, bool, int, float], ...]
 
 

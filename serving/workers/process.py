@@ -29,7 +29,7 @@ from flexvar_runtime.pictures.photo import Photo, read_photo
 from flexvar_runtime.request import Shape
 
 from ..errors import HTTPError, internal
-from ..schedules import nearest_allowed
+from ..schedules import Allowed, nearest_allowed
 from .line import ConnectionEnded, Line
 from .messages import (
     Batch,
@@ -110,7 +110,7 @@ class _Worker:
         pipeline: FlexVARPipeline,
         line: Line,
         memory: int | None,
-        schedules: tuple[ScaleSchedule, ...] | None,
+        schedules: Allowed,
     ) -> None:
         self._pipeline, self._line, self._memory, self._schedules = pipeline, line, memory, schedules
         self._stopped = False

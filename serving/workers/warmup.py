@@ -35,6 +35,5 @@ def warm_up(pipeline: FlexVARPipeline, model: ModelSettings) -> Ready:
         bundle=pipeline.bundle.sha256,
         manifest=pipeline.bundle.manifest,
         backend=pipeline.backend.name,
-        hardware=pipeline.generator.hardware,
         measured=tuple(measured),
     )

@@ -101,7 +101,6 @@ class _Named:
     """Something with the few attributes that a worker reads."""
 
     name: str = "stub"
-    hardware: str = "stub"
     runs_whole: bool = False
     sha256: str = "a" * 64
     manifest: Any = None

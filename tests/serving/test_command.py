@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flexvar_runtime import InvalidInput, ScaleSchedule
+from flexvar_runtime.backends import BACKENDS, CPU_BACKENDS
+from flexvar_runtime.backends.base import Availability
 from flexvar_runtime.errors import EnvironmentFailed
 from flexvar_serving import command
 from flexvar_serving.command import _batch_sizes, _layout, _schedules
@@ -56,8 +58,24 @@ def test_schedules() -> None:
         assert refusal.value.exit_code == 2
 
 
-def test_what_is_not_named_is_measured() -> None:
+def without_gpu(name: str) -> Availability:
+    return Availability(name in CPU_BACKENDS, "by a test")
+
+
+def test_what_is_not_named_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "probe", without_gpu)
     assert _layout(None, None, None, "auto") is None
+    assert _layout(None, None, "cpu", "auto") is None and _layout(None, None, None, "ort-cpu") is None
+
+
+def test_nothing_is_measured_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement passes numbers of threads, which GPU backends refuse, and warms all shapes once more."""
+    for backend in set(BACKENDS) - CPU_BACKENDS:
+        assert _layout(None, None, None, backend) == Layout()
+    monkeypatch.setattr(command, "probe", lambda name: Availability(True, "by a test"))
+    assert _layout(None, None, None, "auto") == Layout()
+    assert _layout(None, None, "cpu", "auto") is None, "a CPU is measured beside a GPU, too"
+    assert _layout(2, None, None, "auto") == Layout(devices=(None, None))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +105,7 @@ def test_layouts(
 ) -> None:
     """On a machine of 8 processors."""
     monkeypatch.setattr(command, "default_threads", lambda: 8)
+    monkeypatch.setattr(command, "probe", without_gpu)
     layout = _layout(workers, threads, device, "auto")
     assert layout == expected and layout.workers == len(expected.devices)
 

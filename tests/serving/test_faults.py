@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -266,12 +267,15 @@ def test_one_of_two_clients_of_a_batch_goes_away(start_stub: Start) -> None:
 
 
 def test_a_full_disk(tiny_bundle: Path) -> None:
-    """Nothing can be written: neither the log, nor a temporary file of an upload."""
+    """The log cannot be written, and no byte of any file, such as a temporary one of an upload."""
     program = Path(sys.executable).parent / "flexvar"
     command = [program, "serve", str(tiny_bundle), "--port", "0", "--json", "--workers", "0", "--threads", "1"]
+
+    def write_no_file() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
     with open("/dev/full", "w") as full:
-        environ = {**os.environ, "TMPDIR": "/dev/full", "XDG_CACHE_HOME": "/dev/full"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, text=True, env=environ)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, text=True, preexec_fn=write_no_file)
     try:
         assert process.stdout is not None
         running = Running(process, json.loads(process.stdout.readline()))

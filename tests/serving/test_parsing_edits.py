@@ -54,7 +54,7 @@ def test_values_of_a_form_are_text(model: Model) -> None:
     found = wanted(model, **values, output_format="jpeg", output_compression="0", user="me")
     assert (found.order.images, found.order.seed, found.order.guidance.scale) == (3, 2**64 - 1, 1.5)
     assert (found.order.sampling.top_k, found.order.sampling.top_p) == (5, 0.5)
-    assert (found.output, found.user, found.streamed) == (Output("jpeg", 0), "me", False)
+    assert (found.output, found.user, found.order.streamed) == (Output("jpeg", 0), "me", False)
     shown = order(model, prompt="cat", stream="true", partial_images="2")
     assert (shown.streamed, shown.previews) == (True, 2)
     assert order(model, prompt="cat", n="", seed="7", size="", task="", sides="") == order(

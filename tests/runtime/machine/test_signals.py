@@ -1,4 +1,4 @@
-"""Processes that are started for a benchmark do not notice Ctrl-C: their parent ends them."""
+"""Processes that are started while signals are blocked do not notice Ctrl-C: their parent ends them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flexvar_bench.workers import without_interrupts
+from flexvar_runtime.machine.signals import blocked_in_children
 
 
 def interrupt_itself(connection: Connection) -> None:
@@ -25,7 +25,7 @@ def test_children_outlive_ctrl_c_and_the_parent_notices_it() -> None:
     near, far = context.Pipe()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with without_interrupts():
+        with blocked_in_children({signal.SIGINT}):
             process = context.Process(target=interrupt_itself, args=(far,))
             process.start()
         assert near.recv() == "alive"
@@ -40,7 +40,7 @@ def test_children_outlive_ctrl_c_and_the_parent_notices_it() -> None:
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked here")
 def test_the_signal_stays_blocked_while_a_process_starts() -> None:
     """The first start of the resource tracker would unblock it."""
-    with without_interrupts():
+    with blocked_in_children({signal.SIGINT}):
         resource_tracker.ensure_running()
         assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
