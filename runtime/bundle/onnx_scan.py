@@ -8,17 +8,18 @@ nodes without a CUDA kernel. Field numbers are those of onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..checks import short
+from ..files import protobuf
 from ..files.parsing import refuse_failures
 from ..files.reading import read_small
 
-_MODEL_GRAPH, _MODEL_OPSET = 7, 8
+_MODEL_GRAPH, _MODEL_OPSET, _MODEL_METADATA = 7, 8, 14
 _MODEL_PARTS = frozenset({*range(1, 9), 14})  # not 20, 25 and 26: training, functions, devices
 _MODEL_BEGIN = b"\x08"  # the first field: version of the format. Other formats that libraries read begin differently
 _MOST_BYTES = 2**24  # graphs without their weights are far smaller
@@ -26,7 +27,6 @@ _MOST_PARTS = 10_000  # nodes, tensors and values of a graph, to end early. `gra
 _MOST_DIMS = 8
 _MOST_NUMBERS, _LARGEST_NUMBER = 64, 2**20  # of attributes, such as axes and kernel sizes
 _MOST_OPSET = 100  # libraries may try every version up to that of a file
-_MOST_FIELD = 2**29  # of protobuf. Some readers drop the bits above it
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_DOC, _GRAPH_METADATA = 1, 2, 5, 10, 16
 _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_INNER = _GRAPH_VALUES = (11, 12, 13)
@@ -42,9 +42,9 @@ _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _TENSOR_PARTS = frozenset({1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16})  # not 3: segments
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _MOST_CODE = 2**31  # of an element type or location. Some readers drop the bits above it
-_BYTES = 2  # wire type of texts, bytes and messages
 _SHAPES = frozenset({"Shape", "Size"})
 _FLOATING = frozenset({1, 10, 11, 16})  # element types of the ONNX format: float32, float16, float64, bfloat16
+_EXPECTED, _FIX = "a graph in ONNX format", "Export the bundle again."
 INTEGERS = {6: "<i4", 7: "<i8"}  # element types of the ONNX format that hold sizes, and their NumPy types
 FEW = 64  # a tensor of integers with at most so many elements can be a shape
 
@@ -87,7 +87,8 @@ class Scan:
     nodes: in the order of the file. tensors: the constants, also those in attributes. constants: names of the tensors
     that are no attributes. inputs, outputs: names. kinds: element types (numbers of the ONNX format) by tensor, and
     sizes: shapes by tensor, in which None is a size that may change; both only if the file has them. opset: version of
-    ONNX's own operators, 0 if the file has none. domains: names of other sets of operators.
+    ONNX's own operators, 0 if the file has none. domains: names of other sets of operators. metadata: key and value of
+    the model's own entries.
     """
 
     nodes: tuple[Node, ...]
@@ -99,6 +100,7 @@ class Scan:
     sizes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     opset: int = 0
     domains: frozenset[str] = frozenset()
+    metadata: tuple[tuple[str, str], ...] = ()
 
     @property
     def weight_files(self) -> frozenset[str]:
@@ -128,11 +130,13 @@ class _Found:
         self.kinds: dict[str, int] = {}
         self.sizes: dict[str, tuple[int | None, ...]] = {}
         self.opset = 0
+        self.metadata: list[tuple[str, str]] = []
 
     def require_few(self) -> None:
         """Raise ValueError if there are more parts than a graph may have."""
-        if max(len(self.nodes), len(self.tensors), *map(len, self.values.values())) > _MOST_PARTS:
-            raise ValueError(f"it has more than {_MOST_PARTS:,} nodes, tensors or values")
+        parts: tuple[list[Any], ...] = (self.nodes, self.tensors, self.metadata, *self.values.values())
+        if max(map(len, parts)) > _MOST_PARTS:
+            raise ValueError(f"it has more than {_MOST_PARTS:,} nodes, tensors, values or entries")
 
     def scan(self) -> Scan:
         return Scan(
@@ -145,32 +149,41 @@ class _Found:
             sizes=self.sizes,
             opset=self.opset,
             domains=frozenset(self.domains),
+            metadata=tuple(self.metadata),
         )
 
 
 def scan(path: Path) -> Scan:
     """Read an ONNX file without its weights. Raises ArtifactRefused if it is not an ONNX file, or not a plain one."""
-    problem, fix = f"{path.name} cannot be read as ONNX", "Export the bundle again."
-    with refuse_failures(problem, expected="a graph in ONNX format", fix=fix):
-        data = read_small(path, fix=fix, most=_MOST_BYTES)
+    with refuse_failures(f"{path.name} cannot be read as ONNX", expected=_EXPECTED, fix=_FIX):
+        data = read_small(path, fix=_FIX, most=_MOST_BYTES)
+    return scan_bytes(data, path.name, fix=_FIX)
+
+
+def scan_bytes(data: bytes, name: str, *, fix: str) -> Scan:
+    """Read the bytes of an ONNX file. name: of the file, for messages. Raises ArtifactRefused with `fix`."""
+    with refuse_failures(f"{name} cannot be read as ONNX", expected=_EXPECTED, fix=fix):
         if not data.startswith(_MODEL_BEGIN):
             raise ValueError("it does not begin with the version of the format")
         found = _Found()
-        for number, value in _fields(data):
+        for number, value in protobuf.fields(data):
             if number not in _MODEL_PARTS:
                 raise ValueError(f"the model has the field {number}")
             if number == _MODEL_GRAPH:
-                _graph(_message(value), found)
+                _graph(protobuf.message(value), found)
             elif number == _MODEL_OPSET:
-                _opset(_message(value), found)
+                _opset(protobuf.message(value), found)
+            elif number == _MODEL_METADATA:
+                found.metadata.append(_entry(protobuf.message(value), "the model's metadata"))
+                found.require_few()
         return found.scan()
 
 
 def _opset(data: bytes, found: _Found) -> None:
     domain, version = "", 0
-    for number, value in _fields(data):
+    for number, value in protobuf.fields(data):
         if number == _OPSET_DOMAIN:
-            domain += _text(_message(value))
+            domain += protobuf.text(protobuf.message(value))
         elif number == _OPSET_VERSION and isinstance(value, int):
             version = value
         else:
@@ -184,9 +197,9 @@ def _opset(data: bytes, found: _Found) -> None:
 
 
 def _graph(data: bytes, found: _Found) -> None:
-    for number, part in _fields(data):
+    for number, part in protobuf.fields(data):
         found.require_few()
-        value = _message(part)
+        value = protobuf.message(part)
         if number == _GRAPH_NODE:
             found.nodes.append(_node(value, found))
         elif number == _GRAPH_INITIALIZER:
@@ -205,19 +218,21 @@ def _value(data: bytes, found: _Found, sized: bool) -> str:
     Parts that come several times are joined, as by every reader of the format.
     """
     name, kinds, shape = "", b"", None
-    for number, value in _fields(data):
+    for number, value in protobuf.fields(data):
         if number == _VALUE_NAME:
-            name = _text(_message(value))
+            name = protobuf.text(protobuf.message(value))
         elif number == _VALUE_TYPE:
-            kinds += _message(value)
-    tensor = b"".join(_message(value) for number, value in _fields(kinds) if number == _TYPE_TENSOR)
-    for number, value in _fields(tensor):
+            kinds += protobuf.message(value)
+    tensor = b"".join(protobuf.message(value) for number, value in protobuf.fields(kinds) if number == _TYPE_TENSOR)
+    for number, value in protobuf.fields(tensor):
         if number == _TENSOR_KIND and isinstance(value, int):
             found.kinds[name] = value
         elif number == _TENSOR_SHAPE:
-            shape = (shape or b"") + _message(value)
+            shape = (shape or b"") + protobuf.message(value)
     if sized and shape is not None:
-        dims = [_numbers(_message(dim)) for number, dim in _fields(shape) if number == _SHAPE_DIM]
+        dims = [
+            protobuf.numbers(protobuf.message(dim)) for number, dim in protobuf.fields(shape) if number == _SHAPE_DIM
+        ]
         found.sizes[name] = tuple(dim.get(_DIM_SIZE) for dim in dims)
     return name
 
@@ -225,10 +240,10 @@ def _value(data: bytes, found: _Found, sized: bool) -> str:
 def _node(data: bytes, found: _Found) -> Node:
     texts: dict[int, list[str]] = {number: [] for number in _NODE_TEXTS}
     before = len(found.tensors)
-    for number, part in _fields(data):
-        value = _message(part)
+    for number, part in protobuf.fields(data):
+        value = protobuf.message(part)
         if number in texts:
-            texts[number].append(_text(value))
+            texts[number].append(protobuf.text(value))
         elif number == _NODE_ATTRIBUTE:
             _attribute(value, found)
             found.require_few()
@@ -241,13 +256,13 @@ def _node(data: bytes, found: _Found) -> Node:
 
 def _attribute(data: bytes, found: _Found) -> None:
     numbers = list[int]()
-    for number, value in _fields(data):
+    for number, value in protobuf.fields(data):
         if number not in _ATTRIBUTE_PARTS:
             raise ValueError(f"an attribute has the field {number}")
         if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-            found.tensors.append(_tensor(_message(value)))
+            found.tensors.append(_tensor(protobuf.message(value)))
         elif number in _ATTRIBUTE_NUMBERS:
-            numbers += _signed(value, _MOST_NUMBERS)
+            numbers += protobuf.signed(value, _MOST_NUMBERS)
             if len(numbers) > _MOST_NUMBERS or any(abs(each) > _LARGEST_NUMBER for each in numbers):
                 raise ValueError("an attribute has too many or too large numbers")
 
@@ -257,31 +272,26 @@ def _tensor(data: bytes) -> StoredTensor:
     name, kind, external, location = "", 0, [], 0
     dims, stored = list[int](), list[int]()
     raw = b""
-    for number, value in _fields(data):
+    for number, value in protobuf.fields(data):
         if number not in _TENSOR_PARTS:
             raise ValueError(f"a tensor has the field {number}")
         if number == _TENSOR_DIMS:
-            dims += _signed(value, _MOST_DIMS)
+            dims += protobuf.signed(value, _MOST_DIMS)
             if len(dims) > _MOST_DIMS:
                 raise ValueError(f"a tensor has more than {_MOST_DIMS} axes")
         elif number in (_TENSOR_INT32, _TENSOR_INT64):
-            stored += _signed(value, FEW) if len(stored) <= FEW else ()
+            stored += protobuf.signed(value, FEW) if len(stored) <= FEW else ()
         elif isinstance(value, int):
             if value >= _MOST_CODE:
                 raise ValueError(f"a tensor has the number {value}")
             kind = value if number == _TENSOR_TYPE else kind
             location = value if number == _TENSOR_LOCATION else location
         elif number == _TENSOR_NAME:
-            name = _text(value)
+            name = protobuf.text(value)
         elif number == _TENSOR_RAW:
             raw = value
         elif number == _TENSOR_EXTERNAL:
-            entry = dict(_fields(value))
-            if not entry.keys() <= {_ENTRY_KEY, _ENTRY_VALUE}:
-                raise ValueError("the place of a weight has unknown fields")
-            external.append(
-                (_text(_message(entry.get(_ENTRY_KEY, b""))), _text(_message(entry.get(_ENTRY_VALUE, b""))))
-            )
+            external.append(_entry(value, "the place of a weight"))
     if bool(external) != (location == 1) or location > 1:
         raise ValueError(f"the tensor {short(name)} does not say clearly where its bytes are")
     integers = stored
@@ -291,67 +301,10 @@ def _tensor(data: bytes) -> StoredTensor:
     return StoredTensor(name, kind, tuple(dims), tuple(external), tuple(integers) if few else (), raw)
 
 
-def _signed(value: bytes | int, most: int) -> list[int]:
-    """One number, or those packed in a text, as int64. Of more than `most`, only some."""
-    numbers = [value] if isinstance(value, int) else []
-    at = 0
-    while isinstance(value, bytes) and at < len(value) and len(numbers) <= most:
-        number, at = _varint(value, at)
-        numbers.append(number)
-    return [number - 2**64 if number >= 2**63 else number for number in numbers]
-
-
-def _message(value: bytes | int) -> bytes:
-    """A text or message. Raises ValueError for a number in its place, which other readers ignore."""
-    if isinstance(value, int):
-        raise ValueError("it has a number where a text or message belongs")
-    return value
-
-
-def _text(value: bytes) -> str:
-    return str(value, "utf-8")
-
-
-def _numbers(data: bytes) -> dict[int, int]:
-    """The whole numbers in a message by field number. Of a repeated field, the last."""
-    return {number: value for number, value in _fields(data) if isinstance(value, int)}
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Field number and content of every field of a message, except numbers of a fixed size."""
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)  # most are short, and this is fast
-        number, wire = tag >> 3, tag & 7
-        if not 0 < number < _MOST_FIELD:
-            raise ValueError(f"it has the field {number}")
-        if wire == _BYTES:
-            size, at = _varint(data, at)
-            if size > end - at:
-                raise ValueError("it ends too early")
-            yield number, data[at : at + size]
-            at += size
-        elif wire == 0:
-            value, at = _varint(data, at)
-            yield number, value
-        elif wire in (1, 5):
-            at += 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"it has a field of type {wire}")
-    if at != end:
-        raise ValueError("it ends too early")
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number that begins at a place, and the place behind it."""
-    byte = data[at]
-    if byte < 0x80:
-        return byte, at + 1
-    result = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, at
-    raise ValueError("it has a number without an end")
+def _entry(data: bytes, what: str) -> tuple[str, str]:
+    """Key and value of an entry. what: the entry's owner, for messages."""
+    entry = dict(protobuf.fields(data))
+    if not entry.keys() <= {_ENTRY_KEY, _ENTRY_VALUE}:
+        raise ValueError(f"{what} has unknown fields")
+    key, value = (protobuf.text(protobuf.message(entry.get(number, b""))) for number in (_ENTRY_KEY, _ENTRY_VALUE))
+    return key, value

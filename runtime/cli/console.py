@@ -19,6 +19,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 # Without markup and emoji codes: "[v2]" and ":cat:" may be parts of file names.
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+_PACKAGES = (
+    *("flexvar_runtime", "flexvar_ref", "flexvar_export"),
+    *("flexvar_serving", "flexvar_evaluation", "flexvar_bench"),
+)
 _CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 
@@ -28,7 +32,7 @@ def start_logging(verbose: bool) -> None:
     handler: logging.Handler = _PlainHandler()
     if err.is_terminal:
         handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
-    for name in ("flexvar_runtime", "flexvar_export", "flexvar_serving", "flexvar_bench", "flexvar_ref"):
+    for name in _PACKAGES:
         root = logging.getLogger(name)
         root.handlers, root.propagate = [handler], False
         root.setLevel(level)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 from numpy.lib import format as npy
@@ -35,10 +35,13 @@ class ArrayInfo:
 
 
 class NpzFile:
-    """The arrays of an open `.npz` file. infos: their types and shapes by name."""
+    """The arrays of an open `.npz` file. infos: their types and shapes by name.
 
-    def __init__(self, archive: ZipFile) -> None:
-        self._archive = archive
+    packed: whether compressed arrays are allowed. An array may then need far more memory than its file has bytes.
+    """
+
+    def __init__(self, archive: ZipFile, *, packed: bool = False) -> None:
+        self._archive, self._packed = archive, packed
         entries = archive.infolist()
         if len(entries) > _MOST_ENTRIES or len({entry.filename for entry in entries}) != len(entries):
             raise ValueError("it has too many entries, or one of them twice")
@@ -47,7 +50,8 @@ class NpzFile:
 
     def _info(self, entry: ZipInfo) -> ArrayInfo:
         stored = entry.compress_type == ZIP_STORED and entry.compress_size == entry.file_size
-        if not stored or entry.flag_bits & 1 or not entry.filename.endswith(_SUFFIX):
+        allowed = stored or (self._packed and entry.compress_type == ZIP_DEFLATED)
+        if not allowed or entry.flag_bits & 1 or not entry.filename.endswith(_SUFFIX):
             raise ValueError(f"its entry {entry.filename[:100]!r} is not a stored array")
         with self._archive.open(entry) as file:
             shape, dtype = _read_header(file)
@@ -60,6 +64,21 @@ class NpzFile:
         with self._archive.open(self._entries[name]) as file:
             shape, dtype = _read_header(file)
             return np.frombuffer(bytearray(file.read()), dtype).reshape(shape)
+
+    def blocks(self, name: str, rows: int) -> Iterator[NDArray[Any]]:
+        """One array, in blocks of at most `rows` rows, each of which is read when it is asked for.
+
+        Raises KeyError, ValueError.
+        """
+        with self._archive.open(self._entries[name]) as file:
+            (count, *row), dtype = _read_header(file)
+            row_bytes = math.prod(row) * dtype.itemsize
+            for start in range(0, count, rows):
+                some = min(rows, count - start)
+                data = file.read(some * row_bytes)
+                if len(data) != some * row_bytes:
+                    raise ValueError(f"{name} ends too early")
+                yield np.frombuffer(bytearray(data), dtype).reshape(some, *row)
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -74,14 +93,14 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 @contextmanager
-def open_npz(source: Path | BinaryIO, name: str, *, expected: str, fix: str) -> Iterator[NpzFile]:
-    """Open an `.npz` file with stored arrays of plain numbers. Arrays are read on demand.
+def open_npz(source: Path | BinaryIO, name: str, *, expected: str, fix: str, packed: bool = False) -> Iterator[NpzFile]:
+    """Open an `.npz` file with arrays of plain numbers. Arrays are read on demand.
 
-    name: of the file, for errors. Every exception in the body becomes an ArtifactRefused with `expected` and `fix`.
-    MemoryError becomes OutOfMemory.
+    name: of the file, for errors. packed: whether arrays may be compressed. Every exception in the body becomes an
+    ArtifactRefused with `expected` and `fix`. MemoryError becomes OutOfMemory.
     """
     with refuse_failures(f"{name} cannot be read", expected=expected, fix=fix), ZipFile(source) as archive:
-        yield NpzFile(archive)
+        yield NpzFile(archive, packed=packed)
 
 
 def read_npz(

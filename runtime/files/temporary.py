@@ -33,7 +33,7 @@ def sibling(final: Path, kind: str, suffix: str = "") -> Path:
     A long suffix is left out.
     """
     suffix = suffix if len(os.fsencode(suffix)) <= _LONGEST_SUFFIX else ""
-    return final.with_name(f"{name_start(final, kind)}{os.getpid()}-{_system()}{os.urandom(3).hex()}{suffix}")
+    return final.with_name(f"{name_start(final, kind)}{os.getpid()}-{system_mark()}{os.urandom(3).hex()}{suffix}")
 
 
 def name_start(final: Path, kind: str) -> str:
@@ -73,7 +73,7 @@ def remove_leftovers(folder: Path) -> None:
                 info = entry.stat(follow_symlinks=False)
                 old = time.time() - info.st_mtime > SECONDS_KEPT
                 if not entry.is_symlink() and info.st_uid == (info.st_uid if user is None else user):
-                    _remove_unused(folder / entry.name, old, ours=match[1] == _system())
+                    _remove_unused(folder / entry.name, old, ours=match[1] == system_mark())
 
 
 def _remove_unused(path: Path, old: bool, ours: bool) -> None:
@@ -109,7 +109,7 @@ def _remove(path: Path) -> None:
 
 
 @cache
-def _system() -> str:
+def system_mark() -> str:
     """Six hexadecimal digits that differ between running systems. Containers on one kernel share them."""
     try:
         identity = Path("/proc/sys/kernel/random/boot_id").read_bytes()

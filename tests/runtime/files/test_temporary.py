@@ -56,7 +56,7 @@ def test_what_a_living_process_writes_stays(tmp_path: Path, name: str, directory
 @pytest.mark.parametrize("directory", [False, True])
 def test_what_another_system_may_still_write_stays_for_a_day(tmp_path: Path, directory: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_system", lambda: "abcdef")
+        patch.setattr(module, "system_mark", lambda: "abcdef")
         path = _leftover(tmp_path, "a.png", directory=directory)
     remove_leftovers(tmp_path)
     assert path.exists()

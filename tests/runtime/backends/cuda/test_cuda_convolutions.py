@@ -173,6 +173,7 @@ def test_without_a_plan_a_product_takes_its_place(
     assert len(bench.cudnn.asked) == 3, "the answer is kept"
 
 
+@pytest.mark.kernels
 def test_the_scratch_stays_within_its_limit(without_plans: Callable[..., Bench]) -> None:
     """Of 5 images, 2 fit at a time. A smaller limit takes one image, and a convolution that needs less reuses it."""
     image = 6 * 9 * 9 * 8 * 2
@@ -198,6 +199,7 @@ def test_a_plan_that_needs_too_much_workspace_is_not_taken(without_plans: Callab
     assert len(bench.convolutions.substituted) == 1
 
 
+@pytest.mark.kernels
 def test_a_call_keeps_its_arrays_and_their_memory_alive(without_plans: Callable[..., Bench]) -> None:
     for bench in (make_bench(), without_plans()):
         for shape in ((3, 3), (1, 1)):
