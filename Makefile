@@ -18,7 +18,7 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := cpu,openvino,export,tensorrt-rtx,train,bench,serve,dev
+EXTRAS := cpu,openvino,export,tensorrt-rtx,train,bench,serve,evaluate,dev
 VENV_HOLDS := flexvar-deploy and everything that its tests need (torch is large: this takes minutes)
 DEMO_STAMP := $(DEMO_VENV)/.installed
 DEMO_EXTRAS := cpu,export
@@ -28,7 +28,7 @@ SERVING_HOLDS := openai, playwright and schemathesis, for the tests of the servi
 LOWEST_STAMP := $(LOWEST_VENV)/.installed
 LOWEST_EXTRAS := cpu
 REQUIREMENTS := pyproject.toml constraints.txt runtime/_version.py
-PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:export flexvar_serving:serving flexvar_bench:benchmarks
+PACKAGES := flexvar_ref:flexvar_ref flexvar_runtime:runtime flexvar_export:export flexvar_serving:serving flexvar_evaluation:evaluation flexvar_bench:benchmarks
 # How mypy sees the packages: by import name, although the folders are called otherwise.
 LINKS := .mypy_cache/packages
 
@@ -116,4 +116,4 @@ gpu-rehearsal: venv ## rehearse gpu_check.py on this CPU; results in REHEARSAL_O
 
 clean: ## remove what was generated, except the virtual environments
 	@rm -rf build dist demo/out flexvar_deploy.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find flexvar_ref runtime export serving benchmarks tests demo -type d -name __pycache__ -prune -exec rm -rf {} +
+	@find flexvar_ref runtime export serving evaluation benchmarks tests demo -type d -name __pycache__ -prune -exec rm -rf {} +

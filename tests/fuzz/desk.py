@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def make_desk(folder: Path, bundle: Path, checkpoints: tuple[Path, Path]) -> Pat
         label = folder / "photos" / f"class{number % 2}"
         label.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(label / f"{number}.png")
+    _make_evaluation(folder, rng)
     photo = rng.integers(0, 256, (24, 40, 4), np.uint8)
     Image.fromarray(photo[..., :3]).save(folder / "photo.jpg")
     Image.fromarray(photo).save(folder / "clear.png")
@@ -63,6 +65,24 @@ def make_desk(folder: Path, bundle: Path, checkpoints: tuple[Path, Path]) -> Pat
     (folder / "empty.txt").touch()
     (folder / "folder").mkdir()
     return folder
+
+
+def _make_evaluation(folder: Path, rng: np.random.Generator) -> None:
+    """A feature network, real pictures, a reference, and a run of 8 images."""
+    sys.path.append(str(ROOT / "tests" / "evaluation"))
+    from tiny_network import write_tiny_network
+
+    write_tiny_network(folder / "tiny.onnx")
+    np.savez(folder / "real.npz", rng.integers(0, 256, (8, 16, 16, 3), np.uint8))
+    network = ("--network", str(folder / "tiny.onnx"))
+    _flexvar("reference", str(folder / "real.npz"), *network, "-o", str(folder / "real.ref"))
+    options = ("--count", "8", "--schedule", "1_2_4", "--backend", "ort-cpu", "--threads", "1")
+    _flexvar("sample", str(folder / "tiny.bundle"), "-o", str(folder / "run"), *network, *options)
+
+
+def _flexvar(*arguments: str) -> None:
+    flexvar = Path(sys.executable).parent / "flexvar"
+    subprocess.run([flexvar, "evaluate", *arguments], check=True, capture_output=True)
 
 
 def lay_out(desk: Path, case: Path, words: list[str]) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 CODES = {0, 2, 3, 4, 5, 6, 130}
 MEMORY = 2**30  # bytes above the memory before the case
-PACKAGES = re.compile(r"flexvar_(ref|runtime|export|serving|bench)|/(runtime|export|serving|benchmarks|flexvar_ref)/")
+PACKAGES = re.compile(
+    r"flexvar_(ref|runtime|export|serving|evaluation|bench)|/(runtime|export|serving|evaluation|benchmarks|flexvar_ref)/"
+)
 
 
 class Wrong(Exception):

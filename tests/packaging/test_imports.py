@@ -14,8 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = {"flexvar_ref", "flexvar_runtime", "flexvar_export", "flexvar_serving", "flexvar_bench"}
-FOLDER_NAMES = {"runtime", "export", "serving", "benchmarks", "tests"}  # names on disk that are no import names
+OURS = {"flexvar_ref", "flexvar_runtime", "flexvar_export", "flexvar_serving", "flexvar_evaluation", "flexvar_bench"}
+FOLDER_NAMES = {
+    "runtime",
+    "export",
+    "serving",
+    "evaluation",
+    "benchmarks",
+    "tests",
+}  # names on disk that are no import names
 HEAVY = {"torch", "onnx", "onnxruntime", "safetensors", "typer", "fastapi", "uvicorn", "pydantic"}
 
 
@@ -50,7 +57,15 @@ LAYERS = {
         frozenset({"numpy", "PIL", "typer"})
         | {"fastapi", "isal", "prometheus_client", "pydantic", "starlette", "uvicorn"},  # the extra serve
     ),
-    "benchmarks": Layer("flexvar_bench", frozenset({"flexvar_ref", "flexvar_runtime", "flexvar_export"})),
+    "evaluation": Layer(
+        "flexvar_evaluation",
+        frozenset({"flexvar_runtime"}),
+        frozenset({"numpy", "PIL", "rich", "typer", "jinja2", "matplotlib", "threadpoolctl"}),
+        frozenset({"onnx"}),  # in network/
+    ),
+    "benchmarks": Layer(
+        "flexvar_bench", frozenset({"flexvar_ref", "flexvar_runtime", "flexvar_export", "flexvar_evaluation"})
+    ),
 }
 
 
@@ -72,7 +87,7 @@ def absolute_imports(source: str) -> Iterator[tuple[int, str]]:
 def violations(folder: str, path: Path, source: str) -> Iterator[str]:
     layer = LAYERS[folder]
     third_party = layer.third_party
-    if third_party is not None and {"backends", "cuda", "training"} & set(path.parts):
+    if third_party is not None and {"backends", "cuda", "training", "network"} & set(path.parts):
         third_party |= layer.backends
     for line, module in absolute_imports(source):
         top = module.partition(".")[0]

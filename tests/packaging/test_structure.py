@@ -17,6 +17,7 @@ PACKAGES = {
     "export": "flexvar_export",
     "flexvar_ref": "flexvar_ref",
     "serving": "flexvar_serving",
+    "evaluation": "flexvar_evaluation",
     "benchmarks": "flexvar_bench",
 }
 LAYERS = (  # as in CONTRIBUTING: a layer imports from its own row and the rows above it

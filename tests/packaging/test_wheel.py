@@ -20,13 +20,20 @@ FOLDERS = {
     "runtime": "flexvar_runtime",
     "export": "flexvar_export",
     "serving": "flexvar_serving",
+    "evaluation": "flexvar_evaluation",
     "benchmarks": "flexvar_bench",
 }
 # Files other than modules that the packages read, as named in the wheel.
 KERNELS = {"attention.cu", "common.cu", "half.cu", "kernels.cu", "maps.cu", "rows.cu"}
 TIMES = "flexvar_bench/results/libraries_nvidia-h200_2026-11-28.json"  # the time model reads it
 PAGE = "flexvar_serving/page/index.html"
-DATA = {"flexvar_bench/report.html.j2", TIMES, PAGE, *(f"flexvar_runtime/cuda/{name}" for name in KERNELS)}
+DATA = {
+    "flexvar_bench/report.html.j2",
+    "flexvar_evaluation/page.html.j2",
+    TIMES,
+    PAGE,
+    *(f"flexvar_runtime/cuda/{name}" for name in KERNELS),
+}
 SOURCE_ONLY = {"py.typed", "ruff.toml"}  # py.typed is checked on its own
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 DEPENDENCIES = {
@@ -53,6 +60,7 @@ DEPENDENCIES = {
     "train": {"accelerate", "safetensors", "tensorboard", "torch"},
     "bench": {"jinja2", "matplotlib"},
     "serve": {"fastapi", "httptools", "prometheus-client", "python-multipart", "uvicorn"},
+    "evaluate": {"jinja2", "matplotlib", "onnx", "threadpoolctl"},
     "serve-dev": {"openai", "playwright", "schemathesis"},
     "dev": {
         "build",
@@ -107,7 +115,7 @@ def test_contents(wheel: Path, metadata: Message) -> None:
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(FOLDERS.values())
 
 
-@pytest.mark.parametrize("folder", ["flexvar_ref", "runtime", "export", "serving"])
+@pytest.mark.parametrize("folder", ["flexvar_ref", "runtime", "export", "serving", "evaluation"])
 def test_no_data_file_is_left_behind(folder: str) -> None:
     """A file that a module reads must be in package-data, else it works in a checkout and nowhere else."""
     others = {
@@ -135,6 +143,7 @@ def test_entry_points(wheel: Path) -> None:
             "ref": "flexvar_ref.training.commands:register",
             "bench": "flexvar_bench.commands:register",
             "serve": "flexvar_serving.command:register",
+            "evaluate": "flexvar_evaluation.commands:register",
         },
     }
 
