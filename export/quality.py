@@ -1,4 +1,7 @@
-"""Read a table of quality by schedule, and sort it. This module needs neither torch nor onnx."""
+"""Read a table of quality by schedule, and sort it. This module needs neither torch nor onnx.
+
+Three forms of JSON are read: a plain table, `sweep.json` of `flexvar evaluate sweep`, and `quality.json` of the demo.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from flexvar_runtime.files.reading import read_small
 from flexvar_runtime.files.strict_json import loads
 
 _KEYS = {"accuracy", "frechet", "images"}  # of a row of a plain table
-_STEPS = re.compile(r"\d+ steps")  # the rows of demo_quality that differ only in their schedule
+_STEPS = re.compile(r"\d+ steps")  # the rows of the demo's quality.json that differ only in their schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +33,10 @@ class Rated:
 
 
 def read_quality(path: Path) -> tuple[Rated, ...]:
-    """Read a file of `flexvar_bench.demo_quality`, or of the form {schedule: {"frechet": number}}, in its order.
+    """Read a table of the form {schedule: {"frechet": number}}, `sweep.json` or `quality.json`, in its order.
 
-    Raises ArtifactRefused, also where schedules were measured on different numbers of images, because their distances
-    cannot be compared.
+    Of `sweep.json`, only the points of the first bundle with the first guidance are taken. Raises ArtifactRefused, also
+    where schedules were measured on different numbers of images, because their distances cannot be compared.
     """
     fix = 'Write a JSON table such as {"1_2_4_8_16": {"frechet": 12.3}}.'
     document = loads(read_small(path, fix=fix), where=path.name, fix=fix)
@@ -46,6 +49,8 @@ def _table(document: Any) -> tuple[Rated, ...]:
     """The table in a document. Raises exceptions of any type if it is not one."""
     if "rows" in document:
         rows = [(row["schedule"], row) for row in document["rows"] if _STEPS.fullmatch(row["name"])]
+    elif "points" in document:
+        rows = [_row_of(point) for point in _first_curve(document["points"])]
     else:
         rows = list(document.items())
         for text, row in rows:
@@ -60,6 +65,16 @@ def _table(document: Any) -> tuple[Rated, ...]:
     if len({one.schedule for one in rated}) < len(rated):
         raise ValueError("a schedule occurs twice")
     return rated
+
+
+def _first_curve(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a sweep that differ from its first one in their schedule alone."""
+    return [point for point in points if all(point[key] == points[0][key] for key in ("bundle", "guidance"))]
+
+
+def _row_of(point: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The schedule of a point of a sweep, and its figures as a row."""
+    return point["schedule"], {"accuracy": point["recognised"], "frechet": point["fid"], "images": point["images"]}
 
 
 def _schedule(text: str) -> ScaleSchedule:

@@ -38,6 +38,44 @@ def test_of_the_demos_evaluation_only_what_differs_in_its_steps() -> None:
     assert all(one.schedule[-1] == (16, 16) for one in rated)
 
 
+def point(schedule: str, fid: float, **changes: object) -> dict[str, object]:
+    """A point of `sweep.json`, with some of its keys."""
+    given = {"name": "d16", "bundle": "1" * 64, "precision": "fp32", "guidance": {"scale": 1.5, "rule": "ramp"}}
+    return given | {"schedule": schedule, "fid": fid, "recognised": None, "images": 5000} | changes
+
+
+def test_of_a_sweep_only_the_schedules_of_the_first_bundle_and_guidance(table: Path) -> None:
+    points = [
+        point("1_2_4", 3.5, recognised=0.75),
+        point("1_2_4", 2.5, guidance={"scale": 2.5, "rule": "ramp"}),
+        point("1_4", 4.5),
+        point("1_4", 1.5, bundle="2" * 64, precision="fp16"),
+        point("1_4", 0.5, guidance={"scale": 1.5, "rule": "constant"}),
+    ]
+    table.write_text(json.dumps({"reference": {}, "seed": "0", "points": points}))
+    one, other = read_quality(table)
+    assert (str(one.schedule), one.accuracy, one.frechet) == ("1_2_4", 0.75, 3.5)
+    assert (str(other.schedule), other.accuracy, other.frechet) == ("1_4", None, 4.5)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        3,
+        [3],
+        [point("1_x", 1.0)],
+        [point("1_2", -1.0)],
+        [point("1_2", 1.0), point("1_2", 1.0)],
+        [point("1_2", 1.0), point("1_3", 1.0, images=240)],
+        [{key: value for key, value in point("1_2", 1.0).items() if key != "fid"}],
+    ],
+)
+def test_sweeps_refused(table: Path, points: object) -> None:
+    table.write_text(json.dumps({"points": points}))
+    with pytest.raises(ArtifactRefused, match=r"quality\.json"):
+        read_quality(table)
+
+
 @pytest.mark.parametrize(
     "text",
     [

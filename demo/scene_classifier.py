@@ -1,12 +1,12 @@
-"""A small classifier of scenes, independent of the models that it judges: another network, trained on other scenes.
+"""A small classifier of scenes, independent of the demo model: another network, trained on other scenes.
 
-The quality of generated scenes is the share whose class it recognises, and the Fréchet distance of its features.
+This is the only part of the demo's evaluation that needs torch. `scene_network.py` writes the classifier as a feature
+network for `flexvar evaluate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +20,15 @@ from flexvar_ref.training import scenes
 from flexvar_runtime.files.atomic import atomic_write
 
 SIDE = 64  # pixels of the shorter side, to which images are scaled
+LONGEST = scenes.MAX_SIDE  # pixels of the longer side at most, before and after scaling
 WIDTHS = (32, 64, 128, 128)
 TRAIN_SEED, HELD_OUT_SEED, REFERENCE_SEED, FLOOR_SEED = 7001, 7002, 7003, 7004
-"""Seeds of scenes. The training and held-out scenes of the model have the seeds 0 and 1."""
+"""Seeds of scenes. The training and held-out scenes of the demo model have the seeds 0 and 1."""
 SIZES = ((64, 64), (64, 64), (64, 96), (96, 64))  # training covers every aspect ratio that is judged
-BATCH = 48
+SCENES, EPOCHS, BATCH = 9600, 4, 48
+"""Scenes and epochs of the training, and scenes of one step."""
 Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The judgement of some images. accuracy: the recognised share. features: (N, D) float64."""
-
-    accuracy: float
-    features: NDArray[np.float64]
+Say = Callable[[str], None]
 
 
 class SceneClassifier(nn.Module):
@@ -53,25 +48,25 @@ class SceneClassifier(nn.Module):
         features = self.layers(image).mean((2, 3))
         return features, self.head(features)
 
-    @torch.inference_mode()
-    def judge(self, images: Pixels, labels: NDArray[np.int64]) -> Judged:
-        """Judge images (N, H, W, 3) uint8 of one size. They are scaled to a shorter side of 64 pixels by averaging."""
-        self.eval()
-        parts = [self(_scaled(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-        features, logits = (torch.cat(values) for values in zip(*parts, strict=True))
-        right = (logits.argmax(1).numpy() == labels).mean()
-        return Judged(float(right), features.double().numpy())
+
+def scaled(images: Pixels) -> Tensor:
+    """Images (N, H, W, 3) uint8 as (N, 3, H, W) in −1…1, scaled by averaging.
+
+    The shorter side becomes 64 pixels. The longer one keeps the proportions, up to LONGEST pixels.
+    """
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    shorter = min(x.shape[2:])
+    size = [min(LONGEST, (2 * SIDE * side + shorter) // (2 * shorter)) for side in x.shape[2:]]
+    return x if size == list(x.shape[2:]) else F.interpolate(x, size=size, mode="area")
 
 
 def real(seed: int, count: int, size: tuple[int, int], start: int = 0) -> tuple[Pixels, NDArray[np.int64]]:
-    """Scenes of the data set, (N, H, W, 3) uint8, and their labels."""
+    """Scenes of the data set, (N, H, W, 3) uint8, and their labels. The label of scene i is (start + i) mod 12."""
     drawn = [scenes.render(seed, start + index, size) for index in range(count)]
     return np.stack([image for image, _ in drawn]), np.array([label for _, label in drawn], np.int64)
 
 
-def trained(
-    path: Path, count: int = 9600, epochs: int = 4, say: Callable[[str], None] = lambda _: None
-) -> SceneClassifier:
+def trained(path: Path, count: int = SCENES, epochs: int = EPOCHS, say: Say = lambda _: None) -> SceneClassifier:
     """The classifier in `path`. It is trained first if the file does not exist."""
     torch.manual_seed(TRAIN_SEED)
     model = SceneClassifier(len(scenes.CLASSES))
@@ -90,7 +85,7 @@ def trained(
         order = torch.randperm(share)[: share // BATCH * BATCH].view(-1, BATCH).numpy()
         for rows in order:
             for images, labels in groups:
-                logits = model(_varied(_scaled(images[rows])))[1]
+                logits = model(_varied(scaled(images[rows])))[1]
                 loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]), label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -103,13 +98,6 @@ def trained(
     return model.eval()
 
 
-def _scaled(images: Pixels) -> Tensor:
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    scale = SIDE / min(x.shape[2:])
-    size = [round(side * scale) for side in x.shape[2:]]
-    return x if size == list(x.shape[2:]) else F.interpolate(x, size=size, mode="area")
-
-
 def _varied(x: Tensor) -> Tensor:
     """Images that are blurred, brightened and mirrored at random, so that the fine pixels do not decide."""
     if torch.rand(()) < 0.3:
@@ -118,16 +106,3 @@ def _varied(x: Tensor) -> Tensor:
     if torch.rand(()) < 0.5:
         x = x.flip(3)
     return x * (0.9 + 0.2 * torch.rand(len(x), 1, 1, 1)) + 0.1 * torch.randn(len(x), 3, 1, 1) * 0.5
-
-
-def frechet(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Fréchet distance between the Gaussians of two sets of features (N, D): |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 √(Σ₁Σ₂)).
-
-    Source: Heusel et al., 2017. Both sets should have the same size, because the estimate depends on it.
-    """
-    means = [values.mean(0) for values in (first, second)]
-    one, two = (np.cov(values, rowvar=False) for values in (first, second))
-    values, vectors = np.linalg.eigh(one)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * cross)
