@@ -138,6 +138,7 @@ def test_the_standard_suite_is_small_enough() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_model_is_made_for_the_run_and_made_again(cached_exports: None, tmp_path: Path) -> None:
     """Random weights of the tiny size stand in for d16's, and the order of its schedules goes with it."""
     table = tmp_path / "quality.json"

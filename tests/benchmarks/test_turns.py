@@ -362,6 +362,7 @@ def test_a_worker_keeps_costs_that_a_pipeline_finds(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_the_whole_command(
     tiny_bundle: Path,
     tiny_checkpoint: tuple[Path, Path],

@@ -133,12 +133,9 @@ def test_excess_is_that_of_step_and_prefill_alone(rows: tuple[ParityRow, ...], e
 # Exporting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "rounded"),
-    [
-        ("bf16", onnx.TensorProto.BFLOAT16),
-        pytest.param("int8", onnx.TensorProto.INT8, marks=pytest.mark.slow),
-    ],
+    ("precision", "rounded"), [("bf16", onnx.TensorProto.BFLOAT16), ("int8", onnx.TensorProto.INT8)]
 )
 def test_export_keeps_the_parts_that_the_gate_requires(
     sensitive_checkpoint: tuple[Path, Path],
@@ -174,6 +171,7 @@ def test_bundles_that_pass_keep_no_parts(tiny_bundles: Callable[[str], Path]) ->
         assert Bundle.open(tiny_bundles(precision)).manifest.float32_parts == ()
 
 
+@pytest.mark.slow
 def test_parts_by_name(
     tiny_checkpoint: tuple[Path, Path],
     quick_export: None,

@@ -54,6 +54,7 @@ def test_the_command(
     assert code == 2 and "--target gpu" in err and "--precision int8-bf16" in err and not out.exists()
 
 
+@pytest.mark.slow
 def test_bfloat16_for_a_gpu(tiny_checkpoint: tuple[Path, Path], tmp_path: Path, quick_export: None) -> None:
     """The decoder has no resize, for which the CUDA provider has no bfloat16 kernel. The gates hold."""
     bundle = export_bundle(*tiny_checkpoint, tmp_path / "bundle", precision="bf16", target="gpu", threads=1)

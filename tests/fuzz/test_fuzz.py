@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FEW = {"one_process": 25, "installed": 3, "calls": 150, "pictures": 150, "bundles": 30}
+FEW = {"one_process": 15, "installed": 3, "calls": 150, "pictures": 150, "bundles": 30}
 COUNTED = """
 from commands import all_commands, command_line
 lines = [command_line(seed) for seed in range(3000)]

@@ -44,6 +44,7 @@ def work(
     return tmp_path
 
 
+@pytest.mark.kernels
 def test_a_run_has_times_of_its_parts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the decoder took one image at a time. Every call takes a quarter of a second on the device."""
     monkeypatch.setattr(runtime_jobs, "IMAGES_PER_RUN", 1)
