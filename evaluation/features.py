@@ -133,6 +133,11 @@ def _numbers(shards: ShardFolder, present: list[int]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *spans])
 
 
+def blocks_of(pictures: Pictures) -> int:
+    """The number of blocks in which the features of pictures are computed."""
+    return Sharding(pictures.count, SHARD_SIZE).shards
+
+
 class ComputedFeatures:
     """Features that a network computes from pictures.
 
@@ -161,11 +166,6 @@ class ComputedFeatures:
                 arrays[SPATIAL] = "float32", (spatial,)
             self._shards = ShardFolder(work / digest[:16], digest, Sharding(pictures.count, SHARD_SIZE), arrays)
 
-    @property
-    def shards(self) -> int:
-        """How many blocks there are."""
-        return -(-self.count // SHARD_SIZE)
-
     def blocks(self) -> Iterator[Features]:
         if self._shards is None:
             yield from self._computed(0)
@@ -173,10 +173,11 @@ class ComputedFeatures:
         names = tuple(self._shards.arrays)
         self._shards.folder.mkdir(exist_ok=True)
         done = self._shards.done()
-        kept = next((i for i in range(self.shards) if i >= len(done) or done[i] != i), self.shards)
+        count = blocks_of(self._pictures)
+        kept = next((i for i in range(count) if i >= len(done) or done[i] != i), count)
         for shard in range(kept):
             arrays = self._shards.read(shard, names)
-            self._advance(f"shard {shard + 1} of {self.shards} kept from before")
+            self._advance(f"shard {shard + 1} of {count} kept from before")
             yield Features(arrays[POOL], arrays.get(SPATIAL))
         for shard, features in enumerate(self._computed(kept), kept):
             self._shards.write(shard, feature_arrays(features))

@@ -41,9 +41,10 @@ def rows_of(
 ) -> list[Row]:
     """The rows of a page. influences: of the images on FID, in the order of `numbers`."""
     order = numbers[np.argsort(influences, kind="stable")]
+    shown = min(SHOWN, len(order) // 2)  # no picture is in both rows
     rows = [
-        Row("Pictures that lower FID most", tuple(order[:SHOWN].tolist())),
-        Row("Pictures that raise FID most", tuple(order[::-1][:SHOWN].tolist())),
+        Row("Pictures that lower FID most", tuple(order[:shown].tolist())),
+        Row("Pictures that raise FID most", tuple(order[::-1][:shown].tolist())),
     ]
     labels = numbers % settings.classes
     present = np.unique(labels)

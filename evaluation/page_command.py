@@ -17,7 +17,7 @@ from .features import RunFeatures, load
 from .page import make_again, require_same_model, rows_of, write_page
 from .reference import read_reference
 from .runs.settings import is_run, read_settings
-from .score_command import ReferenceFile, UsePartial
+from .score_command import Partial, ReferenceFile
 from .scoring import influences_on_fid
 from .statistics.threads import fixed_threads
 
@@ -27,7 +27,7 @@ def page(
     bundle: Annotated[Path, typer.Argument(help="The bundle of the run.")],
     reference: ReferenceFile,
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
-    partial: UsePartial = False,
+    partial: Partial = False,
     backend: options.Backend = "auto",
     device: options.Device = None,
     engines: options.Engines = None,

@@ -13,11 +13,11 @@ from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.files.strict_json import encode
 from flexvar_runtime.files.targets import check_files, make_writable
 
-from .features import ComputedFeatures, load
+from .features import ComputedFeatures, blocks_of, load
 from .network.features import FeatureNetwork
 from .pictures import open_pictures
 from .reference import Difference, make_reference, stored_moments, write_reference
-from .score_command import NetworkBackend, UsePartial, Work
+from .score_command import NetworkBackend, Partial, Work
 from .statistics.threads import fixed_threads
 
 
@@ -44,7 +44,7 @@ def reference(
     source: Annotated[Path, typer.Argument(help="NPZ file of OpenAI's evaluator, or a directory of real pictures.")],
     network: Annotated[Path, typer.Option(help="Feature network that flexvar evaluate import wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the reference to.")],
-    partial: UsePartial = False,
+    partial: Partial = False,
     work: Work = None,
     backend: NetworkBackend = "ort-cpu",
     device: options.Device = None,
@@ -64,8 +64,7 @@ def reference(
     with FeatureNetwork.open(network, backend, device, threads) as opened:
         pictures = open_pictures(source, partial=partial)
         stored = (None, None) if source.is_dir() else stored_moments(source, opened.widths(pictures.size))
-        computed = ComputedFeatures(pictures, opened, work=work)
-        with fixed_threads(), steps(computed.shards, "features") as advance:
+        with fixed_threads(), steps(blocks_of(pictures), "features") as advance:
             features = load(ComputedFeatures(pictures, opened, work=work, advance=advance))
         made = make_reference(
             features,

@@ -24,8 +24,18 @@ from .runs.parts import Share, parse_share, share_of_launcher
 from .runs.pixels_npz import write_pixels_npz
 from .runs.sampling import Sampled, images_done, require_space, shard_folder
 from .runs.sampling import sample as make_shards
-from .runs.settings import PIXELS, PUBLISHED_COUNT, RunSettings, begin_or_resume, is_run
-from .runs.starting import MOST_IMAGES, SHARD_SIZE, NetworkOnSameDevice, describe_run, duration, open_network, reporting
+from .runs.settings import PIXELS, PUBLISHED_COUNT, RunSettings, begin_or_resume, is_run, read_settings
+from .runs.starting import (
+    MOST_IMAGES,
+    SHARD_SIZE,
+    BatchSize,
+    NetworkOnSameDevice,
+    Seed,
+    describe_run,
+    duration,
+    open_network,
+    reporting,
+)
 
 Network = Annotated[
     Path | None,
@@ -48,17 +58,14 @@ def sample(
     top_p: options.TopP = None,
     greedy_scales: options.Greedy = None,
     max_side: options.MaxSide = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of all images. Image i has index i.")] = 0,
+    seed: Seed = 0,
     backend: options.Backend = "auto",
     device: options.Device = None,
     engines: options.Engines = None,
     threads: options.Threads = None,
     network_backend: NetworkOnSameDevice = None,
     allow_unproved: options.AllowUnproved = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of images that are generated at once. The default is 64 on a GPU, else 8."),
-    ] = None,
+    batch_size: BatchSize = None,
     shard_size: Annotated[
         int,
         typer.Option(min=1, max=4096, help="Number of images in a file. A killed process loses at most one file."),
@@ -127,7 +134,8 @@ def sample(
 def _require_space(output: Path, settings: RunSettings, npz: Path | None) -> None:
     """Raise EnvironmentFailed if there is too little space for what is missing of the run, and for the NPZ file."""
     extra = 0 if npz is None else settings.count * settings.bytes_of_pixels
-    done = images_done(shard_folder(output, settings)) if is_run(output) else 0
+    resumed = is_run(output) and read_settings(output).digest == settings.digest
+    done = images_done(shard_folder(output, settings)) if resumed else 0
     if npz is None or output.stat().st_dev == npz.absolute().parent.stat().st_dev:
         require_space(output, settings, done, extra)
     else:

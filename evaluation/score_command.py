@@ -17,7 +17,7 @@ from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.files.strict_json import encode
 from flexvar_runtime.files.targets import make_writable
 
-from .features import SHARD_SIZE, ComputedFeatures, LoadedFeatures, RunFeatures, RunPictures, load
+from .features import ComputedFeatures, LoadedFeatures, RunFeatures, RunPictures, blocks_of, load
 from .network.features import FeatureNetwork
 from .pictures import Pictures, open_pictures
 from .reference import read_reference
@@ -32,8 +32,7 @@ ReferenceFile = Annotated[Path, typer.Option("--reference", help="File that flex
 NetworkFile = Annotated[
     Path | None, typer.Option(help="Feature network that flexvar evaluate import wrote. Needed for pictures.")
 ]
-UsePartial = Annotated[bool, typer.Option("--partial", help="Use the images that exist although some are missing.")]
-Partial = Annotated[bool, typer.Option("--partial", help="Score the images that exist although some are missing.")]
+Partial = Annotated[bool, typer.Option("--partial", help="Use the images that exist although some are missing.")]
 Work = Annotated[
     Path | None, typer.Option(help="Directory for intermediate results, so that a stopped command continues.")
 ]
@@ -62,12 +61,15 @@ def score(
     These are FID, sFID, inception score, precision and recall, as OpenAI's evaluator computes them.
     Metrics of different numbers of images cannot be compared. Published ones are of 50,000.
     """
+    if against is not None:
+        if partial:
+            raise conflict("--against", "--partial, because images are compared one by one", "Leave one out.")
+        _require_pairs(images, against)
     found = read_reference(reference)
     if work is not None:
         make_writable(work)
     with ExitStack() as stack:
         stack.enter_context(fixed_threads())
-
         networks = list[FeatureNetwork]()
 
         def opened(path: Path) -> FeatureNetwork:
@@ -79,12 +81,7 @@ def score(
             return networks[-1]
 
         features = _load(images, opened, partial, work)
-        other = None
-        if against is not None:
-            if partial:
-                raise conflict("--against", "--partial, because images are compared one by one", "Leave one out.")
-            _require_pairs(images, against)
-            other = _load(against, opened, partial, work)
+        other = None if against is None else _load(against, opened, partial, work)
         if not networks:
             _require_unused(network, device, threads, backend)
         if len(features.pool) != PUBLISHED_COUNT:
@@ -119,7 +116,7 @@ def _load(images: Path, opened: Callable[[Path], FeatureNetwork], partial: bool,
     network = opened(images)
     if work is not None:
         make_writable(work)
-    with steps(-(-pictures.count // SHARD_SIZE), "features") as advance:
+    with steps(blocks_of(pictures), "features") as advance:
         return load(ComputedFeatures(pictures, network, labels, classes, work, advance))
 
 

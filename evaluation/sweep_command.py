@@ -26,7 +26,7 @@ from .reference import Reference, read_reference
 from .runs.parts import Share, share_of_launcher
 from .runs.sampling import sample as make_shards
 from .runs.settings import RunSettings, begin_or_resume
-from .runs.starting import MOST_IMAGES, NetworkOnSameDevice, describe_run, open_network, reporting
+from .runs.starting import MOST_IMAGES, BatchSize, NetworkOnSameDevice, Seed, describe_run, open_network, reporting
 from .score_command import ReferenceFile, describe_paired, paired_json, print_table, to_json
 from .scoring import STEPS, compare, influences_on_fid, metrics_of, require_network
 from .statistics.threads import fixed_threads
@@ -49,17 +49,14 @@ def sweep(
         str | None,
         typer.Option(help="Guidance scales joined by commas, such as 1.5,2.5. The default is the bundle's."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of all images. Image i has index i.")] = 0,
+    seed: Seed = 0,
     backend: options.Backend = "auto",
     device: options.Device = None,
     engines: options.Engines = None,
     threads: options.Threads = None,
     network_backend: NetworkOnSameDevice = None,
     allow_unproved: options.AllowUnproved = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of images that are generated at once. The default is 64 on a GPU, else 8."),
-    ] = None,
+    batch_size: BatchSize = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score many settings of one model.

@@ -66,6 +66,11 @@ def describe_run(
     return settings, batch
 
 
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of all images. Image i has index i.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of images that are generated at once. The default is 64 on a GPU, else 8."),
+]
 NetworkOnSameDevice = Annotated[
     str | None,
     typer.Option(help="Where the feature network runs: ort-cpu or ort-cuda. The default is where the model runs."),

@@ -294,6 +294,15 @@ def test_one_process_writes_the_npz_file(run: Path, tmp_path: Path) -> None:
     assert npz.read_bytes() == run.with_suffix(".npz").read_bytes()
 
 
+def test_another_shard_size_is_refused_as_a_setting(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although the run has shards with numbers that the new size has not."""
+    assert main(command) == 0
+    assert main([*command, "--shard-size", "20"]) == 2
+    assert "Its --shard-size gave 5, and now gives 20" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("class", 1), ("index", "1"), ("count", 0), ("count", 10**12), ("size", [0, 3]), ("extra", 1)]
 )
