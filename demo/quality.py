@@ -37,7 +37,7 @@ from rich.table import Table
 from scene_classifier import FLOOR_SEED, HELD_OUT_SEED, real
 from scene_network import network_file
 
-from flexvar_evaluation.features import LoadedFeatures
+from flexvar_evaluation.features import FEWEST_IMAGES, LoadedFeatures
 from flexvar_evaluation.judging import features_of, first_of, recognised_share
 from flexvar_evaluation.network.features import FeatureNetwork
 from flexvar_evaluation.reference import Reference
@@ -45,7 +45,6 @@ from flexvar_evaluation.scoring import compare, influences_on_fid, metrics_of
 from flexvar_runtime.model.schedule import PUBLISHED
 
 HELD_OUT = 1200  # scenes that test the classifier
-FEWEST = 8  # images that an interval needs
 OTHER_PRECISIONS = ("fp16", "bf16", "int8", "int8-bf16")
 STEPS = {4: "1_3_8_16", 5: "1_2_5_10_16", 7: "1_2_3_5_8_13_16", **{n: PUBLISHED[str(n)] for n in (6, 8, 9, 10)}}
 """Schedules by number of steps: those of the paper, and ours for numbers that it lacks."""
@@ -212,8 +211,8 @@ def main() -> None:
         "--others", type=int, default=240, help="Images of each row with other steps or another size. Default: 240."
     )
     arguments = parser.parse_args()
-    if not FEWEST <= arguments.others <= arguments.images:
-        limits = f"from {FEWEST} to --images ({arguments.images})"
+    if not FEWEST_IMAGES <= arguments.others <= arguments.images:
+        limits = f"from {FEWEST_IMAGES} to --images ({arguments.images})"
         parser.error(f"--others is {arguments.others}, but it must be {limits}.")
     options = prepare(arguments)
     with FeatureNetwork.open(network_file(arguments.work, say=console.print)) as network:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from flexvar_runtime.checks import conflict
 from flexvar_runtime.cli import options
-from flexvar_runtime.cli.console import JsonOption, emit, err, out, say, steps
+from flexvar_runtime.cli.console import JsonOption, emit, err, say, steps
 from flexvar_runtime.errors import InvalidInput
 from flexvar_runtime.files.strict_json import encode
 from flexvar_runtime.files.targets import make_writable
@@ -26,7 +28,7 @@ from .scoring import STEPS, Metrics, Paired, compare, influences_on_fid, metrics
 from .statistics.intervals import Interval
 from .statistics.threads import fixed_threads
 
-_WIDE = 200  # characters
+_WIDE = 250  # characters; longer names are broken into lines
 
 ReferenceFile = Annotated[Path, typer.Option("--reference", help="File that flexvar evaluate reference wrote.")]
 NetworkFile = Annotated[
@@ -180,17 +182,18 @@ def describe_paired(paired: Paired, other: str) -> str:
 
 
 def print_table(rows: Sequence[tuple[str, Metrics]]) -> None:
-    """Print the table. Where standard output is no terminal, no column is cut."""
-    out.print(table(rows), width=None if out.is_terminal else _WIDE)
+    """Print the table. Its lines may be longer than those of the terminal, so that nothing is cut."""
+    Console(file=sys.stdout, width=_WIDE, markup=False, emoji=False, highlight=False).print(table(rows))
 
 
 def table(rows: Sequence[tuple[str, Metrics]]) -> Table:
     """The metrics of several sets of images, one row each."""
     named = any(one.recognised is not None for _, one in rows)
-    columns = ["name", "images", "FID", "95 % interval", "sFID", "IS", "precision", "recall"]
-    result = Table()
+    result = Table(box=None, padding=(0, 1), pad_edge=False)
+    result.add_column("name", overflow="fold")
+    columns = ["images", "FID", "95 % interval", "sFID", "IS", "precision", "recall"]
     for column in (*columns, *(["recognised"] if named else [])):
-        result.add_column(column, overflow="fold", no_wrap=column != "name")
+        result.add_column(column, justify="right", no_wrap=True)
     for name, one in rows:
         result.add_row(
             name,

@@ -16,7 +16,10 @@ from flexvar_evaluation.features import RunFeatures, load
 from flexvar_evaluation.network.features import FeatureNetwork
 from flexvar_evaluation.reference import read_reference, write_reference
 from flexvar_evaluation.runs.settings import read_settings
+from flexvar_evaluation.score_command import print_table
+from flexvar_evaluation.scoring import Metrics
 from flexvar_evaluation.statistics.frechet import frechet_distance
+from flexvar_evaluation.statistics.intervals import Interval
 from flexvar_evaluation.statistics.moments import moments_of
 from flexvar_runtime.cli.main import main as command_line
 
@@ -65,6 +68,34 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tiny_bundle: Path, tiny_network: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("score"), tiny_bundle, tiny_network)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_table_is_complete_in_a_narrow_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    fid = Interval(112.345, 111.234, 113.456)
+    metrics = Metrics(
+        images=50_000,
+        fid=fid,
+        fid_infinity=None,
+        sfid=142.456,
+        inception_score=215.84,
+        precision=0.8265,
+        recall=0.5309,
+        precision_float32=0.8,
+        recall_float32=0.5,
+        recognised=0.9365,
+    )
+    names = ["admnet_guided_upsampled_imagenet256.npz", "d16-fp16_10steps_cfg2.5"]
+    print_table([(name, metrics) for name in names])
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    cells = ["50,000", "112.345", "111.234 to 113.456", "142.456", "215.84", "0.8265", "0.5309", "93.65%"]
+    assert len(lines) == 3
+    assert all(line.split("  ")[0].strip() == name for line, name in zip(lines[1:], names, strict=True))
+    assert all(cell in line for line in lines[1:] for cell in cells)
 
 
 @pytest.fixture
